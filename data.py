@@ -1,0 +1,267 @@
+"""Images for training and evaluation: folders and zip archives, and drawn pictures when there is no data.
+
+    data = ImageDataset(["imagenet/train", "more.zip"], size=448, train=True, seed=0)
+    img, label = data[n]          # uint8 (3, S, S) and the index of the parent folder's name in data.classes
+
+In training n is the GLOBAL SAMPLE NUMBER, counted from the first step of the run: epoch = n // len(data), the order of an
+epoch is a permutation drawn from (seed, epoch), crop and flip are drawn from (seed, n). What a sample looks like
+therefore depends on nothing else, so workers, ranks and a resumed run need no state. Otherwise n counts the
+files in sorted order. Crops are those of ADM (Dhariwal & Nichol 2021), the usual protocol of ImageNet generation.
+
+`python data.py [PATHS]` shows what is found. Needs torch, numpy and pillow; no other file of this project.
+"""
+import io
+import os
+import struct
+import sys
+import zipfile
+import zlib
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import Dataset
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def load_image(file):
+    """A path or binary file -> PIL image in RGB, turned as its EXIF says, transparency over white.
+
+    Raises ValueError, saying why, if it cannot be read as an image.
+    """
+    try:
+        img = Image.open(file)
+        img.load()
+        img = ImageOps.exif_transpose(img)
+        if img.mode.startswith("I"):  # 16 bits a channel: keep the upper 8
+            img = Image.fromarray((np.asarray(img) // 256).clip(0, 255).astype(np.uint8))
+        if img.has_transparency_data:
+            return Image.alpha_composite(Image.new("RGBA", img.size, "white"), img.convert("RGBA")).convert("RGB")
+        return img.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as e:
+        reason = "no known image format" if isinstance(e, Image.UnidentifiedImageError) else e
+        raise ValueError(f"cannot be read as an image ({reason})") from None
+
+
+def shrink(img, short):
+    """Resize so that the shorter side is `short` pixels: halved by box filter while twice too large, then bicubic (ADM)."""
+    while min(img.size) >= 2 * short:
+        img = img.resize((img.width // 2, img.height // 2), Image.Resampling.BOX)
+    scale = short / min(img.size)
+    return img.resize((round(img.width * scale), round(img.height * scale)), Image.Resampling.BICUBIC)
+
+
+def center_crop(img, size):
+    """The central size x size pixels of a PIL image whose shorter side is resized to `size` (ADM's evaluation crop)."""
+    img = shrink(img, size)
+    left, top = (img.width - size) // 2, (img.height - size) // 2
+    return img.crop((left, top, left + size, top + size))
+
+
+def random_crop(img, size, rng, crop_scale=(0.8, 1.0)):
+    """ADM's training crop: the shorter side of the crop is a random fraction crop_scale of the picture's; half are flipped."""
+    low, high = np.ceil(size / crop_scale[1]), np.ceil(size / crop_scale[0])
+    img = shrink(img, int(rng.integers(low, high + 1)))
+    left, top = rng.integers(img.width - size + 1), rng.integers(img.height - size + 1)
+    img = img.crop((left, top, left + size, top + size))
+    return img.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else img
+
+
+def to_tensor(img):
+    """PIL RGB image -> uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(img)).permute(2, 0, 1).contiguous()
+
+
+class ImageDataset(Dataset):
+    """All images of `roots` (a path or several: folders, searched recursively, and .zip archives), size x size pixels.
+
+    Files and archive entries are known by their extension; which there are is kept in a few arrays, so that workers share
+    the memory and a list of millions costs each of them nothing. Raises FileNotFoundError and ValueError for roots that
+    are missing, empty or damaged, and ValueError naming the file for one that cannot be read when it is asked for.
+    """
+
+    def __init__(self, roots, size, train, seed=0, crop_scale=(0.8, 1.0)):
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale is {crop_scale}; it is two fractions in (0, 1], the smaller first")
+        self.roots = [os.fspath(r) for r in ([roots] if isinstance(roots, (str, os.PathLike)) else roots)]
+        self.size, self.train, self.seed, self.crop_scale = size, train, seed, crop_scale
+        names, root_of, spans = [], [], []  # span: offset, length and compression of an archive entry
+        for r, root in enumerate(self.roots):
+            found = sorted(list_archive(root) if zipfile.is_zipfile(root) else list_folder(root))
+            if not found:
+                raise ValueError(f"{root} holds no images ({' '.join(EXTENSIONS)})")
+            names += [name for name, *_ in found]
+            spans += [span for _, *span in found]
+            root_of += [r] * len(found)
+        folders = [os.path.basename(os.path.dirname(name)) or os.path.basename(self.roots[r]) for name, r in zip(names, root_of)]
+        self.classes = sorted(set(folders))
+        index = {name: i for i, name in enumerate(self.classes)}
+        self.labels = np.array([index[f] for f in folders], np.int32)
+        self.root_of, self.spans = np.array(root_of, np.int32), np.array(spans, np.int64).reshape(-1, 3)
+        encoded = [os.fsencode(name) for name in names]
+        self.name_ends, self.names = np.cumsum([len(name) for name in encoded]), b"".join(encoded)
+        self.files, self.permutation = {}, (None, None)  # open archives; the last epoch's order
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getstate__(self):
+        return {**self.__dict__, "files": {}}  # open files do not travel to another process
+
+    def path(self, i):
+        """Where image i (in sorted order) lies: root and name."""
+        end = self.name_ends[i]
+        start = self.name_ends[i - 1] if i else 0
+        return os.path.join(self.roots[self.root_of[i]], os.fsdecode(self.names[start:end]))
+
+    def read(self, i):
+        """The bytes of image file i. Archives are opened once and read by position, which forked workers can share."""
+        offset, length, method = self.spans[i].tolist()
+        if length < 0:
+            with open(self.path(i), "rb") as f:
+                return f.read()
+        root = self.roots[self.root_of[i]]
+        if root not in self.files:
+            self.files[root] = open(root, "rb")
+        fd = self.files[root].fileno()
+        name_length, extra_length = struct.unpack("<26xHH", os.pread(fd, 30, offset))  # the entry's local header
+        data = os.pread(fd, length, offset + 30 + name_length + extra_length)
+        return zlib.decompress(data, -15) if method == zipfile.ZIP_DEFLATED else data
+
+    def index(self, n):
+        """Sample number n -> number of the image in sorted order."""
+        if not self.train:
+            return range(len(self))[n]
+        epoch, k = divmod(n, len(self))
+        if self.permutation[0] != epoch:
+            self.permutation = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self))
+        return int(self.permutation[1][k])
+
+    def __getitem__(self, n):
+        i = self.index(n)
+        try:
+            img = load_image(io.BytesIO(self.read(i)))
+        except (OSError, ValueError, struct.error, zlib.error) as e:
+            raise ValueError(f"{self.path(i)}: {e}") from None
+        if self.train:  # the 1 sets this stream apart from the permutations'
+            img = random_crop(img, self.size, np.random.default_rng([self.seed, n, 1]), self.crop_scale)
+        else:
+            img = center_crop(img, self.size)
+        return to_tensor(img), int(self.labels[i])
+
+
+def list_folder(root):
+    """(name, -1, -1, -1) of every image file below a folder."""
+    if not os.path.exists(root):
+        raise FileNotFoundError(f"{root}: no such folder or .zip archive")
+    if not os.path.isdir(root):
+        raise ValueError(f"{root} is neither a folder nor a .zip archive")
+    for folder, _, files in os.walk(root):
+        for name in files:
+            if name.lower().endswith(EXTENSIONS):
+                yield os.path.relpath(os.path.join(folder, name), root), -1, -1, -1
+
+
+def list_archive(path):
+    """(name, offset of the local header, compressed length, compression) of every image in a zip archive."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            for e in z.infolist():
+                if e.filename.lower().endswith(EXTENSIONS) and not e.is_dir():
+                    if e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or e.flag_bits & 1:
+                        raise ValueError(f"{path}: {e.filename} is encrypted or compressed by an unknown method; repack the archive")
+                    yield e.filename, e.header_offset, e.compress_size, e.compress_type
+    except zipfile.BadZipFile as e:
+        raise ValueError(f"{path} is a damaged zip archive ({e})") from None
+
+
+def split_batch(batch, micro_batch, ranks):
+    """(micro-batch, accumulation steps) of each rank: micro-batch * accumulation * ranks = batch, exactly.
+
+    A micro-batch that does not divide the rank's share becomes the largest divisor below it.
+    """
+    if batch % ranks:
+        low = batch // ranks * ranks
+        near = " or ".join(str(b) for b in (low, low + ranks) if b)
+        raise ValueError(f"batch_size {batch} does not divide among {ranks} ranks: try {near}")
+    share = batch // ranks
+    micro_batch = next(m for m in range(min(micro_batch, share), 0, -1) if share % m == 0)
+    return micro_batch, share // micro_batch
+
+
+def sample_numbers(first, batch, micro_batch, rank, ranks, batches):
+    """Yields this rank's micro-batches as lists of global sample numbers, for `batches` global batches from sample `first`.
+
+    Whatever the ranks, the global batches are the same samples: rank r has the r-th contiguous share of each.
+    """
+    share = batch // ranks
+    for start in range(first + rank * share, first + rank * share + batches * batch, batch):
+        for m in range(start, start + share, micro_batch):
+            yield list(range(m, m + micro_batch))
+
+
+class ProceduralDataset(Dataset):
+    """Drawn pictures with the interface of ImageDataset, so that everything runs without data: shapes, gradients,
+    textures, letters (the label says which). Picture n depends on (seed, train, n) alone."""
+
+    classes = ["shapes", "gradients", "textures", "letters"]
+
+    def __init__(self, size, train, seed=0, length=10_000):
+        self.size, self.train, self.seed, self.length = size, train, seed, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, n):
+        if not self.train and not 0 <= n < self.length:
+            raise IndexError(n)
+        rng = np.random.default_rng([self.seed, n, int(self.train)])
+        label = int(rng.integers(4))
+        return to_tensor(draw(rng, self.classes[label], self.size)), label
+
+
+def draw(rng, kind, size):
+    """A PIL picture of the kind (a name in ProceduralDataset.classes), drawn at twice the size and halved."""
+    S = 2 * size
+    colors = rng.integers(0, 256, (6, 3))
+    y, x = np.mgrid[:S, :S] / S  # in [0, 1)
+    angle, (cx, cy) = rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 0.8, 2)
+    along = x * np.cos(angle) + y * np.sin(angle)
+    if kind == "textures":
+        freq = rng.uniform(3, size / 8)
+        waves = np.sin(2 * np.pi * freq * along), np.sin(2 * np.pi * freq * (y * np.cos(angle) - x * np.sin(angle)))
+        coarse = Image.fromarray(rng.random((8, 8)).astype(np.float32)).resize((S, S), Image.Resampling.BICUBIC)
+        mix = (0.5 + 0.5 * waves[0], (waves[0] * waves[1] > 0).astype(float), np.asarray(coarse))[rng.integers(3)]
+    else:  # a gradient, linear or radial, which shapes and letters have as their background
+        mix = along if rng.random() < 0.5 else np.hypot(x - cx, y - cy)
+        mix = (mix - mix.min()) / np.ptp(mix)
+    mix = np.clip(mix, 0, 1)[..., None]  # (S, S, 1)
+    img = Image.fromarray((colors[0] * (1 - mix) + colors[1] * mix).astype(np.uint8))
+    pen = ImageDraw.Draw(img)
+    for color in map(tuple, colors[2:2 + rng.integers(1, 5)].tolist()):
+        (x0, y0), (w, h) = rng.uniform(0, 0.7, 2) * S, rng.uniform(0.15, 0.5, 2) * S
+        if kind == "shapes":
+            shape = rng.integers(3)
+            if shape == 0:
+                pen.ellipse((x0, y0, x0 + w, y0 + h), fill=color)
+            elif shape == 1:
+                pen.rectangle((x0, y0, x0 + w, y0 + h), fill=color)
+            else:
+                pen.polygon([(x0, y0 + h), (x0 + w * rng.random(), y0), (x0 + w, y0 + h)], fill=color)
+        elif kind == "letters":
+            letter = chr(rng.integers(ord("A"), ord("Z") + 1))
+            pen.text((x0, y0), letter, fill=color, font=ImageFont.load_default(rng.uniform(0.3, 0.7) * S))
+    return img.reduce(2)
+
+
+if __name__ == "__main__":
+    try:
+        data = ImageDataset(sys.argv[1:], 64, train=False) if sys.argv[1:] else ProceduralDataset(64, train=False)
+        img, label = data[0]
+    except (OSError, ValueError) as e:
+        print(f"data.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{len(data):,} images of {len(data.classes)} classes{'' if sys.argv[1:] else ', drawn (no PATHS were given)'}")
+    print("image ", tuple(img.shape), img.dtype)
+    print("label ", label, "=", data.classes[label])

@@ -1,0 +1,295 @@
+"""The patch-wise pixel flow decoder of UniFlow: a latent back to pixels in one step (paper, Sec. 3.2).
+
+    C    = GTB(P_up(z) + PE)                         globally coherent condition tokens, eq. 3
+    x_t  = (1 - t) x + t eps,    u = eps - x         rectified flow on each p x p patch, t = 1 noise, t = 0 image, eq. 4
+    L    = mean (v(x_t, t, c) - u)^2                 eq. 5, over patches and elements
+    x   <- x - v(x, t, c) / steps                    Euler steps from noise; one is the default
+
+x: patches of the image normalised by the encoder's pixel mean and std, in order (channel, row, column); v is an MLP that
+sees one patch and its own condition token, nothing of its neighbours. Symbols: B batch, C latent channels, D width,
+h, w token grid, N = h*w patches, p patch side, H = h*p, W = w*p. Images are (B, 3, H, W) in [0, 1].
+
+    dec = Decoder.from_pretrained("out/model.safetensors")
+    img = dec.decode(z)                              # z (B, C, h, w), as Encoder.encode returns it
+
+`python decoder.py` prints the shapes. Needs torch and safetensors; no other file of this project.
+The MLP is the flow head of the authors' release, whose ancestors are DiT (Peebles & Xie 2023) and MAR (Li et al. 2024).
+"""
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+PIXEL_STATS = {  # per-channel mean and standard deviation of the normalised pixel space: the encoder's
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "openai": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    latent_dim: int = 64           # C
+    width: int = 1024              # D of the condition tokens
+    heads: int = 16                # of the global transformer blocks
+    gtb_depth: int = 6             # K global transformer blocks; 0 leaves them out
+    flow_depth: int = 12           # residual blocks of the flow head
+    flow_width: int = 1024         # of the flow head; narrower than twice 3p^2 costs PSNR at small patches
+    patch: int = 14                # p, pixels
+    grid: int = 32                 # side of the patch grid that the position embeddings cover (size / p)
+    projector: str = "mlp"         # "mlp": Linear-GELU-Linear as released; "linear": the paper's words
+    objective: str = "flow"        # "flow": eq. 5; "pixel": the same network regresses the pixels (Table 5c)
+    pixel_stats: str = "imagenet"  # a key of PIXEL_STATS
+
+    def __post_init__(self):
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"decoder width {self.width} must be a multiple of 4 and of heads {self.heads}")
+        if self.projector not in ("mlp", "linear") or self.objective not in ("flow", "pixel"):
+            raise ValueError(f"projector {self.projector!r} must be mlp or linear, decoder {self.objective!r} flow or pixel")
+
+
+def patchify(x, p):
+    """Pixels (B, 3, H, W) -> patches (B, N, 3p^2): N row-major over the grid, elements in order (channel, row, column)."""
+    B, C, H, W = x.shape
+    x = x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, p, p)
+    return x.reshape(B, (H // p) * (W // p), C * p * p)
+
+
+def unpatchify(x, p, H, W):
+    """Patches (B, N, 3p^2) -> pixels (B, 3, H, W), the inverse of patchify."""
+    x = x.reshape(len(x), H // p, W // p, -1, p, p).permute(0, 3, 1, 4, 2, 5)  # (B, C, h, p, w, p)
+    return x.reshape(len(x), -1, H, W)
+
+
+def sample_t(shape, endpoint=0.0, device=None):
+    """Training times in [0, 1], 1 = noise: sigmoid(N(0, 1)), a tenth of them uniform instead (the authors' schedule).
+
+    endpoint: the fraction set to exactly t = 1, the only time at which one-step decoding evaluates the network.
+    """
+    # Differs from the paper: `endpoint` is ours; its default 0 leaves the authors' schedule as it is.
+    t = torch.sigmoid(torch.randn(shape, device=device))
+    t = torch.where(torch.rand(shape, device=device) < 0.1, torch.rand(shape, device=device), t)
+    return torch.where(torch.rand(shape, device=device) < endpoint, torch.ones_like(t), t)
+
+
+class GlobalBlock(nn.Module):
+    """Global transformer block: pre-norm self-attention and MLP over all condition tokens (B, N, D)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, 1e-5)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, 1e-5)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        qkv = self.qkv(self.norm1(x)).view(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
+        x = x + self.proj(h)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class FlowBlock(nn.Module):
+    """Residual block of the flow head on x (B, N, width): x + gate * MLP(LN(x) * (1 + scale) + shift), by y's command."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, 1e-6)
+        self.fc1 = nn.Linear(width, width)
+        self.fc2 = nn.Linear(width, width)
+        self.modulation = nn.Linear(width, 3 * width)
+
+    def forward(self, x, y):
+        shift, scale, gate = self.modulation(y).chunk(3, dim=-1)
+        h = self.norm(x) * (1 + scale) + shift
+        return x + gate * self.fc2(F.silu(self.fc1(h)))
+
+
+class FlowHead(nn.Module):
+    """The velocity MLP in the released time direction: x (B, N, 3p^2), s (B, N) with s = 0 noise, c (B, N, D) -> (B, N, 3p^2)."""
+
+    def __init__(self, channels, cond_width, width, depth):
+        super().__init__()
+        self.input_proj = nn.Linear(channels, width)
+        self.time_fc1 = nn.Linear(256, width)
+        self.time_fc2 = nn.Linear(width, width)
+        self.cond_proj = nn.Linear(cond_width, width)
+        self.blocks = nn.ModuleList(FlowBlock(width) for _ in range(depth))
+        self.final_norm = nn.LayerNorm(width, 1e-6, elementwise_affine=False)
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, channels)
+
+    def forward(self, x, s, c):
+        time = self.time_fc2(F.silu(self.time_fc1(sinusoid(1000 * s, 256))))  # (B, N, width)
+        y = F.silu(time + self.cond_proj(c))
+        x = self.input_proj(x)  # (B, N, width)
+        for block in self.blocks:
+            x = block(x, y)
+        shift, scale = self.final_modulation(y).chunk(2, dim=-1)
+        return self.output(self.final_norm(x) * (1 + scale) + shift)  # (B, N, 3p^2)
+
+
+def sinusoid(t, dim):
+    """Transformer features of positions t (...) -> (..., dim): cosines first, then sines, longest period 10000."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t.float()[..., None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def position_grid(grid, width):
+    """2-D sin-cos position embedding of a square grid, (1, grid*grid, width): half the width for rows, half for columns."""
+    rows, cols = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    return torch.cat([sinusoid(rows.flatten(), width // 2), sinusoid(cols.flatten(), width // 2)], dim=-1)[None]
+
+
+def resize_grid(pos, h, w):
+    """Position embedding of a square grid (1, g*g, D) -> (1, h*w, D), row-major: bicubic, in fp32, no antialias."""
+    g = round(pos.shape[1] ** 0.5)
+    if (h, w) == (g, g):
+        return pos
+    grid = pos.float().reshape(1, g, g, -1).permute(0, 3, 1, 2)  # (1, D, g, g)
+    grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
+    return grid.flatten(2).transpose(1, 2).to(pos.dtype)  # (1, h*w, D)
+
+
+class Decoder(nn.Module):
+    """Latent z (B, C, h, w) -> image (B, 3, h*p, w*p) in [0, 1].
+
+    `forward` = `loss` and `condition` take z as Encoder.forward returns it; `decode` takes it normalised by the latent
+    statistics, as Encoder.encode returns it.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        mean, std = PIXEL_STATS[c.pixel_stats]
+        self.checkpoint = False  # recompute each block in the backward pass instead of keeping its activations
+        self.latent_up = (nn.Linear(c.latent_dim, c.width) if c.projector == "linear" else
+                          nn.Sequential(nn.Linear(c.latent_dim, c.width), nn.GELU(), nn.Linear(c.width, c.width)))
+        self.pos_embed = nn.Parameter(position_grid(c.grid, c.width))
+        self.blocks = nn.ModuleList(GlobalBlock(c.width, c.heads) for _ in range(c.gtb_depth))
+        # Differs from the paper: the released model adds a second position embedding before the flow head.
+        self.head_pos_embed = nn.Parameter(position_grid(c.grid, c.width))
+        self.head = FlowHead(3 * c.patch ** 2, c.width, c.flow_width, c.flow_depth)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        # statistics of the latent, identity until computed; one copy in the file serves encoder and decoder
+        self.register_buffer("latent_mean", torch.zeros(c.latent_dim, 1, 1), persistent=False)
+        self.register_buffer("latent_std", torch.ones(c.latent_dim, 1, 1), persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """Linear weights Xavier-uniform, biases 0; then zero: every modulation (each residual block of the flow head
+        starts as the identity) and its output layer (the velocity starts at 0)."""
+        # Differs from the released code: there a later parent `apply` overwrites these zeros.
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        for m in [b.modulation for b in self.head.blocks] + [self.head.final_modulation, self.head.output]:
+            nn.init.zeros_(m.weight)
+
+    def _run(self, block, *args):
+        recompute = self.checkpoint and torch.is_grad_enabled()
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False) if recompute else block(*args)
+
+    def condition(self, z):
+        """C of eq. 3: z (B, C, h, w), not normalised -> (B, N, D), N = h*w row-major."""
+        h, w = z.shape[2:]
+        x = self.latent_up(z.flatten(2).transpose(1, 2))  # (B, N, D)
+        x = x + resize_grid(self.pos_embed, h, w)
+        for block in self.blocks:
+            x = self._run(block, x)
+        return x + resize_grid(self.head_pos_embed, h, w)
+
+    def velocity(self, x_t, t, c):
+        """v of eq. 5: noisy patches x_t (B, N, 3p^2), times t (B, N) with 1 = noise, condition c (B, N, D) -> (B, N, 3p^2), fp32."""
+        # The released network runs the other way, s = 1 - t and x - eps: the signs are turned here, so its weights load.
+        return -self._run(self.head, x_t, 1 - t, c).float()
+
+    def loss(self, z, img, t=None, noise=None):
+        """L_flow of eq. 5 for z (B, C, h, w), not normalised, and img (B, 3, H, W) in [0, 1]: a scalar, in fp32.
+
+        t (B, N) and noise (B, N, 3p^2) are drawn if not given (t by sample_t). The "pixel" objective is the same network
+        at t = 1 with zeros for noise, where the loss is the squared error of the pixels -v.
+        """
+        x = patchify((img.float() - self.mean) / self.std, self.config.patch)  # (B, N, 3p^2)
+        if x.shape[1] != z.shape[2] * z.shape[3]:
+            raise ValueError(f"image {tuple(img.shape)} has {x.shape[1]} patches of side {self.config.patch}, "
+                             f"latent {tuple(z.shape)} has {z.shape[2] * z.shape[3]}")
+        if self.config.objective == "pixel":
+            t, noise = torch.ones(x.shape[:2], device=x.device), torch.zeros_like(x)
+        t = sample_t(x.shape[:2], device=x.device) if t is None else t
+        noise = torch.randn_like(x) if noise is None else noise
+        x_t = (1 - t[..., None]) * x + t[..., None] * noise
+        v = self.velocity(x_t, t, self.condition(z))
+        # Differs from the paper: eq. 5 reads as a sum over the patch; the mean is 1/(3p^2) of it (--lambda_f 588 at p = 14).
+        return (v - (noise - x)).square().mean()
+
+    forward = loss  # what DistributedDataParallel calls
+
+    @torch.no_grad()
+    def decode(self, z, steps=1, noise=None):
+        """Latent z (B, C, h, w), normalised -> image (B, 3, h*p, w*p), clamped to [0, 1], by `steps` Euler steps from noise.
+
+        noise (B, N, 3p^2), N row-major, standard normal; drawn if not given. The condition is computed once.
+        """
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; decoding takes at least 1")
+        B, _, h, w = z.shape
+        p = self.config.patch
+        c = self.condition(z * self.latent_std + self.latent_mean)
+        x = torch.randn(B, h * w, 3 * p * p, device=z.device) if noise is None else noise
+        if self.config.objective == "pixel":  # a regression: one step from zeros
+            x, steps = torch.zeros_like(x), 1
+        for i in range(steps):
+            t = torch.full((B, h * w), 1 - i / steps, device=z.device)
+            x = x - self.velocity(x, t, c) / steps
+        return (unpatchify(x, p, h * p, w * p) * self.std + self.mean).clamp(0, 1)
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """The decoder of a tokenizer file that train.py wrote, in eval mode on the CPU in fp32.
+
+        Raises FileNotFoundError, or ValueError if the file is no such tokenizer or its tensors do not fit its
+        configuration.
+        """
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: no such file")
+        try:
+            with safe_open(path, "pt") as f:
+                dec = cls(DecoderConfig(**json.loads(f.metadata()["config"])["decoder"]))
+                state = {k[8:]: f.get_tensor(k) for k in f.keys() if k.startswith("decoder.")}
+                stats = f.get_tensor("latent_mean"), f.get_tensor("latent_std")
+        except (SafetensorError, KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{path} does not hold a UniFlow decoder ({type(e).__name__}: {e})") from None
+        own = dec.state_dict()
+        wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
+        if wrong:
+            raise ValueError(f"{path} does not fit its configuration; missing, unknown or of another shape: {wrong[:3]}")
+        dec.load_state_dict(state)
+        dec.latent_mean.copy_(stats[0].view(-1, 1, 1))
+        dec.latent_std.copy_(stats[1].view(-1, 1, 1))
+        return dec.eval()
+
+
+if __name__ == "__main__":
+    dec = Decoder(DecoderConfig(latent_dim=16, width=192, heads=3, gtb_depth=3, flow_depth=6, flow_width=384, patch=8, grid=8))
+    z, img = torch.randn(2, 16, 8, 12), torch.rand(2, 3, 64, 96)
+    print("latent    ", tuple(z.shape))
+    print("condition ", tuple(dec.condition(z).shape))
+    print("loss      ", f"{dec.loss(z, img).item():.4f} (untrained: v = 0)")
+    print("image     ", tuple(dec.decode(z).shape), "in [0, 1], one step")
+    print("image     ", tuple(dec.decode(z, steps=4).shape), "in [0, 1], four steps")
+    print("parameters", f"{sum(p.numel() for p in dec.parameters()):,}")

@@ -1,0 +1,74 @@
+"""Layer-wise adaptive self-distillation (UniFlow, Sec. 3.1): keeps a student encoder near its frozen teacher.
+
+    alpha_l = 1 - mean over batch and tokens of cos(H_U^(l), H_T^(l))              the misalignment of layer l
+    w_l     = (l/L) exp(beta alpha_l) / sum_k (k/L) exp(beta alpha_k)              eq. 1, no gradient through w
+    L_dist  = sum_l w_l alpha_l                                                    eq. 2
+
+H_U, H_T: student and teacher tokens after block l = 1..L, (B, N, D), spatial tokens only (the caller drops CLS).
+
+    loss, weights, distances = distill_loss(student_tokens, teacher_tokens)
+
+`python distill.py` prints the weights over layers for several beta (paper, Fig. 16). Needs torch alone.
+"""
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+STRATEGIES = ("final", "uniform", "progressive", "adaptive")  # the paper's Table 5a
+
+
+def layer_distances(student, teacher):
+    """alpha: 1 - mean cosine of the tokens, in fp32. Two lists of L tensors (B, N, D) -> (L,) in [0, 2]."""
+    assert len(student) == len(teacher), f"{len(student)} student layers, {len(teacher)} teacher layers"
+    return torch.stack([1 - F.cosine_similarity(s.float(), t.float(), dim=-1).mean() for s, t in zip(student, teacher)])
+
+
+def layer_weights(distances, beta=2.0, strategy="adaptive"):
+    """w_l of eq. 1 from distances (L,): (L,), summing to 1, detached.
+
+    strategy (Table 5a): "final", all weight on the last layer; "uniform", 1/L each; "progressive", eq. 1 with beta = 0;
+    "adaptive", eq. 1. Raises ValueError for another.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy {strategy!r} is not one of {' '.join(STRATEGIES)}")
+    alpha = distances.detach().float()
+    L = len(alpha)
+    depth = torch.arange(1, L + 1, device=alpha.device) / L  # l/L
+    if strategy == "final":
+        return (depth == 1).float()
+    if strategy == "uniform":
+        return torch.full_like(alpha, 1 / L)
+    if strategy == "progressive":
+        beta = 0.0
+    # exp(log(l/L) + beta alpha) normalised is eq. 1 itself, safe from overflow at large beta.
+    # It is not softmax(l/L * beta * alpha), as one public copy has it.
+    return torch.softmax(depth.log() + beta * alpha, dim=0)
+
+
+def distill_loss(student, teacher, beta=2.0, strategy="adaptive"):
+    """L_dist of eq. 2. Two lists of L tensors (B, N, D) -> (loss, weights (L,), distances (L,)).
+
+    Weights and distances are detached. Under torch.distributed alpha is averaged over the ranks before the weights are
+    formed, so that N ranks with equal batches give (after the mean of the gradients over ranks) the loss, weights and
+    gradients of one rank with the joined batch.
+    """
+    distances = layer_distances(student, teacher)
+    alpha = distances.detach().clone()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(alpha)
+        alpha /= dist.get_world_size()
+    weights = layer_weights(alpha, beta, strategy)
+    return (weights * distances).sum(), weights, alpha
+
+
+if __name__ == "__main__":
+    L, betas = 24, (0.5, 1.0, 2.0, 5.0)
+    alpha = torch.linspace(0.9, 0.1, L)  # simulated: shallow layers drift furthest from the teacher
+    w = [layer_weights(alpha, beta) for beta in betas]
+    print("layer  alpha  " + "  ".join(f"w(beta={b})" for b in betas) + "   w(beta=2.0)")
+    for l in range(L):
+        bar = "#" * round(600 * w[2][l].item())
+        print(f"{l + 1:5d}  {alpha[l]:.3f}  " + "  ".join(f"{x[l]:11.4f}" for x in w) + f"   {bar}")
+    tokens = [torch.randn(2, 64, 192) for _ in range(L)]
+    loss, weights, distances = distill_loss([t + 0.3 * torch.randn_like(t) for t in tokens], tokens)
+    print(f"tokens {L} x {tuple(tokens[0].shape)} -> loss {loss:.4f}, weights {tuple(weights.shape)}")

@@ -1,0 +1,128 @@
+"""Reconstruct pictures with a trained tokenizer: image -> 64-channel latent -> image.
+
+    python sample.py img.png                         # writes img_recon.png: original | reconstruction | error x4
+    python sample.py photos/ a.jpg --out results --size 0
+
+Weights: --weights, else out/model.safetensors, else the file that ships in weights/. Any size and aspect ratio goes in.
+"""
+import argparse
+import os
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+from data import EXTENSIONS, load_image, to_tensor
+from decoder import Decoder
+from encoder import Encoder, read_config
+from eval import comparison, image_noise, psnr, round_uint8, ssim
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SUFFIX = "_recon.png"
+
+
+def parse_args(argv=None):
+    ap = argparse.ArgumentParser(description="Reconstruct pictures with a trained UniFlow tokenizer.")
+    ap.add_argument("files", nargs="+", metavar="FILES", help="pictures, or folders of pictures")
+    ap.add_argument("--weights", metavar="FILE", help="tokenizer file [out/model.safetensors, else the shipped weights]")
+    ap.add_argument("--size", type=int, help="short side in pixels, 0 for the picture's own [the model's native size]")
+    ap.add_argument("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
+    ap.add_argument("--seed", type=int, default=0, help="of the decoding noise [%(default)s]")
+    ap.add_argument("--out", metavar="FOLDER", help="where to write [beside each picture]")
+    args = ap.parse_args(argv)
+    if args.steps < 1 or (args.size or 0) < 0:
+        ap.error(f"--steps is {args.steps}, at least 1; --size is {args.size}, at least 0")
+    return args
+
+
+def find_weights(given):
+    """The tokenizer file to use: the one given, or the first there is of out/ and the shipped one. FileNotFoundError if none."""
+    choices = [given] if given else ["out/model.safetensors", os.path.join(HERE, "weights", "uniflow-tiny.safetensors")]
+    for path in choices:
+        if os.path.isfile(path):
+            return path
+    raise FileNotFoundError(f"no tokenizer at {' or '.join(choices)}: train one with `python train.py`, or give --weights")
+
+
+def find_pictures(files):
+    """Files as they are, folders replaced by the pictures in them (without earlier results), in sorted order."""
+    pictures = []
+    for f in files:
+        if os.path.isdir(f):
+            inside = sorted(n for n in os.listdir(f) if n.lower().endswith(EXTENSIONS) and not n.endswith(SUFFIX))
+            if not inside:
+                raise ValueError(f"{f} holds no pictures ({' '.join(EXTENSIONS)})")
+            pictures += [os.path.join(f, n) for n in inside]
+        elif os.path.exists(f):
+            pictures.append(f)
+        else:
+            raise FileNotFoundError(f"{f}: no such picture or folder")
+    return pictures
+
+
+def resize_short_side(img, short):
+    """PIL image with its shorter side at `short` pixels (bicubic, antialiased); 0: as it is."""
+    if not short:
+        return img
+    scale = short / min(img.size)
+    return img.resize([max(1, round(s * scale)) for s in img.size], Image.Resampling.BICUBIC)
+
+
+def pad_to_patches(img, p):
+    """img (B, 3, H, W) -> the same, its last row and column repeated until both sides are multiples of p."""
+    H, W = img.shape[2:]
+    return F.pad(img, (0, -W % p, 0, -H % p), mode="replicate")
+
+
+@torch.no_grad()
+def reconstruct(enc, dec, img, steps=1, seed=0):
+    """img (1, 3, H, W) in [0, 1], any H and W -> latent (1, C, h, w), reconstruction (1, 3, H, W) in [0, 1]."""
+    p, (H, W) = dec.config.patch, img.shape[2:]
+    z = enc.encode(pad_to_patches(img, p))
+    noise = image_noise([0], z.shape[2] * z.shape[3], 3 * p * p, seed).to(img.device)
+    return z, dec.decode(z, steps, noise)[:, :, :H, :W]
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    weights, pictures = find_weights(args.weights), find_pictures(args.files)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    enc, dec = Encoder.from_pretrained(weights).to(device), Decoder.from_pretrained(weights).to(device)
+    size = read_config(weights)["size"] if args.size is None else args.size
+    print(f"weights {weights}, {'short side ' + str(size) + ' px' if size else 'original size'}, on {device.type}")
+    if args.out:
+        os.makedirs(args.out, exist_ok=True)
+
+    written = set()
+    for picture in tqdm(pictures, disable=None if len(pictures) > 1 else True):
+        try:
+            img = to_tensor(resize_short_side(load_image(picture), size))[None].to(device) / 255  # (1, 3, H, W)
+        except ValueError as e:
+            raise ValueError(f"{picture} {e}") from None
+        start = time.perf_counter()
+        z, rec = reconstruct(enc, dec, img, args.steps, args.seed)
+        rec = round_uint8(rec).cpu()  # also waits for the GPU
+        seconds, img = time.perf_counter() - start, img.cpu()
+
+        folder, name = os.path.split(picture)
+        path = os.path.join(args.out or folder, os.path.splitext(name)[0] + SUFFIX)
+        if path in written:  # a.png beside a.jpg
+            path = os.path.join(args.out or folder, name.replace(".", "_") + SUFFIX)
+        written.add(path)
+        triple = (comparison(img[0], rec[0]) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        Image.fromarray(triple).save(path)
+        similarity = f"{ssim(img, rec).item():.4f}" if min(img.shape[2:]) >= 11 else "n/a"
+        C, h, w = z.shape[1:]
+        tqdm.write(f"{path}: latent {C}x{h}x{w} | {img.numel() / z.numel():.1f}x | PSNR {psnr(img, rec).item():.2f} dB | "
+                   f"SSIM {similarity} | {seconds:.2f} s")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as e:
+        print(f"sample.py: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,477 @@
+"""Train UniFlow (Sec. 3): a student encoder that stays near its frozen teacher, and a pixel flow decoder, end to end.
+
+    L = lambda_d L_dist + lambda_f L_flow            eq. 6; L_dist is in distill.py, L_flow in decoder.py
+
+    python train.py                                  # a laptop: tiny, drawn pictures, about three minutes on two cores
+    python train.py --data train.zip --val val.zip   # your own pictures: folders or .zip archives
+    torchrun --nproc_per_node=8 train.py --teacher internvit --data imagenet/train --val imagenet/val
+    torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 train.py --teacher internvit --data ...
+
+The same command again resumes from out/state.pt. Leaves out/model.safetensors, out/log.jsonl, out/samples/*.png.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from data import ImageDataset, ProceduralDataset, sample_numbers, split_batch
+from decoder import Decoder, DecoderConfig, sample_t
+from distill import STRATEGIES, distill_loss
+from encoder import TEACHERS, Encoder, ViT, load_teacher, read_config, teacher_config, write_atomically, write_model
+from eval import comparison, image_noise, psnr, round_uint8
+
+# The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512); small
+# and tiny are ours. micro_batch: images a GPU holds at once, for 80 GB.
+PAPER = dict(lr=2e-4, latent_dim=64, gtb_depth=6, flow_depth=12, flow_width=1024, batch_size=512, micro_batch=32, epochs=30)
+OURS = dict(size=64, latent_dim=16, gtb_depth=3, flow_depth=6, batch_size=256, micro_batch=256, steps=20_000)
+RECIPES = {
+    "internvit": dict(PAPER, size=448),
+    "dinov2": dict(PAPER, size=378),
+    "siglip2": dict(PAPER, size=256, micro_batch=64, flow_width=1152),
+    "siglip2-l": dict(PAPER, size=256, micro_batch=64),
+    "clip": dict(PAPER, size=224, micro_batch=128),
+    "small": dict(OURS, lr=5e-4, flow_width=512),
+    "tiny": dict(OURS, lr=1e-3, flow_width=384),
+}
+ON_CPU = dict(batch_size=8, micro_batch=8, steps=400)  # small and tiny without a GPU
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165, "3090": 71}  # dense bf16
+MAY_DIFFER = {"out", "steps", "epochs", "workers", "micro_batch", "compile", "log_every", "eval_every", "save_every",
+              "keep_every", "resume_anyway"}  # arguments that a resumed run may change
+VAL_IMAGES = 512  # of --val that an evaluation during training looks at; eval.py measures on all
+
+
+def parse_args(argv=None):
+    """The command line, completed by the teacher's recipe: everything that decides a run is in the result."""
+    ap = argparse.ArgumentParser(description="Train a UniFlow tokenizer. Defaults marked * come from the teacher's recipe.",
+                                 epilog="Run the same command again to resume.")
+    add = ap.add_argument
+    # data
+    add("--data", nargs="+", metavar="PATH", help="training images: folders or .zip archives [drawn pictures]")
+    add("--val", nargs="+", metavar="PATH", help="images to evaluate on during training")
+    add("--size", type=int, help="training size in pixels, a multiple of the patch *")
+    add("--crop_scale", type=float, nargs=2, default=[0.8, 1.0], metavar=("MIN", "MAX"), help="random crop, fractions of the short side %(default)s")
+    add("--workers", type=int, help="data loading processes per rank [CPU cores / ranks, at most 16; 1 without a GPU]")
+    # model
+    add("--teacher", default="tiny", help=f"{' '.join(TEACHERS)}, or a self-describing .safetensors file [%(default)s]")
+    add("--teacher_weights", metavar="PATH|random", help="the teacher's weight file, or random [the published file]")
+    add("--init", metavar="FILE", help="start from this tokenizer instead of a copy of the teacher")
+    add("--latent_dim", type=int, help="latent channels *")
+    add("--projector", default="mlp", choices=["mlp", "linear"], help="latent projections [%(default)s]")
+    add("--gtb_depth", type=int, help="global transformer blocks, 0 for none *")
+    add("--flow_depth", type=int, help="residual blocks of the flow head *")
+    add("--flow_width", type=int, help="width of the flow head *")
+    add("--decoder", default="flow", choices=["flow", "pixel"], help="pixel regresses the pixels, Table 5c [%(default)s]")
+    # method
+    add("--strategy", default="adaptive", choices=STRATEGIES, help="layer weights, Table 5a [%(default)s]")
+    add("--beta", type=float, default=2.0, help="temperature of eq. 1 [%(default)s]")
+    add("--lambda_d", type=float, default=1.0, help="weight of the distillation loss [%(default)s]")
+    add("--lambda_f", type=float, default=1.0, help="weight of the flow loss [%(default)s]")
+    add("--endpoint", type=float, default=0.0, help="fraction of patches trained at exactly t = 1 [%(default)s]")
+    add("--freeze_encoder", action="store_true", help="train only the projection and the decoder")
+    # optimization
+    add("--batch_size", type=int, help="global batch *")
+    add("--micro_batch", type=int, help="images per rank and forward pass *")
+    add("--steps", type=int, help="length of the run in optimizer steps *")
+    add("--epochs", type=int, help="or in passes over the data *")
+    add("--lr", type=float, help="AdamW learning rate, constant *")
+    add("--encoder_lr_scale", type=float, default=1.0, help="times lr for the pretrained encoder [%(default)s]")
+    add("--weight_decay", type=float, default=0.0, help="of matrices; the paper is silent [%(default)s]")
+    add("--clip", type=float, default=1.0, help="gradient norm limit, 0 for none; the paper is silent [%(default)s]")
+    add("--drop_path", type=float, default=0.0, help="stochastic depth of the student [%(default)s]")
+    add("--seed", type=int, default=0, help="of initialisation, sample order, crops, times and noise [%(default)s]")
+    # machine
+    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="compile the blocks, and on "
+        "a single GPU replay the step as a CUDA graph [with a GPU]")
+    add("--checkpoint_activations", action="store_true", help="recompute blocks in the backward pass: less memory, slower")
+    # output
+    add("--out", default="out", metavar="FOLDER", help="where the run lives [%(default)s]")
+    add("--log_every", type=int, default=50, metavar="STEPS", help="[%(default)s]")
+    add("--eval_every", type=int, default=1000, metavar="STEPS", help="evaluation and sample grid; also at the end [%(default)s]")
+    add("--save_every", type=int, default=1000, metavar="STEPS", help="state.pt and model.safetensors; also at the end [%(default)s]")
+    add("--keep_every", type=int, metavar="STEPS", help="keep a copy of the model for good [never]")
+    add("--resume_anyway", action="store_true", help="resume although arguments differ")
+    args = ap.parse_args(argv)
+
+    config = teacher_config(args.teacher)
+    recipe = RECIPES.get(args.teacher, dict(PAPER, size=config.size))  # a teacher of one's own: the paper's recipe
+    if args.teacher in ("small", "tiny") and not torch.cuda.is_available():
+        recipe = {**recipe, **ON_CPU}
+    if args.steps and args.epochs:
+        ap.error(f"--steps {args.steps} and --epochs {args.epochs}: give one")
+    if args.steps or args.epochs:
+        recipe = {k: v for k, v in recipe.items() if k not in ("steps", "epochs")}
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.workers is None:
+        args.workers = max(1, min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if torch.cuda.is_available() else 1
+    for name in ("size", "batch_size", "micro_batch", "steps", "epochs", "latent_dim", "flow_depth", "flow_width", "log_every",
+                 "eval_every", "save_every", "keep_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            ap.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.size % config.patch:
+        near = max(1, round(args.size / config.patch)) * config.patch
+        ap.error(f"--size {args.size} is no multiple of the patch {config.patch} of teacher {args.teacher}: try --size {near}")
+    return args
+
+
+def parameter_groups(encoder, decoder, lr, encoder_lr_scale=1.0, weight_decay=0.0):
+    """Every trainable parameter in exactly one optimizer group; only matrices decay, only the pretrained part is scaled."""
+    groups = []
+    for module, scale in (encoder.vit, encoder_lr_scale), (encoder.latent_down, 1.0), (decoder, 1.0):
+        for decays in (True, False):
+            params = [p for p in module.parameters() if p.requires_grad and (p.ndim > 1) == decays]
+            groups.append(dict(params=params, lr=lr * scale, weight_decay=weight_decay * decays))
+    return [g for g in groups if g["params"]]
+
+
+def losses(teacher, encoder, decoder, img, args, t=None, noise=None):
+    """Section 3 on one micro-batch: img (B, 3, H, W) in [0, 1] -> L_dist, L_flow, layer weights (L,), distances (L,)."""
+    P, p = teacher.num_prefix, teacher.config.patch
+    with torch.no_grad():
+        h_teacher = teacher(img)  # H_T: L x (B, P+N, D)
+    z, h_student = encoder(img)  # z (B, C, h, w) = P_down(H_U^(L)); H_U: L x (B, P+N, D)
+    loss_dist, weight, alpha = distill_loss([h[:, P:] for h in h_student], [h[:, P:] for h in h_teacher],  # spatial tokens
+                                            args.beta, args.strategy)
+    if t is None:
+        t = sample_t((len(img), img.shape[2] * img.shape[3] // p ** 2), args.endpoint, img.device)  # per patch (B, N)
+    loss_flow = decoder(z, img, t, noise)
+    return loss_dist, loss_flow, weight, alpha
+
+
+def seed_step(*numbers):
+    """Make all random draws that follow (times, noise, stochastic depth) a function of these integers."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+
+def model_flops(encoder, decoder, size):
+    """Matrix-product FLOPs of one image of a training step: teacher 1 x, student and decoder 3 x (forward and backward)."""
+    with torch.device("meta"):
+        enc, dec = Encoder(ViT(encoder.vit.config), encoder.latent_dim, encoder.projector), Decoder(decoder.config)
+        img = torch.empty(1, 3, size, size)
+    with FlopCounterMode(display=False) as teacher_flops:
+        enc.vit(img)
+    with FlopCounterMode(display=False) as tokenizer_flops:
+        dec(enc(img)[0], img)
+    return teacher_flops.get_total_flops() + 3 * tokenizer_flops.get_total_flops()
+
+
+def record(micro_step, img):
+    """micro_step (uint8 image batch -> statistics) as a CUDA graph: recorded once, then replayed on each batch of that shape.
+
+    Python launches the kernels of a small model one by one more slowly than the GPU runs them.
+    """
+    img, side = img.clone(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compile, and let the libraries set up
+        for _ in range(3):
+            micro_step(img)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stats = micro_step(img)
+
+    def replay(batch):
+        img.copy_(batch)
+        graph.replay()
+        return stats
+    return replay
+
+
+@torch.no_grad()
+def evaluate(encoder, decoder, val, batch, seed, device, autocast, workers=0, rank=0, ranks=1):
+    """One-step PSNR in dB over the first VAL_IMAGES of `val`, the flow loss in each tenth of t on the first batch, and a
+    uint8 picture (H, W, 3) of eight images, original | reconstruction | error x4, two triples a row.
+
+    Images are shared out over the ranks; decoding noise depends on (seed, image number) only.
+    """
+    numbers = list(range(rank, min(len(val), VAL_IMAGES), ranks))
+    p = decoder.config.patch
+    total = torch.zeros(12, dtype=torch.float64, device=device)  # PSNR, images, flow loss of ten tenths: sums over images
+    triples = []
+    encoder.eval(), decoder.eval()
+    for i, (img, _) in enumerate(DataLoader(Subset(val, numbers), batch, num_workers=workers)):
+        img = img.to(device) / 255
+        N = img.shape[2] * img.shape[3] // p ** 2
+        noise = image_noise(numbers[i * batch:i * batch + len(img)], N, 3 * p * p, seed).to(device)
+        with autocast:
+            z = encoder.encode(img)  # in training its statistics are the identity
+            rec = round_uint8(decoder.decode(z, noise=noise))
+            for k in range(10) if i == 0 else ():
+                t = (k + torch.rand(len(img), N, generator=torch.Generator().manual_seed(k)).to(device)) / 10
+                total[2 + k] = decoder.loss(z, img, t, noise) * len(numbers)
+        total[0] += psnr(img, rec).sum()
+        total[1] += len(img)
+        triples += [comparison(*pair) for pair in zip(img, rec)][:8 - len(triples)]
+    encoder.train(), decoder.train()
+    if ranks > 1:
+        dist.all_reduce(total)
+    psnr_mean, _, *flow_by_t = (total / total[1]).tolist()
+    if not triples:  # more ranks than images
+        return psnr_mean, flow_by_t, None
+    triples += [torch.zeros_like(triples[0])] * (len(triples) % 2)
+    grid = torch.cat([torch.cat(triples[i::2], dim=1) for i in (0, 1)], dim=2)  # (3, H, W) in [0, 1]
+    return psnr_mean, flow_by_t, (grid * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+def commit():
+    """The commit that this code is at, or "unknown" outside a git checkout."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except FileNotFoundError:
+        return "unknown"
+
+
+def export(state, path):
+    """The self-describing tokenizer file of a state."""
+    tensors = {f"{part}.{k}": v for part in ("encoder", "decoder") for k, v in state[part].items()}
+    tensors.update(latent_mean=state["latent_mean"], latent_std=state["latent_std"])
+    write_model(path, {**state["config"], "step": state["step"], "id": state["id"]}, tensors)
+
+
+def load_state(path, args):
+    """The checkpoint of an earlier run in the same folder, after comparing the arguments; ValueError names those that differ."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch.load raises many types; all mean that the file is not what train.py wrote
+        raise ValueError(f"{path} cannot be read ({type(e).__name__}); move it away to start afresh") from None
+    changed = [f"{k} was {v}, is now {getattr(args, k, None)}" for k, v in state["args"].items()
+               if k not in MAY_DIFFER and v != getattr(args, k, None)]
+    if changed and not args.resume_anyway:
+        raise ValueError(f"{path} is of another run ({'; '.join(changed)}): use another --out, or --resume_anyway")
+    return state
+
+
+def open_log(path, step):
+    """The log to append to: without lines later than the checkpoint at `step` or torn by a crash; set aside if step is 0."""
+    if os.path.exists(path):
+        with open(path) as f:
+            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        if step:
+            write_atomically(path, lambda f: f.write("".join(lines).encode()))
+        else:
+            os.replace(path, path + ".old")
+    return open(path, "a")
+
+
+def build_data(args):
+    """(training set, evaluation set, what to call it): --val, else other drawn pictures, else the training images."""
+    if args.data:
+        data = ImageDataset(args.data, args.size, True, args.seed, tuple(args.crop_scale))
+    else:
+        data = ProceduralDataset(args.size, True, args.seed)
+    if args.val or args.data:
+        return data, ImageDataset(args.val or args.data, args.size, False), "--val" if args.val else "the training images"
+    return data, ProceduralDataset(args.size, False, args.seed), "other drawn pictures"
+
+
+def build_models(args):
+    """(teacher, encoder, decoder) as the arguments say: the student is a copy of its teacher, or both parts are from --init."""
+    teacher = load_teacher(args.teacher, args.teacher_weights)
+    torch.manual_seed(args.seed)
+    c = teacher.config
+    encoder = Encoder(copy.deepcopy(teacher), args.latent_dim, args.projector)
+    decoder = Decoder(DecoderConfig(
+        latent_dim=args.latent_dim, width=c.width, heads=c.heads, gtb_depth=args.gtb_depth, flow_depth=args.flow_depth,
+        flow_width=args.flow_width, patch=c.patch, grid=args.size // c.patch, projector=args.projector,
+        objective=args.decoder, pixel_stats=c.pixel_stats))
+    if args.init:
+        wanted = {**asdict(c), **asdict(decoder.config)}
+        encoder, decoder = Encoder.from_pretrained(args.init), Decoder.from_pretrained(args.init)
+        have = {**asdict(encoder.vit.config), **asdict(decoder.config)}
+        differ = [f"{k} {have[k]}, not {wanted[k]}" for k in have if have[k] != wanted[k] and k != "grid"]  # grids are resized
+        if differ:
+            raise ValueError(f"{args.init} has {', '.join(differ)}: pass what it was trained with")
+        for module in (encoder, decoder):  # training moves the latent: statistics of the old one no longer hold
+            module.latent_mean.zero_()
+            module.latent_std.fill_(1)
+    encoder.vit.requires_grad_(not args.freeze_encoder)
+    encoder.vit.drop_path = args.drop_path
+    encoder.vit.checkpoint = decoder.checkpoint = args.checkpoint_activations
+    return teacher, encoder.train(), decoder.train()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+
+    # one process per GPU (torchrun), or a single process
+    rank, ranks, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise ValueError(f"rank {local_rank} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node")
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu)  # losses and ODE state stay fp32
+    say = tqdm.write if rank == 0 else lambda text: None
+
+    # data, teacher, student, decoder, optimizer
+    micro_batch, accumulation = split_batch(args.batch_size, args.micro_batch, ranks)
+    data, val, val_name = build_data(args)
+    args.steps = args.steps or max(1, args.epochs * len(data) // args.batch_size)
+    state_path, model_path = (os.path.join(args.out, name) for name in ("state.pt", "model.safetensors"))
+    if rank == 0:
+        os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+    state = load_state(state_path, args) if os.path.isfile(state_path) else None
+    teacher, encoder, decoder = (m.to(device) for m in build_models(args))
+    optimizer = torch.optim.AdamW(parameter_groups(encoder, decoder, args.lr, args.encoder_lr_scale, args.weight_decay),
+                                  betas=(0.5, 0.95), fused=True)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    L, grid = len(teacher.blocks), args.size // teacher.config.patch
+    say(f"data: {len(data):,} {'images' if args.data else 'procedurally drawn pictures (no --data)'} at {args.size} px; "
+        f"evaluation on {val_name}")
+    say(f"model: student of {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f}M and decoder of "
+        f"{sum(p.numel() for p in decoder.parameters()) / 1e6:.1f}M parameters; latent {args.latent_dim}x{grid}x{grid}")
+    say(f"run: {args.steps:,} steps of {args.batch_size} = micro-batch {micro_batch} x accumulation {accumulation} x {ranks} "
+        f"rank{'s' * (ranks > 1)} on {device.type}")
+    if micro_batch != args.micro_batch:
+        say(f"micro_batch {args.micro_batch} does not divide a rank's share of {args.batch_size // ranks}: using {micro_batch}")
+
+    # resume: rank 0 decides from where, all ranks agree
+    start = [(state["id"], state["step"]) if state else (uuid.uuid4().hex[:12], 0)]
+    if ranks > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+        dist.broadcast_object_list(start, device=device)
+    run_id, step = start[0]
+    if step and (not state or (state["id"], state["step"]) != (run_id, step)):
+        raise ValueError(f"rank {rank} does not see rank 0's {state_path}: --out must lie on a file system that all nodes share")
+    samples, interval, sums = 0, 0, torch.zeros(3 + 2 * L, dtype=torch.float64, device=device)  # sums since the last log line
+    if state:
+        encoder.load_state_dict(state["encoder"])
+        decoder.load_state_dict(state["decoder"])
+        optimizer.load_state_dict(state["optimizer"])
+        samples, interval, sums = state["samples"], state["interval"], state["sums"].to(device)
+        exported = read_config(model_path) if os.path.isfile(model_path) else {}
+        if rank == 0 and (exported.get("id"), exported.get("step")) != (run_id, step):
+            export(state, model_path)
+        say(f"resumed from {state_path} at step {step:,}")
+        del state
+    if step >= args.steps:
+        say(f"the run is finished: {model_path}; to extend it, the same command with --steps {2 * step}")
+        return
+    log = open_log(os.path.join(args.out, "log.jsonl"), step) if rank == 0 else None
+    config = {"vit": asdict(teacher.config), "decoder": asdict(decoder.config), "size": args.size, "teacher": args.teacher,
+              "commit": commit()}
+
+    def save():
+        state = {"encoder": encoder.state_dict(), "decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(),
+                 "latent_mean": encoder.latent_mean.flatten(), "latent_std": encoder.latent_std.flatten(), "step": step,
+                 "samples": samples, "interval": interval, "sums": sums, "args": vars(args), "id": run_id, "config": config}
+        write_atomically(state_path, lambda f: torch.save(state, f))
+        export(state, model_path)
+        if args.keep_every and step % args.keep_every == 0:
+            export(state, os.path.join(args.out, f"model_{step:07d}.safetensors"))
+
+    def micro_step(img):
+        """Add the gradients of a uint8 micro-batch; returns L_flow, L_dist, alpha and w of each layer, (2 + 2L,)."""
+        with autocast:
+            loss_dist, loss_flow, weight, alpha = losses(teacher, student, flow_decoder, img / 255, args)
+            loss = args.lambda_d * loss_dist + args.lambda_f * loss_flow  # eq. 6
+        (loss / accumulation).backward()
+        return torch.cat([torch.stack([loss_flow, loss_dist]), alpha, weight]).detach()
+
+    student, flow_decoder = encoder, decoder
+    if args.compile:  # block by block: all blocks of a kind share one compilation
+        for block in (*teacher.blocks, *encoder.vit.blocks, *decoder.blocks, *decoder.head.blocks):
+            block.compile()
+    if ranks > 1:
+        student, flow_decoder = (DistributedDataParallel(m, [local_rank] if on_gpu else None, broadcast_buffers=False,
+                                                         gradient_as_bucket_view=True) for m in (encoder, decoder))
+    flops = model_flops(encoder, decoder, args.size)
+    peak = next((v for k, v in PEAK_TFLOPS.items() if on_gpu and k in torch.cuda.get_device_name()), None)
+    loader = iter(DataLoader(data, num_workers=args.workers, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None,
+                             batch_sampler=sample_numbers(samples, args.batch_size, micro_batch, rank, ranks, args.steps - step)))
+    graphed = args.compile and on_gpu and ranks == 1
+    if graphed:
+        micro_step = record(micro_step, torch.zeros(micro_batch, 3, args.size, args.size, dtype=torch.uint8, device=device))
+        optimizer.zero_grad(set_to_none=False)
+    bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", disable=None if rank == 0 else True)
+    tick, timed = time.time(), 0
+    while step < args.steps:
+        # one training step
+        for m in range(accumulation):
+            img = next(loader)[0].to(device, non_blocking=True)
+            seed_step(args.seed, step, m, rank)
+            student.require_backward_grad_sync = flow_decoder.require_backward_grad_sync = m == accumulation - 1
+            stats = micro_step(img)
+            if ranks > 1:
+                dist.all_reduce(stats)  # alpha and w are equal on all ranks
+                stats = stats / ranks
+            sums[:2] += stats[:2] / accumulation
+            sums[3:] += stats[2:] / accumulation
+        sums[2] += torch.nn.utils.clip_grad_norm_(trained, args.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not graphed)  # a graph writes where it was recorded
+        step, samples, interval, timed = step + 1, samples + args.batch_size, interval + 1, timed + 1
+        bar.update()
+
+        # log, evaluate, save; all three also at the end
+        last = step == args.steps
+        logging, evaluating, saving = (last or step % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
+        if logging or saving:
+            loss_flow, loss_dist, grad_norm, *layers = (sums / interval).tolist()
+            if not math.isfinite(loss_flow + loss_dist + grad_norm):
+                sys.exit(f"train.py: at step {step} a loss or gradient is not finite (flow {loss_flow}, distillation {loss_dist}, "
+                         f"gradient norm {grad_norm}): lower --lr; {state_path} is of the last save before it")
+        if logging:
+            loss, seconds = args.lambda_d * loss_dist + args.lambda_f * loss_flow, time.time() - tick
+            img_s = timed * args.batch_size / seconds
+            tflops = img_s / ranks * flops / 1e12
+            memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            three = [0, L // 2, L - 1]
+            say(f"step {step:6d}/{args.steps} | loss {loss:.4f} | flow {loss_flow:.4f} | dist {loss_dist:.4f} | alpha "
+                + " ".join(f"{layers[i]:.3f}" for i in three) + " | w " + " ".join(f"{layers[L + i]:.3f}" for i in three)
+                + f" | grad {grad_norm:.2f} | lr {args.lr:.0e} | {img_s:,.0f} img/s | {tflops:.1f} TFLOP/s"
+                + (f" ({tflops / peak:.0%} of peak)" if peak else "") + f" | {memory:.1f} GiB"
+                + f" | eta {tqdm.format_interval((args.steps - step) * seconds / timed)}")
+            if rank == 0:
+                print(json.dumps({"step": step, "loss": loss, "loss_flow": loss_flow, "loss_dist": loss_dist,
+                                  "alpha": layers[:L], "weight": layers[L:], "grad_norm": grad_norm, "lr": args.lr,
+                                  "img_s": img_s, "tflops_per_gpu": tflops, "memory_gib": memory}), file=log, flush=True)
+            if step % args.log_every == 0:
+                interval, sums = 0, torch.zeros_like(sums)
+        if evaluating:
+            quality, flow_by_t, picture = evaluate(encoder, decoder, val, micro_batch, args.seed, device, autocast,
+                                                   args.workers, rank, ranks)
+            say(f"eval {step:6d} | one-step PSNR {quality:.2f} dB on {val_name} | flow loss by tenth of t, image to noise: "
+                + " ".join(f"{x:.3f}" for x in flow_by_t))
+            if rank == 0:
+                print(json.dumps({"kind": "eval", "step": step, "psnr": quality, "flow_by_t": flow_by_t, "on": val_name}),
+                      file=log, flush=True)
+                write_atomically(os.path.join(args.out, "samples", f"step_{step:06d}.png"),
+                                 lambda f: Image.fromarray(picture).save(f, "PNG"))
+        if saving and rank == 0:
+            save()
+        if logging or evaluating or saving:
+            tick, timed = time.time(), 0
+    bar.close()
+    say(f"done: {model_path}, pictures in {os.path.join(args.out, 'samples')}; try: python sample.py YOUR.png --weights {model_path}")
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as e:
+        who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{who}train.py: {str(e).splitlines()[-1]}", file=sys.stderr)
+        sys.exit(2)
