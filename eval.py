@@ -15,7 +15,9 @@ import sys
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, Subset
 
 
 def psnr(a, b):
@@ -74,6 +76,43 @@ def image_noise(numbers, N, channels, seed=0):
     return torch.stack(draws)
 
 
+@torch.no_grad()
+def validate(encoder, decoder, dataset, batch, seed, autocast, workers=0, rank=0, ranks=1, images=512):
+    """What train.py looks at while it runs, over the first `images` of `dataset` (pairs of uint8 (3, S, S) and a label).
+
+    Returns the one-step PSNR in dB, the flow loss in each tenth of t (on the first batch), and on rank 0 a uint8 picture
+    (H, W, 3) of eight images, original | reconstruction | error x4, two triples a row. The images are shared out over the
+    ranks, and the decoding noise is a function of (seed, image number).
+    """
+    device, p = decoder.mean.device, decoder.config.patch
+    numbers = range(rank, min(len(dataset), images), ranks)
+    total = torch.zeros(12, dtype=torch.float64, device=device)  # PSNR, images, flow loss of ten tenths: sums over images
+    triples = []
+    encoder.eval(), decoder.eval()
+    for i, (img, _) in enumerate(DataLoader(Subset(dataset, numbers), batch, num_workers=workers)):
+        img = img.to(device) / 255
+        N = img.shape[2] * img.shape[3] // p ** 2
+        noise = image_noise(numbers[i * batch:i * batch + len(img)], N, 3 * p * p, seed).to(device)
+        with autocast:
+            z = encoder.encode(img)  # in training its statistics are the identity
+            rec = round_uint8(decoder.decode(z, noise=noise))
+            for k in range(10) if i == 0 else ():
+                t = (k + torch.rand(len(img), N, generator=torch.Generator().manual_seed(k)).to(device)) / 10
+                total[2 + k] = decoder.loss(z, img, t, noise) * len(numbers)
+        total[0] += psnr(img, rec).sum()
+        total[1] += len(img)
+        triples += [comparison(*pair) for pair in zip(img, rec)][:8 - len(triples)]
+    encoder.train(), decoder.train()
+    if ranks > 1:
+        dist.all_reduce(total)
+    psnr_mean, _, *flow_by_t = (total / total[1]).tolist()
+    if rank > 0:
+        return psnr_mean, flow_by_t, None
+    triples += [torch.zeros_like(triples[0])] * (len(triples) % 2)
+    grid = torch.cat([torch.cat(triples[i::2], dim=1) for i in (0, 1)], dim=2)  # (3, H, W)
+    return psnr_mean, flow_by_t, (grid * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
 def fit_patch_pca(batches, p, components):
     """Per-patch linear PCA from an iterable of images (B, 3, H, W) in [0, 1], streamed, in float64.
 
@@ -122,7 +161,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Measure a tokenizer as the command line asks, print the report, and return it as a dict."""
     from PIL import Image
-    from torch.utils.data import DataLoader, StackDataset
+    from torch.utils.data import StackDataset
     from tqdm import tqdm
 
     from data import ImageDataset, to_tensor

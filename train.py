@@ -26,15 +26,15 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import distill
 from data import ImageDataset, ProceduralDataset, sample_numbers, split_batch
 from decoder import Decoder, DecoderConfig, sample_t
-from distill import STRATEGIES, distill_loss
 from encoder import TEACHERS, Encoder, ViT, load_teacher, read_config, teacher_config, write_atomically, write_model
-from eval import comparison, image_noise, psnr, round_uint8
+from eval import validate
 
 # The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512); small
 # and tiny are ours. micro_batch: images a GPU holds at once, for 80 GB.
@@ -53,7 +53,6 @@ ON_CPU = dict(batch_size=8, micro_batch=8, steps=400)  # small and tiny without 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165, "3090": 71}  # dense bf16
 MAY_DIFFER = {"out", "steps", "epochs", "workers", "micro_batch", "compile", "log_every", "eval_every", "save_every",
               "keep_every", "resume_anyway"}  # arguments that a resumed run may change
-VAL_IMAGES = 512  # of --val that an evaluation during training looks at; eval.py measures on all
 
 
 def parse_args(argv=None):
@@ -78,7 +77,7 @@ def parse_args(argv=None):
     add("--flow_width", type=int, help="width of the flow head *")
     add("--decoder", default="flow", choices=["flow", "pixel"], help="pixel regresses the pixels, Table 5c [%(default)s]")
     # method
-    add("--strategy", default="adaptive", choices=STRATEGIES, help="layer weights, Table 5a [%(default)s]")
+    add("--strategy", default="adaptive", choices=distill.STRATEGIES, help="layer weights, Table 5a [%(default)s]")
     add("--beta", type=float, default=2.0, help="temperature of eq. 1 [%(default)s]")
     add("--lambda_d", type=float, default=1.0, help="weight of the distillation loss [%(default)s]")
     add("--lambda_f", type=float, default=1.0, help="weight of the flow loss [%(default)s]")
@@ -147,8 +146,8 @@ def losses(teacher, encoder, decoder, img, args, t=None, noise=None):
     with torch.no_grad():
         h_teacher = teacher(img)  # H_T: L x (B, P+N, D)
     z, h_student = encoder(img)  # z (B, C, h, w) = P_down(H_U^(L)); H_U: L x (B, P+N, D)
-    loss_dist, weight, alpha = distill_loss([h[:, P:] for h in h_student], [h[:, P:] for h in h_teacher],  # spatial tokens
-                                            args.beta, args.strategy)
+    h_student, h_teacher = ([h[:, P:] for h in tokens] for tokens in (h_student, h_teacher))  # spatial tokens only
+    loss_dist, weight, alpha = distill.distill_loss(h_student, h_teacher, args.beta, args.strategy)
     if t is None:
         t = sample_t((len(img), img.shape[2] * img.shape[3] // p ** 2), args.endpoint, img.device)  # per patch (B, N)
     loss_flow = decoder(z, img, t, noise)
@@ -192,42 +191,6 @@ def record(micro_step, img):
         graph.replay()
         return stats
     return replay
-
-
-@torch.no_grad()
-def evaluate(encoder, decoder, val, batch, seed, device, autocast, workers=0, rank=0, ranks=1):
-    """One-step PSNR in dB over the first VAL_IMAGES of `val`, the flow loss in each tenth of t on the first batch, and a
-    uint8 picture (H, W, 3) of eight images, original | reconstruction | error x4, two triples a row.
-
-    Images are shared out over the ranks; decoding noise depends on (seed, image number) only.
-    """
-    numbers = list(range(rank, min(len(val), VAL_IMAGES), ranks))
-    p = decoder.config.patch
-    total = torch.zeros(12, dtype=torch.float64, device=device)  # PSNR, images, flow loss of ten tenths: sums over images
-    triples = []
-    encoder.eval(), decoder.eval()
-    for i, (img, _) in enumerate(DataLoader(Subset(val, numbers), batch, num_workers=workers)):
-        img = img.to(device) / 255
-        N = img.shape[2] * img.shape[3] // p ** 2
-        noise = image_noise(numbers[i * batch:i * batch + len(img)], N, 3 * p * p, seed).to(device)
-        with autocast:
-            z = encoder.encode(img)  # in training its statistics are the identity
-            rec = round_uint8(decoder.decode(z, noise=noise))
-            for k in range(10) if i == 0 else ():
-                t = (k + torch.rand(len(img), N, generator=torch.Generator().manual_seed(k)).to(device)) / 10
-                total[2 + k] = decoder.loss(z, img, t, noise) * len(numbers)
-        total[0] += psnr(img, rec).sum()
-        total[1] += len(img)
-        triples += [comparison(*pair) for pair in zip(img, rec)][:8 - len(triples)]
-    encoder.train(), decoder.train()
-    if ranks > 1:
-        dist.all_reduce(total)
-    psnr_mean, _, *flow_by_t = (total / total[1]).tolist()
-    if not triples:  # more ranks than images
-        return psnr_mean, flow_by_t, None
-    triples += [torch.zeros_like(triples[0])] * (len(triples) % 2)
-    grid = torch.cat([torch.cat(triples[i::2], dim=1) for i in (0, 1)], dim=2)  # (3, H, W) in [0, 1]
-    return psnr_mean, flow_by_t, (grid * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
 def commit():
@@ -392,8 +355,9 @@ def main(argv=None):
     if args.compile:  # block by block: all blocks of a kind share one compilation
         for block in (*teacher.blocks, *encoder.vit.blocks, *decoder.blocks, *decoder.head.blocks):
             block.compile()
+        distill.layer_distances = torch.compile(distill.layer_distances)
     if ranks > 1:
-        student, flow_decoder = (DistributedDataParallel(m, [local_rank] if on_gpu else None, broadcast_buffers=False,
+        student, flow_decoder = (DistributedDataParallel(m, [local_rank] if on_gpu else None,
                                                          gradient_as_bucket_view=True) for m in (encoder, decoder))
     flops = model_flops(encoder, decoder, args.size)
     peak = next((v for k, v in PEAK_TFLOPS.items() if on_gpu and k in torch.cuda.get_device_name()), None)
@@ -449,8 +413,7 @@ def main(argv=None):
             if step % args.log_every == 0:
                 interval, sums = 0, torch.zeros_like(sums)
         if evaluating:
-            quality, flow_by_t, picture = evaluate(encoder, decoder, val, micro_batch, args.seed, device, autocast,
-                                                   args.workers, rank, ranks)
+            quality, flow_by_t, picture = validate(encoder, decoder, val, micro_batch, args.seed, autocast, args.workers, rank, ranks)
             say(f"eval {step:6d} | one-step PSNR {quality:.2f} dB on {val_name} | flow loss by tenth of t, image to noise: "
                 + " ".join(f"{x:.3f}" for x in flow_by_t))
             if rank == 0:
@@ -465,6 +428,8 @@ def main(argv=None):
     bar.close()
     say(f"done: {model_path}, pictures in {os.path.join(args.out, 'samples')}; try: python sample.py YOUR.png --weights {model_path}")
     if ranks > 1:
+        dist.barrier()
+        del student, flow_decoder, micro_step  # they hold the process group, which must end on all ranks together
         dist.destroy_process_group()
 
 

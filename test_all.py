@@ -1,0 +1,950 @@
+"""Tests of the whole project, each with its oracle inside: a number worked by hand, a closed form, or another implementation.
+
+    python test_all.py [NAME ...]        # all, or those whose name contains NAME; closes with "N passed, N failed"
+
+They run on the CPU in tiny configurations and need requirements-test.txt; `pytest test_all.py` runs the same functions.
+"""
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import types
+import zipfile
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+import decoder
+import distill
+import encoder
+import eval as evaluation
+import sample
+import train
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+LEAVES = ("encoder", "decoder", "distill", "data", "eval")
+MICRO_VIT = encoder.ViTConfig(width=32, depth=3, heads=2, mlp_width=64, patch=4, size=16)
+MICRO_DECODER = decoder.DecoderConfig(latent_dim=8, width=32, heads=2, gtb_depth=2, flow_depth=2, flow_width=96, patch=4, grid=4)
+MICRO_RUN = ["--latent_dim", "8", "--gtb_depth", "1", "--flow_depth", "2", "--flow_width", "96", "--batch_size", "4",
+             "--lr", "1e-3", "--log_every", "1", "--workers", "0"]
+
+
+# ---- helpers ----
+
+def micro_models(seed=0, config=MICRO_DECODER):
+    """(teacher, encoder, decoder), with every parameter random: zero-initialised ones would hide what is tested."""
+    torch.manual_seed(seed)
+    teacher = encoder.ViT(MICRO_VIT).eval().requires_grad_(False)
+    enc = encoder.Encoder(encoder.ViT(MICRO_VIT), config.latent_dim, config.projector)
+    dec = decoder.Decoder(config)
+    for module in (teacher, enc, dec):
+        for p in module.parameters():
+            p.data = 0.2 * torch.randn_like(p)
+    return teacher, enc, dec
+
+
+def micro_teacher(folder):
+    """Path of a self-describing teacher file of MICRO_VIT."""
+    torch.manual_seed(1)
+    path = os.path.join(folder, "teacher.safetensors")
+    encoder.write_model(path, {"vit": asdict(MICRO_VIT)}, encoder.ViT(MICRO_VIT).state_dict())
+    return path
+
+
+def run(*command, cwd=HERE, **env):
+    """Run a command; `python` and `torchrun` mean this interpreter's."""
+    start = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+    command = [*start.get(command[0], command[:1]), *map(str, command[1:])]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def train_quietly(*flags):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        train.main([*MICRO_RUN, *map(str, flags)])
+    return out.getvalue()
+
+
+def log_lines(folder, timing=False):
+    """The lines of a run's log; without what the clock and the machine decide."""
+    lines = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
+    return lines if timing else [{k: v for k, v in x.items() if k not in ("img_s", "tflops_per_gpu", "memory_gib")} for x in lines]
+
+
+def picture(seed, width=40, height=30):
+    """A smooth colour picture as a PIL image."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def picture_folder(folder, n=10):
+    """A folder of n pictures in two class folders, and the same as an archive; their two paths."""
+    root, archive = os.path.join(folder, "pictures"), os.path.join(folder, "pictures.zip")
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as z:
+        for i in range(n):
+            name = os.path.join(f"class{i % 2}", f"{i}.png")
+            os.makedirs(os.path.dirname(os.path.join(root, name)), exist_ok=True)
+            picture(i, 40 + i, 30 + 2 * i).save(os.path.join(root, name))
+            z.write(os.path.join(root, name), name)
+    return root, archive
+
+
+def close(a, b, tolerance=1e-6):
+    """Relative error of tensors, asserted."""
+    error = ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+    assert error <= tolerance, f"relative error {error:.2e}, allowed {tolerance:.0e}"
+
+
+# ---- distill.py ----
+
+def test_layer_weights_by_hand():
+    # L = 3, beta = 2: (1/3)e^1.0 = 0.906094, (2/3)e^0.4 = 0.994550, (3/3)e^0.2 = 1.221403, sum 3.122047
+    alpha = torch.tensor([0.5, 0.2, 0.1])
+    by_hand = torch.tensor([0.290224, 0.318557, 0.391219])
+    close(distill.layer_weights(alpha, beta=2.0), by_hand, 3e-6)
+    product = torch.softmax(torch.tensor([1 / 3, 2 / 3, 1]) * 2 * alpha, 0)  # the mistake of a public copy
+    assert (product - by_hand).abs().max() > 0.02, "the example must tell eq. 1 from a softmax of the product"
+    close(distill.layer_weights(alpha, 9.0, "progressive"), torch.tensor([1 / 6, 2 / 6, 3 / 6]))
+    close(distill.layer_weights(alpha, 9.0, "uniform"), torch.tensor([1 / 3, 1 / 3, 1 / 3]))
+    assert distill.layer_weights(alpha, 9.0, "final").tolist() == [0, 0, 1]
+    assert distill.layer_weights(torch.tensor([2.0, 0.0]), 1000.0).tolist() == [1, 0], "a large beta must not overflow"
+
+
+def test_layer_distances():
+    t = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
+    s = torch.tensor([[[0.0, 3.0], [2.0, 2.0]]])  # cosines 0 and 1; then -1 and -1
+    close(distill.layer_distances([s, -t], [t, t]), torch.tensor([0.5, 2.0]))
+
+
+def test_no_gradient_through_weights():
+    torch.manual_seed(0)
+    teacher = [torch.randn(2, 5, 4) for _ in range(3)]
+    student = [torch.randn(2, 5, 4, requires_grad=True) for _ in range(3)]
+    loss, weights, distances = distill.distill_loss(student, teacher)
+    assert not weights.requires_grad and not distances.requires_grad
+    got = torch.autograd.grad(loss, student)
+    for l in range(3):  # d loss / d student_l = w_l d alpha_l, by the closed form of the cosine's gradient
+        s, t = student[l].detach(), teacher[l]
+        ns, nt = s.norm(dim=-1, keepdim=True), t.norm(dim=-1, keepdim=True)
+        cos = (s * t).sum(-1, keepdim=True) / (ns * nt)
+        close(got[l], -weights[l] * (t / (ns * nt) - cos * s / ns ** 2) / 10, 1e-5)
+
+
+def test_training_step_drops_cls_and_draws_t_per_patch():
+    class Tokens(nn.Module):
+        num_prefix, config = 1, MICRO_VIT
+
+        def __init__(self, cls):
+            super().__init__()
+            self.cls = cls
+
+        def forward(self, img):
+            torch.manual_seed(0)  # the same spatial tokens, whatever the CLS token
+            return [torch.cat([torch.full((len(img), 1, 32), self.cls), torch.randn(len(img), 16, 32)], 1) for _ in range(3)]
+
+    seen = {}
+
+    def flow_loss(z, img, t, noise):
+        seen["t"] = t
+        return torch.zeros(())
+    args = types.SimpleNamespace(beta=2.0, strategy="adaptive", endpoint=0.0)
+    student = Tokens(-5.0)
+    loss_dist, *_ = train.losses(Tokens(5.0), lambda img: (None, student(img)), flow_loss, torch.rand(2, 3, 16, 16), args)
+    assert abs(loss_dist.item()) < 1e-6, f"opposite CLS tokens moved the distillation loss to {loss_dist.item()}"
+    assert seen["t"].shape == (2, 16) and len(seen["t"].unique()) == 32, "every patch must have its own time"
+
+
+def test_student_equals_teacher_at_start():
+    with tempfile.TemporaryDirectory() as tmp:
+        args = train.parse_args(["--teacher", micro_teacher(tmp), *MICRO_RUN])
+        teacher, enc, dec = train.build_models(args)
+        *_, alpha = train.losses(teacher, enc, dec, torch.rand(2, 3, 16, 16), args)
+        assert alpha.abs().max() < 1e-6, f"alpha at step 0 is {alpha}"
+        assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.training
+        assert all(p.requires_grad for p in enc.parameters())
+        # zero-init in the assembled model: every modulation and the output layer, hence a velocity of 0
+        for m in [b.modulation for b in dec.head.blocks] + [dec.head.final_modulation, dec.head.output]:
+            assert not m.weight.any() and not m.bias.any()
+        assert not dec.velocity(torch.randn(2, 16, 48), torch.rand(2, 16), torch.randn(2, 16, 32)).any()
+        assert dec.head.blocks[0].fc1.weight.any() and dec.blocks[0].qkv.weight.any(), "the rest must not be zero"
+
+
+# ---- decoder.py ----
+
+def test_patchify_by_hand():
+    c, y, x = torch.meshgrid(torch.arange(3), torch.arange(4), torch.arange(6), indexing="ij")
+    img = (100 * c + 10 * y + x)[None].float()  # each value spells its channel, row and column; 4 x 6 pixels
+    patches = decoder.patchify(img, 2)
+    assert patches.shape == (1, 6, 12)
+    assert patches[0, 0].tolist() == [0, 1, 10, 11, 100, 101, 110, 111, 200, 201, 210, 211]
+    assert patches[0, 4].tolist() == [22, 23, 32, 33, 122, 123, 132, 133, 222, 223, 232, 233]  # second row, second column
+    close(patches, F.unfold(img, 2, stride=2).transpose(1, 2), 0)
+    assert torch.equal(decoder.unpatchify(patches, 2, 4, 6), img)
+
+
+def test_flow_loss_closed_form():
+    _, _, dec = micro_models()
+    img, z, noise, t = torch.rand(2, 3, 16, 16), torch.randn(2, 8, 4, 4), torch.randn(2, 16, 48), torch.rand(2, 16)
+    x = decoder.patchify((img - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None], 4)
+    seen = {}
+
+    def perfect(x_t, t, c):
+        seen["x_t"] = x_t
+        return noise - x
+    dec.velocity = perfect
+    assert dec.loss(z, img, t, noise).item() < 1e-12, "the true velocity eps - x must have no loss"
+    close(seen["x_t"], (1 - t[..., None]) * x + t[..., None] * noise, 1e-6)
+    dec.velocity = lambda x_t, t, c: noise - x + 0.5
+    assert abs(dec.loss(z, img, t, noise).item() - 0.25) < 1e-5, "a mean over patches and elements: 0.5 everywhere is 0.25"
+
+
+def test_time_runs_the_released_way_inside():
+    _, _, dec = micro_models()
+    dec.head.forward = lambda x, s, c: s[..., None].expand_as(x)
+    v = dec.velocity(torch.zeros(1, 2, 48), torch.tensor([[1.0, 0.25]]), torch.zeros(1, 2, 32))
+    assert v[0, :, 0].tolist() == [0.0, -0.75], "v(x, t, c) = -net(x, 1 - t, c)"
+
+
+def test_euler_closed_form():
+    _, _, dec = micro_models()
+    mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    z, noise = torch.randn(2, 8, 4, 6), 0.3 * torch.randn(2, 24, 48)
+
+    def decoded(steps):
+        return ((dec.decode(z, steps, noise) - mean) / std)
+    start = decoder.unpatchify(noise, 4, 16, 24)
+    dec.velocity = lambda x, t, c: 0.5 * x
+    for n in (1, 2, 10):  # x' = 0.5 x backwards in n steps: (1 - 0.5/n)^n x
+        close(decoded(n), (1 - 0.5 / n) ** n * start, 1e-5)
+    dec.velocity = lambda x, t, c: torch.full_like(x, 0.7)
+    close(decoded(100), decoded(1), 1e-5)  # on a constant field one step is exact
+    close(decoded(1), start - 0.7, 1e-5)
+    times = []
+    dec.velocity = lambda x, t, c: times.append(t[0, 0].item()) or torch.zeros_like(x)
+    dec.decode(z, 4, noise)
+    assert times == [1.0, 0.75, 0.5, 0.25], f"Euler steps from noise (1) to image (0) were at {times}"
+    calls = []
+    dec.condition = lambda z: calls.append(1) or torch.zeros(2, 24, 32)
+    dec.decode(z, 4, noise)
+    assert len(calls) == 1, "the condition is computed once for all steps"
+
+
+def test_flow_head_is_patchwise_and_gtb_is_not():
+    for depth, moved in ((2, 16), (0, 1)):
+        _, _, dec = micro_models(config=decoder.DecoderConfig(**{**asdict(MICRO_DECODER), "gtb_depth": depth}))
+        z, x_t, t = torch.randn(1, 8, 4, 4), torch.randn(1, 16, 48), torch.rand(1, 16)
+        z2 = z.clone()
+        z2[0, :, 1, 1] += 1  # one latent token, number 5
+        changed = (dec.condition(z2) - dec.condition(z)).abs().sum(-1)[0] > 1e-6
+        assert changed.sum() == moved and changed[5], f"with {depth} global blocks one latent token moved {changed.sum()} tokens"
+        c = dec.condition(z)
+        c2, x2 = c.clone(), x_t.clone()
+        c2[0, 3] += 1
+        x2[0, 7] += 1
+        for other in (dec.velocity(x_t, t, c2), dec.velocity(x2, t, c)):
+            touched = (other - dec.velocity(x_t, t, c)).abs().sum(-1)[0] > 0
+            assert touched.sum() == 1 and (touched[3] or touched[7]), "the flow head must see one patch and its own condition"
+
+
+def test_flow_head_reads_condition_time_and_noise():
+    _, _, dec = micro_models()
+    x, t, c = torch.randn(1, 4, 48), torch.rand(1, 4), torch.randn(1, 4, 32)
+    v = dec.velocity(x, t, c)
+    for other in (dec.velocity(x + 1, t, c), dec.velocity(x, 1 - t, c), dec.velocity(x, t, c + 1)):
+        assert (other - v).abs().min() > 0
+
+
+def test_sample_t_distribution():
+    torch.manual_seed(0)
+    n = 400_000
+    t = decoder.sample_t((n,))
+    assert 0 <= t.min() and t.max() <= 1
+    for q in (0.02, 0.1, 0.3, 0.5, 0.9, 0.98):  # P(t < q) = 0.9 Phi(logit q) + 0.1 q
+        expected = 0.9 * 0.5 * (1 + math.erf(math.log(q / (1 - q)) / math.sqrt(2))) + 0.1 * q
+        assert abs((t < q).float().mean().item() - expected) < 5 * math.sqrt(0.25 / n), q
+    ends = (decoder.sample_t((n,), endpoint=0.3) == 1).float().mean().item()
+    assert abs(ends - 0.3) < 0.005 and (decoder.sample_t((100,), endpoint=1.0) == 1).all()
+
+
+def test_pixel_objective_regresses_the_pixels():
+    _, _, dec = micro_models(config=decoder.DecoderConfig(**{**asdict(MICRO_DECODER), "objective": "pixel"}))
+    img, z = torch.rand(2, 3, 16, 16), torch.randn(2, 8, 4, 4)
+    x = decoder.patchify((img - dec.mean) / dec.std, 4)
+    predicted = -dec.velocity(torch.zeros_like(x), torch.ones(2, 16), dec.condition(z))
+    close(dec.loss(z, img, torch.rand(2, 16), torch.randn_like(x)), F.mse_loss(predicted, x), 1e-6)
+    assert torch.equal(dec.decode(z), dec.decode(z, steps=5)), "no noise goes in, and there is one step"
+    close(dec.decode(z), (decoder.unpatchify(predicted, 4, 16, 16) * dec.std + dec.mean).clamp(0, 1), 1e-5)
+
+
+def test_sinusoid_closed_form():
+    f = decoder.sinusoid(torch.tensor([3.0]), 4)  # frequencies 1 and 10000^(-1/2) = 0.01; cosines first
+    close(f[0], torch.tensor([math.cos(3), math.cos(0.03), math.sin(3), math.sin(0.03)]), 1e-6)
+
+
+# ---- encoder.py ----
+
+def test_parameter_counts_of_full_size_models():
+    counts = {"internvit": 304_012_288, "dinov2": 304_367_616, "siglip2": 412_649_712, "siglip2-l": 303_361_024, "clip": 303_179_776}
+    count = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
+    for name, expected in counts.items():  # the published backbones, TEACHERS.md
+        args = train.parse_args(["--teacher", name])
+        with torch.device("meta"):
+            vit = encoder.ViT(encoder.TEACHERS[name])
+            dec = decoder.Decoder(decoder.DecoderConfig(
+                latent_dim=args.latent_dim, width=vit.config.width, heads=vit.config.heads, gtb_depth=args.gtb_depth,
+                flow_depth=args.flow_depth, flow_width=args.flow_width, patch=vit.config.patch, grid=args.size // vit.config.patch))
+            loss = dec(encoder.Encoder(vit)(torch.empty(1, 3, args.size, args.size))[0], torch.empty(1, 3, args.size, args.size))
+        assert count(vit) == expected, f"{name} has {count(vit):,} parameters, published {expected:,}"
+        assert loss.shape == ()
+        if name == "internvit":  # as released: 64*1024+1024 + 1024^2+1024; 6*(12*1024^2 + 13*1024); the flow head's list
+            assert count(dec.latent_up) == 1_116_160 and count(dec.blocks) == 75_577_344
+            assert count(dec.head) == 68_667_980
+
+
+def test_vit_block_by_hand():
+    """One block on one token: attention of a single token is its value, so the block is a few matrix products."""
+    config = encoder.ViTConfig(width=4, depth=1, heads=2, mlp_width=8, patch=2, size=2, num_prefix=0, layer_scale=1.0,
+                               activation="quick_gelu", eps=1e-5)
+    torch.manual_seed(0)
+    block = encoder.Block(config)
+    for p in block.parameters():
+        p.data = torch.randn_like(p)
+    norm = lambda x, n: (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt() * n.weight + n.bias
+    x = torch.randn(4)
+    value = (block.qkv.weight @ norm(x, block.norm1) + block.qkv.bias)[8:]  # rows: q, k, v
+    y = x + block.scale1 * (block.proj.weight @ value + block.proj.bias)
+    h = block.fc1.weight @ norm(y, block.norm2) + block.fc1.bias
+    expected = y + block.scale2 * (block.fc2.weight @ (h / (1 + torch.exp(-1.702 * h))) + block.fc2.bias)
+    close(block(x[None, None])[0, 0], expected, 1e-5)
+
+
+def test_any_size_that_is_a_multiple_of_the_patch():
+    _, enc, dec = micro_models()
+    for H, W in ((16, 16), (8, 28), (36, 4)):
+        z, hidden = enc(torch.rand(2, 3, H, W))
+        assert z.shape == (2, 8, H // 4, W // 4)
+        assert [h.shape for h in hidden] == 3 * [(2, 1 + H * W // 16, 32)]
+        assert enc.features(torch.rand(2, 3, H, W)).shape == (2, H * W // 16, 32)
+        assert dec.decode(z).shape == (2, 3, H, W)
+    try:
+        enc(torch.rand(1, 3, 18, 16))
+        raise AssertionError("18 is no multiple of 4")
+    except ValueError as e:
+        assert "16x18" in str(e) and "multiples of the patch 4" in str(e)
+
+
+def test_latent_layout_is_row_major():
+    _, enc, _ = micro_models()
+    img = torch.rand(1, 3, 16, 24)
+    z, hidden = enc(img)
+    tokens = enc.latent_down(enc.vit.norm(hidden[-1])[:, 1:])  # (1, 24, 8)
+    assert torch.equal(z[0, :, 2, 5], tokens[0, 2 * 6 + 5])
+    assert torch.equal(enc.features(img), enc.vit.norm(hidden[-1])[:, 1:])
+    assert torch.equal(enc.features(img, layer=-2), hidden[-2][:, 1:])
+
+
+def test_position_grid_resize():
+    """Against cubic convolution with a = -0.75 (PyTorch's and OpenCV's bicubic), written out as two matrices."""
+    def cubic(n_in, n_out):
+        def kernel(x):
+            x = abs(x)
+            return (1.25 * x - 2.25) * x * x + 1 if x <= 1 else -0.75 * (((x - 5) * x + 8) * x - 4) if x < 2 else 0.0
+        matrix = torch.zeros(n_out, n_in)
+        for i in range(n_out):
+            x = (i + 0.5) * n_in / n_out - 0.5  # align_corners=False
+            for j in range(math.floor(x) - 1, math.floor(x) + 3):
+                matrix[i, min(max(j, 0), n_in - 1)] += kernel(x - j)  # the border repeats
+        return matrix
+    torch.manual_seed(0)
+    pos = torch.randn(1, 64, 5)
+    for module in (encoder, decoder):
+        assert module.resize_grid(pos, 8, 8) is pos, "at its own size the grid must stay bit-identical"
+        for h, w in ((16, 20), (5, 11)):  # 5 < 8: no antialiasing
+            expected = torch.einsum("hi,wj,ijd->hwd", cubic(8, h), cubic(8, w), pos.view(8, 8, 5))
+            close(module.resize_grid(pos, h, w), expected.reshape(1, h * w, 5), 1e-5)
+
+
+def test_drop_path_and_activation_checkpointing():
+    _, enc, dec = micro_models()
+    img, t, noise = torch.rand(2, 3, 16, 16), torch.rand(2, 16), torch.randn(2, 16, 48)
+
+    def gradients(recompute):
+        enc.vit.checkpoint = dec.checkpoint = recompute
+        enc.zero_grad(), dec.zero_grad()
+        dec(enc(img)[0], img, t, noise).backward()
+        return torch.cat([p.grad.flatten() for m in (enc, dec) for p in m.parameters()])
+    assert torch.equal(gradients(True), gradients(False)), "recomputing activations must not change the gradients"
+    enc.vit.checkpoint = False
+    enc.vit.drop_path = 0.5
+    plain = enc.eval()(img)[1]
+    assert torch.equal(enc(img)[1][-1], plain[-1]), "no drop path in eval mode"
+    enc.train()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        last = torch.stack([enc(img)[1][1] for _ in range(4000)])
+    # block 2 of 3 drops at 0.25: a branch is kept times 1/0.75, so its mean is the plain output
+    assert (last[0] != last[1]).any() and (last.mean(0) - branch_mean(enc, img)).abs().max() < 0.25
+
+
+def branch_mean(enc, img):
+    """Expected output of block 2 under stochastic depth: over the four ways to keep or drop its branches (rate 1/4)."""
+    block, x = enc.vit.blocks[1], enc.vit(img)[0]  # block 1 never drops
+    total = 0
+    with torch.no_grad():
+        for first in (0, 1 / 0.75):
+            for second in (0, 1 / 0.75):
+                chance = (0.75 if first else 0.25) * (0.75 if second else 0.25)
+                y = x + first * block.attention(block.norm1(x))
+                total = total + chance * (y + second * block.mlp(block.norm2(y)))
+    return total
+
+
+def test_file_round_trip_and_latent_statistics():
+    _, enc, dec = micro_models()
+    mean, std = torch.randn(8), torch.rand(8) + 0.5
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "model.safetensors")
+        state = {"encoder": enc.state_dict(), "decoder": dec.state_dict(), "latent_mean": mean, "latent_std": std, "step": 7, "id": "x",
+                 "config": {"vit": asdict(MICRO_VIT), "decoder": asdict(MICRO_DECODER), "size": 16}}
+        train.export(state, path)
+        enc2, dec2 = encoder.Encoder.from_pretrained(path), decoder.Decoder.from_pretrained(path)
+        assert encoder.read_config(path)["step"] == 7
+        assert not os.path.exists(path + ".tmp")
+        img, noise = torch.rand(2, 3, 16, 16), torch.randn(2, 16, 48)
+        z = enc(img)[0].detach()
+        close(enc2.encode(img), (z - mean.view(8, 1, 1)) / std.view(8, 1, 1), 1e-6)
+        close(dec2.decode(enc2.encode(img), noise=noise), dec.decode(z, noise=noise), 1e-5)
+        # a file of another configuration says so
+        state["config"]["vit"] = {**asdict(MICRO_VIT), "depth": 4}
+        train.export(state, path)
+        try:
+            encoder.Encoder.from_pretrained(path)
+            raise AssertionError("a file without its fourth block was loaded")
+        except ValueError as e:
+            assert "missing vit.blocks.3" in str(e), e
+
+
+# ---- data.py ----
+
+def test_folder_and_archive_agree():
+    with tempfile.TemporaryDirectory() as tmp:
+        folder, archive = picture_folder(tmp)
+        a, b = (data.ImageDataset(p, 16, train=False) for p in (folder, archive))
+        assert len(a) == len(b) == 10 and a.classes == ["class0", "class1"]
+        assert a.labels.tolist() == [0] * 5 + [1] * 5
+        for n in range(10):
+            assert torch.equal(a[n][0], b[n][0]) and a[n][1] == b[n][1]
+        both = data.ImageDataset([folder, archive], 16, train=True)
+        assert len(both) == 20 and both[3][0].shape == (3, 16, 16) and both[3][0].dtype == torch.uint8
+        assert len(list(a)) == 10, "iterating must end"
+        for attribute in vars(a).values():  # millions of files must not become millions of Python objects
+            assert not (isinstance(attribute, (list, dict)) and len(attribute) > 4), "entries are kept in arrays"
+
+
+def test_center_crop_by_hand():
+    ramp = np.zeros((8, 16, 3), np.uint8)
+    ramp[:] = np.arange(16)[None, :, None]
+    crop = np.array(data.center_crop(Image.fromarray(ramp), 8))
+    assert crop.shape == (8, 8, 3) and crop[0, :, 0].tolist() == list(range(4, 12)), "same size: the middle columns"
+    half = np.array(data.center_crop(Image.fromarray(ramp), 4))  # one box halving: (0+1)/2 rounded, ... then columns 2 to 5
+    assert half.shape == (4, 4, 3) and np.abs(half[0, :, 0] - np.array([4.5, 6.5, 8.5, 10.5])).max() <= 0.5
+
+
+def test_random_crop_range():
+    img = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 3), np.uint8))
+    sides = {rng.integers(math.ceil(16 / 1.0), math.ceil(16 / 0.5) + 1) for rng in [np.random.default_rng(0)] for _ in range(500)}
+    assert sides == set(range(16, 33)), "the oracle: shorter sides of 16 to 32 pixels at crop_scale (0.5, 1)"
+    seen, shrink = set(), data.shrink
+    try:
+        data.shrink = lambda img, short: seen.add(short) or shrink(img, short)
+        rng = np.random.default_rng(1)
+        crops = [data.random_crop(img, 16, rng, (0.5, 1.0)) for _ in range(500)]
+    finally:
+        data.shrink = shrink
+    assert seen == sides and {c.size for c in crops} == {(16, 16)}
+
+
+def test_sample_sequence_is_the_same_for_ranks_and_workers():
+    with tempfile.TemporaryDirectory() as tmp:
+        folder, _ = picture_folder(tmp, n=7)
+        dataset = data.ImageDataset(folder, 16, train=True, seed=3)
+
+        def sequence(ranks, workers, micro_batch, first=0, batches=3):
+            by_rank = [torch.utils.data.DataLoader(dataset, num_workers=workers, batch_sampler=data.sample_numbers(
+                first, 8, micro_batch, r, ranks, batches)) for r in range(ranks)]
+            parts = [torch.cat([img for img, _ in loader]).view(batches, -1, 3, 16, 16) for loader in by_rank]
+            return torch.cat(parts, 1)  # (batches, 8, 3, 16, 16)
+        one = sequence(1, 0, 8)
+        for ranks, workers, micro_batch in ((1, 2, 4), (2, 0, 2), (2, 2, 4), (4, 0, 1)):
+            assert torch.equal(sequence(ranks, workers, micro_batch), one), (ranks, workers, micro_batch)
+        assert torch.equal(sequence(2, 0, 2, first=16, batches=1), one[2:]), "a resumed run goes on with the next samples"
+        assert sorted(dataset.index(n) for n in range(7)) == list(range(7)), "an epoch sees every image once"
+        orders = [[dataset.index(n) for n in range(e * 7, e * 7 + 7)] for e in range(3)]
+        assert orders[0] != orders[1] != orders[2], "each epoch has its own order"
+        assert not torch.equal(dataset[0][0], data.ImageDataset(folder, 16, train=True, seed=4)[0][0])
+
+
+def test_split_batch():
+    assert data.split_batch(512, 32, 8) == (32, 2)
+    assert data.split_batch(24, 5, 2) == (4, 3), "12 a rank: 5 does not divide it, 4 is the largest below that does"
+    assert data.split_batch(4, 32, 4) == (1, 1)
+    try:
+        data.split_batch(10, 4, 4)
+        raise AssertionError("10 does not divide among 4")
+    except ValueError as e:
+        assert "8 or 12" in str(e)
+
+
+def test_every_kind_of_picture_becomes_rgb():
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8))
+    as_array = lambda img: np.array(data.load_image(img)).astype(int)
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "x.png")
+        deep = (np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)
+        Image.fromarray(deep).save(path)
+        assert np.array_equal(as_array(path)[..., 0], deep // 256), "16 bits keep their upper 8"
+        rgba = rgb.convert("RGBA")
+        rgba.putalpha(Image.new("L", rgb.size, 0))
+        rgba.save(path)
+        assert (as_array(path) == 255).all(), "what is transparent is white"
+        rgb.convert("L").save(path)
+        assert np.array_equal(as_array(path)[..., 2], np.array(rgb.convert("L")))
+        rgb.convert("CMYK").save(os.path.join(tmp, "x.tif"))
+        assert np.abs(as_array(os.path.join(tmp, "x.tif")) - np.array(rgb)).max() <= 1
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+        rgb.save(path, exif=exif)
+        assert np.array_equal(as_array(path), np.rot90(np.array(rgb), -1)), "the EXIF orientation must be applied"
+
+
+def test_drawn_pictures():
+    a, b = data.ProceduralDataset(32, train=True, seed=0), data.ProceduralDataset(32, train=False, seed=0)
+    assert all(torch.equal(a[n][0], a[n][0]) for n in range(4)) and not torch.equal(a[0][0], b[0][0])
+    labels = [a[n][1] for n in range(200)]
+    assert all(30 < labels.count(k) < 75 for k in range(4)), "four kinds, equally often"
+    for n in range(50):  # pictures, not noise: neighbouring pixels are alike
+        x = a[n][0].float()
+        if a[n][1] != 2:  # textures may be fine
+            assert (x[:, :, 1:] - x[:, :, :-1]).abs().mean() < 20
+    close(torch.tensor([float(i) for i in range(3)]), torch.arange(3.0))
+    assert data.ProceduralDataset(112, train=True)[10_000_001][0].shape == (3, 112, 112), "training never runs out"
+
+
+# ---- eval.py ----
+
+def test_psnr_closed_form():
+    a = torch.rand(2, 3, 8, 8) * 0.5
+    b = a + torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
+    close(evaluation.psnr(a, b), torch.tensor([20.0, 40.0], dtype=torch.float64), 1e-5)
+    mixed = evaluation.psnr(torch.zeros(1, 3, 2, 2), torch.tensor([0.0, 0.2]).view(1, 1, 1, 2).expand(1, 3, 2, 2))
+    close(mixed, torch.tensor([-10 * math.log10(0.02)], dtype=torch.float64))  # half the pixels off by 0.2
+
+
+def test_ssim_equals_scikit_image():
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+    rng = np.random.default_rng(0)
+    smooth = np.stack([np.array(picture(n, 48, 40)) for n in range(2)]) / 255
+    for a in (rng.random((2, 40, 48, 3)), smooth):
+        b = np.clip(a + rng.normal(0, 0.1, a.shape), 0, 1)
+        ta, tb = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in (a, b))
+        ours = evaluation.ssim(ta, tb)
+        paper = evaluation.ssim(ta, tb, "uniform", 2.0)
+        for i in range(2):
+            gaussian = structural_similarity(a[i], b[i], channel_axis=-1, data_range=1.0, gaussian_weights=True, sigma=1.5,
+                                             use_sample_covariance=False)
+            assert abs(ours[i].item() - gaussian) < 1e-6
+            assert abs(paper[i].item() - structural_similarity(a[i], b[i], channel_axis=-1, data_range=2.0)) < 1e-6
+            assert abs(evaluation.psnr(ta, tb)[i].item() - peak_signal_noise_ratio(a[i], b[i], data_range=1.0)) < 1e-6
+
+
+def test_patch_pca():
+    torch.manual_seed(0)
+    codes = torch.randn(6, 64, 3, dtype=torch.float64)  # patches that truly have three dimensions
+    patches = 0.5 + 0.02 * codes @ torch.randn(3, 48, dtype=torch.float64)
+    img = decoder.unpatchify(patches, 4, 32, 32)
+    assert img.min() > 0 and img.max() < 1
+    mean, basis = evaluation.fit_patch_pca([img[:4], img[4:]], 4, 3)
+    close(evaluation.patch_pca(img, mean, basis, 4), img, 1e-9)
+    mean, basis = evaluation.fit_patch_pca([img], 4, 2)  # with one component less, the error is the smallest eigenvalue
+    lost = (evaluation.patch_pca(img, mean, basis, 4) - img).square().sum() / (6 * 64)
+    _, s, _ = torch.linalg.svd(patches.flatten(0, 1) - patches.flatten(0, 1).mean(0))
+    close(lost, s[2] ** 2 / (6 * 64), 1e-9)
+
+
+def test_noise_depends_on_seed_and_image_number_only():
+    whole = evaluation.image_noise(range(5), 4, 12, seed=1)
+    assert torch.equal(evaluation.image_noise([3], 4, 12, seed=1)[0], whole[3])
+    assert not torch.equal(evaluation.image_noise([3], 4, 12, seed=2)[0], whole[3])
+    many = evaluation.image_noise(range(400), 4, 12)
+    assert abs(many.mean()) < 0.03 and abs(many.std() - 1) < 0.03
+
+
+# ---- train.py ----
+
+def test_each_parameter_in_one_optimizer_group_and_teacher_in_none():
+    teacher, enc, dec = micro_models()
+    groups = train.parameter_groups(enc, dec, 1e-2, 0.1, 0.05)
+    ids = [id(p) for g in groups for p in g["params"]]
+    everything = {id(p): p for m in (enc, dec) for p in m.parameters()}
+    assert len(ids) == len(set(ids)) and set(ids) == set(everything)
+    for g in groups:
+        for p in g["params"]:
+            assert (g["weight_decay"] == 0.05) == (p.ndim > 1)
+            assert math.isclose(g["lr"], 1e-3 if any(p is q for q in enc.vit.parameters()) else 1e-2)
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    args = types.SimpleNamespace(beta=2.0, strategy="adaptive", endpoint=0.0)
+    optimizer = torch.optim.AdamW(groups)
+    loss_dist, loss_flow, *_ = train.losses(teacher, enc, dec, torch.rand(2, 3, 16, 16), args)
+    (loss_dist + loss_flow).backward()
+    unmoved = [n for m in (enc, dec) for n, p in m.named_parameters() if p.grad is None]
+    assert not unmoved, f"parameters without a gradient would stall DDP: {unmoved}"
+    optimizer.step()
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items()), "the teacher moved"
+
+
+def two_ranks(rank, path):
+    """A process of test_two_ranks_equal_one: loss, alpha and gradients of its half of the batch, averaged by DDP."""
+    dist.init_process_group("gloo", init_method=f"file://{path}.store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    results = joint_step(lambda m: DistributedDataParallel(m), slice(2 * rank, 2 * rank + 2))
+    losses = torch.stack(results[:2])
+    dist.all_reduce(losses)
+    if rank == 0:
+        torch.save([losses[0] / 2, losses[1] / 2, *results[2:]], path)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def joint_step(wrap, part):
+    teacher, enc, dec = micro_models()
+    torch.manual_seed(5)
+    img, t, noise = torch.rand(4, 3, 16, 16), torch.rand(4, 16), torch.randn(4, 16, 48)
+    args = types.SimpleNamespace(beta=2.0, strategy="adaptive", endpoint=0.0)
+    student, flow_decoder = wrap(enc), wrap(dec)  # DDP must outlive the backward pass
+    loss_dist, loss_flow, weight, alpha = train.losses(teacher, student, flow_decoder, img[part], args, t[part], noise[part])
+    (loss_dist + loss_flow).backward()
+    return [loss_dist.detach(), loss_flow.detach(), weight, alpha, torch.cat([p.grad.flatten() for m in (enc, dec) for p in m.parameters()])]
+
+
+def test_two_ranks_equal_one():
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "rank0.pt")
+        torch.multiprocessing.spawn(two_ranks, (path,), nprocs=2)
+        both, one = torch.load(path), joint_step(lambda m: m, slice(4))
+        for k in range(5):  # L_dist, L_flow, w, alpha, gradients
+            close(both[k], one[k], 1e-5)
+        halves = [joint_step(lambda m: m, slice(0, 2)), joint_step(lambda m: m, slice(2, 4))]
+        assert (halves[0][2] - halves[1][2]).abs().max() > 1e-3, "the halves differ, so weights formed per rank would show"
+
+
+def test_resume_is_exact():
+    with tempfile.TemporaryDirectory() as tmp:
+        teacher, (folder, _) = micro_teacher(tmp), picture_folder(tmp)
+        flags = ["--teacher", teacher, "--data", folder, "--drop_path", "0.2", "--micro_batch", "2"]
+        whole, parts = os.path.join(tmp, "whole"), os.path.join(tmp, "parts")
+        train_quietly(*flags, "--out", whole, "--steps", 4, "--eval_every", 2)
+        train_quietly(*flags, "--out", parts, "--steps", 2, "--eval_every", 2)
+        os.remove(os.path.join(parts, "model.safetensors"))  # to be written again from state.pt
+        said = train_quietly(*flags, "--out", parts, "--steps", 4, "--eval_every", 2)
+        assert "resumed" in said and "step 2" in said
+        assert log_lines(whole) == log_lines(parts), "four steps must equal two + resume + two, bit for bit"
+        a, b = (load_file(os.path.join(x, "model.safetensors")) for x in (whole, parts))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        said = train_quietly(*flags, "--out", parts, "--steps", 4)
+        assert "finished" in said and "--steps 8" in said
+        state = torch.load(os.path.join(parts, "state.pt"), weights_only=True)
+        assert state["step"] == 4 and state["samples"] == 16
+        try:
+            train_quietly(*flags, "--out", parts, "--steps", 6, "--beta", "3")
+            raise AssertionError("a run was resumed with another beta")
+        except ValueError as e:
+            assert "beta was 2.0, is now 3.0" in str(e)
+
+
+def test_log_has_what_it_should():
+    with tempfile.TemporaryDirectory() as tmp:
+        folder, _ = picture_folder(tmp)
+        out = os.path.join(tmp, "out")
+        said = train_quietly("--teacher", micro_teacher(tmp), "--data", folder, "--val", folder, "--steps", 3, "--log_every", 2,
+                             "--out", out, "--lambda_f", 2)
+        training, final, judged = log_lines(out, timing=True)
+        assert {"step", "loss", "loss_flow", "loss_dist", "alpha", "weight", "grad_norm", "lr", "img_s"} <= training.keys()
+        assert (training["step"], final["step"]) == (2, 3) and len(training["alpha"]) == len(training["weight"]) == 3
+        assert math.isclose(sum(training["weight"]), 1, rel_tol=1e-5)
+        assert math.isclose(training["loss"], training["loss_dist"] + 2 * training["loss_flow"], rel_tol=1e-9)
+        assert judged["kind"] == "eval" and "loss" not in judged and len(judged["flow_by_t"]) == 10
+        grid = Image.open(os.path.join(out, "samples", "step_000003.png"))
+        assert grid.size == (2 * 3 * 16, 4 * 16), "eight pictures, original | reconstruction | error, two a row"
+        assert "img/s" in said and "eta" in said
+        rec = np.array(grid)[:16, :48].astype(int)  # the first triple: the third is four times the difference of the first two
+        assert np.array_equal(rec[:, 32:], np.minimum(4 * abs(rec[:, :16] - rec[:, 16:32]), 255))
+
+
+def test_options_of_the_method():
+    with tempfile.TemporaryDirectory() as tmp:
+        teacher, (folder, _) = micro_teacher(tmp), picture_folder(tmp)
+        frozen = load_file(teacher)
+        options = [["--strategy", s] for s in distill.STRATEGIES] + [
+            ["--gtb_depth", 0], ["--flow_depth", 1], ["--latent_dim", 4], ["--projector", "linear"], ["--decoder", "pixel"],
+            ["--endpoint", 1], ["--freeze_encoder"], ["--lambda_f", 0], ["--lambda_d", 0], ["--checkpoint_activations"], ["--size", 20]]
+        for i, option in enumerate(options):
+            out = os.path.join(tmp, f"out{i}")
+            train_quietly("--teacher", teacher, "--data", folder, "--steps", 4, "--out", out, *option)
+            config = encoder.read_config(os.path.join(out, "model.safetensors"))
+            enc = encoder.Encoder.from_pretrained(os.path.join(out, "model.safetensors"))
+            dec = decoder.Decoder.from_pretrained(os.path.join(out, "model.safetensors"))
+            assert dec.decode(enc.encode(torch.rand(1, 3, 20, 16))).shape == (1, 3, 20, 16), option
+            moved = any(not torch.equal(v, frozen[k]) for k, v in enc.vit.state_dict().items())
+            assert moved == ("--freeze_encoder" not in option), option
+            last = [x for x in log_lines(out) if "alpha" in x][-1]
+            if option[0] == "--strategy":
+                expected = {"final": [0, 0, 1], "uniform": [1 / 3] * 3, "progressive": [1 / 6, 2 / 6, 3 / 6]}.get(option[1])
+                assert expected is None or np.allclose(last["weight"], expected), option
+            if option == ["--size", 20]:
+                assert config["size"] == 20 and dec.config.grid == 5
+        start = os.path.join(tmp, "out5", "model.safetensors")  # flow_depth 1
+        out = os.path.join(tmp, "init")
+        train_quietly("--teacher", teacher, "--data", folder, "--steps", 1, "--out", out, "--init", start, "--flow_depth", 1, "--lr", 1e-12)
+        a, b = load_file(start), load_file(os.path.join(out, "model.safetensors"))
+        assert all(torch.allclose(a[k], b[k], atol=1e-9) for k in a), "--init must start from the file's weights"
+        try:
+            train_quietly("--teacher", teacher, "--data", folder, "--steps", 1, "--out", out + "2", "--init", start)
+            raise AssertionError("--init took a file of another configuration")
+        except ValueError as e:
+            assert "flow_depth 1, not 2" in str(e)
+
+
+def test_overfits_one_batch():
+    teacher, _, _ = micro_models()
+    torch.manual_seed(0)
+    img = torch.stack([data.to_tensor(picture(n, 16, 16)) for n in range(2)]) / 255
+    with tempfile.TemporaryDirectory() as tmp:
+        args = train.parse_args(["--teacher", micro_teacher(tmp), *MICRO_RUN, "--endpoint", "0.5"])
+        teacher, enc, dec = train.build_models(args)
+    optimizer = torch.optim.AdamW(train.parameter_groups(enc, dec, 3e-3), betas=(0.5, 0.95))
+    for step in range(400):
+        train.seed_step(0, step)
+        loss_dist, loss_flow, *_ = train.losses(teacher, enc, dec, img, args)
+        (loss_dist + loss_flow).backward()
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 0:
+            first = loss_flow.item()
+    quality = evaluation.psnr(img, dec.decode(enc.encode(img))).min().item()
+    assert loss_flow.item() < 0.1 * first and loss_dist.item() < 0.3, (first, loss_flow.item(), loss_dist.item())
+    assert quality > 22, f"two pictures seen 400 times come back at {quality:.1f} dB"
+
+
+def test_flops_against_the_closed_form():
+    teacher, enc, dec = micro_models()
+    def blocks(tokens, width, mlp, depth):  # qkv, proj and MLP products, then scores and their use
+        return depth * (2 * tokens * (4 * width ** 2 + 2 * width * mlp) + 4 * tokens ** 2 * width)
+    vit = blocks(17, 32, 64, 3) + 2 * 16 * 48 * 32
+    down = 2 * 16 * (32 * 32 + 32 * 8)
+    head = 2 * 16 * (48 * 96 + 256 * 96 + 96 * 96 + 32 * 96 + 2 * (2 + 3) * 96 * 96 + 2 * 96 * 96 + 96 * 48)
+    up = 2 * 16 * (8 * 32 + 32 * 32) + blocks(16, 32, 128, 2)
+    assert train.model_flops(enc, dec, 16) == vit + 3 * (vit + down + up + head)
+
+
+def test_torchrun_two_ranks_and_resume():
+    with tempfile.TemporaryDirectory() as tmp:
+        folder, _ = picture_folder(tmp)
+        out = os.path.join(tmp, "out")
+        command = ["torchrun", "--standalone", "--nproc_per_node=2", "train.py", "--teacher", micro_teacher(tmp), "--data", folder,
+                   *MICRO_RUN, "--out", out]
+        for steps in (2, 4):
+            done = run(*command, "--steps", steps, OMP_NUM_THREADS="1")
+            assert done.returncode == 0, done.stderr[-2000:]
+        assert "resumed" in done.stdout and "2 ranks" in done.stdout
+        lines = log_lines(out)
+        assert [x["step"] for x in lines if "loss" in x] == [1, 2, 3, 4], "steps never appear twice, and rank 0 alone writes"
+        whole = os.path.join(tmp, "one")
+        train_quietly("--teacher", os.path.join(tmp, "teacher.safetensors"), "--data", folder, "--out", whole, "--steps", 1)
+        # at step 1 student = teacher and v = 0: the flow loss depends on the drawn noise only, so it is near that of one process
+        assert abs(lines[0]["loss_flow"] - log_lines(whole)[0]["loss_flow"]) < 0.4
+
+
+# ---- the whole, as users run it ----
+
+def test_each_leaf_alone_in_an_empty_folder():
+    prints = {"encoder": "latent", "decoder": "condition", "distill": "w(beta=5.0)", "data": "image", "eval": "psnr"}
+    for leaf in LEAVES:
+        with tempfile.TemporaryDirectory() as tmp:
+            shutil.copy(os.path.join(HERE, leaf + ".py"), tmp)
+            done = run("python", leaf + ".py", cwd=tmp)
+            assert done.returncode == 0 and prints[leaf] in done.stdout, f"{leaf}: {done.stderr}"
+            quiet = run("python", "-c", f"import {leaf}", cwd=tmp)
+            assert quiet.stdout + quiet.stderr == "", f"importing {leaf} prints"
+            assert set(os.listdir(tmp)) <= {leaf + ".py", "__pycache__"}, f"importing {leaf} writes files"
+
+
+def test_fig16_table():
+    """`python distill.py` prints eq. 1 for the simulated distances: recomputed here from the printed ones."""
+    rows = [line.split() for line in run("python", "distill.py").stdout.splitlines() if re.match(r" +\d+ ", line)]
+    alpha = np.array([float(r[1]) for r in rows])
+    assert len(rows) == 24
+    for column, beta in ((2, 0.5), (3, 1.0), (4, 2.0), (5, 5.0)):
+        w = np.arange(1, 25) / 24 * np.exp(beta * alpha)
+        assert np.abs(np.array([float(r[column]) for r in rows]) - w / w.sum()).max() < 5e-4
+
+
+def test_train_sample_eval_end_to_end():
+    with tempfile.TemporaryDirectory() as tmp:
+        script = lambda name: os.path.join(HERE, name)
+        done = run("python", script("train.py"), "--steps", 2, "--batch_size", 2, cwd=tmp)
+        assert done.returncode == 0 and "RANDOM" in done.stdout and "procedurally drawn" in done.stdout, done.stderr
+        # sample: odd sizes, a folder, two pictures of one name, no clobbering
+        photos = os.path.join(tmp, "photos")
+        os.makedirs(photos)
+        picture(0, 130, 70).save(os.path.join(photos, "a.png"))
+        picture(1, 33, 90).save(os.path.join(photos, "a.jpg"))
+        picture(2, 64, 64).save(os.path.join(tmp, "img.png"))
+        done = run("python", script("sample.py"), "img.png", photos, cwd=tmp)
+        assert done.returncode == 0, done.stderr
+        assert "out/model.safetensors" in done.stdout, "it says which weights it used"
+        lines = re.findall(r"latent (\d+)x(\d+)x(\d+) \| ([\d.]+)x \| PSNR ([\d.]+) dB \| SSIM (-?[\d.]+) \| [\d.]+ s", done.stdout)
+        assert [x[:3] for x in lines] == [("16", "8", "8"), ("16", "22", "8"), ("16", "8", "15")], done.stdout
+        assert lines[0][3] == "12.0", "3 * 64 * 64 values against 16 * 8 * 8"
+        assert Image.open(os.path.join(tmp, "img_recon.png")).size == (3 * 64, 64)
+        results = {n: Image.open(os.path.join(photos, n)).size for n in os.listdir(photos) if n.endswith("_recon.png")}
+        assert sorted(results.values()) == [(3 * 64, 175), (3 * 119, 64)], results
+        first = open(os.path.join(tmp, "img_recon.png"), "rb").read()
+        again = run("python", script("sample.py"), "img.png", photos, "--out", "again", "--size", 0, cwd=tmp)
+        assert again.returncode == 0 and len(os.listdir(os.path.join(tmp, "again"))) == 3
+        assert Image.open(os.path.join(tmp, "again", "img_recon.png")).size == (192, 64)
+        assert open(os.path.join(tmp, "again", "img_recon.png"), "rb").read() == first, "the same seed gives the same picture"
+        # eval: whatever the batch size, and equal to sample.py's own figure on the same picture
+        folder, _ = picture_folder(tmp, n=7)
+        reports = []
+        for batch in (1, 3):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                reports.append(evaluation.main(["--data", folder, "--weights", os.path.join(tmp, "out", "model.safetensors"),
+                                                "--batch_size", str(batch), "--pca", "--fit", folder]))
+        for row in reports[0]["results"]:
+            for metric in ("psnr", "ssim", "ssim_paper"):
+                assert abs(reports[0]["results"][row][metric] - reports[1]["results"][row][metric]) < 1e-4
+        assert reports[0]["images"] == 7 and "ADM centre crop to 64 px" in out.getvalue() and "seed 0" in out.getvalue()
+        single = evaluation_of(os.path.join(tmp, "img.png"), os.path.join(tmp, "out", "model.safetensors"), tmp)
+        assert abs(single["psnr"] - float(lines[0][4])) < 0.006 and abs(single["ssim"] - float(lines[0][5])) < 6e-5
+        bigger = run("python", script("eval.py"), "--data", folder, "--resolution", 256, "--out", "report.json", cwd=tmp)
+        assert bigger.returncode == 0 and "compared at 256 px" in bigger.stdout
+        assert json.load(open(os.path.join(tmp, "report.json")))["images"] == 7
+
+
+def evaluation_of(image, weights, tmp):
+    alone = os.path.join(tmp, "alone")
+    os.makedirs(alone)
+    shutil.copy(image, alone)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return evaluation.main(["--data", alone, "--weights", weights])["results"]["tokenizer"]
+
+
+def test_bad_input_is_one_line_and_status_2():
+    with tempfile.TemporaryDirectory() as tmp:
+        teacher, (folder, _) = micro_teacher(tmp), picture_folder(tmp)
+        empty, bad = os.path.join(tmp, "empty"), os.path.join(tmp, "bad")
+        os.makedirs(empty), os.makedirs(bad)
+        open(os.path.join(bad, "text.jpg"), "w").write("no image")
+        open(os.path.join(tmp, "torn.zip"), "wb").write(b"PK\x03\x04 torn")
+        open(os.path.join(tmp, "junk.safetensors"), "wb").write(b"junk")
+        out = os.path.join(tmp, "out")
+        micro = ["--teacher", teacher, *MICRO_RUN, "--out", out]
+        train_quietly("--teacher", teacher, "--data", folder, "--steps", 1, "--out", os.path.join(tmp, "good"))
+        good = os.path.join(tmp, "good", "model.safetensors")
+        tokenizer_as_teacher = ["--teacher", "tiny", "--teacher_weights", good, "--out", out]
+        cases = [  # command, what the line must name
+            (["train.py", *micro, "--data", "/nonexistent"], "/nonexistent"),
+            (["train.py", *micro, "--data", empty], "holds no images"),
+            (["train.py", *micro, "--data", os.path.join(tmp, "torn.zip")], "torn.zip"),
+            (["train.py", *micro, "--data", bad, "--steps", "1"], "text.jpg"),
+            (["train.py", *micro, "--data", bad, "--steps", "1", "--workers", "1"], "text.jpg"),
+            (["train.py", *micro, "--data", folder, "--size", "18"], "try --size 16"),
+            (["train.py", "--teacher", "intern"], "internvit"),
+            (["train.py", "--teacher", "internvit", "--out", out], "random"),
+            (["train.py", "--teacher", "tiny", "--teacher_weights", "/missing", "--out", out], "/missing: no such file"),
+            (["train.py", *tokenizer_as_teacher], "another configuration"),
+            (["train.py", *micro, "--data", folder, "--init", os.path.join(tmp, "junk.safetensors")], "junk.safetensors"),
+            (["train.py", *micro[:-1], os.path.join(teacher, "out"), "--data", folder], "teacher.safetensors"),
+            (["train.py", *micro, "--data", folder, "--steps", "0"], "--steps"),
+            (["sample.py", "/missing.png", "--weights", good], "/missing.png"),
+            (["sample.py", os.path.join(bad, "text.jpg"), "--weights", good], "text.jpg"),
+            (["sample.py", folder + "/class0", "--weights", os.path.join(tmp, "no.safetensors")], "no.safetensors"),
+            (["sample.py", folder + "/class0", "--weights", teacher], "no tokenizer"),
+            (["eval.py", "--data", bad, "--weights", good], "text.jpg"),
+            (["eval.py", "--data", folder, "--weights", os.path.join(tmp, "junk.safetensors")], "junk.safetensors"),
+            (["eval.py", "--data", folder, "--weights", good, "--pca"], "--fit"),
+            (["data.py", "/nonexistent"], "/nonexistent"),
+        ]
+        for command, names in cases:
+            done = run("python", *command, WORLD_SIZE="1")
+            lines = [line for line in done.stderr.splitlines() if line and not line.startswith(("usage:", " "))]
+            assert done.returncode == 2, f"{command}: status {done.returncode}\n{done.stderr}"
+            assert "Traceback" not in done.stderr and len(lines) == 1 and names in lines[0], f"{command}:\n{done.stderr}"
+        leftovers = [n for n in os.listdir(out) if n not in ("samples", "log.jsonl", "log.jsonl.old")]
+        assert not leftovers and not os.listdir(os.path.join(out, "samples")), f"half-written: {leftovers}"
+        done = run("python", "train.py", *micro, "--data", folder, RANK="0", WORLD_SIZE="3", LOCAL_RANK="0")
+        assert done.returncode == 2 and "try 3 or 6" in done.stderr, done.stderr
+
+
+def test_readme_commands():
+    """Every command in the README parses, the scripts' own --help works, and its Python example runs."""
+    text = open(os.path.join(HERE, "README.md")).read()
+    parsers = {"train.py": train.parse_args, "sample.py": sample.parse_args, "eval.py": evaluation.parse_args}
+    seen = 0
+    for block in re.findall(r"```sh\n(.*?)```", text, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = line.split("#")[0].split()
+            script = next((w for w in words if w in parsers), None)
+            if script and "..." not in words:
+                words = words[words.index(script) + 1:]
+                try:
+                    parsers[script](words)
+                except SystemExit as e:
+                    raise AssertionError(f"README: {line!r} does not parse") from e
+                seen += 1
+    assert seen >= 8, f"only {seen} commands found in README.md"
+    for script in parsers:
+        assert "usage" in run("python", script, "--help").stdout
+    with tempfile.TemporaryDirectory() as tmp:
+        micro_train = ["--teacher", micro_teacher(tmp), "--steps", 1, "--out", os.path.join(tmp, "out")]
+        train_quietly(*micro_train)
+        for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.S)):
+            done = run("python", "-c", code, cwd=tmp, PYTHONPATH=HERE)
+            assert done.returncode == 0, f"README example {i}:\n{done.stderr}"
+
+
+def main(names):
+    passed = failed = 0
+    for name, function in list(globals().items()):
+        if name.startswith("test_") and (not names or any(n in name for n in names)):
+            start = time.time()
+            try:
+                function()
+                passed += 1
+                print(f"ok      {name} ({time.time() - start:.1f} s)", flush=True)
+            except Exception:
+                failed += 1
+                print(f"FAILED  {name} ({time.time() - start:.1f} s)\n{traceback.format_exc()}", flush=True)
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
