@@ -229,7 +229,7 @@ def draw(rng, kind, size):
     angle, (cx, cy) = rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 0.8, 2)
     along = x * np.cos(angle) + y * np.sin(angle)
     if kind == "textures":
-        freq = rng.uniform(3, size / 8)
+        freq = rng.uniform(min(3, size / 16), size / 8)
         waves = np.sin(2 * np.pi * freq * along), np.sin(2 * np.pi * freq * (y * np.cos(angle) - x * np.sin(angle)))
         coarse = Image.fromarray(rng.random((8, 8)).astype(np.float32)).resize((S, S), Image.Resampling.BICUBIC)
         mix = (0.5 + 0.5 * waves[0], (waves[0] * waves[1] > 0).astype(float), np.asarray(coarse))[rng.integers(3)]
