@@ -31,6 +31,14 @@ PIXEL_STATS = {  # per-channel mean and standard deviation of the normalised pix
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "openai": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
+RELEASED_NAMES = [  # the authors' file -> ours, replaced one after the other
+    ("chal_unproj.c_fc", "latent_up.0"), ("chal_unproj.c_proj", "latent_up.2"),
+    ("global_block_pos_embed", "pos_embed"), ("decoder_pos_embed", "head_pos_embed"), ("global_blocks", "blocks"),
+    ("flow_head.net.", "head."), ("time_embed.mlp.0", "time_fc1"), ("time_embed.mlp.2", "time_fc2"), ("cond_embed", "cond_proj"),
+    ("res_blocks", "blocks"), ("in_ln", "norm"), ("final_layer.adaLN_modulation.1", "final_modulation"),
+    ("final_layer.linear", "output"), ("adaLN_modulation.1", "modulation"),
+    (".attn.", "."), (".mlp.0.", ".fc1."), (".mlp.2.", ".fc2."), (".mlp.", "."),
+]
 
 
 @dataclass(frozen=True)
@@ -163,6 +171,13 @@ def resize_grid(pos, h, w):
     return grid.flatten(2).transpose(1, 2).to(pos.dtype)  # (1, h*w, D)
 
 
+def released_name(name):
+    """Our name of a decoder tensor in the authors' released file."""
+    for theirs, ours in RELEASED_NAMES:
+        name = name.replace(theirs, ours)
+    return name
+
+
 class Decoder(nn.Module):
     """Latent z (B, C, h, w) -> image (B, 3, h*p, w*p) in [0, 1].
 
@@ -260,7 +275,7 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path):
-        """The decoder of a tokenizer file that train.py wrote, in eval mode on the CPU in fp32.
+        """The decoder of a tokenizer file, ours or the authors' released one, in eval mode on the CPU in fp32.
 
         Raises FileNotFoundError, or ValueError if the file is no such tokenizer or its tensors do not fit its
         configuration.
@@ -269,9 +284,14 @@ class Decoder(nn.Module):
             raise FileNotFoundError(f"{path}: no such file")
         try:
             with safe_open(path, "pt") as f:
-                dec = cls(DecoderConfig(**json.loads(f.metadata()["config"])["decoder"]))
-                state = {k[8:]: f.get_tensor(k) for k in f.keys() if k.startswith("decoder.")}
-                stats = f.get_tensor("latent_mean"), f.get_tensor("latent_std")
+                if "chal_proj.c_fc.weight" in f.keys():  # the released file: the defaults of DecoderConfig, no statistics
+                    dec, stats = cls(DecoderConfig()), (torch.zeros(64), torch.ones(64))
+                    parts = ("chal_unproj.", "global_block", "decoder_pos_embed", "flow_head.net.")
+                    state = {released_name(k): f.get_tensor(k) for k in f.keys() if k.startswith(parts)}
+                else:
+                    dec = cls(DecoderConfig(**json.loads(f.metadata()["config"])["decoder"]))
+                    state = {k[8:]: f.get_tensor(k) for k in f.keys() if k.startswith("decoder.")}
+                    stats = f.get_tensor("latent_mean"), f.get_tensor("latent_std")
         except (SafetensorError, KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{path} does not hold a UniFlow decoder ({type(e).__name__}: {e})") from None
         own = dec.state_dict()

@@ -13,9 +13,19 @@ C latent channels, H = h*p and W = w*p pixels. Images are (B, 3, H, W) in [0, 1]
 `python encoder.py` prints the shapes. Needs torch and safetensors; no other file of this project.
 Structure of the ViT: Dosovitskiy et al. 2021, with the differences of InternViT, DINOv2, SigLIP2 and CLIP as flags.
 """
+import fcntl
+import glob
+import hashlib
+import http.client
 import json
 import os
-from dataclasses import dataclass
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+import warnings
+from dataclasses import asdict, dataclass
 
 import safetensors.torch
 import torch
@@ -60,8 +70,8 @@ class ViTConfig:
 
 
 TEACHERS = {
-    # OpenGVLab/InternViT-300M-448px; facebook/dinov2-large; google/siglip2-{so400m,large}-patch16-256; apple/DFN2B-CLIP-ViT-L-14
     "internvit": ViTConfig(final_norm=False, layer_scale=1.0),
+    "internvit-v2_5": ViTConfig(final_norm=False, layer_scale=1.0),
     "dinov2": ViTConfig(size=518, layer_scale=1.0),
     "siglip2": ViTConfig(width=1152, depth=27, mlp_width=4304, patch=16, size=256, num_prefix=0,
                          activation="gelu_tanh", pixel_stats="half"),
@@ -72,6 +82,54 @@ TEACHERS = {
     "small": ViTConfig(width=384, depth=12, heads=6, mlp_width=1536, patch=8, size=64),
     "tiny": ViTConfig(width=192, depth=12, heads=3, mlp_width=768, patch=8, size=64),
 }
+
+
+# Where each teacher's published file is: a Hugging Face repository and the file in it.
+PUBLISHED = {
+    "internvit": "OpenGVLab/InternViT-300M-448px/model.safetensors",
+    "internvit-v2_5": "OpenGVLab/InternViT-300M-448px-V2_5/model.safetensors",
+    "dinov2": "facebook/dinov2-large/model.safetensors",
+    "siglip2": "google/siglip2-so400m-patch16-256/model.safetensors",
+    "siglip2-l": "google/siglip2-large-patch16-256/model.safetensors",
+    "clip": "apple/DFN2B-CLIP-ViT-L-14/open_clip_pytorch_model.bin",
+    "uniflow-internvit": "yuezhengrong/UniFlow/model.safetensors",  # the authors' tokenizer
+}
+
+# How published files name the parameters of our ViT. "{q,k,v}" is three matrices that we keep stacked as one, "-" is one
+# that no model of the layout has. A file may carry one of PREFIXES before every name.
+PARAMETERS = ("cls_token", "pos_embed", "patch_embed", "norm_pre", "norm", "blocks",
+              "norm1", "qkv", "proj", "scale1", "norm2", "fc1", "fc2", "scale2")  # of a block
+LAYOUTS = {
+    "ours": ("cls_token", "pos_embed", "patch_embed", "norm_pre", "norm", "blocks",
+             "norm1", "qkv", "proj", "scale1", "norm2", "fc1", "fc2", "scale2"),
+    "InternViT, UniFlow": (
+        "embeddings.class_embedding", "embeddings.position_embedding", "embeddings.patch_embedding", "-", "-", "encoder.layers",
+        "norm1", "attn.qkv", "attn.proj", "ls1", "norm2", "mlp.fc1", "mlp.fc2", "ls2"),
+    "InternVL of transformers": (
+        "embeddings.cls_token", "embeddings.position_embeddings", "embeddings.patch_embeddings.projection", "-", "-", "encoder.layer",
+        "layernorm_before", "attention.{q_proj,k_proj,v_proj}", "attention.projection_layer", "lambda_1",
+        "layernorm_after", "mlp.fc1", "mlp.fc2", "lambda_2"),
+    "timm, DINOv2": (
+        "cls_token", "pos_embed", "patch_embed.proj", "norm_pre", "norm", "blocks",
+        "norm1", "attn.qkv", "attn.proj", "ls1.gamma", "norm2", "mlp.fc1", "mlp.fc2", "ls2.gamma"),
+    "DINOv2 of transformers": (
+        "embeddings.cls_token", "embeddings.position_embeddings", "embeddings.patch_embeddings.projection", "-", "layernorm", "encoder.layer",
+        "norm1", "attention.attention.{query,key,value}", "attention.output.dense", "layer_scale1.lambda1",
+        "norm2", "mlp.fc1", "mlp.fc2", "layer_scale2.lambda1"),
+    "SigLIP, CLIP of transformers": (
+        "embeddings.class_embedding", "embeddings.position_embedding.weight", "embeddings.patch_embedding", "pre_layrnorm",
+        "post_layernorm", "encoder.layers",
+        "layer_norm1", "self_attn.{q_proj,k_proj,v_proj}", "self_attn.out_proj", "-", "layer_norm2", "mlp.fc1", "mlp.fc2", "-"),
+    "open_clip": (
+        "visual.class_embedding", "visual.positional_embedding", "visual.conv1", "visual.ln_pre", "visual.ln_post",
+        "visual.transformer.resblocks",
+        "ln_1", "attn.in_proj_", "attn.out_proj", "-", "ln_2", "mlp.c_fc", "mlp.c_proj", "-"),
+}
+PREFIXES = ("", "vision_model.", "vision_tower.", "model.vision_tower.", "vision_tower.vision_model.")
+# What such files hold besides: text towers, pooling heads, projections into other spaces, mask tokens, position indices.
+KNOWN_EXTRAS = re.compile(r"(model\.)?(text_model|language_model|multi_modal_projector|mlp1|transformer|token_embedding|"
+                          r"positional_embedding|ln_final|text_projection|visual_projection|visual\.proj|logit_scale|logit_bias|"
+                          r"attn_pool|head|vision_model\.head|.*mask_token|.*position_ids)(\..*)?$")
 
 
 class Block(nn.Module):
@@ -225,12 +283,14 @@ class Encoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path):
-        """The encoder of a tokenizer file that train.py wrote, in eval mode on the CPU in fp32.
+        """The encoder of a tokenizer file, ours or the authors' released one, in eval mode on the CPU in fp32.
 
         Raises FileNotFoundError, or ValueError if the file is no such tokenizer or its tensors do not fit its
         configuration.
         """
         config = read_config(path)
+        if "released" in config:
+            return cls._from_released(path).eval()
         if "decoder" not in config:
             raise ValueError(f"{path} is a model file, but no tokenizer; train.py writes out/model.safetensors")
         enc = cls(ViT(vit_config(path)), config["decoder"]["latent_dim"], config["decoder"]["projector"])
@@ -241,12 +301,68 @@ class Encoder(nn.Module):
         return enc.eval()
 
 
+    @classmethod
+    def _from_released(cls, path):
+        enc = cls(ViT(TEACHERS["internvit"]))
+        load_vit(enc.vit, path, ignore=lambda name: not name.startswith(("embeddings.", "encoder.")))
+        with safe_open(path, "pt") as f:
+            others = [k for k in f.keys() if not k.startswith(("embeddings.", "encoder.", "chal_", "global_block", "decoder_pos_embed",
+                                                               "flow_head.net."))]
+            projection = {k.replace("chal_proj.c_fc", "0").replace("chal_proj.c_proj", "2"): f.get_tensor(k)
+                          for k in f.keys() if k.startswith("chal_proj.")}
+        load_exactly(enc.latent_down, projection, path)
+        if others:
+            warnings.warn(f"{path}: {len(others)} tensors that the tokenizer does not use were ignored: {' '.join(sorted(others))}")
+        return enc
+
+    def save_hf(self, folder):
+        """Write the ViT as the Hugging Face model of its family (config.json, model.safetensors, preprocessor_config.json),
+        which LLaVA or InternVL code reads as a vision tower. ValueError if it is of no such family."""
+        c = self.vit.config
+        config = dict(hidden_size=c.width, num_hidden_layers=c.depth, num_attention_heads=c.heads, intermediate_size=c.mlp_width,
+                      layer_norm_eps=c.eps, image_size=c.size, patch_size=c.patch, dtype="float32",
+                      hidden_act="gelu_pytorch_tanh" if c.activation == "gelu_tanh" else c.activation)
+        prefix = ""
+        if c.layer_scale and not c.final_norm:
+            layout = "InternVL of transformers"
+            config.update(model_type="internvl_vision", architectures=["InternVLVisionModel"], attention_bias=True,
+                          image_size=[c.size, c.size], patch_size=[c.patch, c.patch])
+        elif c.layer_scale and c.mlp_width % c.width == 0:
+            layout = "DINOv2 of transformers"
+            config.update(model_type="dinov2", architectures=["Dinov2Model"], mlp_ratio=c.mlp_width // c.width, use_mask_token=False)
+        elif not c.num_prefix or c.pre_norm:
+            layout, prefix, family = "SigLIP, CLIP of transformers", "vision_model.", "CLIP" if c.pre_norm else "Siglip"
+            config.update(model_type=f"{family.lower()}_vision_model", architectures=[f"{family}VisionModel"])
+            if family == "Siglip":
+                config["vision_use_head"] = False
+        else:
+            raise ValueError("transformers has no model of this ViT's structure; InternViT, DINOv2, SigLIP2 and CLIP can be saved")
+        tensors = {}
+        for key, x in self.vit.state_dict().items():
+            names = names_in(layout, key)
+            if prefix and key in ("cls_token", "pos_embed"):
+                x = x.squeeze().reshape(-1, c.width).squeeze(0)  # [D] and [N, D] in this layout
+            tensors.update({prefix + n: part.clone() for n, part in zip(names, x.chunk(len(names)))})
+        mean, std = PIXEL_STATS[c.pixel_stats]
+        preprocessor = dict(image_processor_type="CLIPImageProcessor", do_resize=True, size={"shortest_edge": c.size}, resample=3,
+                            do_center_crop=True, crop_size={"height": c.size, "width": c.size}, do_normalize=True,
+                            image_mean=mean, image_std=std)
+        os.makedirs(folder, exist_ok=True)
+        for name, content in ("config.json", config), ("preprocessor_config.json", preprocessor):
+            write_atomically(os.path.join(folder, name), lambda f: f.write(json.dumps(content, indent=2).encode()))
+        data = safetensors.torch.save(tensors, {"format": "pt"})
+        write_atomically(os.path.join(folder, "model.safetensors"), lambda f: f.write(data))
+
+
 def read_config(path):
-    """What a model file of this project says of itself: the JSON of its metadata entry "config"."""
+    """What a model file of this project says of itself: the JSON of its metadata entry "config". The authors' released
+    file has none, and is known by its names."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with safe_open(path, "pt") as f:
+            if "chal_proj.c_fc.weight" in f.keys():
+                return {"vit": asdict(TEACHERS["internvit"]), "size": 448, "teacher": "internvit", "released": True}
             return json.loads(f.metadata()["config"])
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path} is not a model file of this project ({type(e).__name__}: {e})") from None
@@ -281,6 +397,69 @@ def write_atomically(path, write):
         raise
 
 
+def open_weights(path):
+    """(names, function name -> tensor) of a .safetensors file, or of a .pth or .bin of tensors, which runs no code from it."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        f = safe_open(path, "pt")
+        return list(f.keys()), f.get_tensor
+    except SafetensorError as e:
+        if path.endswith(".safetensors"):
+            raise ValueError(f"{path} is damaged or no safetensors file ({e}); fetch it again") from None
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch.load raises many types; all mean that this is no plain file of tensors
+        raise ValueError(f"{path} is not a file of tensors ({type(e).__name__}); it was not executed") from None
+    tensors = tensors.get("state_dict", tensors)  # training dumps wrap them
+    tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
+    return list(tensors), tensors.__getitem__
+
+
+def names_in(layout, key):
+    """Where a file of that layout keeps our ViT's parameter `key`: its name, or three names to stack."""
+    names, parts = dict(zip(PARAMETERS, LAYOUTS[layout])), key.split(".")
+    block = f"{names['blocks']}.{parts[1]}." if parts[0] == "blocks" else ""
+    part, *kind = parts[2:] if block else parts
+    name = block + names[part]
+    name += "".join(kind) if name.endswith("_") else "".join("." + k for k in kind)
+    several = re.search(r"\{(.*)\}", name)
+    return [name.replace(several[0], x) for x in several[1].split(",")] if several else [name]
+
+
+def load_vit(vit, path, ignore=lambda name: False):
+    """Copy a file of any known layout into `vit`, converted to fp32, after comparing all names both ways and all shapes.
+
+    Names for which `ignore` is true, and KNOWN_EXTRAS, may be there besides. ValueError lists what does not fit.
+    """
+    present, get = open_weights(path)
+    own, found = vit.state_dict(), None
+    for prefix in PREFIXES:
+        for layout in LAYOUTS:
+            marks = names_in(layout, "blocks.0.proj.weight") + names_in(layout, "blocks.0.norm1.weight") + names_in(layout, "pos_embed")
+            if all(prefix + name in present for name in marks):
+                found = prefix, layout
+    if not found:
+        raise ValueError(f"{path} is of no known layout ({', '.join(LAYOUTS)}); it holds {', '.join(sorted(present)[:3])} ...")
+    prefix, layout = found
+    names = {key: [prefix + name for name in names_in(layout, key)] for key in own}
+    wanted = {name for group in names.values() for name in group}
+    wrong = [f"missing {name}" for name in wanted.difference(present)]
+    wrong += [f"unknown {name}" for name in set(present) - wanted if not (KNOWN_EXTRAS.match(name) or ignore(name))]
+    state = {}
+    for key, group in names.items():
+        if wanted.issuperset(group) and set(group) <= set(present):
+            x = torch.cat([get(name) for name in group]) if len(group) > 1 else get(group[0])
+            if key in ("cls_token", "pos_embed") and x.numel() == own[key].numel():
+                x = x.reshape(own[key].shape)  # [D] or [N, D] in some layouts
+            if x.shape != own[key].shape:
+                wrong.append(f"{' + '.join(group)} is {tuple(x.shape)}, expected {tuple(own[key].shape)}")
+            state[key] = x
+    if wrong:
+        raise ValueError(f"{path} ({layout} layout) does not fit, {len(wrong)} names: " + "; ".join(sorted(wrong)[:4]))
+    vit.load_state_dict(state)
+
+
 def load_exactly(module, state, path):
     """Copy `state` into `module` after comparing the key sets both ways and every shape; ValueError names the misfits."""
     own = module.state_dict()
@@ -305,8 +484,8 @@ def load_teacher(name_or_path, weights=None):
     """A frozen foundation model in eval mode, on the CPU in fp32.
 
     name_or_path: a key of TEACHERS, or a self-describing safetensors file: a ViT's state dict with the metadata entry
-    "config" = JSON {"vit": {fields of ViTConfig}}. weights: such a file, "random" (a seeded initialisation, which is
-    announced), or None: the file that belongs to the name. Raises ValueError or FileNotFoundError with what to do.
+    "config" = JSON {"vit": {fields of ViTConfig}}. weights: its file in any of LAYOUTS, "random" (a seeded initialisation, which is
+    announced), or None: the file that belongs to the name, downloaded if need be. Raises ValueError or FileNotFoundError with what to do.
     """
     config = teacher_config(name_or_path)
     if name_or_path not in TEACHERS:
@@ -317,7 +496,7 @@ def load_teacher(name_or_path, weights=None):
         shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", f"teacher-{name_or_path}.safetensors")
         weights = shipped if os.path.isfile(shipped) else "random"
     elif weights is None:
-        raise ValueError(f"no weights for teacher {name_or_path}: give a file as teacher_weights, or `random` for a seeded initialisation")
+        weights = fetch(name_or_path)
 
     if weights == "random":
         if os.environ.get("RANK", "0") == "0":  # once, under torchrun
@@ -325,12 +504,115 @@ def load_teacher(name_or_path, weights=None):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return ViT(config).eval().requires_grad_(False)
-    if vit_config(weights) != config:
-        raise ValueError(f"{weights} holds another configuration than {name_or_path}: {vit_config(weights)}; "
-                         "to use it, name the file itself as the teacher")
     vit = ViT(config)
-    load_exactly(vit, safetensors.torch.load_file(weights), weights)
+    load_vit(vit, weights)
     return vit.eval().requires_grad_(False)
+
+
+RETRIES, PATIENCE, TIMEOUT = 4, 1.0, 30.0  # tries of a download, seconds before the second (then doubled), seconds of silence
+
+
+def fetch(name_or_url):
+    """A published file's path on this machine: a path stays as it is; a name in PUBLISHED or a URL is downloaded once.
+
+    Looked for in Hugging Face's cache, then in torch.hub's, where it is downloaded to: with a progress bar, resumed where an
+    earlier try broke off, once for all processes, and checked against the size and SHA-256 that the server declares
+    (or the hash in its name, as torch.hub's files have) before it is used. Honours HF_ENDPOINT, HF_TOKEN, HF_HOME
+    and HF_HUB_OFFLINE. Raises FileNotFoundError or OSError with the URL, where to put the file by hand, and what to do.
+    """
+    if os.path.exists(name_or_url):
+        return name_or_url
+    if name_or_url in PUBLISHED:
+        org, repo, file = PUBLISHED[name_or_url].split("/")
+        url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{org}/{repo}/resolve/main/{file}"
+        home = os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
+        cache = os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))
+        cached = glob.glob(os.path.join(glob.escape(cache), f"models--{org}--{repo}", "snapshots", "*", file))
+        if cached:
+            return max(cached, key=os.path.getmtime)
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", f"{org}--{repo}--{file}")
+    elif name_or_url.startswith(("http://", "https://")):
+        url, path = name_or_url, os.path.join(torch.hub.get_dir(), "checkpoints", name_or_url.rsplit("/", 1)[1])
+    else:
+        raise FileNotFoundError(f"{name_or_url}: no such file, nor one of: {' '.join(PUBLISHED)}")
+    if os.path.isfile(path):
+        return path
+    advice = f"; or put the file at {path} by hand: curl -L -o {path} {url}"
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("0", "", "false", "no"):
+        raise FileNotFoundError(f"{url} is not on this machine and HF_HUB_OFFLINE is set: unset it{advice}")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait here; a dead process lets go
+        for retry in range(RETRIES):
+            if os.path.isfile(path):
+                return path
+            try:
+                download(url, path)
+            except urllib.error.HTTPError as e:
+                why = {401: "you may not read it: set HF_TOKEN", 403: "you may not read it: set HF_TOKEN, accept its licence",
+                       404: "there is no such file: HF_ENDPOINT may name another mirror"}.get(e.code, "try again later")
+                if e.code < 500 or retry == RETRIES - 1:
+                    raise OSError(f"{url}: HTTP status {e.code}, {why}{advice}") from None
+            except (OSError, http.client.HTTPException) as e:  # no connection, silence, a cut: the next try goes on from there
+                if retry == RETRIES - 1:
+                    raise OSError(f"{url}: {e or type(e).__name__} ({RETRIES} tries): run it again to go on from there{advice}") from None
+            time.sleep(PATIENCE * 2 ** retry)
+    return path
+
+
+def download(url, path):
+    """One try of fetch: append what is missing to path.part, check it, and give it its name. ValueError if it is not what
+    the server declared."""
+    from tqdm import tqdm
+
+    declared = {}
+
+    class Redirect(urllib.request.HTTPRedirectHandler):  # the hub declares size and hash where it redirects to the storage
+        def redirect_request(self, request, fp, code, msg, headers, newurl):
+            declared.update({k.lower(): v for k, v in headers.items() if k.lower().startswith("x-linked-")})
+            return super().redirect_request(request, fp, code, msg, headers, newurl)
+
+    part = path + ".part"
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    request = urllib.request.Request(url, headers={"User-Agent": "uniflow-minimal", **({"Range": f"bytes={have}-"} if have else {})})
+    if os.environ.get("HF_TOKEN") and "/resolve/" in url:
+        request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")  # not for the storage's host
+    try:
+        response = urllib.request.build_opener(Redirect).open(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as e:
+        if e.code == 416:  # nothing after what we have
+            os.remove(part)
+            raise OSError("the part downloaded before does not fit the file") from None
+        raise
+    with response, open(part, "ab" if response.status == 206 else "wb") as f:
+        have = f.tell()
+        declared.update({k.lower(): v for k, v in response.headers.items() if k.lower().startswith("x-linked-")})
+        length = response.headers.get("Content-Length")
+        size = int(declared["x-linked-size"]) if "x-linked-size" in declared else have + int(length) if length else None
+        with tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=os.path.basename(path), disable=None) as bar:
+            while chunk := response.read(1 << 20):
+                f.write(chunk)
+                bar.update(len(chunk))
+        f.flush()
+        os.fsync(f.fileno())
+        have = f.tell()
+    if size is not None and have < size:
+        raise OSError(f"the connection broke at {have:,} of {size:,} bytes")
+    named = re.search(r"-([0-9a-f]{8,64})\.\w+$", path)  # torch.hub's files carry the start of their hash
+    etag = declared.get("x-linked-etag", "").strip('"')
+    expected = etag if re.fullmatch("[0-9a-f]{64}", etag) else named[1] if named else None
+    sha = hashlib.sha256()
+    with open(part, "rb") as f:
+        while chunk := f.read(1 << 24):
+            sha.update(chunk)
+    digest = sha.hexdigest()
+    if (size is not None and have != size) or (expected and not digest.startswith(expected)):
+        os.remove(part)
+        raise ValueError(f"{url}: what came is not what the server declared ({have:,} bytes, SHA-256 {digest[:12]}..., expected "
+                         f"{size or 0:,} bytes, {expected}); it was deleted, run it again")
+    if not expected:
+        print(f"{url}: the server declares no SHA-256, only the size was checked", file=sys.stderr)
+    os.replace(part, path)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def patch_pca(img, mean, basis, p):
 def parse_args(argv=None):
     ap = argparse.ArgumentParser(description="PSNR and SSIM of a tokenizer's reconstructions")
     ap.add_argument("--data", nargs="+", required=True, metavar="PATH", help="images to measure: folders or .zip archives")
-    ap.add_argument("--weights", default="out/model.safetensors", help="tokenizer file [%(default)s]")
+    ap.add_argument("--weights", default="out/model.safetensors", help="tokenizer: a file, or uniflow-internvit, the authors' [%(default)s]")
     ap.add_argument("--resolution", default="native", choices=["native", "256"], help="size at which reconstructions are "
                     "compared: the model's native size (the paper's Table 3a), or resized to 256 (Table 1) [%(default)s]")
     ap.add_argument("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
@@ -166,12 +166,13 @@ def main(argv=None):
 
     from data import ImageDataset, to_tensor
     from decoder import Decoder
-    from encoder import Encoder, read_config
+    from encoder import Encoder, fetch, read_config
 
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    enc, dec = Encoder.from_pretrained(args.weights).to(device), Decoder.from_pretrained(args.weights).to(device)
-    info = read_config(args.weights)
+    weights = fetch(args.weights)
+    enc, dec = Encoder.from_pretrained(weights).to(device), Decoder.from_pretrained(weights).to(device)
+    info = read_config(weights)
     native, p = info["size"], dec.config.patch
     size = native if args.resolution == "native" else int(args.resolution)
 
@@ -209,7 +210,7 @@ def main(argv=None):
                 values.setdefault(row, {}).setdefault(metric, []).extend(x.tolist())
         done += len(img)
     report = {
-        "weights": args.weights, "step": info.get("step"), "teacher": info.get("teacher"), "commit": info.get("commit"),
+        "weights": weights, "step": info.get("step"), "teacher": info.get("teacher"), "commit": info.get("commit"),
         "data": args.data, "images": done, "fit": args.fit if args.pca else None,
         "protocol": f"ADM centre crop to {native} px in; compared at {size} px as uint8"
                     + (", PIL bicubic," if size != native else "") + f" with the ADM crop of the original; {args.steps} Euler "

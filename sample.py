@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data import EXTENSIONS, load_image, to_tensor
 from decoder import Decoder
-from encoder import Encoder, read_config
+from encoder import Encoder, fetch, read_config
 from eval import comparison, image_noise, psnr, round_uint8, ssim
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -27,7 +27,7 @@ SUFFIX = "_recon.png"
 def parse_args(argv=None):
     ap = argparse.ArgumentParser(description="Reconstruct pictures with a trained UniFlow tokenizer.")
     ap.add_argument("files", nargs="+", metavar="FILES", help="pictures, or folders of pictures")
-    ap.add_argument("--weights", metavar="FILE", help="tokenizer file [out/model.safetensors, else the shipped weights]")
+    ap.add_argument("--weights", metavar="FILE", help="tokenizer: a file, or uniflow-internvit, the authors' [out/model.safetensors, else the shipped weights]")
     ap.add_argument("--size", type=int, help="short side in pixels, 0 for the picture's own [the model's native size]")
     ap.add_argument("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
     ap.add_argument("--seed", type=int, default=0, help="of the decoding noise [%(default)s]")
@@ -39,8 +39,10 @@ def parse_args(argv=None):
 
 
 def find_weights(given):
-    """The tokenizer file to use: the one given, or the first there is of out/ and the shipped one. FileNotFoundError if none."""
-    choices = [given] if given else ["out/model.safetensors", os.path.join(HERE, "weights", "uniflow-tiny.safetensors")]
+    """The tokenizer file to use: the one given (a path, a name or a URL), or the first there is of out/ and the shipped one."""
+    if given:
+        return fetch(given)
+    choices = ["out/model.safetensors", os.path.join(HERE, "weights", "uniflow-tiny.safetensors")]
     for path in choices:
         if os.path.isfile(path):
             return path

@@ -5,6 +5,8 @@
 They run on the CPU in tiny configurations and need requirements-test.txt; `pytest test_all.py` runs the same functions.
 """
 import contextlib
+import hashlib
+import http.server
 import io
 import json
 import math
@@ -14,18 +16,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
+import warnings
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -437,6 +441,435 @@ def test_file_round_trip_and_latent_statistics():
             raise AssertionError("a file without its fourth block was loaded")
         except ValueError as e:
             assert "missing vit.blocks.3" in str(e), e
+
+
+# ---- published weights ----
+
+FAMILIES = {  # name: (transformers' classes, our configuration at a small size, pixel mean and std as published)
+    "internvit": (("InternVLVisionConfig", "InternVLVisionModel"), dict(final_norm=False, layer_scale=1.0),
+                  ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+    "dinov2": (("Dinov2Config", "Dinov2Model"), dict(layer_scale=1.0), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+    "siglip2": (("SiglipVisionConfig", "SiglipVisionModel"), dict(num_prefix=0, activation="gelu_tanh", pixel_stats="half"),
+                ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))),
+    "clip": (("CLIPVisionConfig", "CLIPVisionModel"), dict(patch_bias=False, pre_norm=True, eps=1e-5, activation="quick_gelu",
+                                                           pixel_stats="openai"),
+             ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))),
+}
+
+
+def reference(family, depth=3, width=72, heads=4, mlp=144, patch=7, size=28):
+    """A random transformers model of the family, all its parameters drawn, and our configuration for it."""
+    import transformers
+    (config_class, model_class), ours, _ = FAMILIES[family]
+    square = (lambda x: [x, x]) if family == "internvit" else (lambda x: x)
+    kind = {"internvit": dict(attention_bias=True), "dinov2": dict(mlp_ratio=mlp // width)}.get(family, {})
+    config = getattr(transformers, config_class)(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
+                                                 intermediate_size=mlp, image_size=square(size), patch_size=square(patch), **kind)
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(config).eval()
+    for name, p in model.named_parameters():  # norms and scales near 1; small embeddings, so that the epsilons matter
+        p.data = (0.02 if "embeddings" in name else 0.1) * torch.randn_like(p) + (p.ndim == 1) * (p.data.mean() > 0.5)
+    assert ours.items() <= asdict(encoder.TEACHERS[family]).items(), "the published model must be of this structure"
+    return model, encoder.ViTConfig(width=width, depth=depth, heads=heads, mlp_width=mlp, patch=patch, size=size, **ours)
+
+
+def reference_tokens(family, model, img):
+    """transformers' own block outputs, and the tokens after its final norm where it has one."""
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in FAMILIES[family][2])
+    resize = dict(interpolate_pos_encoding=True) if family in ("siglip2", "clip") else {}
+    with torch.no_grad():
+        out = model((img - mean) / std, output_hidden_states=True, **resize)
+        last = model.post_layernorm(out.hidden_states[-1]) if family == "clip" else out.last_hidden_state
+    return list(out.hidden_states[1:]), last
+
+
+def saved_by_transformers(model, folder):
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    return load_file(os.path.join(folder, "model.safetensors"))
+
+
+def fuse(state, pattern, fused):
+    """Replace three projections, named by pattern with q, k and v filled in, by one."""
+    state = dict(state)
+    for name in [n for n in state if re.search(pattern.format("q"), n)]:
+        parts = [state.pop(re.sub(pattern.format("q"), lambda m: m[0].replace(*swap), name)) for swap in
+                 ((("q_proj", x + "_proj") if "q_proj" in name else ("query", {"q": "query", "k": "key", "v": "value"}[x])) for x in "qkv")]
+        state[re.sub(pattern.format("q"), fused, name)] = torch.cat(parts)
+    return state
+
+
+def renamed(state, *rules):
+    for pattern, name in rules:
+        state = {re.sub(pattern, name, k): v for k, v in state.items()}
+    return state
+
+
+def layouts_of(family, hf):
+    """The published layouts of a family made from transformers' file by the tables of TEACHERS.md, with what such files
+    hold besides: {layout: state dict}."""
+    extra = torch.zeros(2, 3)
+    if family == "internvit":
+        fused = fuse(hf, r"attention\.{}_proj", "attn.qkv")
+        remote = renamed(fused, ("cls_token", "class_embedding"), ("position_embeddings", "position_embedding"),
+                         (r"patch_embeddings\.projection", "patch_embedding"), (r"encoder\.layer\.", "encoder.layers."),
+                         ("layernorm_before", "norm1"), ("layernorm_after", "norm2"), (r"attention\.projection_layer", "attn.proj"),
+                         ("lambda_", "ls"))
+        timm = renamed(remote, (r"embeddings\.class_embedding", "cls_token"), (r"embeddings\.position_embedding", "pos_embed"),
+                       (r"embeddings\.patch_embedding", "patch_embed.proj"), (r"encoder\.layers\.", "blocks."), (r"(ls\d)", r"\1.gamma"))
+        whole = {**renamed(hf, ("^", "vision_tower.")), "language_model.model.embed.weight": extra, "multi_modal_projector.linear.bias": extra}
+        return {"remote": remote, "hf": hf, "hf whole": whole, "timm": timm}
+    if family == "dinov2":
+        fused = fuse(hf, r"attention\.attention\.{}uery", "attn.qkv")
+        timm = renamed(fused, (r"embeddings\.cls_token", "cls_token"), (r"embeddings\.mask_token", "mask_token"),
+                       (r"embeddings\.position_embeddings", "pos_embed"), (r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+                       (r"encoder\.layer\.", "blocks."), (r"attention\.output\.dense", "attn.proj"),
+                       (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"), ("^layernorm", "norm"))
+        return {"hf": hf, "original": timm, "timm": {k: v for k, v in timm.items() if k != "mask_token"}}
+    fused = fuse(hf, r"self_attn\.{}_proj", "attn.qkv")
+    blocks = [(r"encoder\.layers\.", "blocks."), ("layer_norm", "norm"), (r"self_attn\.out_proj", "attn.proj"), ("post_layernorm", "norm"),
+              (r"embeddings\.patch_embedding", "patch_embed.proj"), ("pre_layrnorm", "norm_pre")]
+    timm = renamed(fused, *blocks, (r"embeddings\.position_embedding\.weight", "pos_embed"), (r"embeddings\.class_embedding", "cls_token"))
+    timm = {k: v for k, v in timm.items() if not k.startswith("head.")}
+    timm["pos_embed"] = timm["pos_embed"][None]
+    towers = {**renamed(hf, ("^", "vision_model.")), "logit_scale": extra, "text_model.encoder.layers.0.mlp.fc1.weight": extra,
+              "text_model.embeddings.position_ids": torch.arange(3)}
+    if family == "siglip2":
+        timm["attn_pool.latent"] = extra
+        return {"hf": hf, "two towers": {**towers, "logit_bias": extra}, "timm": timm}
+    timm.update({"cls_token": timm["cls_token"].view(1, 1, -1), "head.weight": extra})
+    openclip = renamed(fused, (r"embeddings\.class_embedding", "class_embedding"), (r"embeddings\.position_embedding\.weight", "positional_embedding"),
+                       (r"embeddings\.patch_embedding", "conv1"), ("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post"),
+                       (r"encoder\.layers\.", "transformer.resblocks."), (r"layer_norm(\d)", r"ln_\1"), (r"attn\.qkv\.", "attn.in_proj_"),
+                       (r"self_attn\.out_proj", "attn.out_proj"), (r"mlp\.fc1", "mlp.c_fc"), (r"mlp\.fc2", "mlp.c_proj"), ("^", "visual."))
+    openclip.update({"visual.proj": extra, "positional_embedding": extra, "token_embedding.weight": extra, "ln_final.bias": extra,
+                     "transformer.resblocks.0.ln_1.weight": extra, "transformer.resblocks.0.attn.out_proj.weight": extra,
+                     "text_projection": extra, "logit_scale": extra})
+    towers = {**towers, "visual_projection.weight": extra, "vision_model.embeddings.position_ids": torch.arange(3)}
+    return {"hf": hf, "two towers": towers, "timm": timm, "open_clip": openclip}
+
+
+def test_published_layouts_equal_transformers():
+    for family in FAMILIES:
+        model, config = reference(family)
+        with tempfile.TemporaryDirectory() as tmp:
+            layouts = layouts_of(family, saved_by_transformers(model, tmp))
+            for size in ((28, 28), (35, 63)):
+                img = torch.rand(2, 3, *size)
+                expected, last = reference_tokens(family, model, img)
+                for name, state in layouts.items():
+                    path = os.path.join(tmp, "weights.bin")
+                    torch.save({"state_dict": {"module." + k: v for k, v in state.items()}} if name == "open_clip" else state, path)
+                    vit = encoder.ViT(config).eval()
+                    encoder.load_vit(vit, path)
+                    with torch.no_grad():
+                        ours = vit(img)
+                    for l, (a, b) in enumerate(zip(ours, expected, strict=True)):
+                        assert (a - b).norm() / b.norm() <= 5e-6, f"{family}, {name} layout, {size}: block {l + 1}"
+                    close(vit.norm(ours[-1]), last, 5e-6)
+            for dtype in (torch.bfloat16, torch.float16):  # stored in half precision: equal to the rounded model
+                path = os.path.join(tmp, "half.safetensors")
+                save_file({k: v.to(dtype) for k, v in layouts["hf"].items()}, path)
+                vit = encoder.ViT(config).eval()
+                encoder.load_vit(vit, path)
+                model, _ = reference(family)
+                model.load_state_dict({k: v.to(dtype).float() for k, v in model.state_dict().items()})
+                with torch.no_grad():
+                    close(vit(img)[-1], reference_tokens(family, model, img)[0][-1], 5e-6)
+                    assert vit.pos_embed.dtype == torch.float32
+
+
+def test_parity_sees_each_structural_mistake():
+    """Every detail that a loader gets wrong in practice must move the output by more than the tolerance of the parity test."""
+    swap = {"gelu": "gelu_tanh", "gelu_tanh": "gelu", "quick_gelu": "gelu"}
+    for family in FAMILIES:
+        model, config = reference(family)
+        img = torch.rand(2, 3, 28, 28)
+        expected = reference_tokens(family, model, img)[0][-1]
+        with tempfile.TemporaryDirectory() as tmp:
+            saved_by_transformers(model, tmp)
+            mistakes = {"activation": dict(activation=swap[config.activation]), "epsilon": dict(eps=1e-5 if config.eps == 1e-6 else 1e-6)}
+            for name, change in mistakes.items():
+                vit = encoder.ViT(replace(config, **change)).eval()
+                encoder.load_vit(vit, os.path.join(tmp, "model.safetensors"))
+                assert (vit(img)[-1] - expected).norm() / expected.norm() > 5e-6, f"{family}: a wrong {name} went unseen"
+            vit = encoder.ViT(config).eval()
+            encoder.load_vit(vit, os.path.join(tmp, "model.safetensors"))
+            if config.pre_norm:
+                vit.norm_pre = nn.Identity()
+            elif config.layer_scale:
+                vit.blocks[1].scale2 = None
+            else:
+                continue
+            assert (vit(img)[-1] - expected).norm() / expected.norm() > 5e-6, family
+
+
+def test_published_models_at_full_depth():
+    for family, depth in (("internvit", 24), ("dinov2", 24), ("siglip2", 27), ("clip", 24)):
+        model, config = reference(family, depth=depth)
+        img = torch.rand(1, 3, 28, 28)
+        with tempfile.TemporaryDirectory() as tmp:
+            saved_by_transformers(model, tmp)
+            vit = encoder.ViT(config).eval()
+            encoder.load_vit(vit, os.path.join(tmp, "model.safetensors"))
+        for a, b in zip(vit(img), reference_tokens(family, model, img)[0], strict=True):
+            close(a, b, 1e-5)
+
+
+def test_files_that_do_not_fit_are_refused():
+    model, config = reference("clip")
+    with tempfile.TemporaryDirectory() as tmp:
+        state = saved_by_transformers(model, tmp)
+        path = os.path.join(tmp, "x.safetensors")
+        first = "encoder.layers.1.mlp.fc1.weight"
+        cases = {"missing " + first: {k: v for k, v in state.items() if k != first},
+                 "unknown surprise.weight": {**state, "surprise.weight": torch.zeros(1)},
+                 first + " is (72, 144), expected (144, 72)": {**state, first: state[first].T.contiguous()},
+                 "no known layout": {"a": torch.zeros(1)}}
+        for words, broken in cases.items():
+            save_file(broken, path)
+            vit = encoder.ViT(config)
+            before = vit.patch_embed.weight.clone()
+            try:
+                encoder.load_vit(vit, path)
+                raise AssertionError(f"accepted: {words}")
+            except ValueError as e:
+                assert words in str(e), e
+            assert torch.equal(vit.patch_embed.weight, before), "nothing may be copied before all was checked"
+
+        class Payload:
+            def __reduce__(self):
+                return os.mkdir, (os.path.join(tmp, "executed"),)
+        torch.save({"state_dict": Payload()}, os.path.join(tmp, "evil.pth"))
+        try:
+            encoder.load_vit(vit, os.path.join(tmp, "evil.pth"))
+            raise AssertionError("a pickle was accepted")
+        except ValueError as e:
+            assert "not executed" in str(e)
+        assert not os.path.exists(os.path.join(tmp, "executed"))
+
+
+def released_forward(s, img, noise, heads, depth, gtb_depth, gtb_heads, flow_depth, p):
+    """The authors' tokenizer, written out from its description on a state dict with the released names: image -> image."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    lin = lambda x, n: x @ s[n + ".weight"].T + s[n + ".bias"]
+    norm = lambda x, n, eps: F.layer_norm(x, x.shape[-1:], s[n + ".weight"], s[n + ".bias"], eps) if n else F.layer_norm(x, x.shape[-1:], eps=eps)
+
+    def attention(x, n, heads):
+        q, k, v = (y.unflatten(-1, (heads, -1)).transpose(-2, -3) for y in lin(x, n + ".qkv").chunk(3, -1))
+        y = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v
+        return lin(y.transpose(-2, -3).flatten(-2), n + ".proj")
+    x = F.conv2d((img - mean) / std, s["embeddings.patch_embedding.weight"], s["embeddings.patch_embedding.bias"], stride=p).flatten(2).mT
+    x = torch.cat([s["embeddings.class_embedding"].expand(len(x), -1, -1), x], 1) + s["embeddings.position_embedding"]
+    for i in range(depth):
+        n = f"encoder.layers.{i}."
+        x = x + s[n + "ls1"] * attention(norm(x, n + "norm1", 1e-6), n + "attn", heads)
+        x = x + s[n + "ls2"] * lin(F.gelu(lin(norm(x, n + "norm2", 1e-6), n + "mlp.fc1")), n + "mlp.fc2")
+    z = lin(F.gelu(lin(x[:, 1:], "chal_proj.c_fc")), "chal_proj.c_proj")
+    c = lin(F.gelu(lin(z, "chal_unproj.c_fc")), "chal_unproj.c_proj") + s["global_block_pos_embed"]
+    for i in range(gtb_depth):
+        n = f"global_blocks.{i}."
+        c = c + attention(norm(c, n + "norm1", 1e-5), n + "attn", gtb_heads)
+        c = c + lin(F.gelu(lin(norm(c, n + "norm2", 1e-5), n + "mlp.fc1")), n + "mlp.fc2")
+    c = c + s["decoder_pos_embed"]
+    n = "flow_head.net."
+    freqs = 10000 ** (-torch.arange(128) / 128)
+    time = torch.cat([torch.cos(1000 * 0.0 * freqs), torch.sin(1000 * 0.0 * freqs)])  # one step, at t = 0, which is noise
+    y = F.silu(lin(F.silu(lin(time, n + "time_embed.mlp.0")), n + "time_embed.mlp.2") + lin(c, n + "cond_embed"))
+    h = lin(noise, n + "input_proj")
+    for i in range(flow_depth):
+        b = f"{n}res_blocks.{i}."
+        shift, scale, gate = lin(y, b + "adaLN_modulation.1").chunk(3, -1)
+        h = h + gate * lin(F.silu(lin(norm(h, b + "in_ln", 1e-6) * (1 + scale) + shift, b + "mlp.0")), b + "mlp.2")
+    shift, scale = lin(y, n + "final_layer.adaLN_modulation.1").chunk(2, -1)
+    x = noise + lin(norm(h, "", 1e-6) * (1 + scale) + shift, n + "final_layer.linear")
+    return z, (F.fold(x.mT, img.shape[2:], p, stride=p) * std + mean).clamp(0, 1)
+
+
+def released_state(D=32, mlp=64, depth=2, gtb_depth=2, flow_depth=3, flow_width=40, p=4, grid=4, C=64):
+    """Random tensors under the released names."""
+    shapes = {"embeddings.class_embedding": (1, 1, D), "embeddings.position_embedding": (1, 1 + grid ** 2, D),
+              "embeddings.patch_embedding.weight": (D, 3, p, p), "embeddings.patch_embedding.bias": (D,),
+              "global_block_pos_embed": (1, grid ** 2, D), "decoder_pos_embed": (1, grid ** 2, D)}
+    linears = {"chal_proj.c_fc": (D, D), "chal_proj.c_proj": (C, D), "chal_unproj.c_fc": (D, C), "chal_unproj.c_proj": (D, D)}
+    norms = {}
+    for i in range(depth):
+        n = f"encoder.layers.{i}."
+        shapes.update({n + "ls1": (D,), n + "ls2": (D,)})
+        linears.update({n + "attn.qkv": (3 * D, D), n + "attn.proj": (D, D), n + "mlp.fc1": (mlp, D), n + "mlp.fc2": (D, mlp)})
+        norms.update({n + "norm1": D, n + "norm2": D})
+    for i in range(gtb_depth):
+        n = f"global_blocks.{i}."
+        linears.update({n + "attn.qkv": (3 * D, D), n + "attn.proj": (D, D), n + "mlp.fc1": (4 * D, D), n + "mlp.fc2": (D, 4 * D)})
+        norms.update({n + "norm1": D, n + "norm2": D})
+    n, W, q = "flow_head.net.", flow_width, 3 * p * p
+    linears.update({n + "input_proj": (W, q), n + "time_embed.mlp.0": (W, 256), n + "time_embed.mlp.2": (W, W), n + "cond_embed": (W, D),
+                    n + "final_layer.linear": (q, W), n + "final_layer.adaLN_modulation.1": (2 * W, W)})
+    for i in range(flow_depth):
+        b = f"{n}res_blocks.{i}."
+        linears.update({b + "mlp.0": (W, W), b + "mlp.2": (W, W), b + "adaLN_modulation.1": (3 * W, W)})
+        norms[b + "in_ln"] = W
+    shapes.update({k + ".weight": v for k, v in linears.items()})
+    shapes.update({k + ".bias": v[:1] for k, v in linears.items()})
+    shapes.update({k + end: (v,) for k, v in norms.items() for end in (".weight", ".bias")})
+    torch.manual_seed(0)
+    return {k: torch.randn(v) / (v[-1] ** 0.5 if len(v) > 1 else 2) for k, v in shapes.items()}
+
+
+def test_released_uniflow_file():
+    small_vit = replace(encoder.TEACHERS["internvit"], width=32, depth=2, heads=2, mlp_width=64, patch=4, size=16)
+    small_decoder = decoder.DecoderConfig(width=32, heads=2, gtb_depth=2, flow_depth=3, flow_width=40, patch=4, grid=4)
+    true = encoder.TEACHERS["internvit"], decoder.DecoderConfig
+    state = released_state()
+    img, noise = torch.rand(2, 3, 16, 16), torch.randn(2, 16, 48)
+    z, rec = released_forward(state, img, noise, 2, 2, 2, 2, 3, 4)
+    with tempfile.TemporaryDirectory() as tmp, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        path = os.path.join(tmp, "model.safetensors")
+        save_file({**state, "mlp1.0.weight": torch.zeros(3)}, path)
+        try:  # the same code at a small size
+            encoder.TEACHERS["internvit"], decoder.DecoderConfig = small_vit, lambda: small_decoder
+            enc, dec = encoder.Encoder.from_pretrained(path), decoder.Decoder.from_pretrained(path)
+            assert encoder.read_config(path)["size"] == 448 and encoder.read_config(path)["teacher"] == "internvit"
+            assert len(said) == 1 and "mlp1.0.weight" in str(said[0].message), "what is ignored must be listed"
+            close(enc.encode(img), z.mT.unflatten(-1, (4, 4)), 5e-6)
+            close(dec.decode(enc.encode(img), noise=noise), rec, 5e-6)
+            assert (rec > 0).float().mean() > 0.2 and (rec < 1).float().mean() > 0.2, "the comparison must not be of clamped pixels"
+            del state["global_blocks.1.mlp.fc2.bias"]
+            save_file(state, path)
+            try:
+                decoder.Decoder.from_pretrained(path)
+                raise AssertionError("an incomplete released file was accepted")
+            except ValueError as e:
+                assert "blocks.1.fc2.bias" in str(e)
+        finally:
+            encoder.TEACHERS["internvit"], decoder.DecoderConfig = true
+
+
+def test_export_to_hugging_face():
+    import transformers
+    for family, ((_, model_class), _, _) in FAMILIES.items():
+        _, config = reference(family)
+        torch.manual_seed(3)
+        enc = encoder.Encoder(encoder.ViT(config), 8).eval()
+        for p in enc.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        with tempfile.TemporaryDirectory() as tmp:
+            enc.save_hf(tmp)
+            model, info = getattr(transformers, model_class).from_pretrained(tmp, output_loading_info=True)
+            assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], (family, info)
+            for size in ((28, 28), (42, 21)):
+                img = torch.rand(1, 3, *size)
+                expected, last = reference_tokens(family, model.eval(), img)
+                for a, b in zip(enc.vit(img), expected, strict=True):
+                    close(a, b, 5e-6)
+                close(enc.vit.norm(enc.vit(img)[-1]), last, 5e-6)
+            assert json.load(open(os.path.join(tmp, "preprocessor_config.json")))["crop_size"]["height"] == 28
+            vit = encoder.ViT(config)
+            encoder.load_vit(vit, os.path.join(tmp, "model.safetensors"))
+            assert all(torch.equal(a, b) for a, b in zip(vit.state_dict().values(), enc.vit.state_dict().values(), strict=True))
+
+
+@contextlib.contextmanager
+def hub(content, sha=None, cut=None, fail=(), stall=0.0):
+    """A Hugging Face hub on loopback that redirects to a storage server, as the true one does. cut: break the first transfer
+    after so many bytes; fail: status codes of the first requests. Yields the list of (path, Range, Authorization) seen."""
+    seen, fail, cuts = [], list(fail), [cut] if cut else []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            start = self.headers.get("Range")
+            seen.append((self.path, start, self.headers.get("Authorization")))
+            if self.path.startswith("/org") and fail:
+                return self.send_error(fail.pop(0))
+            if self.path.startswith("/org"):
+                self.send_response(302)
+                self.send_header("X-Linked-Size", str(len(content)))
+                self.send_header("X-Linked-ETag", f'"{sha or hashlib.sha256(content).hexdigest()}"')
+                self.send_header("Location", "/storage/blob")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
+            time.sleep(stall)
+            body = content[int(start[6:-1]):] if start else content
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(body[:cuts.pop()] if cuts else body)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    before = dict(os.environ), encoder.PUBLISHED, encoder.PATIENCE
+    with tempfile.TemporaryDirectory() as tmp:
+        os.environ.update(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", TORCH_HOME=tmp, HF_HOME=os.path.join(tmp, "hf"))
+        encoder.PUBLISHED, encoder.PATIENCE = {"model": "org/repo/model.safetensors"}, 0.01
+        try:
+            yield seen, tmp
+        finally:
+            os.environ.clear()
+            os.environ.update(before[0])
+            encoder.PUBLISHED, encoder.PATIENCE = before[1:]
+            server.shutdown()
+            server.server_close()
+
+
+def refused(kind, *words):
+    """fetch("model") must raise `kind` with these words."""
+    try:
+        path = encoder.fetch("model")
+    except kind as e:
+        assert all(w in str(e) for w in words), f"{words} not in: {e}"
+        return
+    raise AssertionError(f"fetch gave {path}")
+
+
+def test_downloads():
+    content = np.random.default_rng(0).bytes(3_000_000)
+    read = lambda path: open(path, "rb").read()
+    with hub(content) as (seen, tmp):
+        os.environ["HF_TOKEN"] = "secret"
+        path = encoder.fetch("model")
+        assert read(path) == content and len(seen) == 2 and seen[0][0] == "/org/repo/resolve/main/model.safetensors"
+        assert seen[0][2] == "Bearer secret" and seen[1][2] is None, "the token is for the hub alone"
+        assert encoder.fetch("model") == path and len(seen) == 2, "what is there is not downloaded again"
+        assert encoder.fetch(path) == path, "a path given by the user always wins"
+        assert sorted(os.listdir(os.path.dirname(path))) == ["org--repo--model.safetensors", "org--repo--model.safetensors.lock"]
+    with hub(content, cut=1_000_000) as (seen, tmp):
+        assert read(encoder.fetch("model")) == content
+        ranges = [r for p, r, _ in seen if p.startswith("/storage")]
+        assert ranges[0] is None and 0 < int(ranges[1][6:-1]) <= 1_000_000, f"a broken download must be resumed: {ranges}"
+    with hub(content, sha="0" * 64) as (seen, tmp):
+        refused(ValueError, "declared", "run it again")
+        assert not [f for _, _, files in os.walk(tmp) for f in files if not f.endswith(".lock")], "a wrong file must not stay"
+    for status, words in ((404, "no such file"), (401, "HF_TOKEN")):
+        with hub(content, fail=[status]) as (seen, tmp):
+            refused(OSError, f"status {status}", words, "curl", tmp, "/org/repo/resolve/main/model.safetensors")
+            assert len(seen) == 1, "no use in asking again"
+    with hub(content, fail=[503]) as (seen, tmp):
+        assert read(encoder.fetch("model")) == content
+    with hub(content, fail=[503] * 9) as (seen, tmp):
+        refused(OSError, "status 503", "try again later")
+    with hub(content, stall=0.6) as (seen, tmp):
+        before, encoder.TIMEOUT = encoder.TIMEOUT, 0.2
+        try:
+            refused(OSError, "timed out", "run it again")
+        finally:
+            encoder.TIMEOUT = before
+    with hub(content) as (seen, tmp):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        refused(FileNotFoundError, "HF_HUB_OFFLINE")
+        snapshot = os.path.join(tmp, "hf", "hub", "models--org--repo", "snapshots", "abc")
+        os.makedirs(snapshot)
+        open(os.path.join(snapshot, "model.safetensors"), "wb").write(b"cached")
+        assert read(encoder.fetch("model")) == b"cached" and not seen, "an existing Hugging Face cache comes before any download"
+    with hub(content, stall=0.3) as (seen, tmp):
+        code = ("import sys, encoder; encoder.PUBLISHED['model'] = 'org/repo/model.safetensors'; print(encoder.fetch('model'))")
+        both = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+        paths = {p.communicate()[0] for p in both}
+        assert len(paths) == 1 and len(seen) == 2, f"three processes must download once: {seen}"
 
 
 # ---- data.py ----
@@ -877,9 +1310,9 @@ def test_bad_input_is_one_line_and_status_2():
             (["train.py", *micro, "--data", bad, "--steps", "1", "--workers", "1"], "text.jpg"),
             (["train.py", *micro, "--data", folder, "--size", "18"], "try --size 16"),
             (["train.py", "--teacher", "intern"], "internvit"),
-            (["train.py", "--teacher", "internvit", "--out", out], "random"),
+            (["train.py", "--teacher", "internvit", "--out", out], "OpenGVLab/InternViT-300M-448px/resolve/main/model.safetensors"),
             (["train.py", "--teacher", "tiny", "--teacher_weights", "/missing", "--out", out], "/missing: no such file"),
-            (["train.py", *tokenizer_as_teacher], "another configuration"),
+            (["train.py", *tokenizer_as_teacher], "of no known layout"),
             (["train.py", *micro, "--data", folder, "--init", os.path.join(tmp, "junk.safetensors")], "junk.safetensors"),
             (["train.py", *micro[:-1], os.path.join(teacher, "out"), "--data", folder], "teacher.safetensors"),
             (["train.py", *micro, "--data", folder, "--steps", "0"], "--steps"),
@@ -893,7 +1326,7 @@ def test_bad_input_is_one_line_and_status_2():
             (["data.py", "/nonexistent"], "/nonexistent"),
         ]
         for command, names in cases:
-            done = run("python", *command, WORLD_SIZE="1")
+            done = run("python", *command, HF_HUB_OFFLINE="1", TORCH_HOME=tmp, HF_HOME=tmp)
             lines = [line for line in done.stderr.splitlines() if line and not line.startswith(("usage:", " "))]
             assert done.returncode == 2, f"{command}: status {done.returncode}\n{done.stderr}"
             assert "Traceback" not in done.stderr and len(lines) == 1 and names in lines[0], f"{command}:\n{done.stderr}"

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import distill
 from data import ImageDataset, ProceduralDataset, sample_numbers, split_batch
 from decoder import Decoder, DecoderConfig, sample_t
-from encoder import TEACHERS, Encoder, ViT, load_teacher, read_config, teacher_config, write_atomically, write_model
+from encoder import TEACHERS, Encoder, ViT, fetch, load_teacher, read_config, teacher_config, write_atomically, write_model
 from eval import validate
 
 # The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512); small
@@ -42,6 +42,7 @@ PAPER = dict(lr=2e-4, latent_dim=64, gtb_depth=6, flow_depth=12, flow_width=1024
 OURS = dict(size=64, latent_dim=16, gtb_depth=3, flow_depth=6, batch_size=256, micro_batch=256, steps=20_000)
 RECIPES = {
     "internvit": dict(PAPER, size=448),
+    "internvit-v2_5": dict(PAPER, size=448),
     "dinov2": dict(PAPER, size=378),
     "siglip2": dict(PAPER, size=256, micro_batch=64, flow_width=1152),
     "siglip2-l": dict(PAPER, size=256, micro_batch=64),
@@ -68,8 +69,8 @@ def parse_args(argv=None):
     add("--workers", type=int, help="data loading processes per rank [CPU cores / ranks, at most 16; 1 without a GPU]")
     # model
     add("--teacher", default="tiny", help=f"{' '.join(TEACHERS)}, or a self-describing .safetensors file [%(default)s]")
-    add("--teacher_weights", metavar="PATH|random", help="the teacher's weight file, or random [the published file]")
-    add("--init", metavar="FILE", help="start from this tokenizer instead of a copy of the teacher")
+    add("--teacher_weights", metavar="PATH|random", help="its weights in any published layout, or random [the published file, downloaded]")
+    add("--init", metavar="FILE", help="start from this tokenizer (a file, or uniflow-internvit) instead of a copy of the teacher")
     add("--latent_dim", type=int, help="latent channels *")
     add("--projector", default="mlp", choices=["mlp", "linear"], help="latent projections [%(default)s]")
     add("--gtb_depth", type=int, help="global transformer blocks, 0 for none *")
@@ -257,7 +258,8 @@ def build_models(args):
         objective=args.decoder, pixel_stats=c.pixel_stats))
     if args.init:
         wanted = {**asdict(c), **asdict(decoder.config)}
-        encoder, decoder = Encoder.from_pretrained(args.init), Decoder.from_pretrained(args.init)
+        path = fetch(args.init)
+        encoder, decoder = Encoder.from_pretrained(path), Decoder.from_pretrained(path)
         have = {**asdict(encoder.vit.config), **asdict(decoder.config)}
         differ = [f"{k} {have[k]}, not {wanted[k]}" for k in have if have[k] != wanted[k] and k != "grid"]  # grids are resized
         if differ:
