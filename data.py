@@ -94,7 +94,7 @@ class ImageDataset(Dataset):
             names += [name for name, *_ in found]
             spans += [span for _, *span in found]
             root_of += [r] * len(found)
-        folders = [os.path.basename(os.path.dirname(name)) or os.path.basename(self.roots[r]) for name, r in zip(names, root_of)]
+        folders = [os.path.basename(os.path.dirname(name)) or os.path.basename(os.path.abspath(self.roots[r])) for name, r in zip(names, root_of)]
         self.classes = sorted(set(folders))
         index = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([index[f] for f in folders], np.int32)
@@ -157,10 +157,21 @@ def list_folder(root):
         raise FileNotFoundError(f"{root}: no such folder or .zip archive")
     if not os.path.isdir(root):
         raise ValueError(f"{root} is neither a folder nor a .zip archive")
-    for folder, _, files in os.walk(root):
-        for name in files:
-            if name.lower().endswith(EXTENSIONS):
-                yield os.path.relpath(os.path.join(folder, name), root), -1, -1, -1
+    def stop(error):
+        raise error
+    seen = set()
+    for folder, subfolders, files in os.walk(root, onerror=stop, followlinks=True):
+        if os.path.realpath(folder) in seen:  # a link to a folder that was walked already
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        for name in filter(is_image, files):
+            yield os.path.relpath(os.path.join(folder, name), root), -1, -1, -1
+
+
+def is_image(name):
+    """Whether a file's name is that of a picture; the ._ files that macOS puts beside them are none."""
+    return name.lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith("._")
 
 
 def list_archive(path):
@@ -168,7 +179,7 @@ def list_archive(path):
     try:
         with zipfile.ZipFile(path) as z:
             for e in z.infolist():
-                if e.filename.lower().endswith(EXTENSIONS) and not e.is_dir():
+                if is_image(e.filename) and not e.is_dir():
                     if e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or e.flag_bits & 1:
                         raise ValueError(f"{path}: {e.filename} is encrypted or compressed by an unknown method; repack the archive")
                     yield e.filename, e.header_offset, e.compress_size, e.compress_type

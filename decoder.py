@@ -56,10 +56,11 @@ class DecoderConfig:
     pixel_stats: str = "imagenet"  # a key of PIXEL_STATS
 
     def __post_init__(self):
-        if self.width % self.heads or self.width % 4:
-            raise ValueError(f"decoder width {self.width} must be a multiple of 4 and of heads {self.heads}")
-        if self.projector not in ("mlp", "linear") or self.objective not in ("flow", "pixel"):
-            raise ValueError(f"projector {self.projector!r} must be mlp or linear, decoder {self.objective!r} flow or pixel")
+        if min(self.latent_dim, self.width, self.heads, self.flow_width, self.patch, self.grid) < 1 or self.width % self.heads or self.width % 4:
+            raise ValueError(f"decoder width {self.width} must be a multiple of 4 and of heads {self.heads}, and all sizes positive: {self}")
+        if self.pixel_stats not in PIXEL_STATS or self.projector not in ("mlp", "linear") or self.objective not in ("flow", "pixel"):
+            raise ValueError(f"projector {self.projector!r} must be mlp or linear, decoder {self.objective!r} flow or pixel, "
+                             f"pixel_stats {self.pixel_stats!r} one of {' '.join(PIXEL_STATS)}")
 
 
 def patchify(x, p):

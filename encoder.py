@@ -10,7 +10,7 @@ C latent channels, H = h*p and W = w*p pixels. Images are (B, 3, H, W) in [0, 1]
     z = enc.encode(img)           # (B, C, h, w), normalised by the statistics stored in the file
     f = enc.features(img)         # (B, N, D), what a linear probe or a multimodal LLM reads
 
-`python encoder.py` prints the shapes. Needs torch and safetensors; no other file of this project.
+`python encoder.py` prints the shapes. Needs torch, safetensors (and tqdm to download); no other file of this project.
 Structure of the ViT: Dosovitskiy et al. 2021, with the differences of InternViT, DINOv2, SigLIP2 and CLIP as flags.
 """
 import fcntl
@@ -64,12 +64,15 @@ class ViTConfig:
     pixel_stats: str = "imagenet"  # a key of PIXEL_STATS
 
     def __post_init__(self):
-        if self.width % self.heads or self.size % self.patch:
-            raise ValueError(f"ViT width {self.width} must be a multiple of heads {self.heads}, "
-                             f"and size {self.size} of patch {self.patch}")
+        if min(self.width, self.depth, self.heads, self.mlp_width, self.patch) < 1 or self.width % self.heads or self.size % self.patch:
+            raise ValueError(f"ViT width {self.width} must be a multiple of heads {self.heads}, size {self.size} of patch {self.patch}, "
+                             "and all of them positive")
+        if self.activation not in ACTIVATIONS or self.pixel_stats not in PIXEL_STATS:
+            raise ValueError(f"activation {self.activation!r} must be one of {' '.join(ACTIVATIONS)}, "
+                             f"pixel_stats {self.pixel_stats!r} of {' '.join(PIXEL_STATS)}")
 
 
-TEACHERS = {
+TEACHERS = {  # the foundation models of the paper, and where PUBLISHED has their files
     "internvit": ViTConfig(final_norm=False, layer_scale=1.0),
     "internvit-v2_5": ViTConfig(final_norm=False, layer_scale=1.0),
     "dinov2": ViTConfig(size=518, layer_scale=1.0),
@@ -82,54 +85,6 @@ TEACHERS = {
     "small": ViTConfig(width=384, depth=12, heads=6, mlp_width=1536, patch=8, size=64),
     "tiny": ViTConfig(width=192, depth=12, heads=3, mlp_width=768, patch=8, size=64),
 }
-
-
-# Where each teacher's published file is: a Hugging Face repository and the file in it.
-PUBLISHED = {
-    "internvit": "OpenGVLab/InternViT-300M-448px/model.safetensors",
-    "internvit-v2_5": "OpenGVLab/InternViT-300M-448px-V2_5/model.safetensors",
-    "dinov2": "facebook/dinov2-large/model.safetensors",
-    "siglip2": "google/siglip2-so400m-patch16-256/model.safetensors",
-    "siglip2-l": "google/siglip2-large-patch16-256/model.safetensors",
-    "clip": "apple/DFN2B-CLIP-ViT-L-14/open_clip_pytorch_model.bin",
-    "uniflow-internvit": "yuezhengrong/UniFlow/model.safetensors",  # the authors' tokenizer
-}
-
-# How published files name the parameters of our ViT. "{q,k,v}" is three matrices that we keep stacked as one, "-" is one
-# that no model of the layout has. A file may carry one of PREFIXES before every name.
-PARAMETERS = ("cls_token", "pos_embed", "patch_embed", "norm_pre", "norm", "blocks",
-              "norm1", "qkv", "proj", "scale1", "norm2", "fc1", "fc2", "scale2")  # of a block
-LAYOUTS = {
-    "ours": ("cls_token", "pos_embed", "patch_embed", "norm_pre", "norm", "blocks",
-             "norm1", "qkv", "proj", "scale1", "norm2", "fc1", "fc2", "scale2"),
-    "InternViT, UniFlow": (
-        "embeddings.class_embedding", "embeddings.position_embedding", "embeddings.patch_embedding", "-", "-", "encoder.layers",
-        "norm1", "attn.qkv", "attn.proj", "ls1", "norm2", "mlp.fc1", "mlp.fc2", "ls2"),
-    "InternVL of transformers": (
-        "embeddings.cls_token", "embeddings.position_embeddings", "embeddings.patch_embeddings.projection", "-", "-", "encoder.layer",
-        "layernorm_before", "attention.{q_proj,k_proj,v_proj}", "attention.projection_layer", "lambda_1",
-        "layernorm_after", "mlp.fc1", "mlp.fc2", "lambda_2"),
-    "timm, DINOv2": (
-        "cls_token", "pos_embed", "patch_embed.proj", "norm_pre", "norm", "blocks",
-        "norm1", "attn.qkv", "attn.proj", "ls1.gamma", "norm2", "mlp.fc1", "mlp.fc2", "ls2.gamma"),
-    "DINOv2 of transformers": (
-        "embeddings.cls_token", "embeddings.position_embeddings", "embeddings.patch_embeddings.projection", "-", "layernorm", "encoder.layer",
-        "norm1", "attention.attention.{query,key,value}", "attention.output.dense", "layer_scale1.lambda1",
-        "norm2", "mlp.fc1", "mlp.fc2", "layer_scale2.lambda1"),
-    "SigLIP, CLIP of transformers": (
-        "embeddings.class_embedding", "embeddings.position_embedding.weight", "embeddings.patch_embedding", "pre_layrnorm",
-        "post_layernorm", "encoder.layers",
-        "layer_norm1", "self_attn.{q_proj,k_proj,v_proj}", "self_attn.out_proj", "-", "layer_norm2", "mlp.fc1", "mlp.fc2", "-"),
-    "open_clip": (
-        "visual.class_embedding", "visual.positional_embedding", "visual.conv1", "visual.ln_pre", "visual.ln_post",
-        "visual.transformer.resblocks",
-        "ln_1", "attn.in_proj_", "attn.out_proj", "-", "ln_2", "mlp.c_fc", "mlp.c_proj", "-"),
-}
-PREFIXES = ("", "vision_model.", "vision_tower.", "model.vision_tower.", "vision_tower.vision_model.")
-# What such files hold besides: text towers, pooling heads, projections into other spaces, mask tokens, position indices.
-KNOWN_EXTRAS = re.compile(r"(model\.)?(text_model|language_model|multi_modal_projector|mlp1|transformer|token_embedding|"
-                          r"positional_embedding|ln_final|text_projection|visual_projection|visual\.proj|logit_scale|logit_bias|"
-                          r"attn_pool|head|vision_model\.head|.*mask_token|.*position_ids)(\..*)?$")
 
 
 class Block(nn.Module):
@@ -291,67 +246,106 @@ class Encoder(nn.Module):
         config = read_config(path)
         if "released" in config:
             return cls._from_released(path).eval()
-        if "decoder" not in config:
+        if not {"decoder", "size"} <= config.keys():
             raise ValueError(f"{path} is a model file, but no tokenizer; train.py writes out/model.safetensors")
         enc = cls(ViT(vit_config(path)), config["decoder"]["latent_dim"], config["decoder"]["projector"])
         tensors = safetensors.torch.load_file(path)
         load_exactly(enc, {k[8:]: v for k, v in tensors.items() if k.startswith("encoder.")}, path)
-        enc.latent_mean.copy_(tensors["latent_mean"].view(-1, 1, 1))
-        enc.latent_std.copy_(tensors["latent_std"].view(-1, 1, 1))
+        for name in ("latent_mean", "latent_std"):
+            if name not in tensors or tensors[name].shape != (enc.latent_dim,):
+                raise ValueError(f"{path} has no {name} of shape ({enc.latent_dim},)")
+            getattr(enc, name).copy_(tensors[name].view(-1, 1, 1))
         return enc.eval()
-
 
     @classmethod
     def _from_released(cls, path):
         enc = cls(ViT(TEACHERS["internvit"]))
         load_vit(enc.vit, path, ignore=lambda name: not name.startswith(("embeddings.", "encoder.")))
         with safe_open(path, "pt") as f:
-            others = [k for k in f.keys() if not k.startswith(("embeddings.", "encoder.", "chal_", "global_block", "decoder_pos_embed",
-                                                               "flow_head.net."))]
-            projection = {k.replace("chal_proj.c_fc", "0").replace("chal_proj.c_proj", "2"): f.get_tensor(k)
-                          for k in f.keys() if k.startswith("chal_proj.")}
-        load_exactly(enc.latent_down, projection, path)
+            load_exactly(enc.latent_down, {k[10:].replace("c_fc", "0").replace("c_proj", "2"): f.get_tensor(k)
+                                           for k in f.keys() if k.startswith("chal_proj.")}, path)
+            known = ("embeddings.", "encoder.", "chal_", "global_block", "decoder_pos_embed", "flow_head.net.")
+            others = sorted(k for k in f.keys() if not k.startswith(known))
         if others:
-            warnings.warn(f"{path}: {len(others)} tensors that the tokenizer does not use were ignored: {' '.join(sorted(others))}")
+            warnings.warn(f"{path}: ignored {len(others)} tensors that the tokenizer does not use: {' '.join(others)}")
         return enc
 
     def save_hf(self, folder):
         """Write the ViT as the Hugging Face model of its family (config.json, model.safetensors, preprocessor_config.json),
         which LLaVA or InternVL code reads as a vision tower. ValueError if it is of no such family."""
         c = self.vit.config
-        config = dict(hidden_size=c.width, num_hidden_layers=c.depth, num_attention_heads=c.heads, intermediate_size=c.mlp_width,
-                      layer_norm_eps=c.eps, image_size=c.size, patch_size=c.patch, dtype="float32",
-                      hidden_act="gelu_pytorch_tanh" if c.activation == "gelu_tanh" else c.activation)
-        prefix = ""
-        if c.layer_scale and not c.final_norm:
-            layout = "InternVL of transformers"
-            config.update(model_type="internvl_vision", architectures=["InternVLVisionModel"], attention_bias=True,
-                          image_size=[c.size, c.size], patch_size=[c.patch, c.patch])
-        elif c.layer_scale and c.mlp_width % c.width == 0:
-            layout = "DINOv2 of transformers"
-            config.update(model_type="dinov2", architectures=["Dinov2Model"], mlp_ratio=c.mlp_width // c.width, use_mask_token=False)
-        elif not c.num_prefix or c.pre_norm:
-            layout, prefix, family = "SigLIP, CLIP of transformers", "vision_model.", "CLIP" if c.pre_norm else "Siglip"
-            config.update(model_type=f"{family.lower()}_vision_model", architectures=[f"{family}VisionModel"])
-            if family == "Siglip":
-                config["vision_use_head"] = False
+        layout, prefix, kind = "SigLIP, CLIP of transformers", "vision_model.", {}
+        if c.pre_norm:
+            family, model = "clip_vision_model", "CLIPVisionModel"
+        elif not c.num_prefix:
+            family, model, kind = "siglip_vision_model", "SiglipVisionModel", {"vision_use_head": False}
+        elif not c.final_norm:
+            layout, prefix, family, model = "InternVL of transformers", "", "internvl_vision", "InternVLVisionModel"
+            kind = {"attention_bias": True, "image_size": [c.size] * 2, "patch_size": [c.patch] * 2}
+        elif c.layer_scale:
+            layout, prefix, family, model = "DINOv2 of transformers", "", "dinov2", "Dinov2Model"
+            kind = {"mlp_ratio": c.mlp_width // c.width, "use_mask_token": False}
         else:
-            raise ValueError("transformers has no model of this ViT's structure; InternViT, DINOv2, SigLIP2 and CLIP can be saved")
+            raise ValueError("transformers has no vision model of this structure; those of InternViT, DINOv2, SigLIP2 and CLIP can be saved")
+        config = dict(model_type=family, architectures=[model], dtype="float32", hidden_size=c.width, num_hidden_layers=c.depth,
+                      num_attention_heads=c.heads, intermediate_size=c.mlp_width, layer_norm_eps=c.eps, image_size=c.size,
+                      patch_size=c.patch, hidden_act=c.activation.replace("gelu_tanh", "gelu_pytorch_tanh")) | kind
+        mean, std = PIXEL_STATS[c.pixel_stats]
+        preprocessor = dict(image_processor_type="CLIPImageProcessor", size={"shortest_edge": c.size}, resample=3,
+                            crop_size={"height": c.size, "width": c.size}, image_mean=mean, image_std=std)
         tensors = {}
         for key, x in self.vit.state_dict().items():
-            names = names_in(layout, key)
             if prefix and key in ("cls_token", "pos_embed"):
-                x = x.squeeze().reshape(-1, c.width).squeeze(0)  # [D] and [N, D] in this layout
-            tensors.update({prefix + n: part.clone() for n, part in zip(names, x.chunk(len(names)))})
-        mean, std = PIXEL_STATS[c.pixel_stats]
-        preprocessor = dict(image_processor_type="CLIPImageProcessor", do_resize=True, size={"shortest_edge": c.size}, resample=3,
-                            do_center_crop=True, crop_size={"height": c.size, "width": c.size}, do_normalize=True,
-                            image_mean=mean, image_std=std)
+                x = x.squeeze((0, 1) if key == "cls_token" else 0)  # [D] and [N, D] in this layout
+            names = names_in(layout, key)
+            tensors.update({prefix + name: part.clone() for name, part in zip(names, x.chunk(len(names)))})
+        data = safetensors.torch.save(tensors, {"format": "pt"})
         os.makedirs(folder, exist_ok=True)
+        write_atomically(os.path.join(folder, "model.safetensors"), lambda f: f.write(data))
         for name, content in ("config.json", config), ("preprocessor_config.json", preprocessor):
             write_atomically(os.path.join(folder, name), lambda f: f.write(json.dumps(content, indent=2).encode()))
-        data = safetensors.torch.save(tensors, {"format": "pt"})
-        write_atomically(os.path.join(folder, "model.safetensors"), lambda f: f.write(data))
+
+
+# ---- files ----
+
+# The smallest published file of safe tensors for each name: a Hugging Face repository and the file in it. timm's files hold
+# the vision tower alone.
+PUBLISHED = {
+    "internvit": "OpenGVLab/InternViT-300M-448px/model.safetensors",
+    "internvit-v2_5": "OpenGVLab/InternViT-300M-448px-V2_5/model.safetensors",
+    "dinov2": "facebook/dinov2-large/model.safetensors",
+    "siglip2": "timm/vit_so400m_patch16_siglip_256.v2_webli/model.safetensors",
+    "siglip2-l": "timm/vit_large_patch16_siglip_256.v2_webli/model.safetensors",
+    "clip": "timm/vit_large_patch14_clip_224.dfn2b/model.safetensors",  # apple/DFN2B-CLIP-ViT-L-14; its -39B sibling is not this
+    "uniflow-internvit": "yuezhengrong/UniFlow/model.safetensors",  # the authors' tokenizer
+}
+
+# How published files name our ViT's parameters, in the order of PARAMETERS. {q,k,v}: three matrices that we keep stacked as
+# one. -: a parameter that no model of the layout has. A file may have one of PREFIXES before every name.
+PARAMETERS = "cls_token pos_embed patch_embed norm_pre norm blocks norm1 qkv proj scale1 norm2 fc1 fc2 scale2".split()
+LAYOUTS = {
+    "ours": PARAMETERS,
+    "InternViT, UniFlow": """embeddings.class_embedding embeddings.position_embedding embeddings.patch_embedding - - encoder.layers
+        norm1 attn.qkv attn.proj ls1 norm2 mlp.fc1 mlp.fc2 ls2""".split(),
+    "InternVL of transformers": """embeddings.cls_token embeddings.position_embeddings embeddings.patch_embeddings.projection - -
+        encoder.layer layernorm_before attention.{q_proj,k_proj,v_proj} attention.projection_layer lambda_1
+        layernorm_after mlp.fc1 mlp.fc2 lambda_2""".split(),
+    "timm, DINOv2": """cls_token pos_embed patch_embed.proj norm_pre norm blocks
+        norm1 attn.qkv attn.proj ls1.gamma norm2 mlp.fc1 mlp.fc2 ls2.gamma""".split(),
+    "DINOv2 of transformers": """embeddings.cls_token embeddings.position_embeddings embeddings.patch_embeddings.projection - layernorm
+        encoder.layer norm1 attention.attention.{query,key,value} attention.output.dense layer_scale1.lambda1
+        norm2 mlp.fc1 mlp.fc2 layer_scale2.lambda1""".split(),
+    "SigLIP, CLIP of transformers": """embeddings.class_embedding embeddings.position_embedding.weight embeddings.patch_embedding
+        pre_layrnorm post_layernorm encoder.layers layer_norm1 self_attn.{q_proj,k_proj,v_proj} self_attn.out_proj -
+        layer_norm2 mlp.fc1 mlp.fc2 -""".split(),
+    "open_clip": """visual.class_embedding visual.positional_embedding visual.conv1 visual.ln_pre visual.ln_post
+        visual.transformer.resblocks ln_1 attn.in_proj_ attn.out_proj - ln_2 mlp.c_fc mlp.c_proj -""".split(),
+}
+PREFIXES = ("", "vision_model.", "vision_tower.", "model.vision_tower.")
+# What such files hold besides: text towers, pooling heads, projections into other spaces, mask tokens, position indices.
+KNOWN_EXTRAS = re.compile(r"(model\.)?(text_model|language_model|multi_modal_projector|transformer|token_embedding|"
+                          r"positional_embedding|ln_final|text_projection|visual_projection|visual\.proj|logit_scale|logit_bias|"
+                          r"attn_pool|(vision_model\.)?head|.*mask_token|.*position_ids)(\..*)?$")
 
 
 def read_config(path):
@@ -398,12 +392,12 @@ def write_atomically(path, write):
 
 
 def open_weights(path):
-    """(names, function name -> tensor) of a .safetensors file, or of a .pth or .bin of tensors, which runs no code from it."""
+    """(set of names, function name -> tensor) of a .safetensors file, or of a .pth or .bin of tensors, which runs no code from it."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     try:
         f = safe_open(path, "pt")
-        return list(f.keys()), f.get_tensor
+        return set(f.keys()), f.get_tensor
     except SafetensorError as e:
         if path.endswith(".safetensors"):
             raise ValueError(f"{path} is damaged or no safetensors file ({e}); fetch it again") from None
@@ -413,7 +407,7 @@ def open_weights(path):
         raise ValueError(f"{path} is not a file of tensors ({type(e).__name__}); it was not executed") from None
     tensors = tensors.get("state_dict", tensors)  # training dumps wrap them
     tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
-    return list(tensors), tensors.__getitem__
+    return set(tensors), tensors.__getitem__
 
 
 def names_in(layout, key):
@@ -433,28 +427,24 @@ def load_vit(vit, path, ignore=lambda name: False):
     Names for which `ignore` is true, and KNOWN_EXTRAS, may be there besides. ValueError lists what does not fit.
     """
     present, get = open_weights(path)
-    own, found = vit.state_dict(), None
-    for prefix in PREFIXES:
-        for layout in LAYOUTS:
-            marks = names_in(layout, "blocks.0.proj.weight") + names_in(layout, "blocks.0.norm1.weight") + names_in(layout, "pos_embed")
-            if all(prefix + name in present for name in marks):
-                found = prefix, layout
+    own, marks = vit.state_dict(), ("blocks.0.proj.weight", "blocks.0.norm1.weight", "pos_embed")
+    found = [(prefix, layout) for prefix in PREFIXES for layout in LAYOUTS
+             if {prefix + name for key in marks for name in names_in(layout, key)} <= present]
     if not found:
         raise ValueError(f"{path} is of no known layout ({', '.join(LAYOUTS)}); it holds {', '.join(sorted(present)[:3])} ...")
-    prefix, layout = found
+    prefix, layout = found[0]
     names = {key: [prefix + name for name in names_in(layout, key)] for key in own}
     wanted = {name for group in names.values() for name in group}
-    wrong = [f"missing {name}" for name in wanted.difference(present)]
-    wrong += [f"unknown {name}" for name in set(present) - wanted if not (KNOWN_EXTRAS.match(name) or ignore(name))]
+    wrong = [f"missing {name}" for name in wanted - present]
+    wrong += [f"unknown {name}" for name in present - wanted if not (KNOWN_EXTRAS.match(name) or ignore(name))]
     state = {}
     for key, group in names.items():
-        if wanted.issuperset(group) and set(group) <= set(present):
-            x = torch.cat([get(name) for name in group]) if len(group) > 1 else get(group[0])
+        if present.issuperset(group):
+            x = state[key] = torch.cat([get(name) for name in group])
             if key in ("cls_token", "pos_embed") and x.numel() == own[key].numel():
-                x = x.reshape(own[key].shape)  # [D] or [N, D] in some layouts
+                x = state[key] = x.reshape(own[key].shape)  # [D] or [N, D] in some layouts
             if x.shape != own[key].shape:
                 wrong.append(f"{' + '.join(group)} is {tuple(x.shape)}, expected {tuple(own[key].shape)}")
-            state[key] = x
     if wrong:
         raise ValueError(f"{path} ({layout} layout) does not fit, {len(wrong)} names: " + "; ".join(sorted(wrong)[:4]))
     vit.load_state_dict(state)
@@ -484,8 +474,8 @@ def load_teacher(name_or_path, weights=None):
     """A frozen foundation model in eval mode, on the CPU in fp32.
 
     name_or_path: a key of TEACHERS, or a self-describing safetensors file: a ViT's state dict with the metadata entry
-    "config" = JSON {"vit": {fields of ViTConfig}}. weights: its file in any of LAYOUTS, "random" (a seeded initialisation, which is
-    announced), or None: the file that belongs to the name, downloaded if need be. Raises ValueError or FileNotFoundError with what to do.
+    "config" = JSON {"vit": {fields of ViTConfig}}. weights: a file in any of LAYOUTS; "random", a seeded initialisation, which
+    is announced; or None, the published file, downloaded if need be. Raises ValueError or OSError with what to do.
     """
     config = teacher_config(name_or_path)
     if name_or_path not in TEACHERS:
@@ -520,7 +510,7 @@ def fetch(name_or_url):
     (or the hash in its name, as torch.hub's files have) before it is used. Honours HF_ENDPOINT, HF_TOKEN, HF_HOME
     and HF_HUB_OFFLINE. Raises FileNotFoundError or OSError with the URL, where to put the file by hand, and what to do.
     """
-    if os.path.exists(name_or_url):
+    if os.path.isfile(name_or_url):
         return name_or_url
     if name_or_url in PUBLISHED:
         org, repo, file = PUBLISHED[name_or_url].split("/")
@@ -543,11 +533,12 @@ def fetch(name_or_url):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path + ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait here; a dead process lets go
+        if os.path.isfile(path):
+            return path
         for retry in range(RETRIES):
-            if os.path.isfile(path):
-                return path
             try:
                 download(url, path)
+                return path
             except urllib.error.HTTPError as e:
                 why = {401: "you may not read it: set HF_TOKEN", 403: "you may not read it: set HF_TOKEN, accept its licence",
                        404: "there is no such file: HF_ENDPOINT may name another mirror"}.get(e.code, "try again later")
@@ -557,7 +548,6 @@ def fetch(name_or_url):
                 if retry == RETRIES - 1:
                     raise OSError(f"{url}: {e or type(e).__name__} ({RETRIES} tries): run it again to go on from there{advice}") from None
             time.sleep(PATIENCE * 2 ** retry)
-    return path
 
 
 def download(url, path):

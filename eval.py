@@ -6,7 +6,7 @@
     python eval.py --data VAL --weights out/model.safetensors [--pca --fit TRAIN]
 
 The metrics are plain functions on images (B, 3, H, W) in [0, 1]; `python eval.py` without arguments shows them on noise.
-To copy: needs torch alone for the metrics. The command line uses data.py, encoder.py and decoder.py beside it.
+To copy: needs torch and numpy for the metrics. The command line uses data.py, encoder.py and decoder.py beside it.
 """
 import argparse
 import json
@@ -170,6 +170,7 @@ def main(argv=None):
 
     args = parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
     weights = fetch(args.weights)
     enc, dec = Encoder.from_pretrained(weights).to(device), Decoder.from_pretrained(weights).to(device)
     info = read_config(weights)
@@ -188,14 +189,15 @@ def main(argv=None):
         return rec.to(device) / 255
 
     inputs = ImageDataset(args.data, native, train=False)
-    references = ImageDataset(args.data, size, train=False)
+    pairs = inputs if size == native else StackDataset(inputs, ImageDataset(args.data, size, train=False))
     if args.pca:
         fit = ImageDataset(args.fit, native, train=False)
         mean, basis = fit_patch_pca((img.to(device) / 255 for img, _ in batches(fit, "fit PCA")), p, dec.config.latent_dim)
 
     values = {}  # row -> metric -> one float per image
     done = 0
-    for (img, _), (ref, _) in batches(StackDataset(inputs, references), "evaluate"):
+    for pair in batches(pairs, "evaluate"):
+        (img, _), (ref, _) = (pair, pair) if size == native else pair
         img, ref = img.to(device) / 255, ref.to(device) / 255
         noise = image_noise(range(done, done + len(img)), (native // p) ** 2, 3 * p * p, args.seed).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
@@ -215,7 +217,7 @@ def main(argv=None):
         "protocol": f"ADM centre crop to {native} px in; compared at {size} px as uint8"
                     + (", PIL bicubic," if size != native else "") + f" with the ADM crop of the original; {args.steps} Euler "
                     f"step{'s' * (args.steps > 1)}, noise from (seed {args.seed}, image number); "
-                    f"{'bf16 autocast' if args.bf16 else 'fp32'}; PSNR per image, then averaged; ssim: Gaussian 11x11, "
+                    f"{'bf16 autocast' if args.bf16 else 'fp32 without TF32'}; PSNR per image, then averaged; ssim: Gaussian 11x11, "
                     "sigma 1.5, data_range 1; ssim_paper: uniform 7x7, data_range 2 (the released notebook's, flattering)",
         "torch": torch.__version__, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "results": {row: {m: sum(x) / done for m, x in v.items()} for row, v in values.items()},

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import EXTENSIONS, load_image, to_tensor
+from data import EXTENSIONS, is_image, load_image, to_tensor
 from decoder import Decoder
 from encoder import Encoder, fetch, read_config
 from eval import comparison, image_noise, psnr, round_uint8, ssim
@@ -54,7 +54,7 @@ def find_pictures(files):
     pictures = []
     for f in files:
         if os.path.isdir(f):
-            inside = sorted(n for n in os.listdir(f) if n.lower().endswith(EXTENSIONS) and not n.endswith(SUFFIX))
+            inside = sorted(n for n in os.listdir(f) if is_image(n) and not n.endswith(SUFFIX))
             if not inside:
                 raise ValueError(f"{f} holds no pictures ({' '.join(EXTENSIONS)})")
             pictures += [os.path.join(f, n) for n in inside]
@@ -110,9 +110,8 @@ def main(argv=None):
         seconds, img = time.perf_counter() - start, img.cpu()
 
         folder, name = os.path.split(picture)
-        path = os.path.join(args.out or folder, os.path.splitext(name)[0] + SUFFIX)
-        if path in written:  # a.png beside a.jpg
-            path = os.path.join(args.out or folder, name.replace(".", "_") + SUFFIX)
+        stem = os.path.join(args.out or folder, os.path.splitext(name)[0])
+        path = next(p for k in range(len(pictures)) if (p := f"{stem}_{k + 1}{SUFFIX}" if k else stem + SUFFIX) not in written)
         written.add(path)
         triple = (comparison(img[0], rec[0]) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         Image.fromarray(triple).save(path)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import distill
 from data import ImageDataset, ProceduralDataset, sample_numbers, split_batch
 from decoder import Decoder, DecoderConfig, sample_t
-from encoder import TEACHERS, Encoder, ViT, fetch, load_teacher, read_config, teacher_config, write_atomically, write_model
+from encoder import TEACHERS, Encoder, ViT, fetch, load_exactly, load_teacher, read_config, teacher_config, write_atomically, write_model
 from eval import validate
 
 # The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512); small
@@ -54,6 +54,9 @@ ON_CPU = dict(batch_size=8, micro_batch=8, steps=400)  # small and tiny without 
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165, "3090": 71}  # dense bf16
 MAY_DIFFER = {"out", "steps", "epochs", "workers", "micro_batch", "compile", "log_every", "eval_every", "save_every",
               "keep_every", "resume_anyway"}  # arguments that a resumed run may change
+
+
+STATE = "encoder decoder optimizer latent_mean latent_std step samples interval sums args id config".split()  # of state.pt
 
 
 def parse_args(argv=None):
@@ -121,10 +124,13 @@ def parse_args(argv=None):
             setattr(args, name, value)
     if args.workers is None:
         args.workers = max(1, min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if torch.cuda.is_available() else 1
-    for name in ("size", "batch_size", "micro_batch", "steps", "epochs", "latent_dim", "flow_depth", "flow_width", "log_every",
-                 "eval_every", "save_every", "keep_every"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            ap.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    at_least_1 = "size batch_size micro_batch steps epochs latent_dim flow_depth flow_width log_every eval_every save_every keep_every"
+    at_least_0 = "workers gtb_depth beta lambda_d lambda_f seed lr encoder_lr_scale weight_decay clip"
+    for low, high, names in (1, math.inf, at_least_1), (0, math.inf, at_least_0), (0, 1, "endpoint"), (0, 0.9, "drop_path"):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not low <= value <= high:  # also catches nan
+                ap.error(f"--{name} is {value}; it must be at least {low}" + f" and at most {high}" * (high < math.inf))
     if args.size % config.patch:
         near = max(1, round(args.size / config.patch)) * config.patch
         ap.error(f"--size {args.size} is no multiple of the patch {config.patch} of teacher {args.teacher}: try --size {near}")
@@ -194,6 +200,11 @@ def record(micro_step, img):
     return replay
 
 
+def peak_memory():
+    """The most memory that this process has held, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB else
+
+
 def commit():
     """The commit that this code is at, or "unknown" outside a git checkout."""
     command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
@@ -214,8 +225,10 @@ def load_state(path, args):
     """The checkpoint of an earlier run in the same folder, after comparing the arguments; ValueError names those that differ."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if set(state) != set(STATE):
+            raise KeyError("not what train.py saves")
     except Exception as e:  # torch.load raises many types; all mean that the file is not what train.py wrote
-        raise ValueError(f"{path} cannot be read ({type(e).__name__}); move it away to start afresh") from None
+        raise ValueError(f"{path} is damaged or no checkpoint of train.py ({type(e).__name__}); move it away to start afresh") from None
     changed = [f"{k} was {v}, is now {getattr(args, k, None)}" for k, v in state["args"].items()
                if k not in MAY_DIFFER and v != getattr(args, k, None)]
     if changed and not args.resume_anyway:
@@ -307,22 +320,26 @@ def main(argv=None):
         f"{sum(p.numel() for p in decoder.parameters()) / 1e6:.1f}M parameters; latent {args.latent_dim}x{grid}x{grid}")
     say(f"run: {args.steps:,} steps of {args.batch_size} = micro-batch {micro_batch} x accumulation {accumulation} x {ranks} "
         f"rank{'s' * (ranks > 1)} on {device.type}")
-    if micro_batch != args.micro_batch:
+    if micro_batch < min(args.micro_batch, args.batch_size // ranks):
         say(f"micro_batch {args.micro_batch} does not divide a rank's share of {args.batch_size // ranks}: using {micro_batch}")
 
     # resume: rank 0 decides from where, all ranks agree
-    start = [(state["id"], state["step"]) if state else (uuid.uuid4().hex[:12], 0)]
+    here = (state["id"], state["step"]) if state else (uuid.uuid4().hex[:12], 0)
+    start = [here]
     if ranks > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
         dist.broadcast_object_list(start, device=device)
     run_id, step = start[0]
-    if step and (not state or (state["id"], state["step"]) != (run_id, step)):
-        raise ValueError(f"rank {rank} does not see rank 0's {state_path}: --out must lie on a file system that all nodes share")
+    if here != start[0] and (state or step):
+        raise ValueError(f"rank {rank} sees another {state_path} than rank 0: --out must lie on a file system that all nodes share")
     samples, interval, sums = 0, 0, torch.zeros(3 + 2 * L, dtype=torch.float64, device=device)  # sums since the last log line
     if state:
-        encoder.load_state_dict(state["encoder"])
-        decoder.load_state_dict(state["decoder"])
+        load_exactly(encoder, state["encoder"], state_path)
+        load_exactly(decoder, state["decoder"], state_path)
+        now = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
+        for group, settings in zip(optimizer.param_groups, now):  # this command's learning rate, not the file's
+            group.update(settings)
         samples, interval, sums = state["samples"], state["interval"], state["sums"].to(device)
         exported = read_config(model_path) if os.path.isfile(model_path) else {}
         if rank == 0 and (exported.get("id"), exported.get("step")) != (run_id, step):
@@ -330,7 +347,10 @@ def main(argv=None):
         say(f"resumed from {state_path} at step {step:,}")
         del state
     if step >= args.steps:
-        say(f"the run is finished: {model_path}; to extend it, the same command with --steps {2 * step}")
+        longer = f"--epochs {2 * args.epochs}" if args.epochs else f"--steps {2 * step}"
+        say(f"the run is finished: {model_path}; to extend it, the same command with {longer}")
+        if ranks > 1:
+            dist.destroy_process_group()
         return
     log = open_log(os.path.join(args.out, "log.jsonl"), step) if rank == 0 else None
     config = {"vit": asdict(teacher.config), "decoder": asdict(decoder.config), "size": args.size, "teacher": args.teacher,
@@ -363,12 +383,12 @@ def main(argv=None):
                                                          gradient_as_bucket_view=True) for m in (encoder, decoder))
     flops = model_flops(encoder, decoder, args.size)
     peak = next((v for k, v in PEAK_TFLOPS.items() if on_gpu and k in torch.cuda.get_device_name()), None)
-    loader = iter(DataLoader(data, num_workers=args.workers, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None,
-                             batch_sampler=sample_numbers(samples, args.batch_size, micro_batch, rank, ranks, args.steps - step)))
     graphed = args.compile and on_gpu and ranks == 1
     if graphed:
         micro_step = record(micro_step, torch.zeros(micro_batch, 3, args.size, args.size, dtype=torch.uint8, device=device))
         optimizer.zero_grad(set_to_none=False)
+    loader = iter(DataLoader(data, num_workers=args.workers, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None,
+                             batch_sampler=sample_numbers(samples, args.batch_size, micro_batch, rank, ranks, args.steps - step)))
     bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", disable=None if rank == 0 else True)
     tick, timed = time.time(), 0
     while step < args.steps:
@@ -381,9 +401,8 @@ def main(argv=None):
             if ranks > 1:
                 dist.all_reduce(stats)  # alpha and w are equal on all ranks
                 stats = stats / ranks
-            sums[:2] += stats[:2] / accumulation
-            sums[3:] += stats[2:] / accumulation
-        sums[2] += torch.nn.utils.clip_grad_norm_(trained, args.clip or math.inf)
+            sums[:-1] += stats / accumulation
+        sums[-1] += torch.nn.utils.clip_grad_norm_(trained, args.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=not graphed)  # a graph writes where it was recorded
         step, samples, interval, timed = step + 1, samples + args.batch_size, interval + 1, timed + 1
@@ -393,7 +412,7 @@ def main(argv=None):
         last = step == args.steps
         logging, evaluating, saving = (last or step % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
         if logging or saving:
-            loss_flow, loss_dist, grad_norm, *layers = (sums / interval).tolist()
+            loss_flow, loss_dist, *layers, grad_norm = (sums / interval).tolist()
             if not math.isfinite(loss_flow + loss_dist + grad_norm):
                 sys.exit(f"train.py: at step {step} a loss or gradient is not finite (flow {loss_flow}, distillation {loss_dist}, "
                          f"gradient norm {grad_norm}): lower --lr; {state_path} is of the last save before it")
@@ -401,7 +420,7 @@ def main(argv=None):
             loss, seconds = args.lambda_d * loss_dist + args.lambda_f * loss_flow, time.time() - tick
             img_s = timed * args.batch_size / seconds
             tflops = img_s / ranks * flops / 1e12
-            memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak_memory()
             three = [0, L // 2, L - 1]
             say(f"step {step:6d}/{args.steps} | loss {loss:.4f} | flow {loss_flow:.4f} | dist {loss_dist:.4f} | alpha "
                 + " ".join(f"{layers[i]:.3f}" for i in three) + " | w " + " ".join(f"{layers[L + i]:.3f}" for i in three)
