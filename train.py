@@ -14,7 +14,6 @@ import copy
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -198,11 +197,6 @@ def record(micro_step, img):
         graph.replay()
         return stats
     return replay
-
-
-def peak_memory():
-    """The most memory that this process has held, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB else
 
 
 def commit():
@@ -420,12 +414,12 @@ def main(argv=None):
             loss, seconds = args.lambda_d * loss_dist + args.lambda_f * loss_flow, time.time() - tick
             img_s = timed * args.batch_size / seconds
             tflops = img_s / ranks * flops / 1e12
-            memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak_memory()
+            memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
             three = [0, L // 2, L - 1]
             say(f"step {step:6d}/{args.steps} | loss {loss:.4f} | flow {loss_flow:.4f} | dist {loss_dist:.4f} | alpha "
                 + " ".join(f"{layers[i]:.3f}" for i in three) + " | w " + " ".join(f"{layers[L + i]:.3f}" for i in three)
                 + f" | grad {grad_norm:.2f} | lr {args.lr:.0e} | {img_s:,.0f} img/s | {tflops:.1f} TFLOP/s"
-                + (f" ({tflops / peak:.0%} of peak)" if peak else "") + f" | {memory:.1f} GiB"
+                + (f" ({tflops / peak:.0%} of peak)" if peak else "") + (f" | {memory:.1f} GiB" if on_gpu else "")
                 + f" | eta {tqdm.format_interval((args.steps - step) * seconds / timed)}")
             if rank == 0:
                 print(json.dumps({"step": step, "loss": loss, "loss_flow": loss_flow, "loss_dist": loss_dist,
