@@ -1240,6 +1240,18 @@ def test_log_has_what_it_should():
         assert np.array_equal(rec[:, 32:], np.minimum(4 * abs(rec[:, :16] - rec[:, 16:32]), 255))
 
 
+def test_recipes_are_the_papers():
+    """Tables 6-9, and the text where they differ on the batch; the only departure is that of a laptop's 400 steps."""
+    for name, size, width in (("internvit", 448, 1024), ("dinov2", 378, 1024), ("siglip2", 256, 1152), ("clip", 224, 1024)):
+        args = train.parse_args(["--teacher", name])
+        got = (args.size, args.flow_width, args.latent_dim, args.gtb_depth, args.flow_depth, args.lr, args.batch_size, args.epochs, args.steps)
+        assert got == (size, width, 64, 6, 12, 2e-4, 512, 30, None), name
+        assert (args.beta, args.lambda_d, args.lambda_f, args.endpoint, args.weight_decay, args.drop_path) == (2, 1, 1, 0, 0, 0)
+    laptop = train.parse_args([])
+    assert (laptop.teacher, laptop.steps, laptop.batch_size, laptop.endpoint) == ("tiny", 400, 8, 0.5)
+    assert train.parse_args(["--endpoint", "0"]).endpoint == 0 and train.parse_args(["--epochs", "2"]).steps is None
+
+
 def test_options_of_the_method():
     with tempfile.TemporaryDirectory() as tmp:
         teacher, (folder, _) = micro_teacher(tmp), picture_folder(tmp)
