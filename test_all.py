@@ -1159,7 +1159,7 @@ def test_resume_is_exact():
         whole, parts = os.path.join(tmp, "whole"), os.path.join(tmp, "parts")
         train_quietly(*flags, "--out", whole, "--steps", 4, "--eval_every", 2)
         train_quietly(*flags, "--out", parts, "--steps", 2, "--eval_every", 2)
-        os.remove(os.path.join(parts, "model.safetensors"))  # to be written again from state.pt
+        open(os.path.join(parts, "model.safetensors"), "w").write("damaged")  # to be written again from state.pt
         said = train_quietly(*flags, "--out", parts, "--steps", 4, "--eval_every", 2)
         assert "resumed" in said and "step 2" in said
         assert log_lines(whole) == log_lines(parts), "four steps must equal two + resume + two, bit for bit"

@@ -337,7 +337,10 @@ def main(argv=None):
         for group, settings in zip(optimizer.param_groups, now):  # this command's learning rate, not the file's
             group.update(settings)
         samples, interval, sums = state["samples"], state["interval"], state["sums"].to(device)
-        exported = read_config(model_path) if os.path.isfile(model_path) else {}
+        try:
+            exported = read_config(model_path)
+        except (OSError, ValueError):  # absent or damaged: state.pt is enough to write it again
+            exported = {}
         if rank == 0 and (exported.get("id"), exported.get("step")) != (run_id, step):
             export(state, model_path)
         say(f"resumed from {state_path} at step {step:,}")
