@@ -18,6 +18,7 @@ The MLP is the flow head of the authors' release, whose ancestors are DiT (Peebl
 import json
 import math
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -285,7 +286,8 @@ class Decoder(nn.Module):
             raise FileNotFoundError(f"{path}: no such file")
         try:
             with safe_open(path, "pt") as f:
-                if "chal_proj.c_fc.weight" in f.keys():  # the released file: the defaults of DecoderConfig, no statistics
+                released = "chal_proj.c_fc.weight" in f.keys()
+                if released:  # the released file: the defaults of DecoderConfig, no statistics
                     dec, stats = cls(DecoderConfig()), (torch.zeros(64), torch.ones(64))
                     parts = ("chal_unproj.", "global_block", "decoder_pos_embed", "flow_head.net.")
                     state = {released_name(k): f.get_tensor(k) for k in f.keys() if k.startswith(parts)}
@@ -296,6 +298,9 @@ class Decoder(nn.Module):
         except (SafetensorError, KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{path} does not hold a UniFlow decoder ({type(e).__name__}: {e})") from None
         own = dec.state_dict()
+        if released and state.keys() - own.keys():
+            warnings.warn(f"{path}: ignored tensors that the decoder does not use: {' '.join(sorted(state.keys() - own.keys()))}")
+            state = {k: v for k, v in state.items() if k in own}
         wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
         if wrong:
             raise ValueError(f"{path} does not fit its configuration; missing, unknown or of another shape: {wrong[:3]}")

@@ -13,6 +13,7 @@ C latent channels, H = h*p and W = w*p pixels. Images are (B, 3, H, W) in [0, 1]
 `python encoder.py` prints the shapes. Needs torch, safetensors (and tqdm to download); no other file of this project.
 Structure of the ViT: Dosovitskiy et al. 2021, with the differences of InternViT, DINOv2, SigLIP2 and CLIP as flags.
 """
+import errno
 import fcntl
 import glob
 import hashlib
@@ -23,6 +24,7 @@ import re
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 from dataclasses import asdict, dataclass
@@ -248,7 +250,10 @@ class Encoder(nn.Module):
             return cls._from_released(path).eval()
         if not {"decoder", "size"} <= config.keys():
             raise ValueError(f"{path} is a model file, but no tokenizer; train.py writes out/model.safetensors")
-        enc = cls(ViT(vit_config(path)), config["decoder"]["latent_dim"], config["decoder"]["projector"])
+        try:
+            enc = cls(ViT(vit_config(path)), config["decoder"]["latent_dim"], config["decoder"]["projector"])
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"{path} does not describe a UniFlow encoder ({type(e).__name__}: {e})") from None
         tensors = safetensors.torch.load_file(path)
         load_exactly(enc, {k[8:]: v for k, v in tensors.items() if k.startswith("encoder.")}, path)
         for name in ("latent_mean", "latent_std"):
@@ -260,14 +265,14 @@ class Encoder(nn.Module):
     @classmethod
     def _from_released(cls, path):
         enc = cls(ViT(TEACHERS["internvit"]))
-        load_vit(enc.vit, path, ignore=lambda name: not name.startswith(("embeddings.", "encoder.")))
+        load_vit(enc.vit, path, ignore=lambda name: True)
+        names = {k: f"chal_proj.{'c_fc' if k[0] == '0' else 'c_proj'}{k[1:]}" for k in enc.latent_down.state_dict()}
+        used = {name for key in enc.vit.state_dict() for name in names_in("InternViT, UniFlow", key)}.union(names.values())
         with safe_open(path, "pt") as f:
-            load_exactly(enc.latent_down, {k[10:].replace("c_fc", "0").replace("c_proj", "2"): f.get_tensor(k)
-                                           for k in f.keys() if k.startswith("chal_proj.")}, path)
-            known = ("embeddings.", "encoder.", "chal_", "global_block", "decoder_pos_embed", "flow_head.net.")
-            others = sorted(k for k in f.keys() if not k.startswith(known))
+            load_exactly(enc.latent_down, {k: f.get_tensor(name) for k, name in names.items() if name in f.keys()}, path)
+            others = sorted(set(f.keys()) - used - {k for k in f.keys() if k.startswith(("chal_unproj.", "global_block", "decoder_", "flow_head."))})
         if others:
-            warnings.warn(f"{path}: ignored {len(others)} tensors that the tokenizer does not use: {' '.join(others)}")
+            warnings.warn(f"{path}: ignored {len(others)} tensors that the encoder does not use: {' '.join(others)}")
         return enc
 
     def save_hf(self, folder):
@@ -291,8 +296,11 @@ class Encoder(nn.Module):
                       num_attention_heads=c.heads, intermediate_size=c.mlp_width, layer_norm_eps=c.eps, image_size=c.size,
                       patch_size=c.patch, hidden_act=c.activation.replace("gelu_tanh", "gelu_pytorch_tanh")) | kind
         mean, std = PIXEL_STATS[c.pixel_stats]
-        preprocessor = dict(image_processor_type="CLIPImageProcessor", size={"shortest_edge": c.size}, resample=3,
-                            crop_size={"height": c.size, "width": c.size}, image_mean=mean, image_std=std)
+        square = {"height": c.size, "width": c.size}
+        preprocessor = dict(image_processor_type="CLIPImageProcessor", size={"shortest_edge": c.size}, crop_size=square, resample=3)
+        if family == "siglip_vision_model":  # resized to a square, bilinear
+            preprocessor = dict(image_processor_type="SiglipImageProcessor", size=square, resample=2)
+        preprocessor.update(image_mean=mean, image_std=std)
         tensors = {}
         for key, x in self.vit.state_dict().items():
             if prefix and key in ("cls_token", "pos_embed"):
@@ -357,7 +365,7 @@ def read_config(path):
         with safe_open(path, "pt") as f:
             if "chal_proj.c_fc.weight" in f.keys():
                 return {"vit": asdict(TEACHERS["internvit"]), "size": 448, "teacher": "internvit", "released": True}
-            return json.loads(f.metadata()["config"])
+            return dict(json.loads(f.metadata()["config"]))
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path} is not a model file of this project ({type(e).__name__}: {e})") from None
 
@@ -400,13 +408,13 @@ def open_weights(path):
         return set(f.keys()), f.get_tensor
     except SafetensorError as e:
         if path.endswith(".safetensors"):
-            raise ValueError(f"{path} is damaged or no safetensors file ({e}); fetch it again") from None
+            raise ValueError(f"{path} is damaged or no safetensors file ({e}): delete it, and fetch it again") from None
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = tensors.get("state_dict", tensors)  # training dumps wrap them
+        tensors = {k.removeprefix("module."): v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
     except Exception as e:  # torch.load raises many types; all mean that this is no plain file of tensors
         raise ValueError(f"{path} is not a file of tensors ({type(e).__name__}); it was not executed") from None
-    tensors = tensors.get("state_dict", tensors)  # training dumps wrap them
-    tensors = {k.removeprefix("module."): v for k, v in tensors.items()}
     return set(tensors), tensors.__getitem__
 
 
@@ -440,11 +448,13 @@ def load_vit(vit, path, ignore=lambda name: False):
     state = {}
     for key, group in names.items():
         if present.issuperset(group):
-            x = state[key] = torch.cat([get(name) for name in group])
-            if key in ("cls_token", "pos_embed") and x.numel() == own[key].numel():
-                x = state[key] = x.reshape(own[key].shape)  # [D] or [N, D] in some layouts
-            if x.shape != own[key].shape:
-                wrong.append(f"{' + '.join(group)} is {tuple(x.shape)}, expected {tuple(own[key].shape)}")
+            parts, shape = [get(name) for name in group], own[key].shape
+            if key in ("cls_token", "pos_embed") and 0 < parts[0].ndim < 3 and parts[0].shape == shape[-parts[0].ndim:]:
+                parts = [parts[0].reshape(shape)]  # [D] or [N, D] in some layouts
+            if any(x.shape != (shape[0] // len(parts), *shape[1:]) for x in parts):
+                wrong.append(f"{' + '.join(group)} is {tuple(parts[0].shape)}, expected {(shape[0] // len(parts), *shape[1:])}")
+            else:
+                state[key] = torch.cat(parts)
     if wrong:
         raise ValueError(f"{path} ({layout} layout) does not fit, {len(wrong)} names: " + "; ".join(sorted(wrong)[:4]))
     vit.load_state_dict(state)
@@ -499,6 +509,7 @@ def load_teacher(name_or_path, weights=None):
     return vit.eval().requires_grad_(False)
 
 
+HASH_IN_NAME = re.compile(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+$")  # torch.hub's files carry the start of their SHA-256
 RETRIES, PATIENCE, TIMEOUT = 4, 1.0, 30.0  # tries of a download, seconds before the second (then doubled), seconds of silence
 
 
@@ -512,83 +523,101 @@ def fetch(name_or_url):
     """
     if os.path.isfile(name_or_url):
         return name_or_url
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     if name_or_url in PUBLISHED:
         org, repo, file = PUBLISHED[name_or_url].split("/")
-        url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{org}/{repo}/resolve/main/{file}"
-        home = os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
-        cache = os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))
+        url, name = f"{endpoint}/{org}/{repo}/resolve/main/{file}", f"{org}--{repo}--{file}"
+        home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+        cache = os.path.expanduser(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub")))
         cached = glob.glob(os.path.join(glob.escape(cache), f"models--{org}--{repo}", "snapshots", "*", file))
-        if cached:
-            return max(cached, key=os.path.getmtime)
-        path = os.path.join(torch.hub.get_dir(), "checkpoints", f"{org}--{repo}--{file}")
-    elif name_or_url.startswith(("http://", "https://")):
-        url, path = name_or_url, os.path.join(torch.hub.get_dir(), "checkpoints", name_or_url.rsplit("/", 1)[1])
+        if any(map(os.path.isfile, cached)):
+            return max(filter(os.path.isfile, cached), key=os.path.getmtime)
     else:
-        raise FileNotFoundError(f"{name_or_url}: no such file, nor one of: {' '.join(PUBLISHED)}")
+        url, name = name_or_url, os.path.basename(urllib.parse.urlsplit(name_or_url).path)
+        if not HASH_IN_NAME.search(name):  # then names are no more unique than model.safetensors is
+            name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}--{name}"
+    if not url.startswith(("http://", "https://")):
+        raise FileNotFoundError(f"{url}: no such file, no URL (HF_ENDPOINT must be one), nor one of: {' '.join(PUBLISHED)}")
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
     if os.path.isfile(path):
         return path
     advice = f"; or put the file at {path} by hand: curl -L -o {path} {url}"
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("0", "", "false", "no"):
         raise FileNotFoundError(f"{url} is not on this machine and HF_HUB_OFFLINE is set: unset it{advice}")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".lock", "w") as lock:
+    token = os.environ.get("HF_TOKEN", "").strip() if url.startswith(endpoint + "/") else ""  # for no other host
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        lock = open(path + ".lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait here; a dead process lets go
+    except OSError as e:
+        raise OSError(f"{path} cannot be written ({e}): set TORCH_HOME to another folder{advice}") from None
+    with lock:
         if os.path.isfile(path):
             return path
         for retry in range(RETRIES):
             try:
-                download(url, path)
+                download(url, path, token)
                 return path
             except urllib.error.HTTPError as e:
                 why = {401: "you may not read it: set HF_TOKEN", 403: "you may not read it: set HF_TOKEN, accept its licence",
                        404: "there is no such file: HF_ENDPOINT may name another mirror"}.get(e.code, "try again later")
-                if e.code < 500 or retry == RETRIES - 1:
+                if (e.code < 500 and e.code not in (408, 429)) or retry == RETRIES - 1:
                     raise OSError(f"{url}: HTTP status {e.code}, {why}{advice}") from None
             except (OSError, http.client.HTTPException) as e:  # no connection, silence, a cut: the next try goes on from there
-                if retry == RETRIES - 1:
-                    raise OSError(f"{url}: {e or type(e).__name__} ({RETRIES} tries): run it again to go on from there{advice}") from None
+                if retry == RETRIES - 1 or getattr(e, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+                    raise OSError(f"{url}: {e or type(e).__name__} ({retry + 1} tries): run it again to go on from there{advice}") from None
             time.sleep(PATIENCE * 2 ** retry)
 
 
-def download(url, path):
+def download(url, path, token=""):
     """One try of fetch: append what is missing to path.part, check it, and give it its name. ValueError if it is not what
     the server declared."""
     from tqdm import tqdm
 
-    declared = {}
+    declared, authorization = {}, f"Bearer {token}"
 
-    class Redirect(urllib.request.HTTPRedirectHandler):  # the hub declares size and hash where it redirects to the storage
+    class Redirect(urllib.request.HTTPRedirectHandler):
+        http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python follows it from 3.11 on
+
         def redirect_request(self, request, fp, code, msg, headers, newurl):
-            declared.update({k.lower(): v for k, v in headers.items() if k.lower().startswith("x-linked-")})
-            return super().redirect_request(request, fp, code, msg, headers, newurl)
+            declared.update({k.lower(): v for k, v in headers.items()})  # the hub declares size and hash here
+            new = super().redirect_request(request, fp, 307, msg, headers, newurl)
+            if token and urllib.parse.urlsplit(newurl)[:2] == urllib.parse.urlsplit(url)[:2]:  # the storage's host must not see it
+                new.add_unredirected_header("Authorization", authorization)
+            return new
 
     part = path + ".part"
     have = os.path.getsize(part) if os.path.exists(part) else 0
     request = urllib.request.Request(url, headers={"User-Agent": "uniflow-minimal", **({"Range": f"bytes={have}-"} if have else {})})
-    if os.environ.get("HF_TOKEN") and "/resolve/" in url:
-        request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")  # not for the storage's host
+    if token:
+        request.add_unredirected_header("Authorization", authorization)
     try:
         response = urllib.request.build_opener(Redirect).open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as e:
-        if e.code == 416:  # nothing after what we have
+        size = int(declared.get("x-linked-size", -1))
+        if e.code != 416:
+            raise
+        if have != size:  # all of it is there if this is the size; otherwise the part is of something else
             os.remove(part)
             raise OSError("the part downloaded before does not fit the file") from None
-        raise
-    with response, open(part, "ab" if response.status == 206 else "wb") as f:
-        have = f.tell()
-        declared.update({k.lower(): v for k, v in response.headers.items() if k.lower().startswith("x-linked-")})
-        length = response.headers.get("Content-Length")
-        size = int(declared["x-linked-size"]) if "x-linked-size" in declared else have + int(length) if length else None
-        with tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=os.path.basename(path), disable=None) as bar:
-            while chunk := response.read(1 << 20):
-                f.write(chunk)
-                bar.update(len(chunk))
-        f.flush()
-        os.fsync(f.fileno())
-        have = f.tell()
+    else:
+        with response, open(part, "ab" if response.status == 206 else "wb") as f:
+            have = f.tell()
+            if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                raise OSError(f"asked for the bytes from {have:,} on, the server sent {response.headers.get('Content-Range')}")
+            length = response.headers.get("Content-Length")
+            declared.update({k.lower(): v for k, v in response.headers.items() if k.lower().startswith("x-linked-")})
+            size = int(declared["x-linked-size"]) if "x-linked-size" in declared else have + int(length) if length else None
+            with tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=os.path.basename(path), disable=None) as bar:
+                while chunk := response.read(1 << 20):
+                    f.write(chunk)
+                    bar.update(len(chunk))
+            f.flush()
+            os.fsync(f.fileno())
+            have = f.tell()
     if size is not None and have < size:
         raise OSError(f"the connection broke at {have:,} of {size:,} bytes")
-    named = re.search(r"-([0-9a-f]{8,64})\.\w+$", path)  # torch.hub's files carry the start of their hash
+    named = HASH_IN_NAME.search(path)
     etag = declared.get("x-linked-etag", "").strip('"')
     expected = etag if re.fullmatch("[0-9a-f]{64}", etag) else named[1] if named else None
     sha = hashlib.sha256()
