@@ -74,7 +74,7 @@ class ViTConfig:
                              f"pixel_stats {self.pixel_stats!r} of {' '.join(PIXEL_STATS)}")
 
 
-TEACHERS = {  # the foundation models of the paper, and where PUBLISHED has their files
+TEACHERS = {  # the paper's foundation models; PUBLISHED has their files
     "internvit": ViTConfig(final_norm=False, layer_scale=1.0),
     "internvit-v2_5": ViTConfig(final_norm=False, layer_scale=1.0),
     "dinov2": ViTConfig(size=518, layer_scale=1.0),
@@ -265,12 +265,12 @@ class Encoder(nn.Module):
     @classmethod
     def _from_released(cls, path):
         enc = cls(ViT(TEACHERS["internvit"]))
-        load_vit(enc.vit, path, ignore=lambda name: True)
+        used = load_vit(enc.vit, path, ignore=lambda name: True)
         names = {k: f"chal_proj.{'c_fc' if k[0] == '0' else 'c_proj'}{k[1:]}" for k in enc.latent_down.state_dict()}
-        used = {name for key in enc.vit.state_dict() for name in names_in("InternViT, UniFlow", key)}.union(names.values())
         with safe_open(path, "pt") as f:
             load_exactly(enc.latent_down, {k: f.get_tensor(name) for k, name in names.items() if name in f.keys()}, path)
-            others = sorted(set(f.keys()) - used - {k for k in f.keys() if k.startswith(("chal_unproj.", "global_block", "decoder_", "flow_head."))})
+            decoders = ("chal_unproj.", "global_block", "decoder_", "flow_head.")
+            others = sorted(k for k in set(f.keys()) - used.union(names.values()) if not k.startswith(decoders))
         if others:
             warnings.warn(f"{path}: ignored {len(others)} tensors that the encoder does not use: {' '.join(others)}")
         return enc
@@ -431,6 +431,7 @@ def names_in(layout, key):
 
 def load_vit(vit, path, ignore=lambda name: False):
     """Copy a file of any known layout into `vit`, converted to fp32, after comparing all names both ways and all shapes.
+    Returns the set of the file's names that were used.
 
     Names for which `ignore` is true, and KNOWN_EXTRAS, may be there besides. ValueError lists what does not fit.
     """
@@ -458,6 +459,7 @@ def load_vit(vit, path, ignore=lambda name: False):
     if wrong:
         raise ValueError(f"{path} ({layout} layout) does not fit, {len(wrong)} names: " + "; ".join(sorted(wrong)[:4]))
     vit.load_state_dict(state)
+    return wanted
 
 
 def load_exactly(module, state, path):
