@@ -74,7 +74,8 @@ def to_tensor(img):
 
 
 class ImageDataset(Dataset):
-    """All images of `roots` (a path or several: folders, searched recursively, and .zip archives), size x size pixels.
+    """All images of `roots` (a path or several: folders, searched recursively, and .zip archives), size x size pixels (None,
+    without train: whole, as they are).
 
     Files and archive entries are known by their extension; which there are is kept in a few arrays, so that workers share
     the memory and a list of millions costs each of them nothing. Raises FileNotFoundError and ValueError for roots that
@@ -146,7 +147,7 @@ class ImageDataset(Dataset):
             raise ValueError(f"{self.path(i)}: {e}") from None
         if self.train:  # the 1 sets this stream apart from the permutations'
             img = random_crop(img, self.size, np.random.default_rng([self.seed, n, 1]), self.crop_scale)
-        else:
+        elif self.size:
             img = center_crop(img, self.size)
         return to_tensor(img), int(self.labels[i])
 

@@ -4,9 +4,12 @@
 
 They run on the CPU in tiny configurations and need requirements-test.txt; `pytest test_all.py` runs the same functions.
 """
+import atexit
 import contextlib
+import functools
 import hashlib
 import http.server
+import importlib.util
 import io
 import json
 import math
@@ -101,6 +104,7 @@ def picture(seed, width=40, height=30):
 
 def picture_folder(folder, n=10):
     """A folder of n pictures in two class folders, and the same as an archive; their two paths."""
+    os.makedirs(folder, exist_ok=True)
     root, archive = os.path.join(folder, "pictures"), os.path.join(folder, "pictures.zip")
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as z:
         for i in range(n):
@@ -109,6 +113,33 @@ def picture_folder(folder, n=10):
             picture(i, 40 + i, 30 + 2 * i).save(os.path.join(root, name))
             z.write(os.path.join(root, name), name)
     return root, archive
+
+
+@functools.cache
+def random_inception():
+    """(torch-fidelity's Inception with seeded random weights, path of a file of these under pytorch-fid's names)."""
+    package = types.ModuleType("torch_fidelity")  # without its __init__, which needs torchvision's compiled operators
+    package.__path__ = list(importlib.util.find_spec("torch_fidelity").submodule_search_locations)
+    sys.modules["torch_fidelity"] = package
+    from torch_fidelity import feature_extractor_inceptionv3 as theirs
+
+    class Random(theirs.FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            return None
+    theirs.load_state_dict_from_url = lambda *a, **k: None
+    torch.manual_seed(0)
+    network = Random("random", ["2048", "logits_unbiased"])
+    for m in network.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)
+        if isinstance(m, nn.BatchNorm2d):  # all of it away from the defaults, so that each part is seen
+            m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.8, 1.6)
+            m.weight.data.uniform_(0.5, 1.2), m.bias.data.normal_(0, 0.1)
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    path = os.path.join(folder, os.path.basename(evaluation.INCEPTION_URL))
+    torch.save({k: v for k, v in network.state_dict().items() if "num_batches" not in k}, path)
+    return network, path
 
 
 def close(a, b, tolerance=1e-6):
@@ -1061,10 +1092,12 @@ def test_psnr_closed_form():
 
 
 def test_ssim_equals_scikit_image():
+    from skimage import data as photos
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
     rng = np.random.default_rng(0)
     smooth = np.stack([np.array(picture(n, 48, 40)) for n in range(2)]) / 255
-    for a in (rng.random((2, 40, 48, 3)), smooth):
+    photographs = np.stack([photos.chelsea()[:200, :300], photos.astronaut()[:200, :300]]) / 255
+    for a in (rng.random((2, 40, 48, 3)), smooth, photographs):
         b = np.clip(a + rng.normal(0, 0.1, a.shape), 0, 1)
         ta, tb = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in (a, b))
         ours = evaluation.ssim(ta, tb)
@@ -1089,6 +1122,253 @@ def test_patch_pca():
     lost = (evaluation.patch_pca(img, mean, basis, 4) - img).square().sum() / (6 * 64)
     _, s, _ = torch.linalg.svd(patches.flatten(0, 1) - patches.flatten(0, 1).mean(0))
     close(lost, s[2] ** 2 / (6 * 64), 1e-9)
+
+
+def test_inception_equals_torch_fidelity():
+    from scipy.ndimage import map_coordinates
+    theirs, path = random_inception()
+    ours = evaluation.InceptionV3(path)
+    torch.manual_seed(0)
+    img = torch.randint(0, 256, (2, 3, 299, 299), dtype=torch.uint8)
+    pool, logits = ours(img / 256)  # torch-fidelity maps 128 to 0, so 256 stands for 1
+    for a, b in zip((pool, logits), theirs(img)):
+        close(a, b, 1e-5)
+    assert pool.shape == (2, 2048) and logits.shape == (2, 1008) and pool.std() > 0.1
+    small = torch.rand(1, 3, 40, 64)  # bilinear, half-pixel centres, edges repeated, no antialiasing: by scipy
+    rows, columns = ((np.arange(299) + 0.5) * n / 299 - 0.5 for n in (40, 64))
+    grid = np.meshgrid(rows, columns, indexing="ij")
+    large = torch.tensor(np.stack([map_coordinates(c.numpy(), grid, order=1, mode="nearest") for c in small[0]]))[None]
+    close(ours(small)[0], ours(large)[0], 1e-5)
+    with tempfile.TemporaryDirectory() as tmp:
+        broken = os.path.join(tmp, "broken.pth")
+        state = torch.load(path, weights_only=True)
+        for change, words in (({"fc.weight": torch.zeros(1000, 2048)}, "fc.weight"), ({"extra": torch.zeros(1)}, "extra")):
+            torch.save({**state, **change}, broken)
+            raises(ValueError, evaluation.InceptionV3, broken, words=words)
+        open(broken, "wb").write(b"junk")
+        raises(ValueError, evaluation.InceptionV3, broken, words="pytorch-fid")
+
+
+def raises(kind, function, *args, words=""):
+    """function(*args) must raise `kind` with these words."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            got = function(*args)
+    except kind as e:
+        assert words in str(e), f"{words!r} is not in: {e}"
+        return
+    raise AssertionError(f"no {kind.__name__}, but {got}")
+
+
+def test_frechet_distance():
+    from scipy.linalg import sqrtm
+    rng = np.random.default_rng(0)
+    q = np.linalg.qr(rng.normal(size=(64, 64)))[0]
+    mu1, mu2, a, b = rng.normal(size=64), rng.normal(size=64), rng.uniform(0.1, 2, 64), rng.uniform(0.1, 2, 64)
+    between = (mu1 - mu2) @ (mu1 - mu2)
+    fid = evaluation.frechet_distance
+    assert abs(fid(mu1, q * a @ q.T, mu2, q * a @ q.T) - between) < 1e-9, "equal covariances: the distance of the means"
+    assert math.isclose(fid(mu1, q * a @ q.T, mu2, q * b @ q.T), between + ((a ** 0.5 - b ** 0.5) ** 2).sum(), rel_tol=1e-9), "commuting"
+    a[10:], b[:5] = 0, 0  # of rank 10 and 59, with five dimensions in common
+    assert math.isclose(fid(mu1, q * a @ q.T, mu2, q * b @ q.T), between + ((a ** 0.5 - b ** 0.5) ** 2).sum(), rel_tol=1e-9), "low rank"
+    x, y = rng.normal(size=(500, 64)) @ rng.normal(size=(64, 64)), rng.normal(size=(500, 64)) @ rng.normal(size=(64, 64)) + 1
+    s1, s2 = np.cov(x.T), np.cov(y.T)
+    by_scipy = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * sqrtm(s1 @ s2).real)
+    assert math.isclose(fid(x.mean(0), s1, y.mean(0), s2), by_scipy, rel_tol=1e-6)
+    assert math.isclose(fid(*map(torch.tensor, (x.mean(0), s1, y.mean(0), s2))), by_scipy, rel_tol=1e-6), "numpy or torch"
+    raises(ValueError, fid, mu1, s1, mu2[:32], s2[:32, :32], words="(32, 32)")
+    raises(ValueError, fid, mu1 * np.nan, s1, mu2, s2, words="finite")
+
+
+def test_streamed_moments():
+    rng = np.random.default_rng(0)
+    x = 1e6 + 1e-3 * rng.normal(size=(1000, 5)) @ rng.normal(size=(5, 5))  # a mean a billion times the deviation
+    parts = [evaluation.Moments(), evaluation.Moments()]
+    for i, rows in enumerate(np.split(x, [1, 8, 300, 301, 990])):
+        parts[i % 2].add(torch.tensor(rows))
+    whole = parts[0]
+    whole.merge(parts[1].count, parts[1].mean, parts[1].scatter)
+    close(whole.covariance, torch.tensor(np.cov((x - x.mean(0)).T)), 1e-6)
+    assert whole.count == 1000 and (whole.mean - torch.tensor(x.mean(0))).abs().max() < 1e-8
+    raises(ValueError, whole.add, torch.tensor([[0.0, 1, 2, 3, math.nan]]), words="not finite")
+
+
+def test_inception_score():
+    certain = 1000 * torch.eye(20).repeat(3, 1)  # each of 60 images surely one of 20 classes, three times each
+    mean, std = evaluation.inception_score(certain[:60], splits=3)
+    assert abs(mean - 20) < 1e-6 and std < 1e-6, "20 equally frequent sure classes score 20"
+    assert abs(evaluation.inception_score(torch.zeros(60, 20))[0] - 1) < 1e-9, "no idea scores 1"
+    # by hand, two splits of 2: p = (.5, .5) twice: 1; p = (1, 0), (0, 1): 2
+    mean, std = evaluation.inception_score(torch.tensor([[0.0, 0], [0, 0], [1000, 0], [0, 1000]]), splits=2)
+    assert abs(mean - 1.5) < 1e-9 and abs(std - 0.5) < 1e-9
+
+
+def test_linear_probe_and_nearest_neighbours():
+    rng = torch.Generator().manual_seed(0)
+    y, test_y = (torch.randint(0, 2, (n,), generator=rng) for n in (4000, 4000))
+    x, test_x = (torch.randn(len(c), 16, generator=rng) * 5 + 100 for c in (y, test_y))
+    x[:, 3] += 10 * y  # two Gaussians 10 apart, of deviation 5: the best classifier is right in Phi(1) = 84.13% of cases
+    test_x[:, 3] += 10 * test_y
+    accuracy, rate = evaluation.linear_probe(x, y, test_x, test_y, epochs=10)
+    assert abs(accuracy - 84.13) < 1.5, accuracy
+    assert evaluation.linear_probe(x, y, test_x, test_y, epochs=10) == (accuracy, rate), "the same seed gives the same figure"
+    x, y, test_x = torch.randn(50, 8, generator=rng), torch.randint(0, 4, (50,), generator=rng), torch.randn(30, 8, generator=rng)
+    right = 0
+    for i, t in enumerate(test_x):  # by loops
+        cosine = [float(t @ a / t.norm() / a.norm()) for a in x]
+        votes = [0.0] * 4
+        for j in sorted(range(50), key=lambda j: -cosine[j])[:20]:
+            votes[int(y[j])] += math.exp(cosine[j] / 0.07)
+        right += votes.index(max(votes)) == i % 4
+    got = evaluation.nearest_neighbours(x, y, test_x, torch.arange(30) % 4)
+    assert abs(got - 100 * right / 30) < 1e-9
+
+
+def tokenizer_file(folder):
+    """Path of a tokenizer of MICRO_VIT with random parameters, whose teacher is that of micro_teacher in the same folder."""
+    _, enc, dec = micro_models()
+    path = os.path.join(folder, "tokenizer.safetensors")
+    tensors = {f"{part}.{k}": v for part, module in (("encoder", enc), ("decoder", dec)) for k, v in module.state_dict().items()}
+    encoder.write_model(path, {"vit": asdict(MICRO_VIT), "decoder": asdict(MICRO_DECODER), "size": 16, "teacher": micro_teacher(folder)},
+                        {**tensors, "latent_mean": torch.zeros(8), "latent_std": torch.ones(8)})
+    return path
+
+
+def evaluate(*flags):
+    """(the printed report, the returned one) of eval.py in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        report = evaluation.main(list(map(str, flags)))
+    return out.getvalue(), report
+
+
+def test_figures_do_not_depend_on_batch_or_ranks():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, archive), (_, path) = tokenizer_file(tmp), picture_folder(tmp, n=10), random_inception()
+        folder, more = picture_folder(os.path.join(tmp, "more"), n=20)
+        flags = ["--data", archive, "--weights", weights, "--inception", path, "--fit", more]
+        printed = [evaluate(*flags, "--batch_size", 7, "--probe")[0]]
+        report = os.path.join(tmp, "report.json")
+        for ranks, batch in (2, 1), (4, 64):
+            done = run("python", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "eval.py", *flags, "--batch_size", batch,
+                       "--out", report, *["--probe"] * (ranks == 2), OMP_NUM_THREADS="1")
+            assert done.returncode == 0, done.stderr[-2000:]
+            printed.append(done.stdout)
+        rows = [[line for line in text.splitlines() if line.startswith("tokenizer")] for text in printed]
+        assert len(rows[0]) == 1 and all(r == rows[0] for r in rows), rows
+        assert re.search(r"tokenizer +\d+\.\d\d  -?0\.\d{4} +-?0\.\d{4} +\d+\.\d{3}  +\d+\.\d\d ", rows[0][0]), rows[0][0]
+        probes = [text[text.index("accuracy"):] for text in printed if "accuracy" in text]
+        assert len(probes) == 2 and probes[0] == probes[1], probes
+        assert "fewer than the 2048" in printed[0] and "NOT that of pytorch-fid" in printed[0]
+        report = json.load(open(report))
+        assert report["ranks"] == 4 and report["images"] == 10 and report["weights_sha256"] == hashlib.sha256(open(weights, "rb").read()).hexdigest()
+        assert {"torch", "code", "commit", "protocol", "device", "seconds"} <= set(report)
+        # and they are right: the same rFID and IS from all pictures at once, PSNR from plain lines
+        enc, dec, network = encoder.Encoder.from_pretrained(weights), decoder.Decoder.from_pretrained(weights), evaluation.InceptionV3(path)
+        read = data.ImageDataset(archive, 16, train=False)
+        img = torch.stack([read[n][0] for n in range(10)]) / 255
+        rec = evaluation.round_uint8(dec.decode(enc.encode(img), noise=evaluation.image_noise(range(10), 16, 48)))
+        (a, _), (b, logits) = network(img), network(rec)
+        expected = [evaluation.psnr(img, rec).mean().item(), evaluation.frechet_distance(a.mean(0), torch.cov(a.double().T), b.mean(0), torch.cov(b.double().T)),
+                    *evaluation.inception_score(logits)]
+        got = [report["results"]["tokenizer"][k] for k in ("psnr", "rfid", "is", "is_std")]
+        assert np.allclose(got, expected, rtol=1e-4), (got, expected)
+
+
+def test_fid_between_anything():
+    with tempfile.TemporaryDirectory() as tmp:
+        _, path = random_inception()
+        a, b = os.path.join(tmp, "a"), os.path.join(tmp, "b")
+        os.makedirs(a), os.makedirs(b)
+        arrays = [np.stack([np.asarray(picture(10 * k + i, 24, 20)) for i in range(4)]) for k in (0, 1)]
+        for folder, images in zip((a, b), arrays):
+            for i, x in enumerate(images):
+                Image.fromarray(x).save(os.path.join(folder, f"{i}.png"))
+        with zipfile.ZipFile(os.path.join(tmp, "b.zip"), "w") as z:
+            for i in range(4):
+                z.write(os.path.join(b, f"{i}.png"), f"{i}.png")
+        np.savez(os.path.join(tmp, "b.npz"), arrays[1])  # stored: read in place
+        np.savez_compressed(os.path.join(tmp, "b2.npz"), arrays[1])
+        fid = lambda *flags: evaluate("--inception", path, "--fid", *flags)
+        fid(a, "--save_stats", os.path.join(tmp, "a.npz"))
+        text, report = fid(os.path.join(tmp, "a.npz"), b)
+        pools = [evaluation.InceptionV3(path)(torch.tensor(x).permute(0, 3, 1, 2) / 255)[0].double() for x in arrays]
+        expected = evaluation.frechet_distance(*(f(p) for p in pools for f in (lambda p: p.mean(0), lambda p: torch.cov(p.T))))
+        assert math.isclose(report["fid"], expected, rel_tol=1e-4) and f"FID {report['fid']:.3f}" in text and "means little" in text
+        saved = lambda name: np.load(os.path.join(tmp, name))
+        fid(b, "--save_stats", os.path.join(tmp, "stats.npz"))
+        for other in ("b.zip", "b.npz", "b2.npz"):
+            fid(os.path.join(tmp, other), "--save_stats", os.path.join(tmp, "other.npz"))
+            assert all(np.allclose(saved("stats.npz")[k], saved("other.npz")[k], rtol=1e-4, atol=1e-7) for k in ("mu", "sigma")), other
+        np.savez(os.path.join(tmp, "small.npz"), mu=np.zeros(64), sigma=np.eye(64))
+        np.savez(os.path.join(tmp, "float.npz"), np.zeros((2, 8, 8, 3)))
+        one = os.path.join(tmp, "one")
+        os.makedirs(one), shutil.copy(os.path.join(a, "0.png"), one)
+        for other, words in (("small.npz", "(64, 64)"), ("float.npz", "float64"), ("none", "no such"), ("one", "at least 2")):
+            raises((OSError, ValueError), fid, os.path.join(tmp, "a.npz"), os.path.join(tmp, other), words=words)
+        picture(0, 30, 20).save(os.path.join(b, "0.png")), open(os.path.join(b, "3.png"), "w").write("text")
+        raises(ValueError, fid, a, b, words="of 4 images cannot be used")
+        picture(1, 30, 20).save(os.path.join(b, "3.png"))
+        assert "ADM crops of 256 px" in fid(b, "--save_stats", os.path.join(tmp, "c.npz"), "--resolution", "256")[0]
+
+
+def test_latent_statistics_and_saved_latents():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=11)
+        tensors, config = load_file(weights), encoder.read_config(weights)
+        tensors["encoder.latent_down.2.bias"] += 300  # a mean far beyond the deviation
+        encoder.write_model(weights, config, tensors)
+        read = data.ImageDataset(folder, 16, train=False)
+        img = torch.stack([read[n][0] for n in range(11)]) / 255
+        enc, dec, noise = encoder.Encoder.from_pretrained(weights), decoder.Decoder.from_pretrained(weights), torch.randn(11, 16, 48)
+        with torch.no_grad():
+            z, before = enc(img)[0], dec.decode(enc.encode(img), noise=noise)
+        raises(ValueError, evaluate, "--save_latents", os.path.join(tmp, "z"), "--data", folder, "--weights", weights, words="--latent_stats")
+        files = []
+        for ranks in (1, 3):
+            copy = os.path.join(tmp, f"{ranks}.safetensors")
+            shutil.copy(weights, copy)
+            flags = ["--latent_stats", "--data", folder, "--weights", copy, "--batch_size", 2]
+            if ranks == 1:
+                evaluate(*flags)
+            else:
+                done = run("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "eval.py", *flags, OMP_NUM_THREADS="1")
+                assert done.returncode == 0, done.stderr[-2000:]
+            files.append(load_file(copy))
+        exact = z.double().transpose(0, 1).flatten(1)  # (C, B*h*w)
+        for name, expected in ("latent_mean", exact.mean(1)), ("latent_std", exact.std(1, correction=0)):
+            assert torch.equal(files[0][name], files[1][name]), "any number of ranks"
+            close(files[0][name].double(), expected, 1e-4 if name == "latent_std" else 1e-7)  # fp32 latents of size 300 carry 3e-5
+        enc, dec = encoder.Encoder.from_pretrained(copy), decoder.Decoder.from_pretrained(copy)
+        normal = enc.encode(img).transpose(0, 1).flatten(1)
+        assert normal.mean(1).abs().max() < 1e-3 and (normal.std(1) - 1).abs().max() < 0.01
+        close(dec.decode(enc.encode(img), noise=noise), before, 1e-5)
+        assert torch.equal(load_file(copy)["encoder.vit.pos_embed"], tensors["encoder.vit.pos_embed"]) and encoder.read_config(copy)["size"] == 16
+
+        out, whole = os.path.join(tmp, "z"), evaluation.save_latents
+        evaluation.save_latents = functools.partial(whole, shard=4)
+        flags = ["--save_latents", out, "--data", folder, "--weights", copy, "--batch_size", 3]
+        try:
+            assert "3 files of 4" in evaluate(*flags)[0]
+            os.remove(os.path.join(out, "latents_00001.safetensors"))
+            stamp = os.stat(os.path.join(out, "latents_00000.safetensors")).st_mtime_ns
+            assert "1 files of 4" in evaluate(*flags)[0], "what is there is not written again"
+            assert os.stat(os.path.join(out, "latents_00000.safetensors")).st_mtime_ns == stamp
+            raises(ValueError, evaluate, *flags, "--bf16", words="of other weights")
+        finally:
+            evaluation.save_latents = whole
+        shards = [load_file(os.path.join(out, f"latents_{k:05d}.safetensors")) for k in range(3)]
+        close(torch.cat([s["latents"] for s in shards]), enc.encode(img), 1e-5)
+        assert torch.cat([s["labels"] for s in shards]).tolist() == [read[n][1] for n in range(11)]
+        assert json.load(open(os.path.join(out, "index.json")))["classes"] == ["class0", "class1"]
+
+
+def test_an_evaluation_drops_no_image():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=9)
+        for i in (2, 5):
+            open(os.path.join(folder, f"class{i % 2}", f"{i}.png"), "wb").write(b"")
+        for batch in (1, 64):
+            raises(ValueError, evaluate, "--data", folder, "--weights", weights, "--inception", "none", "--batch_size", batch, words="2 of 9 images")
 
 
 def test_noise_depends_on_seed_and_image_number_only():
@@ -1457,14 +1737,14 @@ def test_train_sample_eval_end_to_end():
         for batch in (1, 3):
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 reports.append(evaluation.main(["--data", folder, "--weights", os.path.join(tmp, "out", "model.safetensors"),
-                                                "--batch_size", str(batch), "--pca", "--fit", folder]))
+                                                "--batch_size", str(batch), "--pca", "--fit", folder, "--inception", "none"]))
         for row in reports[0]["results"]:
             for metric in ("psnr", "ssim", "ssim_paper"):
                 assert abs(reports[0]["results"][row][metric] - reports[1]["results"][row][metric]) < 1e-4
         assert reports[0]["images"] == 7 and "ADM centre crop to 64 px" in out.getvalue() and "seed 0" in out.getvalue()
         single = evaluation_of(os.path.join(tmp, "img.png"), os.path.join(tmp, "out", "model.safetensors"), tmp)
         assert abs(single["psnr"] - float(lines[0][4])) < 0.006 and abs(single["ssim"] - float(lines[0][5])) < 6e-5
-        bigger = run("python", script("eval.py"), "--data", folder, "--resolution", 256, "--out", "report.json", cwd=tmp)
+        bigger = run("python", script("eval.py"), "--data", folder, "--resolution", 256, "--inception", "none", "--out", "report.json", cwd=tmp)
         assert bigger.returncode == 0 and "compared at 256 px" in bigger.stdout
         assert json.load(open(os.path.join(tmp, "report.json")))["images"] == 7
 
@@ -1473,8 +1753,8 @@ def evaluation_of(image, weights, tmp):
     alone = os.path.join(tmp, "alone")
     os.makedirs(alone)
     shutil.copy(image, alone)
-    with contextlib.redirect_stdout(io.StringIO()):
-        return evaluation.main(["--data", alone, "--weights", weights])["results"]["tokenizer"]
+    report = evaluate("--data", alone, "--weights", weights, "--inception", "none")[1]
+    return report["results"]["tokenizer"]
 
 
 def test_bad_input_is_one_line_and_status_2():
@@ -1511,7 +1791,8 @@ def test_bad_input_is_one_line_and_status_2():
             (["sample.py", os.path.join(bad, "text.jpg"), "--weights", good], "text.jpg"),
             (["sample.py", folder + "/class0", "--weights", os.path.join(tmp, "no.safetensors")], "no.safetensors"),
             (["sample.py", folder + "/class0", "--weights", teacher], "no tokenizer"),
-            (["eval.py", "--data", bad, "--weights", good], "text.jpg"),
+            (["eval.py", "--data", bad, "--weights", good, "--inception", "none"], "text.jpg"),
+            (["eval.py", "--data", folder, "--weights", good], "--inception none"),
             (["eval.py", "--data", folder, "--weights", os.path.join(tmp, "junk.safetensors")], "junk.safetensors"),
             (["eval.py", "--data", folder, "--weights", good, "--pca"], "--fit"),
             (["data.py", "/nonexistent"], "/nonexistent"),
@@ -1536,11 +1817,14 @@ def test_readme_commands():
     commands = [c.split() for line in lines for c in line.split("&&") if any(s in c for s in parsers)]
     assert len(commands) >= 9, f"only {len(commands)} commands found in README.md"
     with tempfile.TemporaryDirectory() as tmp:
-        folder, archive = picture_folder(tmp)
+        folder, archive = picture_folder(tmp, n=20)
+        shutil.copytree(os.path.dirname(random_inception()[1]), os.path.join(tmp, "hub", "checkpoints"))  # as if downloaded
         train_quietly("--teacher", micro_teacher(tmp), "--steps", 1, "--out", os.path.join(tmp, "out"))
-        for name in ("val.zip", "train.zip"):
+        for name in ("val.zip", "train.zip", "samples.zip"):
             shutil.copy(archive, os.path.join(tmp, name))
-        shutil.copytree(folder, os.path.join(tmp, "photos"))
+        for name in ("photos", "imagenet/val"):
+            shutil.copytree(folder, os.path.join(tmp, name))
+        shutil.copytree(os.path.join(folder, "class0"), os.path.join(tmp, "samples"))
         picture(0).save(os.path.join(tmp, "photos", "x.png")), picture(1).save(os.path.join(tmp, "img.png"))
         for words in commands:
             script = next(w for w in words if w in parsers)
@@ -1550,8 +1834,15 @@ def test_readme_commands():
             except SystemExit as e:
                 raise AssertionError(f"README: {' '.join(words)!r} does not parse") from e
             if script != "train.py" and "uniflow-internvit" not in flags:
-                done = run("python", os.path.join(HERE, script), *flags, cwd=tmp)
-                assert done.returncode == 0, f"README: {' '.join(words)}\n{done.stderr}"
+                before = os.getcwd(), os.environ.get("TORCH_HOME", "")
+                os.chdir(tmp), os.environ.update(TORCH_HOME=tmp)
+                try:
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        {"sample.py": sample, "eval.py": evaluation}[script].main(flags)
+                except Exception as e:
+                    raise AssertionError(f"README: {' '.join(words)}") from e
+                finally:
+                    os.chdir(before[0]), os.environ.update(TORCH_HOME=before[1])
         for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.S)):
             done = run("python", "-c", code, cwd=tmp, PYTHONPATH=HERE)
             assert done.returncode == 0, f"README example {i}:\n{done.stderr}"
