@@ -1356,6 +1356,10 @@ def test_latent_statistics_and_saved_latents():
             raises(ValueError, evaluate, *flags, "--bf16", words="of other weights")
         finally:
             evaluation.save_latents = whole
+        args = train.parse_args(["--teacher", os.path.join(tmp, "teacher.safetensors"), *MICRO_RUN, "--gtb_depth", "2", "--init", copy])
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            _, again, _ = train.build_models(args)
+        assert "set back" in said.getvalue() and not again.latent_mean.any() and (again.latent_std == 1).all()
         shards = [load_file(os.path.join(out, f"latents_{k:05d}.safetensors")) for k in range(3)]
         close(torch.cat([s["latents"] for s in shards]), enc.encode(img), 1e-5)
         assert torch.cat([s["labels"] for s in shards]).tolist() == [read[n][1] for n in range(11)]
