@@ -4,7 +4,10 @@
 
 They run on the CPU in tiny configurations and need requirements-test.txt; `pytest test_all.py` runs the same functions.
 """
+import collections
 import contextlib
+import faulthandler
+import gc
 import hashlib
 import http.server
 import io
@@ -12,8 +15,10 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -23,6 +28,7 @@ import traceback
 import types
 import warnings
 import zipfile
+import zlib
 from dataclasses import asdict, replace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests' tolerances and recipes are the CPU's, on any machine
@@ -1050,6 +1056,278 @@ def test_drawn_pictures():
     assert data.ProceduralDataset(112, train=True)[10_000_001][0].shape == (3, 112, 112), "training never runs out"
 
 
+def png(width, height, *chunks):
+    """The bytes of a grey PNG of that size whose pixels are all 0 (compressed: 1/1000), with chunks (kind, content) before them."""
+    deflate, pixels = zlib.compressobj(), b""
+    for _ in range(height):
+        pixels += deflate.compress(bytes(width + 1))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), *chunks, (b"IDAT", pixels + deflate.flush()), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks)
+
+
+def test_hostile_pictures():
+    good = io.BytesIO()
+    picture(0).save(good, "PNG")
+    good, zeros = good.getvalue(), zlib.compress(bytes(2 ** 26), 9)
+    header = lambda kind, w, h: kind + struct.pack("<HH", w, h) + bytes(20)
+    bad = {"truncated": good[:-60], "flipped": good[:60] + b"\xff" + good[61:], "zero": b"", "zeros": bytes(1000), "text": b"no image",
+           "ghostscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) print\n", "bomb": png(2 ** 17, 1100),
+           "text chunk": png(8, 8, (b"zTXt", b"a\0\0" + zeros)), "profile": png(8, 8, (b"iCCP", b"a\0\0" + zeros)),
+           "gif": header(b"GIF89a", 65535, 65535), "tall": b"P5 1 200000000 255 ", "tiff": b"II*\0\x08\0\0\0\x02\0" + struct.pack(
+               "<HHIIHHII", 256, 4, 1, 10 ** 6, 257, 4, 1, 10 ** 6)}
+    with tempfile.TemporaryDirectory() as tmp:
+        folder, archive = os.path.join(tmp, "folder"), os.path.join(tmp, "a.zip")
+        os.makedirs(folder)
+        for name, blob in bad.items():
+            open(os.path.join(folder, name + ".jpg"), "wb").write(blob)
+        open(os.path.join(folder, "good.png"), "wb").write(good)
+        with zipfile.ZipFile(archive, "w") as z:
+            for name in sorted(os.listdir(folder)):
+                z.write(os.path.join(folder, name), name)
+        os.symlink("loop.jpg", os.path.join(folder, "loop.jpg"))
+        os.mkfifo(os.path.join(folder, "pipe.jpg"))  # reading it would wait for ever
+        os.symlink("/dev/zero", os.path.join(folder, "endless.jpg"))
+        before, said = resident(), io.StringIO()
+        with contextlib.redirect_stderr(said), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for root in (folder, archive):
+                plain, train_set = (data.ImageDataset(root, 16, train=t) for t in (False, True))
+                last = os.path.basename(plain.path(len(plain) - 1))
+                for n in range(len(plain)):
+                    name = os.path.basename(plain.path(n))
+                    try:
+                        plain[n]
+                        assert name == "good.png", f"{name} was accepted"
+                    except ValueError as e:
+                        assert name != "good.png" and plain.path(n) in str(e) and len(str(e).splitlines()) == 1, e
+                seen = sorted(train_set[n][1] for n in range(len(plain)))
+                i = next(n for n in range(len(plain)) if "good" in plain.path(n))
+                assert seen == sorted(0 if n == i else -1 - n for n in range(len(plain))), f"labels name what was replaced: {seen}"
+                loader = torch.utils.data.DataLoader(train_set, 4, num_workers=2)
+                assert sorted(torch.cat([label for _, label in loader]).tolist()) == seen, "also through workers"
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 < before + 400 and not said.getvalue()
+        # what is readable, whatever its shape
+        for size in ((1, 1), (20_000, 10), (10, 20_000)):
+            img = Image.new("RGB", size, "red")
+            for crop in (data.center_crop(img, 448), data.random_crop(img, 448, np.random.default_rng(0))):
+                assert crop.size == (448, 448) and crop.getpixel((200, 200)) == (255, 0, 0)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 < before + 400, "20,000 x 10 must not grow to 896,000 x 448"
+        first, rest = picture(0), [Image.new("RGB", (40, 30), "red")] * 3
+        for ext in ("png", "gif", "webp"):
+            first.save(os.path.join(tmp, "x." + ext), save_all=True, append_images=rest, lossless=True)
+            shown = np.array(data.load_image(os.path.join(tmp, "x." + ext))).astype(int)
+            assert np.abs(shown - np.array(first)).mean() < 10, f"the first frame of an animated {ext}"
+        for mode, img in (("P", first.quantize(60)), ("LA", Image.merge("LA", (first.convert("L"), Image.new("L", first.size, 0))))):
+            img.save(os.path.join(tmp, "x.png"), **({"transparency": img.getpixel((3, 3))} if mode == "P" else {}))
+            assert data.load_image(os.path.join(tmp, "x.png")).getpixel((3, 3)) == (255, 255, 255), f"{mode}: what is transparent is white"
+
+
+def test_long_pictures_are_cut_first():
+    """16 times as long as wide: as ever. Longer: the same crop, but for the rounding of the resized length."""
+    rng = np.random.default_rng(0)
+    strip = Image.fromarray(rng.integers(0, 256, (6, 100, 3), np.uint8)).resize((1700, 100), Image.Resampling.BICUBIC)
+    for img in (strip, strip.transpose(Image.Transpose.ROTATE_90)):
+        for size in (24, 100, 160):
+            plain = data.shrink(img, size)
+            left, top = (plain.width - size) // 2, (plain.height - size) // 2
+            plain = np.array(plain.crop((left, top, left + size, top + size))).astype(int)
+            error = np.abs(np.array(data.center_crop(img, size)) - plain)
+            assert error.mean() < 1, f"{size}: {error.mean()}"
+        same = img.crop((0, 0, min(1600, img.width), min(1600, img.height)))
+        assert data.cut(same, 0.5) is same
+        starts = {data.random_crop(img, 100, np.random.default_rng(n), (1, 1)).tobytes() for n in range(20)}
+        assert len(starts) > 15, "the piece is drawn"
+
+
+def test_archive_that_is_damaged_or_changes():
+    with tempfile.TemporaryDirectory() as tmp:
+        _, archive = picture_folder(tmp)
+        blob, dataset = open(archive, "rb").read(), data.ImageDataset(archive, 16, train=False)
+        right = [img for img, _ in dataset]
+        with zipfile.ZipFile(archive) as z:
+            at = z.infolist()[3].header_offset
+        stored = os.path.join(tmp, "stored.zip")
+        with zipfile.ZipFile(stored, "w") as z:  # a pixel of a bitmap: no decoder would notice
+            f = io.BytesIO()
+            picture(0).save(f, "BMP")
+            z.writestr("a.bmp", f.getvalue())
+        rotten = bytearray(open(stored, "rb").read())
+        rotten[500] ^= 1
+        open(stored, "wb").write(rotten)
+        bomb = os.path.join(tmp, "bomb.zip")
+        with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as z:
+            z.writestr("a.png", bytes(2 ** 27))
+        claims = bytearray(open(bomb, "rb").read())
+        end = claims.rindex(b"PK\x01\x02")
+        claims[end + 24:end + 28] = struct.pack("<I", 100)  # the length it is said to inflate to
+        open(bomb, "wb").write(claims)
+        before = resident()
+        for path in (stored, bomb):
+            try:
+                data.ImageDataset(path, 16, train=False)[0]
+                raise AssertionError(f"{path} was read")
+            except ValueError as e:
+                assert "CRC-32" in str(e) and path in str(e)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 < before + 300, "inflated without bound"
+        for changed in (blob[:at + 40] + bytes(200) + blob[at + 240:], blob[:at + 100], b""):  # under our hands
+            open(archive, "wb").write(changed)
+            for n in range(10):
+                try:
+                    assert torch.equal(dataset[n][0], right[n])
+                except ValueError as e:
+                    assert dataset.path(n) in str(e)
+        os.remove(archive)
+        again = data.ImageDataset.__new__(data.ImageDataset)
+        again.__dict__.update(dataset.__getstate__())  # what a new worker gets
+        for path, content in ((archive, None), (archive, blob[:-40]), (archive, blob[:200]), (archive, b"")):
+            if content is not None:
+                open(path, "wb").write(content)
+            for attempt in (lambda: again[0], lambda: data.ImageDataset(path, 16, train=False)):
+                try:
+                    attempt()
+                    assert attempt is not data.ImageDataset and content and len(content) > 200, "a damaged archive was accepted"
+                except (ValueError, FileNotFoundError) as e:
+                    assert archive in str(e) and len(str(e).splitlines()) == 1
+
+
+def sources():
+    """{name: bytes} of pictures in each format, and each mode and compression that its files commonly have."""
+    rgb, exif, files = picture(5), Image.Exif(), {}
+    exif[0x0112], exif[0x010E] = 6, "of a test"
+    alpha = rgb.convert("RGBA")
+    alpha.putalpha(picture(6).convert("L"))
+    palette, frames = rgb.quantize(50), [picture(k) for k in (1, 2)]
+    deep = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
+
+    def add(ext, *images, **kinds):
+        for img in images:
+            for kind, how in (kinds or {"": {}}).items():
+                f = io.BytesIO()
+                img.save(f, {"jpg": "JPEG", "tif": "TIFF", "pgm": "PPM"}.get(ext, ext), **how)
+                files[f"{img.mode.replace(';', '')}{kind}.{ext}"] = f.getvalue()
+    animated = dict(save_all=True, append_images=frames)
+    add("jpg", rgb, rgb.convert("L"), rgb.convert("CMYK"), plain={}, progressive={"progressive": True}, exif={"exif": exif})
+    add("png", rgb, rgb.convert("L"), rgb.convert("1"), alpha, alpha.convert("LA"), palette, deep)
+    add("png", palette, transparent={"transparency": 3}, icc={"icc_profile": bytes(3000), "exif": exif})
+    add("png", rgb, apng=animated)
+    add("webp", rgb, alpha, plain={}, lossless={"lossless": True}, animated=animated, exif={"exif": exif})
+    add("bmp", rgb, rgb.convert("L"), rgb.convert("1"), palette, alpha)
+    add("gif", palette, plain={}, transparent={"transparency": 3}, animated=animated)
+    add("tif", rgb, **{c or "raw": {"compression": c} for c in (None, "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")})
+    add("tif", alpha, palette, deep, rgb.convert("CMYK"), rgb.convert("F"), plain={}, several=dict(save_all=True, append_images=[rgb]))
+    add("ppm", rgb), add("pgm", rgb.convert("L"), deep)
+    return files
+
+
+def mutated(rng, blob, other):
+    """The bytes with one to three kinds of damage: cut, flipped bits, extreme bytes near the start, a piece of `other`, a piece twice."""
+    for kind in rng.integers(0, 6, rng.integers(1, 4)):
+        at, n = int(rng.integers(len(blob) + 1)), int(rng.integers(1, 40))
+        b = bytearray(blob)
+        if kind == 0:
+            b = b[:at]
+        elif kind == 1 and b:
+            for k in rng.integers(0, len(b), n):
+                b[k] ^= 1 << rng.integers(8)
+        elif kind in (2, 3) and b:
+            for k in rng.integers(0, min(len(b), 60 if kind == 2 else len(b)), 1 + n % 4):
+                b[k] = rng.choice([0, 1, 127, 128, 255])
+        elif kind == 4:
+            b[at:at + n] = other[at:at + int(rng.integers(200))]
+        else:
+            b[at:at] = b[at:at + 10 * n]
+        blob = bytes(b)
+    return blob
+
+
+def resident():
+    """This process's memory in MB."""
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def fuzz_pictures(count):
+    """`count` damaged pictures, and count // 10 damaged archives, through ImageDataset. Prints what came of them."""
+    good, seen, start = sources(), collections.Counter(), 0
+    data.MAX_PIXELS = 2 ** 22  # so that a tester's machine need not have the memory of a trainer's
+    rng, kinds = np.random.default_rng(count), list(good)
+    original = {name: data.to_tensor(data.center_crop(data.load_image(io.BytesIO(x)), 16)) for name, x in good.items()}
+
+    def look(dataset, n):
+        faulthandler.dump_traceback_later(20, exit=True)  # a hang
+        try:
+            return dataset[n]
+        except ValueError as e:
+            assert len(str(e).splitlines()) == 1 and (dataset.train or dataset.path(n) in str(e)), repr(e)
+            return str(e)
+    for first in range(0, count, 100):
+        with tempfile.TemporaryDirectory() as tmp:
+            blobs = {f"{i:03d}{kinds[i % len(kinds)]}": mutated(rng, good[kinds[i % len(kinds)]], good[rng.choice(kinds)])
+                     for i in rng.choice(1000, min(100, count - first), False).tolist()}
+            blobs.update({f"{k}99{name}": good[name] for k, name in enumerate(rng.choice(kinds, 10))})
+            os.makedirs(os.path.join(tmp, "folder"))
+            with zipfile.ZipFile(os.path.join(tmp, "a.zip"), "w") as z:
+                for name, blob in blobs.items():
+                    z.writestr(name, blob, zipfile.ZIP_DEFLATED if rng.random() < 0.5 else zipfile.ZIP_STORED)
+                    open(os.path.join(tmp, "folder", name), "wb").write(blob)
+            a, b = (data.ImageDataset(os.path.join(tmp, x), 16, train=False) for x in ("folder", "a.zip"))
+            results = [look(a, n) for n in range(len(a))]
+            for n, r in enumerate(results):
+                seen[re.search(r"cannot be read as an image \((none|\w+)", r)[1] if isinstance(r, str) else "read"] += 1
+                same = look(b, n)
+                assert type(same) is type(r) and (isinstance(r, str) or torch.equal(r[0], same[0])), "folder and archive differ"
+            a, b = (data.ImageDataset(os.path.join(tmp, x), 16, train=True) for x in ("folder", "a.zip"))
+            for n in range(len(a)):
+                i = a.index(n)
+                j = next(j % len(a) for j in range(i, i + len(a)) if not isinstance(results[j % len(a)], str))
+                expected = data.random_crop(data.load_image(a.path(j)), 16, np.random.default_rng([0, n, 1]))
+                for img, label in (look(a, n), look(b, n)):
+                    assert torch.equal(img, data.to_tensor(expected)), "the next readable image, cropped as sample n"
+                    assert label == (0 if i == j else -1 - i)
+            for k in range(10):  # the archive itself is damaged
+                names = rng.choice(kinds, 4, False)
+                with zipfile.ZipFile(os.path.join(tmp, "b.zip"), "w", zipfile.ZIP_DEFLATED if k % 2 else zipfile.ZIP_STORED) as z:
+                    for name in names:
+                        z.writestr(name, good[name])
+                blob = mutated(rng, open(os.path.join(tmp, "b.zip"), "rb").read(), bytes(100))
+                open(os.path.join(tmp, "b.zip"), "wb").write(blob)
+                try:
+                    c = data.ImageDataset(os.path.join(tmp, "b.zip"), 16, train=False)
+                except ValueError as e:
+                    assert len(str(e).splitlines()) == 1 and "b.zip" in str(e)
+                    seen["archive refused"] += 1
+                    continue
+                for r in (look(c, n) for n in range(len(c))):
+                    seen["archive damaged, image " + ("refused" if isinstance(r, str) else "read")] += 1
+                    assert isinstance(r, str) or any(torch.equal(r[0], original[name]) for name in names), "bit rot went unnoticed"
+        start = start or resident()
+    faulthandler.cancel_dump_traceback_later()
+    gc.collect()
+    print(f"{sum(seen.values()):,} images, {resident() - start:.0f} MB more than after the first hundred")
+    print("\n".join(f"{v:6d} {k}" for k, v in seen.most_common()))
+    assert resident() - start < 60, "memory grows"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 < start + 300, "a picture took too much memory"
+
+
+def fuzz(function, count):
+    """Run a fuzzing function in a process of its own, so that a crash, a hang and what C libraries print are seen.
+
+    Allowed are the lines that libtiff and Pillow's TIFF reader print themselves (ZIPDecode: ..., tempfile.tif: ...).
+    """
+    done = run("python", "-X", "faulthandler", "-c", f"import test_all; test_all.{function}({count})")
+    said = [line for line in done.stderr.splitlines() if not re.match(r"(tempfile\.tif|\w+|More samples[\w ]*): |$", line)]
+    assert done.returncode == 0 and not said, f"status {done.returncode}\n{done.stdout}\n" + "\n".join(said[-40:])
+    return done.stdout
+
+
+def test_fuzz_pictures():
+    fuzz("fuzz_pictures", 300)
+
+
+def slow_fuzz_pictures():
+    """python test_all.py slow_fuzz_pictures"""
+    print(fuzz("fuzz_pictures", 10_000))
+
+
 # ---- eval.py ----
 
 def test_psnr_closed_form():
@@ -1508,7 +1786,6 @@ def test_bad_input_is_one_line_and_status_2():
             (["train.py", *micro, "--data", folder, "--clip", "-1"], "--clip"),
             (["train.py", *micro, "--data", folder, "--beta", "nan"], "--beta"),
             (["sample.py", "/missing.png", "--weights", good], "/missing.png"),
-            (["sample.py", os.path.join(bad, "text.jpg"), "--weights", good], "text.jpg"),
             (["sample.py", folder + "/class0", "--weights", os.path.join(tmp, "no.safetensors")], "no.safetensors"),
             (["sample.py", folder + "/class0", "--weights", teacher], "no tokenizer"),
             (["eval.py", "--data", bad, "--weights", good], "text.jpg"),
@@ -1521,6 +1798,10 @@ def test_bad_input_is_one_line_and_status_2():
             lines = [line for line in done.stderr.splitlines() if line and not line.startswith(("usage:", " "))]
             assert done.returncode == 2, f"{command}: status {done.returncode}\n{done.stderr}"
             assert "Traceback" not in done.stderr and len(lines) == 1 and names in lines[0], f"{command}:\n{done.stderr}"
+        names = [os.path.join(bad, "text.jpg"), os.path.join(folder, "class0")]
+        done = run("python", "sample.py", *names, "--weights", good, "--out", os.path.join(tmp, "reconstructed"))
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "text.jpg" in done.stderr, done.stderr
+        assert len(os.listdir(os.path.join(tmp, "reconstructed"))) == 5, "the other pictures go on"
         leftovers = [n for n in os.listdir(out) if n not in ("samples", "log.jsonl", "log.jsonl.old")]
         assert not leftovers and not os.listdir(os.path.join(out, "samples")), f"half-written: {leftovers}"
         done = run("python", "train.py", *micro, "--data", folder, RANK="0", WORLD_SIZE="3", LOCAL_RANK="0")
