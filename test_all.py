@@ -7,7 +7,6 @@ They run on the CPU in tiny configurations and need requirements-test.txt; `pyte
 import collections
 import contextlib
 import faulthandler
-import gc
 import hashlib
 import http.server
 import io
@@ -116,6 +115,11 @@ def picture_folder(folder, n=10):
             picture(i, 40 + i, 30 + 2 * i).save(os.path.join(root, name))
             z.write(os.path.join(root, name), name)
     return root, archive
+
+
+def peak():
+    """The most memory that this process has ever held, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def close(a, b, tolerance=1e-6):
@@ -726,7 +730,7 @@ def test_hostile_weights():
     with tempfile.TemporaryDirectory() as tmp:
         path, bad = os.path.join(tmp, "good.safetensors"), os.path.join(tmp, "bad.safetensors")
         state, config = micro_tokenizer(path)
-        blob, before = open(path, "rb").read(), resident()
+        blob, before = open(path, "rb").read(), peak()
 
         def refused_by(path, *ways, words=""):
             results = ways_in(path)
@@ -745,7 +749,7 @@ def test_hostile_weights():
         for metadata in ({"config": "{"}, {"config": "[" * 10 ** 5}, {"config": '"x"'}, {"config": "[]"}, {"x": ""}, {"config": "{}"}, None):
             save_file(state, bad, metadata)
             refused_by(bad, "read_config", "encoder", "decoder", "own teacher", "teacher")
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 < before + 300, "something was allocated for a file of 300 kB"
+        assert peak() < before + 300, "something was allocated for a file of 900 kB"
 
         for name in ("encoder.vit.blocks.1.fc1.weight", "decoder.head.output.bias", "latent_mean", "latent_std"):
             way = "decoder" if name[0] == "d" else "encoder"
@@ -862,15 +866,11 @@ def fuzz_weights(count):
                     seen[way + (" loaded" if out.isfinite().all() else " loaded; a flipped bit made a huge finite weight")] += 1
                 elif isinstance(r, str):
                     seen[way + " refused"] += 1
-            if i == 50:
-                gc.collect()
-                start = resident()
+            start = start if i > 50 else peak()
     faulthandler.cancel_dump_traceback_later()
-    gc.collect()
-    print(f"{count:,} files, {resident() - start:.0f} MB more than after the first fifty")
+    print(f"{count:,} files, peak memory {peak() - start:.0f} MB higher than after the first fifty")
     print("\n".join(f"{v:6d} {k}" for k, v in seen.most_common()))
-    assert resident() - start < 60, "memory grows"
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 < start + 300, "a file took too much memory"
+    assert peak() < start + 150, "memory grows, or a file took too much"
 
 
 def test_fuzz_weights():
@@ -1268,11 +1268,11 @@ def png(width, height, *chunks):
 
 
 def test_hostile_pictures():
-    good = io.BytesIO()
-    picture(0).save(good, "PNG")
-    good, zeros = good.getvalue(), zlib.compress(bytes(2 ** 26), 9)
+    good, pcx, zeros = io.BytesIO(), io.BytesIO(), zlib.compress(bytes(2 ** 26), 9)
+    picture(0).save(good, "PNG"), picture(0).save(pcx, "PCX")
+    good = good.getvalue()
     header = lambda kind, w, h: kind + struct.pack("<HH", w, h) + bytes(20)
-    bad = {"truncated": good[:-60], "flipped": good[:60] + b"\xff" + good[61:], "zero": b"", "zeros": bytes(1000), "text": b"no image",
+    bad = {"truncated": good[:-60], "flipped": good[:60] + b"\xff" + good[61:], "zero": b"", "zeros": bytes(1000), "text": b"no image", "pcx": pcx.getvalue(),
            "ghostscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) print\n", "bomb": png(2 ** 17, 1100),
            "text chunk": png(8, 8, (b"zTXt", b"a\0\0" + zeros)), "profile": png(8, 8, (b"iCCP", b"a\0\0" + zeros)),
            "gif": header(b"GIF89a", 65535, 65535), "tall": b"P5 1 200000000 255 ", "tiff": b"II*\0\x08\0\0\0\x02\0" + struct.pack(
@@ -1289,12 +1289,11 @@ def test_hostile_pictures():
         os.symlink("loop.jpg", os.path.join(folder, "loop.jpg"))
         os.mkfifo(os.path.join(folder, "pipe.jpg"))  # reading it would wait for ever
         os.symlink("/dev/zero", os.path.join(folder, "endless.jpg"))
-        before, said = resident(), io.StringIO()
+        before, said = peak(), io.StringIO()
         with contextlib.redirect_stderr(said), warnings.catch_warnings():
             warnings.simplefilter("error")
             for root in (folder, archive):
                 plain, train_set = (data.ImageDataset(root, 16, train=t) for t in (False, True))
-                last = os.path.basename(plain.path(len(plain) - 1))
                 for n in range(len(plain)):
                     name = os.path.basename(plain.path(n))
                     try:
@@ -1307,13 +1306,25 @@ def test_hostile_pictures():
                 assert seen == sorted(0 if n == i else -1 - n for n in range(len(plain))), f"labels name what was replaced: {seen}"
                 loader = torch.utils.data.DataLoader(train_set, 4, num_workers=2)
                 assert sorted(torch.cat([label for _, label in loader]).tolist()) == seen, "also through workers"
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 < before + 400 and not said.getvalue()
+                if root == folder:
+                    os.remove(os.path.join(folder, "good.png"))  # while the run goes on; nothing readable is left
+                    try:
+                        train_set[0]
+                        raise AssertionError("a picture that is gone was read")
+                    except ValueError as e:
+                        assert f"nor can the {len(plain) - 1} after it" in str(e) and train_set.path(train_set.index(0)) in str(e), e
+        assert peak() < before + 400 and not said.getvalue()
+        try:
+            sample.resize_short_side(Image.new("RGB", (20_000, 10)), 448)
+            raise AssertionError("a picture of 896,000 x 448 pixels was made")
+        except ValueError as e:
+            assert "896000x448" in str(e) and "--size" in str(e)
         # what is readable, whatever its shape
         for size in ((1, 1), (20_000, 10), (10, 20_000)):
             img = Image.new("RGB", size, "red")
             for crop in (data.center_crop(img, 448), data.random_crop(img, 448, np.random.default_rng(0))):
                 assert crop.size == (448, 448) and crop.getpixel((200, 200)) == (255, 0, 0)
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 < before + 400, "20,000 x 10 must not grow to 896,000 x 448"
+        assert peak() < before + 400, "20,000 x 10 must not grow to 896,000 x 448"
         first, rest = picture(0), [Image.new("RGB", (40, 30), "red")] * 3
         for ext in ("png", "gif", "webp"):
             first.save(os.path.join(tmp, "x." + ext), save_all=True, append_images=rest, lossless=True)
@@ -1358,19 +1369,21 @@ def test_archive_that_is_damaged_or_changes():
         open(stored, "wb").write(rotten)
         bomb = os.path.join(tmp, "bomb.zip")
         with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as z:
-            z.writestr("a.png", bytes(2 ** 27))
+            with z.open("a.png", "w") as f:
+                for _ in range(256):
+                    f.write(bytes(2 ** 20))
         claims = bytearray(open(bomb, "rb").read())
         end = claims.rindex(b"PK\x01\x02")
         claims[end + 24:end + 28] = struct.pack("<I", 100)  # the length it is said to inflate to
         open(bomb, "wb").write(claims)
-        before = resident()
+        before = peak()
         for path in (stored, bomb):
             try:
                 data.ImageDataset(path, 16, train=False)[0]
                 raise AssertionError(f"{path} was read")
             except ValueError as e:
                 assert "CRC-32" in str(e) and path in str(e)
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 < before + 300, "inflated without bound"
+        assert peak() < before + 100, "inflated without bound"
         for changed in (blob[:at + 40] + bytes(200) + blob[at + 240:], blob[:at + 100], b""):  # under our hands
             open(archive, "wb").write(changed)
             for n in range(10):
@@ -1444,11 +1457,6 @@ def mutated(rng, blob, other):
     return blob
 
 
-def resident():
-    """This process's memory in MB."""
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
 def fuzz_pictures(count):
     """`count` damaged pictures, and count // 10 damaged archives, through ImageDataset. Prints what came of them."""
     good, seen, start = sources(), collections.Counter(), 0
@@ -1503,13 +1511,11 @@ def fuzz_pictures(count):
                 for r in (look(c, n) for n in range(len(c))):
                     seen["archive damaged, image " + ("refused" if isinstance(r, str) else "read")] += 1
                     assert isinstance(r, str) or any(torch.equal(r[0], original[name]) for name in names), "bit rot went unnoticed"
-        start = start or resident()
+        start = start or peak()
     faulthandler.cancel_dump_traceback_later()
-    gc.collect()
-    print(f"{sum(seen.values()):,} images, {resident() - start:.0f} MB more than after the first hundred")
+    print(f"{sum(seen.values()):,} images, peak memory {peak() - start:.0f} MB higher than after the first hundred")
     print("\n".join(f"{v:6d} {k}" for k, v in seen.most_common()))
-    assert resident() - start < 60, "memory grows"
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 < start + 300, "a picture took too much memory"
+    assert peak() < start + 150, "memory grows, or a picture took too much"
 
 
 def fuzz(function, count):
