@@ -8,8 +8,8 @@ epoch is a permutation drawn from (seed, epoch), crop and flip are drawn from (s
 therefore depends on nothing else, so workers, ranks and a resumed run need no state. Otherwise n counts the
 files in sorted order. Crops are those of ADM (Dhariwal & Nichol 2021), the usual protocol of ImageNet generation.
 
-An image that cannot be read is a ValueError that names it; only in training it is replaced, by the next in sorted order that
-can be read, and the label tells: -1 - i for image i, whose file is data.path(i). So nothing is to be counted in workers.
+An image that cannot be read is a ValueError that names it. In training it is replaced by the next in sorted order that can be
+read, and the label tells, so that workers need count nothing: it is -1 - i for image i, whose file is data.path(i).
 
 `python data.py [PATHS]` shows what is found. Needs torch, numpy and pillow; no other file of this project.
 """

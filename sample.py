@@ -4,7 +4,7 @@
     python sample.py photos/ a.jpg --out results --size 0
 
 Weights: --weights, else out/model.safetensors, else the file that ships in weights/. Any size and aspect ratio goes in.
-A picture that cannot be read is named, the others go on, and the exit status is 1 (2: nothing was started).
+A picture that cannot be read is named, the others go on, and the exit status is 1.
 """
 import argparse
 import os
