@@ -68,7 +68,7 @@ class ViTConfig:
     def __post_init__(self):
         for f in fields(self):  # which may come from a file
             x = getattr(self, f.name)
-            if type(x) is not f.type and (f.type, type(x)) != (float, int) or f.type is int and not 0 <= x <= 65536:
+            if type(x) is not f.type or f.type is int and not 0 <= x <= 65536:
                 raise ValueError(f"{f.name} is {x!r:.50}, expected {f.type.__name__}" + " from 0 to 65536" * (f.type is int))
         if min(self.width, self.depth, self.heads, self.mlp_width, self.patch, self.size) < 1 or self.width % self.heads or self.size % self.patch:
             raise ValueError(f"ViT width {self.width} must be a multiple of heads {self.heads}, size {self.size} of patch {self.patch}, "

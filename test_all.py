@@ -721,7 +721,7 @@ def ways_in(path):
 def test_hostile_weights():
     encoder.TEACHERS["micro"] = MICRO_VIT
     junk = {"width": [10 ** 6, 0, -32, "32", True, None, 32.0, [], 2 ** 70], "depth": [10 ** 9, 1000, "24", 1e3, -1, {}], "heads": [0, 3],
-            "patch": [0, 5], "activation": [[], "relu"], "eps": [math.nan, 0, -1e-6, "x"], "layer_scale": [math.inf, True],
+            "patch": [0, 5], "activation": [[], "relu"], "eps": [math.nan, 0, -1e-6, "x"], "layer_scale": [math.inf, True, 1],
             "num_prefix": [2, -1], "patch_bias": [1, "no"], "size": [0, 17, 10 ** 9], "surprise": [1], "pixel_stats": [{}, ""]}
     junk_decoder = {"latent_dim": [0, -8, 10 ** 12, True, "8", None, [8]], "grid": [0, 65536, 10 ** 9], "gtb_depth": [-1, 10 ** 9, True],
                     "width": [65536, 30], "flow_width": [65536, 0], "projector": [0, "x", []], "flow_depth": [999], "surprise": [1],
