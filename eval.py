@@ -674,7 +674,8 @@ def latent_statistics(job, enc, dec, inputs, info, about):
 @torch.no_grad()
 def save_latents(job, enc, inputs, info, about, shard=1024):
     """--save_latents: normalised latents and labels in files of `shard` images, each written whole or not at all; what is there stays."""
-    from encoder import read_config, write_atomically, write_model
+    from encoder import write_atomically, write_model
+    from safetensors import SafetensorError, safe_open
 
     folder, dtype = job.args.save_latents, torch.bfloat16 if job.args.bf16 else torch.float32
     if not (enc.latent_mean.any() or (enc.latent_std != 1).any()):
@@ -685,7 +686,13 @@ def save_latents(job, enc, inputs, info, about, shard=1024):
     for k in range(job.rank, -(-len(inputs) // shard), job.ranks):
         if not os.path.exists(path_of(k)):
             missing.append(range(k * shard, min(len(inputs), (k + 1) * shard)))
-        elif made_of.items() - read_config(path_of(k)).items():
+            continue
+        try:
+            with safe_open(path_of(k), "pt") as f:
+                have = json.loads(f.metadata()["config"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{path_of(k)} is damaged ({e}): delete it and run this again") from None
+        if made_of.items() - have.items():
             raise ValueError(f"{path_of(k)} is of other weights, data or precision: use another folder")
     z, labels, order = [], [], iter(missing)
     span = next(order, None)
