@@ -35,14 +35,14 @@ def load_image(file, short=None):
     """
     try:
         img = Image.open(file)
-        full, turned = img.size, img.getexif().get(274, 1) > 4  # EXIF orientation: rows become columns
-        if short:
+        full, upright = img.size, img.getexif().get(274, 1) == 1
+        if short and (upright or full[0] % 8 == full[1] % 8 == 0):
             img.draft(None, (2 * short, 2 * short))
         img.load()
         scale = round(full[0] / img.width)
         img = ImageOps.exif_transpose(img)
-        if scale > 1:  # as shrink halves: an odd last row or column is dropped
-            img = img.crop((0, 0, full[turned] // scale, full[not turned] // scale))
+        if scale > 1 and upright:  # an odd last row or column is dropped, as shrink does
+            img = img.crop((0, 0, full[0] // scale, full[1] // scale))
         if img.mode.startswith("I"):  # 16 bits a channel: keep the upper 8
             img = Image.fromarray((np.asarray(img) // 256).clip(0, 255).astype(np.uint8))
         if img.has_transparency_data:
@@ -276,7 +276,7 @@ def draw(rng, kind, size):
     return img.reduce(2)
 
 
-def bench(roots, size, seconds=5.0):
+def bench(roots, size, seconds):
     """Print how many training samples a second are decoded, cropped and brought to the device, by 1, 2, 4.. workers."""
     data, on_gpu = ImageDataset(roots, size, train=True), torch.cuda.is_available()
     start = time.perf_counter()
@@ -302,10 +302,11 @@ if __name__ == "__main__":
     ap.add_argument("paths", nargs="*", metavar="PATHS", help="folders or .zip archives [drawn pictures]")
     ap.add_argument("--bench", nargs="+", metavar="PATH", help="measure decoding, cropping and the transfer to the device")
     ap.add_argument("--size", type=int, default=448, help="of the measured crops [%(default)s]")
+    ap.add_argument("--seconds", type=float, default=5.0, help="of each measurement [%(default)s]")
     args = ap.parse_args()
     try:
         if args.bench:
-            sys.exit(bench(args.bench, args.size))
+            sys.exit(bench(args.bench, args.size, args.seconds))
         data = ImageDataset(args.paths, 64, train=False) if args.paths else ProceduralDataset(64, train=False)
         img, label = data[0]
     except (OSError, ValueError) as e:
