@@ -231,10 +231,10 @@ class Decoder(nn.Module):
         """C of eq. 3: z (B, C, h, w), not normalised -> (B, N, D), N = h*w row-major."""
         h, w = z.shape[2:]
         x = self.latent_up(z.flatten(2).transpose(1, 2))  # (B, N, D)
-        x = x + resize_grid(self.pos_embed, h, w)
+        x = x + resize_grid(self.pos_embed, h, w).to(x.dtype)  # under autocast the residual stream is bf16 from here on
         for block in self.blocks:
             x = self._run(block, x)
-        return x + resize_grid(self.head_pos_embed, h, w)
+        return x + resize_grid(self.head_pos_embed, h, w).to(x.dtype)
 
     def velocity(self, x_t, t, c):
         """v of eq. 5: noisy patches x_t (B, N, 3p^2), times t (B, N) with 1 = noise, condition c (B, N, D) -> (B, N, 3p^2), fp32."""

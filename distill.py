@@ -4,7 +4,7 @@
     w_l     = (l/L) exp(beta alpha_l) / sum_k (k/L) exp(beta alpha_k)              eq. 1, no gradient through w
     L_dist  = sum_l w_l alpha_l                                                    eq. 2
 
-H_U, H_T: student and teacher tokens after block l = 1..L, (B, N, D), spatial tokens only (the caller drops CLS).
+H_U, H_T: student and teacher tokens after block l = 1..L, (B, N, D), spatial tokens only (the caller drops CLS, or `skip`s it).
 
     loss, weights, distances = distill_loss(student_tokens, teacher_tokens)
 
@@ -17,10 +17,15 @@ import torch.nn.functional as F
 STRATEGIES = ("final", "uniform", "progressive", "adaptive")  # the paper's Table 5a
 
 
-def layer_distances(student, teacher):
-    """alpha: 1 - mean cosine of the tokens, in fp32. Two lists of L tensors (B, N, D) -> (L,) in [0, 2]."""
+def layer_distance(student, teacher, skip=0):
+    """alpha_l: 1 - mean cosine of the tokens from number `skip` on, in fp32. Two (B, N, D) -> a scalar in [0, 2]."""
+    return 1 - F.cosine_similarity(student[:, skip:].float(), teacher[:, skip:].float(), dim=-1).mean()
+
+
+def layer_distances(student, teacher, skip=0):
+    """alpha of every layer, without the first `skip` tokens. Two lists of L tensors (B, N, D) -> (L,) in [0, 2]."""
     assert len(student) == len(teacher), f"{len(student)} student layers, {len(teacher)} teacher layers"
-    return torch.stack([1 - F.cosine_similarity(s.float(), t.float(), dim=-1).mean() for s, t in zip(student, teacher)])
+    return torch.stack([layer_distance(s, t, skip) for s, t in zip(student, teacher)])
 
 
 def layer_weights(distances, beta=2.0, strategy="adaptive"):
@@ -45,14 +50,15 @@ def layer_weights(distances, beta=2.0, strategy="adaptive"):
     return torch.softmax(depth.log() + beta * alpha, dim=0)
 
 
-def distill_loss(student, teacher, beta=2.0, strategy="adaptive"):
+def distill_loss(student, teacher, beta=2.0, strategy="adaptive", skip=0):
     """L_dist of eq. 2. Two lists of L tensors (B, N, D) -> (loss, weights (L,), distances (L,)).
 
+    skip: so many tokens at the start, the CLS, are left out if the caller has not dropped them.
     Weights and distances are detached. Under torch.distributed alpha is averaged over the ranks before the weights are
     formed, so that N ranks with equal batches give (after the mean of the gradients over ranks) the loss, weights and
     gradients of one rank with the joined batch.
     """
-    distances = layer_distances(student, teacher)
+    distances = layer_distances(student, teacher, skip)
     alpha = distances.detach().clone()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(alpha)

@@ -100,7 +100,7 @@ class Block(nn.Module):
     """Pre-norm transformer block on x (B, T, D): x + s1*Attention(LN(x)), then x + s2*MLP(LN(x)).
 
     s1, s2: layer scale, where the model has one. keep: two (B, 1, 1) masks with mean 1 that drop the branches of
-    some images in training (stochastic depth), or None.
+    some images in training (stochastic depth), or 1.
     """
 
     def __init__(self, c):
@@ -119,21 +119,19 @@ class Block(nn.Module):
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, heads, T, D/heads)
         x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))  # (B, T, D)
+        return scaled(self.proj, x.transpose(1, 2).reshape(B, T, D), self.scale1)  # (B, T, D)
 
     def mlp(self, x):
-        return self.fc2(self.activation(self.fc1(x)))
+        return scaled(self.fc2, self.activation(self.fc1(x)), self.scale2)
 
-    def forward(self, x, keep=(None, None)):
-        x = x + branch(self.attention(self.norm1(x)), self.scale1, keep[0])
-        return x + branch(self.mlp(self.norm2(x)), self.scale2, keep[1])
+    def forward(self, x, keep=(1, 1)):
+        x = x + keep[0] * self.attention(self.norm1(x))
+        return x + keep[1] * self.mlp(self.norm2(x))
 
 
-def branch(h, scale, keep):
-    """A residual branch's output (B, T, D) with its layer scale and stochastic-depth mask, where given."""
-    if scale is not None:
-        h = h * scale
-    return h if keep is None else h * keep
+def scaled(linear, x, scale):
+    """scale * linear(x), layer scale or None for 1: applied to the weights, where it costs no pass over the activations."""
+    return linear(x) if scale is None else F.linear(x, scale[:, None] * linear.weight, scale * linear.bias)
 
 
 class ViT(nn.Module):
@@ -168,17 +166,17 @@ class ViT(nn.Module):
         if H % p or W % p or not H * W:
             fit = [max(p, round(s / p) * p) for s in (W, H)]
             raise ValueError(f"image is {W}x{H} pixels; sides must be multiples of the patch {p}: try {fit[0]}x{fit[1]}")
-        x = self.patch_embed((img - self.mean) / self.std)  # (B, D, h, w)
-        h, w = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2)  # (B, N, D)
-        x = x + resize_grid(self.pos_embed[:, P:], h, w)
+        h, w = H // p, W // p
+        x = ((img - self.mean) / self.std).reshape(B, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w, -1)  # (B, N, 3p^2)
+        x = F.linear(x, self.patch_embed.weight.flatten(1), self.patch_embed.bias)  # the convolution, faster: (B, N, D)
+        x = x + resize_grid(self.pos_embed[:, P:], h, w).to(x.dtype)  # under autocast the residual stream is bf16 from here on
         if P:
             cls = (self.cls_token + self.pos_embed[:, :P]).expand(B, -1, -1)
             x = torch.cat([cls.to(x.dtype), x], dim=1)  # (B, P+N, D)
-        x = self.norm_pre(x)
+        x = self.norm_pre(x).to(x.dtype)
         outputs = []
         for i, block in enumerate(self.blocks):
-            keep = (None, None)
+            keep = (1, 1)
             if self.training and self.drop_path:
                 rate = self.drop_path * i / max(len(self.blocks) - 1, 1)
                 keep = (torch.rand(2, B, 1, 1, device=x.device) >= rate).to(x.dtype) / (1 - rate)

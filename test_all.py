@@ -2303,6 +2303,84 @@ def test_bad_input_is_one_line_and_status_2():
         assert done.returncode == 2 and "try 3 or 6" in done.stderr, done.stderr
 
 
+def test_fewer_passes_same_numbers():
+    """What is fast against what is plain: tokens skipped or sliced off, blocks compiled or not, gradients too."""
+    teacher, enc, dec = micro_models()
+    img = torch.randint(256, (2, 3, 16, 24), dtype=torch.uint8)
+    tokens = enc.vit(img / 255), teacher(img / 255)
+    sliced = distill.layer_distances(*([h[:, 1:] for h in hidden] for hidden in tokens))
+    assert torch.equal(distill.layer_distances(*tokens, skip=1), sliced), "skip leaves out the first tokens"
+    plain, compile_, distance, results = None, torch.compile, distill.layer_distance, []
+    try:
+        torch.compile = lambda f, **kw: compile_(f, backend="aot_eager", **kw)  # the same graphs, without a C++ compiler
+        for compiled in (False, True):
+            args = train.parse_args(["--size", "16", "--batch_size", "2"] + ["--compile"] * compiled)
+            optimizer = torch.optim.AdamW(train.parameter_groups(enc, dec, 1e-3))
+            optimizer.zero_grad()
+            micro_step, _ = train.training_step(args, teacher, enc, dec, optimizer, torch.autocast("cpu", enabled=False), 2, 1)
+            train.seed_step(1, 2)
+            results.append((micro_step(img), [p.grad.clone() for p in (*enc.parameters(), *dec.parameters())]))
+    finally:
+        torch.compile, distill.layer_distance = compile_, distance
+        torch.compiler.reset()
+    (plain, plain_grads), (fast, fast_grads) = results
+    close(fast, plain, 1e-5)
+    for a, b in zip(plain_grads, fast_grads):
+        assert (a - b).norm() <= 1e-4 * a.norm(), "the compiled step has the plain step's gradients"
+
+
+def test_autocast_keeps_the_residual_stream_in_bf16():
+    teacher, enc, dec = micro_models()
+    for p in (*enc.parameters(), *teacher.parameters(), *dec.parameters()):
+        p.data *= 0.3
+    img = torch.rand(2, 3, 16, 16)
+    t, noise = torch.rand(2, 16), torch.randn(2, 16, 48)
+    args = types.SimpleNamespace(beta=2.0, strategy="adaptive", endpoint=0.0)
+    expected = train.losses(teacher, enc, dec, img, args, t, noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        z, hidden = enc(img)
+        assert {h.dtype for h in hidden} == {dec.condition(z).dtype} == {torch.bfloat16}, "half the bytes of fp32"
+        found = train.losses(teacher, enc, dec, img, args, t, noise)
+    for a, b in zip(expected, found):
+        assert b.dtype == torch.float32 and (a - b).abs().max() < 0.03 * a.abs().max(), "losses and distances are fp32 all the same"
+
+
+def test_large_jpegs_are_decoded_smaller_without_moving_the_crop():
+    """Pixels may differ as resamplings do; a crop that is off by one pixel of the output differs five times as much."""
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+    error = lambda a, b: np.abs(np.array(a, float) - np.array(b, float)).mean()
+    for mode in ("RGB", "L", "CMYK"):
+        for orientation in (1, 3, 6, 8):
+            exif = Image.Exif()
+            exif[274] = orientation
+            file = io.BytesIO()
+            side = (803, 605) if orientation == 1 else (800, 608)
+            smooth.resize(side, Image.Resampling.BICUBIC).convert(mode).save(file, "JPEG", quality=95, exif=exif)
+            full, small = data.load_image(file), data.load_image(file, 70)
+            assert [s // 4 for s in full.size] == list(small.size), f"{full.size} came as {small.size}: a quarter still has twice 70"
+            a, b = (data.random_crop(img, 56, np.random.default_rng(1)) for img in (full, small))
+            moved = error(a.crop((1, 0, 56, 56)), a.crop((0, 0, 55, 56)))
+            assert error(a, b) < 0.35 * moved, f"{mode} {orientation}: {error(a, b):.2f}, one pixel's shift is {moved:.2f}"
+    assert data.load_image(file, 153).size == full.size, "304 pixels would be less than twice 153"
+
+
+def test_benches_print_consistent_figures():
+    with tempfile.TemporaryDirectory() as tmp:
+        _, archive = picture_folder(tmp)
+        text = run("python", "train.py", "--bench", "--teacher", micro_teacher(tmp), *MICRO_RUN, "--micro_batch", 4, "--out", os.path.join(tmp, "out")).stdout
+        rows = re.findall(r"^ *(\d+) x 1.*?\| +([\d.,]+) img/s \| +([\d.]+) ms", text, re.M)
+        assert {int(row[0]) for row in rows} == {1, 2, 4, 8} and "teacher" in text and "checkpoint" in text, text
+        for micro, rate, ms in rows:
+            assert abs(float(rate.replace(",", "")) * float(ms) / 1e3 / int(micro) - 1) < 0.05, f"img/s times seconds is the micro-batch: {text}"
+        assert not os.path.exists(os.path.join(tmp, "out")), "measuring leaves no run behind"
+        train_quietly("--teacher", micro_teacher(tmp), *MICRO_RUN, "--steps", 1, "--out", os.path.join(tmp, "out"))
+        text = run("python", os.path.join(HERE, "sample.py"), "--bench", cwd=tmp).stdout
+        assert "encode + decode" in text and "decode in 2 steps" in text and "RANDOM" not in text, text
+        text = run("python", "data.py", "--bench", archive, "--size", 16, "--seconds", 0.2).stdout
+        assert "10 images at 16 px" in text and "1 workers" in text, text
+
+
 def test_readme_commands():
     """Commands of the README: those that train or install parse (test_ranks..., slow_first_command and CI run their like), those
     that sample and evaluate run, and so do its Python examples."""

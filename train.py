@@ -53,7 +53,7 @@ RECIPES = {
 ON_CPU = dict(batch_size=8, micro_batch=8, steps=400, endpoint=0.5)
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165, "3090": 71}  # dense bf16
 MAY_DIFFER = {"out", "steps", "epochs", "workers", "micro_batch", "compile", "log_every", "eval_every", "save_every",
-              "keep_every", "resume_anyway"}  # arguments that a resumed run may change
+              "keep_every", "resume_anyway", "bench"}  # arguments that a resumed run may change
 
 
 STATE = "encoder decoder optimizer latent_mean latent_std step samples interval sums args id config".split()  # of state.pt
@@ -109,6 +109,7 @@ def parse_args(argv=None):
     add("--save_every", type=int, default=1000, metavar="STEPS", help="state.pt and model.safetensors; also at the end [%(default)s]")
     add("--keep_every", type=int, metavar="STEPS", help="keep a copy of the model for good [never]")
     add("--resume_anyway", action="store_true", help="resume although arguments differ")
+    add("--bench", action="store_true", help="only measure the speed and memory of the step, without data")
     args = ap.parse_args(argv)
 
     config = teacher_config(args.teacher)
@@ -153,8 +154,7 @@ def losses(teacher, encoder, decoder, img, args, t=None, noise=None):
     with torch.no_grad():
         h_teacher = teacher(img)  # H_T: L x (B, P+N, D)
     z, h_student = encoder(img)  # z (B, C, h, w) = P_down(H_U^(L)); H_U: L x (B, P+N, D)
-    h_student, h_teacher = ([h[:, P:] for h in tokens] for tokens in (h_student, h_teacher))  # spatial tokens only
-    loss_dist, weight, alpha = distill.distill_loss(h_student, h_teacher, args.beta, args.strategy)
+    loss_dist, weight, alpha = distill.distill_loss(h_student, h_teacher, args.beta, args.strategy, P)  # spatial tokens only
     if t is None:
         t = sample_t((len(img), img.shape[2] * img.shape[3] // p ** 2), args.endpoint, img.device)  # per patch (B, N)
     loss_flow = decoder(z, img, t, noise)
@@ -193,11 +193,109 @@ def record(micro_step, img):
     with torch.cuda.graph(graph):
         stats = micro_step(img)
 
-    def replay(batch):
+    def replay(batch, last=True):
         img.copy_(batch)
         graph.replay()
         return stats
     return replay
+
+
+def training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_batch, accumulation, ranks=1):
+    """The training step: micro_step, which adds a micro-batch's gradients, and update, the optimizer's turn after the last."""
+    device, trained = decoder.mean.device, [p for group in optimizer.param_groups for p in group["params"]]
+    on_gpu = device.type == "cuda"
+    graphed = args.compile and on_gpu and ranks == 1
+    if args.compile:  # block by block: all blocks of a kind share one compilation
+        for block in (*teacher.blocks, *encoder.vit.blocks, *decoder.blocks, decoder.head):
+            block.compile(dynamic=False)
+        distill.layer_distance = torch.compile(distill.layer_distance, dynamic=False)
+    student, flow_decoder = encoder, decoder
+    if ranks > 1:  # the teacher stays outside
+        student, flow_decoder = (DistributedDataParallel(m, [device] if on_gpu else None, gradient_as_bucket_view=True) for m in (encoder, decoder))
+        student.require_forward_param_sync = flow_decoder.require_forward_param_sync = False  # all buffers are constants
+
+    def micro_step(img, last=True):
+        """Add the gradients of a uint8 micro-batch; returns L_flow, L_dist, alpha and w of each layer, (2 + 2L,)."""
+        student.require_backward_grad_sync = flow_decoder.require_backward_grad_sync = last
+        with autocast:
+            loss_dist, loss_flow, weight, alpha = losses(teacher, student, flow_decoder, img / 255, args)
+            loss = args.lambda_d * loss_dist + args.lambda_f * loss_flow  # eq. 6
+        (loss / accumulation).backward()
+        return torch.cat([torch.stack([loss_flow, loss_dist]), alpha, weight]).detach()
+
+    def update():
+        """Clip the gradients, step, and clear them; returns their norm."""
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not graphed)  # a graph writes where it was recorded
+        return norm
+
+    if graphed:
+        micro_step = record(micro_step, torch.zeros(micro_batch, 3, args.size, args.size, dtype=torch.uint8, device=device))
+        optimizer.zero_grad(set_to_none=False)
+    return micro_step, update
+
+
+def seconds(f, repeats=10):
+    """Mean wall-clock time of f(), after calls to warm up; on a CPU of a single one."""
+    for n in (3, repeats) if torch.cuda.is_available() else (1, 1):
+        start = time.perf_counter()
+        for _ in range(n):
+            f()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return (time.perf_counter() - start) / n
+
+
+def bench(args, teacher, encoder, decoder, optimizer, autocast, ranks, say):
+    """Print what the training step does in a second on random pictures: several micro-batches, modes, and its parts."""
+    device, flops = decoder.mean.device, model_flops(encoder, decoder, args.size)
+    on_gpu, n = device.type == "cuda", args.micro_batch
+    a, b = torch.randn(2, *2 * [8192 if on_gpu else 1024], device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    ceiling = 2 * len(a) ** 3 / seconds(lambda: a @ b, 50) / 1e12
+    say(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, {args.teacher} at {args.size} px, {flops / 1e12:.2f} TFLOP "
+        f"an image, {ranks} rank{'s' * (ranks > 1)}; a matrix product of {len(a)} reaches {ceiling:.3g} TFLOP/s")
+    rows = [(n, 1, False, False), (max(n // 2, 1), 1, args.compile, False), (2 * n, 1, args.compile, False),
+            (max(n // 4, 1), 1, args.compile, True), (n, 1, args.compile, True), (n, 1, args.compile, False)]
+    for micro, accumulation, compiled, checkpointed in rows if ranks == 1 else [(n, 1, args.compile, False), (n, 2, args.compile, False)]:
+        torch.compiler.reset()
+        encoder.vit.checkpoint = decoder.checkpoint = checkpointed
+        mode = argparse.Namespace(**{**vars(args), "compile": compiled})
+        name = f"{micro:4d} x {accumulation}{'' if compiled else ', not compiled'}{', checkpoint_activations' * checkpointed}"
+        micro_step = None  # frees the last row's graph
+        try:
+            if on_gpu:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            img = torch.randint(256, (micro, 3, args.size, args.size), dtype=torch.uint8, device=device)
+            micro_step, update = training_step(mode, teacher, encoder, decoder, optimizer, autocast, micro, accumulation, ranks)
+            took = seconds(lambda: ([micro_step(img, m == accumulation - 1) for m in range(accumulation)], update()))
+        except torch.OutOfMemoryError:
+            optimizer.zero_grad()
+            say(f"{name:36s} | out of memory")
+            continue
+        rate = micro * accumulation / took
+        say(f"{name:36s} | {rate * ranks:8,.1f} img/s | {took * 1e3:7.1f} ms | {rate * flops / 1e12:6.4g} TFLOP/s a GPU | {rate * flops / 1e12 / ceiling:.3f} "
+            "of the ceiling" + (f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""))
+    if ranks > 1 or micro_step is None:
+        return
+
+    # the last row's parts, one after the other
+    P, updating = teacher.num_prefix, took - seconds(lambda: micro_step(img))
+    whole = args.batch_size / (args.batch_size / n * (took - updating) + updating)
+    say(f"at {args.batch_size} images a step (micro-batch x {args.batch_size / n:g}): {whole:,.1f} img/s, {whole * flops / 1e12 / ceiling:.3f} of the ceiling")
+    del micro_step
+    with autocast:
+        x = img / 255
+        h_teacher, (z, h) = teacher(x), encoder(x)
+        z, h = z.detach().requires_grad_(), [y.detach().requires_grad_() for y in h]
+        parts = {"teacher": lambda: teacher(x),
+                 "student": lambda: torch.autograd.backward(sum(((y, *hidden) for y, hidden in [encoder(x)]), ()), [z, *h]),
+                 "decoder": lambda: decoder(z, x).backward(),
+                 "distance": lambda: torch.autograd.grad(distill.distill_loss(h, h_teacher, args.beta, args.strategy, P)[0], h)}
+        times = {name: seconds(part) for name, part in parts.items()} | {"optimizer": updating}
+    optimizer.zero_grad()
+    say("parts: " + ", ".join(f"{name} {t * 1e3:.1f} ms" for name, t in times.items()) + f"; sum {sum(times.values()) * 1e3:.1f} ms of {took * 1e3:.1f}")
 
 
 def export(state, path):
@@ -289,18 +387,22 @@ def main(argv=None):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu)  # losses and ODE state stay fp32
     say = tqdm.write if rank == 0 else lambda text: None
 
-    # data, teacher, student, decoder, optimizer
+    # teacher, student, decoder, optimizer, data
     micro_batch, accumulation = split_batch(args.batch_size, args.micro_batch, ranks)
+    teacher, encoder, decoder = (m.to(device) for m in build_models(args))
+    optimizer = torch.optim.AdamW(parameter_groups(encoder, decoder, args.lr, args.encoder_lr_scale, args.weight_decay),
+                                  betas=(0.5, 0.95), fused=True)
+    if ranks > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    if args.bench:
+        bench(args, teacher, encoder, decoder, optimizer, autocast, ranks, say)
+        return dist.destroy_process_group() if ranks > 1 else None
     data, val, val_name = build_data(args)
     args.steps = args.steps or max(1, args.epochs * len(data) // args.batch_size)
     state_path, model_path = (os.path.join(args.out, name) for name in ("state.pt", "model.safetensors"))
     if rank == 0:
         os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
     state = load_state(state_path, args) if os.path.isfile(state_path) else None
-    teacher, encoder, decoder = (m.to(device) for m in build_models(args))
-    optimizer = torch.optim.AdamW(parameter_groups(encoder, decoder, args.lr, args.encoder_lr_scale, args.weight_decay),
-                                  betas=(0.5, 0.95), fused=True)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
     L, grid = len(teacher.blocks), args.size // teacher.config.patch
     say(f"data: {len(data):,} {'images' if args.data else 'procedurally drawn pictures (no --data)'} at {args.size} px; "
         f"evaluation on {val_name}")
@@ -315,7 +417,6 @@ def main(argv=None):
     here = (state["id"], state["step"]) if state else (uuid.uuid4().hex[:12], 0)
     start = [here]
     if ranks > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
         dist.broadcast_object_list(start, device=device)
     run_id, step = start[0]
     if here != start[0] and (state or step):
@@ -356,46 +457,24 @@ def main(argv=None):
         if args.keep_every and step % args.keep_every == 0:
             export(state, os.path.join(args.out, f"model_{step:07d}.safetensors"))
 
-    def micro_step(img):
-        """Add the gradients of a uint8 micro-batch; returns L_flow, L_dist, alpha and w of each layer, (2 + 2L,)."""
-        with autocast:
-            loss_dist, loss_flow, weight, alpha = losses(teacher, student, flow_decoder, img / 255, args)
-            loss = args.lambda_d * loss_dist + args.lambda_f * loss_flow  # eq. 6
-        (loss / accumulation).backward()
-        return torch.cat([torch.stack([loss_flow, loss_dist]), alpha, weight]).detach()
-
-    student, flow_decoder = encoder, decoder
-    if args.compile:  # block by block: all blocks of a kind share one compilation
-        for block in (*teacher.blocks, *encoder.vit.blocks, *decoder.blocks, *decoder.head.blocks):
-            block.compile()
-        distill.layer_distances = torch.compile(distill.layer_distances)
-    if ranks > 1:
-        student, flow_decoder = (DistributedDataParallel(m, [local_rank] if on_gpu else None,
-                                                         gradient_as_bucket_view=True) for m in (encoder, decoder))
+    micro_step, update = training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_batch, accumulation, ranks)
     flops = model_flops(encoder, decoder, args.size)
     peak = next((v for k, v in PEAK_TFLOPS.items() if on_gpu and k in torch.cuda.get_device_name()), None)
-    graphed = args.compile and on_gpu and ranks == 1
-    if graphed:
-        micro_step = record(micro_step, torch.zeros(micro_batch, 3, args.size, args.size, dtype=torch.uint8, device=device))
-        optimizer.zero_grad(set_to_none=False)
     loader = iter(DataLoader(data, num_workers=args.workers, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None,
                              batch_sampler=sample_numbers(samples, args.batch_size, micro_batch, rank, ranks, args.steps - step)))
     bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", disable=None if rank == 0 else True)
     tick, timed = time.time(), 0
     while step < args.steps:
         # one training step
+        stats = 0
         for m in range(accumulation):
             img = next(loader)[0].to(device, non_blocking=True)
             seed_step(args.seed, step, m, rank)
-            student.require_backward_grad_sync = flow_decoder.require_backward_grad_sync = m == accumulation - 1
-            stats = micro_step(img)
-            if ranks > 1:
-                dist.all_reduce(stats)  # alpha and w are equal on all ranks
-                stats = stats / ranks
-            sums[:-1] += stats / accumulation
-        sums[-1] += torch.nn.utils.clip_grad_norm_(trained, args.clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=not graphed)  # a graph writes where it was recorded
+            stats = stats + micro_step(img, m == accumulation - 1) / accumulation
+        if ranks > 1:
+            dist.all_reduce(stats)  # alpha and w are equal on all ranks
+        sums[:-1] += stats / ranks
+        sums[-1] += update()
         step, samples, interval, timed = step + 1, samples + args.batch_size, interval + 1, timed + 1
         bar.update()
 
@@ -441,7 +520,7 @@ def main(argv=None):
     say(f"done: {model_path}, pictures in {os.path.join(args.out, 'samples')}; try: python sample.py YOUR.png --weights {model_path}")
     if ranks > 1:
         dist.barrier()
-        del student, flow_decoder, micro_step  # they hold the process group, which must end on all ranks together
+        del micro_step, update  # they hold the process group, which must end on all ranks together
         dist.destroy_process_group()
 
 
