@@ -119,6 +119,7 @@ class ImageDataset(Dataset):
             raise ValueError(f"crop_scale is {crop_scale}; it is two fractions in (0, 1], the smaller first")
         self.roots = [os.fspath(r) for r in ([roots] if isinstance(roots, (str, os.PathLike)) else roots)]
         self.size, self.train, self.seed, self.crop_scale = size, train, seed, crop_scale
+        self.replace = train  # by the next, an image that cannot be read
         names, root_of, spans = [], [], []  # span of an archive entry: offset, compressed length, method, length, CRC-32
         for r, root in enumerate(self.roots):
             found = sorted(list_folder(root) if os.path.isdir(root) else list_archive(root))
@@ -184,7 +185,7 @@ class ImageDataset(Dataset):
         i = self.index(n)
         # in training a JPEG may be decoded smaller, to what shrink would have made of it: draws and crop do not depend on its size
         short = int(np.ceil(self.size / self.crop_scale[0])) if self.train else None
-        error, tries = None, min(len(self), 100) if self.train else 1
+        error, tries = None, min(len(self), 100) if self.replace else 1
         for j in range(i, i + tries):
             try:
                 img = load_image(io.BytesIO(self.read(j % len(self))), short)

@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -90,6 +91,12 @@ def image_noise(numbers, N, channels, seed=0):
     return torch.stack(draws)
 
 
+def ignore_signals(worker):
+    """For workers that load data: what the main process does on a signal needs them. A scheduler signals all processes."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 @torch.no_grad()
 def validate(encoder, decoder, dataset, batch, seed, autocast, workers=0, rank=0, ranks=1, images=512):
     """What train.py looks at while it runs, over the first `images` of `dataset` (pairs of uint8 (3, S, S) and a label).
@@ -103,7 +110,7 @@ def validate(encoder, decoder, dataset, batch, seed, autocast, workers=0, rank=0
     total = torch.zeros(12, dtype=torch.float64, device=device)  # PSNR, images, flow loss of ten tenths: sums over images
     triples = []
     encoder.eval(), decoder.eval()
-    for i, (img, _) in enumerate(DataLoader(Subset(dataset, numbers), batch, num_workers=workers)):
+    for i, (img, _) in enumerate(DataLoader(Subset(dataset, numbers), batch, num_workers=workers, worker_init_fn=ignore_signals)):
         img = img.to(device) / 255
         N = img.shape[2] * img.shape[3] // p ** 2
         noise = image_noise(numbers[i * batch:i * batch + len(img)], N, 3 * p * p, seed).to(device)

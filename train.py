@@ -7,15 +7,19 @@
     torchrun --nproc_per_node=8 train.py --teacher internvit --data imagenet/train --val imagenet/val
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 train.py --teacher internvit --data ...
 
-The same command again resumes from out/state.pt. Leaves out/model.safetensors, out/log.jsonl, out/samples/*.png.
+The same command again resumes from out/state.pt, to the same result. Leaves out/model.safetensors, out/log.jsonl,
+out/samples/*.png, and out/bad_images.txt if pictures could not be read. SIGTERM, SIGINT and SIGUSR1 save and stop.
 """
 import argparse
 import copy
 import json
 import math
+import multiprocessing
 import os
+import signal
 import sys
 import time
+import traceback
 import uuid
 from dataclasses import asdict
 
@@ -32,7 +36,7 @@ import distill
 from data import ImageDataset, ProceduralDataset, sample_numbers, split_batch
 from decoder import Decoder, DecoderConfig, sample_t
 from encoder import TEACHERS, Encoder, ViT, fetch, load_exactly, load_teacher, read_config, teacher_config, write_atomically, write_model
-from eval import commit, validate
+from eval import commit, ignore_signals, validate
 
 # The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512); small
 # and tiny are ours. micro_batch: images a GPU holds at once, for 80 GB.
@@ -53,10 +57,12 @@ RECIPES = {
 ON_CPU = dict(batch_size=8, micro_batch=8, steps=400, endpoint=0.5)
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165, "3090": 71}  # dense bf16
 MAY_DIFFER = {"out", "steps", "epochs", "workers", "micro_batch", "compile", "log_every", "eval_every", "save_every",
-              "keep_every", "resume_anyway", "bench"}  # arguments that a resumed run may change
+              "keep_every", "max_bad_images", "resume_anyway", "bench"}  # arguments that a resumed run may change
 
 
-STATE = "encoder decoder optimizer latent_mean latent_std step samples interval sums args id config".split()  # of state.pt
+STATE = "encoder decoder optimizer latent_mean latent_std step samples sums faults bad args id config".split()  # of state.pt
+TOO_MANY_SKIPPED = 10  # steps in a row with a loss or gradient that is not finite
+INTERRUPTS = []  # signals that asked the run to save and stop
 
 
 def parse_args(argv=None):
@@ -69,6 +75,7 @@ def parse_args(argv=None):
     add("--val", nargs="+", metavar="PATH", help="images to evaluate on during training")
     add("--size", type=int, help="training size in pixels, a multiple of the patch *")
     add("--crop_scale", type=float, nargs=2, default=[0.8, 1.0], metavar=("MIN", "MAX"), help="random crop, fractions of the short side %(default)s")
+    add("--max_bad_images", type=float, default=0.01, metavar="FRACTION", help="stop if more of the training images cannot be read [%(default)s]")
     add("--workers", type=int, help="data loading processes per rank [CPU cores / ranks, at most 16; 1 without a GPU]")
     # model
     add("--teacher", default="tiny", help=f"{' '.join(TEACHERS)}, or a self-describing .safetensors file [%(default)s]")
@@ -127,7 +134,7 @@ def parse_args(argv=None):
         args.workers = max(1, min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if torch.cuda.is_available() else 1
     at_least_1 = "size batch_size micro_batch steps epochs latent_dim flow_depth flow_width log_every eval_every save_every keep_every"
     at_least_0 = "workers gtb_depth beta lambda_d lambda_f seed lr encoder_lr_scale weight_decay clip"
-    for low, high, names in (1, math.inf, at_least_1), (0, math.inf, at_least_0), (0, 1, "endpoint"), (0, 0.9, "drop_path"):
+    for low, high, names in (1, math.inf, at_least_1), (0, math.inf, at_least_0), (0, 1, "endpoint max_bad_images"), (0, 0.9, "drop_path"):
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not low <= value <= high:  # also catches nan
@@ -223,12 +230,14 @@ def training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_ba
         (loss / accumulation).backward()
         return torch.cat([torch.stack([loss_flow, loss_dist]), alpha, weight]).detach()
 
-    def update():
-        """Clip the gradients, step, and clear them; returns their norm."""
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip or math.inf)
+    def update(stats):
+        """Clip the gradients, step, and clear them; returns the step's statistics, their norm, and 1. If any of these is not
+        finite (on one rank, so on all), the weights and the optimizer stay as they are."""
+        row = torch.cat([stats, torch.nn.utils.clip_grad_norm_(trained, args.clip or math.inf)[None], torch.ones_like(stats[:1])])
+        optimizer.found_inf = (~row.isfinite().all()).float()  # where GradScaler tells a fused optimizer, without a wait for the GPU
         optimizer.step()
         optimizer.zero_grad(set_to_none=not graphed)  # a graph writes where it was recorded
-        return norm
+        return row
 
     if graphed:
         micro_step = record(micro_step, torch.zeros(micro_batch, 3, args.size, args.size, dtype=torch.uint8, device=device))
@@ -269,7 +278,7 @@ def bench(args, teacher, encoder, decoder, optimizer, autocast, ranks, say):
                 torch.cuda.reset_peak_memory_stats()
             img = torch.randint(256, (micro, 3, args.size, args.size), dtype=torch.uint8, device=device)
             micro_step, update = training_step(mode, teacher, encoder, decoder, optimizer, autocast, micro, accumulation, ranks)
-            took = seconds(lambda: ([micro_step(img, m == accumulation - 1) for m in range(accumulation)], update()))
+            took = seconds(lambda: update(sum(micro_step(img, m == accumulation - 1) for m in range(accumulation))))
         except torch.OutOfMemoryError:
             optimizer.zero_grad()
             say(f"{name:36s} | out of memory")
@@ -320,16 +329,31 @@ def load_state(path, args):
     return state
 
 
-def open_log(path, step):
-    """The log to append to: without lines later than the checkpoint at `step` or torn by a crash; set aside if step is 0."""
+def set_aside(path):
+    """Rename what an earlier run left at `path`, so that nothing is overwritten or appended to."""
+    aside = path + ".old"
+    while os.path.exists(aside):
+        aside += ".old"
     if os.path.exists(path):
-        with open(path) as f:
-            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-        if step:
-            write_atomically(path, lambda f: f.write("".join(lines).encode()))
-        else:
-            os.replace(path, path + ".old")
+        os.replace(path, aside)
+
+
+def open_log(path, step):
+    """The log to append to, without lines that are later than the checkpoint at `step` or that a crash has torn."""
+    def kept(line):
+        try:
+            return line.endswith("\n") and json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            return False
+    if os.path.exists(path):
+        with open(path, errors="replace") as f:
+            lines = [line for line in f if kept(line)]
+        write_atomically(path, lambda f: f.write("".join(lines).encode()))
     return open(path, "a")
+
+
+def write_names(path, names):
+    write_atomically(path, lambda f: f.write("".join(name + "\n" for name in names).encode(errors="surrogateescape")))
 
 
 def build_data(args):
@@ -339,7 +363,9 @@ def build_data(args):
     else:
         data = ProceduralDataset(args.size, True, args.seed)
     if args.val or args.data:
-        return data, ImageDataset(args.val or args.data, args.size, False), "--val" if args.val else "the training images"
+        val = ImageDataset(args.val or args.data, args.size, False)
+        val.replace = not args.val  # training images that cannot be read do not stop the run, those of --val must be readable
+        return data, val, "--val" if args.val else "the training images"
     return data, ProceduralDataset(args.size, False, args.seed), "other drawn pictures"
 
 
@@ -394,6 +420,7 @@ def main(argv=None):
                                   betas=(0.5, 0.95), fused=True)
     if ranks > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        control = dist.new_group(backend="gloo")  # what the ranks must agree on, without a wait for the GPU
     if args.bench:
         bench(args, teacher, encoder, decoder, optimizer, autocast, ranks, say)
         return dist.destroy_process_group() if ranks > 1 else None
@@ -421,7 +448,9 @@ def main(argv=None):
     run_id, step = start[0]
     if here != start[0] and (state or step):
         raise ValueError(f"rank {rank} sees another {state_path} than rank 0: --out must lie on a file system that all nodes share")
-    samples, interval, sums = 0, 0, torch.zeros(3 + 2 * L, dtype=torch.float64, device=device)  # sums since the last log line
+    samples, bad, unread = 0, [], set()  # bad: images that could not be read, in the order found; unread: in this step, by this rank
+    sums = torch.zeros(4 + 2 * L, dtype=torch.float64, device=device)  # since the last log line: statistics, gradient norm, steps
+    faults = torch.zeros(2, device=device)  # steps skipped, and skipped in a row
     if state:
         load_exactly(encoder, state["encoder"], state_path)
         load_exactly(decoder, state["decoder"], state_path)
@@ -429,14 +458,15 @@ def main(argv=None):
         optimizer.load_state_dict(state["optimizer"])
         for group, settings in zip(optimizer.param_groups, now):  # this command's learning rate, not the file's
             group.update(settings)
-        samples, interval, sums = state["samples"], state["interval"], state["sums"].to(device)
+        samples, bad, sums, faults = state["samples"], state["bad"], state["sums"].to(device), state["faults"].to(device)
         try:
             exported = read_config(model_path)
         except (OSError, ValueError):  # absent or damaged: state.pt is enough to write it again
             exported = {}
-        if rank == 0 and (exported.get("id"), exported.get("step")) != (run_id, step):
-            export(state, model_path)
         say(f"resumed from {state_path} at step {step:,}")
+        if rank == 0 and (exported.get("id"), exported.get("step")) != (run_id, step):
+            say(f"{model_path} is not of that step (it is of {exported.get('step', 'none')}): written again")
+            export(state, model_path)
         del state
     if step >= args.steps:
         longer = f"--epochs {2 * args.epochs}" if args.epochs else f"--steps {2 * step}"
@@ -444,50 +474,96 @@ def main(argv=None):
         if ranks > 1:
             dist.destroy_process_group()
         return
-    log = open_log(os.path.join(args.out, "log.jsonl"), step) if rank == 0 else None
+    log_path, bad_path = (os.path.join(args.out, name) for name in ("log.jsonl", "bad_images.txt"))
+    if rank == 0:
+        for path in (log_path, model_path, bad_path) if step == 0 else ():
+            set_aside(path)
+        log = open_log(log_path, step)
     config = {"vit": asdict(teacher.config), "decoder": asdict(decoder.config), "size": args.size, "teacher": args.teacher,
               "teacher_weights": args.teacher_weights, "commit": commit()}
+
+    def write(**line):
+        if rank == 0:
+            print(json.dumps(line).replace("NaN", "null"), file=log, flush=True)
 
     def save():
         state = {"encoder": encoder.state_dict(), "decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(),
                  "latent_mean": encoder.latent_mean.flatten(), "latent_std": encoder.latent_std.flatten(), "step": step,
-                 "samples": samples, "interval": interval, "sums": sums, "args": vars(args), "id": run_id, "config": config}
-        write_atomically(state_path, lambda f: torch.save(state, f))
-        export(state, model_path)
-        if args.keep_every and step % args.keep_every == 0:
-            export(state, os.path.join(args.out, f"model_{step:07d}.safetensors"))
+                 "samples": samples, "sums": sums, "faults": faults, "bad": bad, "args": vars(args), "id": run_id, "config": config}
+        try:
+            write_atomically(state_path, lambda f: torch.save(state, f))
+            export(state, model_path)
+            if args.keep_every and step % args.keep_every == 0:
+                export(state, os.path.join(args.out, f"model_{step:07d}.safetensors"))
+        except (OSError, RuntimeError) as e:  # the latter: torch.save on a full disk
+            raise OSError(f"step {step} could not be saved ({str(e).splitlines()[0]}); {state_path}, if there is one, is of the last save and "
+                          "whole: make room, and run the same command again") from None
+
+    def note_bad_images():
+        """Add every rank's unread images to `bad`, name the first hundred in a file, and stop if there are too many."""
+        everyones = [unread] * ranks
+        if ranks > 1:
+            dist.all_gather_object(everyones, unread, group=control)
+        bad.extend(sorted(set().union(*everyones).difference(bad)))
+        if rank == 0:
+            write_names(bad_path, [data.path(i) for i in bad[:100]])
+        say(f"{len(bad)} of {len(data):,} images cannot be read, others stand in for them: see {bad_path}")
+        if len(bad) > args.max_bad_images * len(data):
+            raise ValueError(f"{len(bad)} of {len(data):,} images cannot be read, more than --max_bad_images {args.max_bad_images} allows: see {bad_path}")
+
+    def stop_as_not_finite():
+        files = [data.path(data.index(n)) for n in range(samples - args.batch_size, samples)] if args.data else ["drawn pictures"]
+        names = os.path.join(args.out, "not_finite.txt")
+        if rank == 0:
+            write_names(names, files)
+        flow, distance, *_ = (finite / finite[-1]).tolist()
+        raise ValueError(f"at step {step} the loss or its gradient is not finite, {int(faults[1])} steps in a row (the last finite one: flow {flow:.4f}, "
+                         f"distillation {distance:.4f}); the last batch is {', '.join(files[:3])} .. (all of it in {names}). The last save is {state_path}: "
+                         "the same command with a lower --lr and --resume_anyway goes on from there")
 
     micro_step, update = training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_batch, accumulation, ranks)
     flops = model_flops(encoder, decoder, args.size)
     peak = next((v for k, v in PEAK_TFLOPS.items() if on_gpu and k in torch.cuda.get_device_name()), None)
-    loader = iter(DataLoader(data, num_workers=args.workers, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None,
+    loader = iter(DataLoader(data, num_workers=args.workers, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals,
                              batch_sampler=sample_numbers(samples, args.batch_size, micro_batch, rank, ranks, args.steps - step)))
     bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", disable=None if rank == 0 else True)
-    tick, timed = time.time(), 0
-    while step < args.steps:
+    tick, timed, interrupted, finite = time.time(), 0, 0, sums
+    while step < args.steps and not interrupted:
         # one training step
         stats = 0
         for m in range(accumulation):
-            img = next(loader)[0].to(device, non_blocking=True)
+            img, label = next(loader)
+            unread.update(-1 - y for y in label.tolist() if y < 0)  # so data.py tells of a picture that another stands in for
             seed_step(args.seed, step, m, rank)
-            stats = stats + micro_step(img, m == accumulation - 1) / accumulation
+            stats = stats + micro_step(img.to(device, non_blocking=True), m == accumulation - 1) / accumulation
         if ranks > 1:
             dist.all_reduce(stats)  # alpha and w are equal on all ranks
-        sums[:-1] += stats / ranks
-        sums[-1] += update()
-        step, samples, interval, timed = step + 1, samples + args.batch_size, interval + 1, timed + 1
+        row = update(stats / ranks)
+        skip = ~row.isfinite().all()
+        sums += torch.where(skip, 0, row)
+        finite = torch.where(skip, finite, row)
+        faults = torch.stack([faults[0] + skip, (faults[1] + 1) * skip])
+        step, samples, timed = step + 1, samples + args.batch_size, timed + 1
         bar.update()
+
+        # faults: pictures that cannot be read, losses that are not finite, signals
+        news = torch.tensor([len(INTERRUPTS), len(unread.difference(bad))])
+        if ranks > 1:
+            dist.all_reduce(news, group=control)
+        interrupted, found = news.tolist()
+        if found:
+            note_bad_images()
+        unread.clear()
+        if (not on_gpu or step % 10 == 0) and faults[1] >= TOO_MANY_SKIPPED:
+            stop_as_not_finite()
 
         # log, evaluate, save; all three also at the end
         last = step == args.steps
         logging, evaluating, saving = (last or step % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
-        if logging or saving:
-            loss_flow, loss_dist, *layers, grad_norm = (sums / interval).tolist()
-            if not math.isfinite(loss_flow + loss_dist + grad_norm):
-                sys.exit(f"train.py: at step {step} a loss or gradient is not finite (flow {loss_flow}, distillation {loss_dist}, "
-                         f"gradient norm {grad_norm}): lower --lr; {state_path} is of the last save before it")
         if logging:
-            loss, seconds = args.lambda_d * loss_dist + args.lambda_f * loss_flow, time.time() - tick
+            loss_flow, loss_dist, *layers, grad_norm, _ = (sums / sums[-1]).tolist()
+            skipped, seconds = int(faults[0]), time.time() - tick
+            loss = args.lambda_d * loss_dist + args.lambda_f * loss_flow
             img_s = timed * args.batch_size / seconds
             tflops = img_s / ranks * flops / 1e12
             memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
@@ -496,38 +572,65 @@ def main(argv=None):
                 + " ".join(f"{layers[i]:.3f}" for i in three) + " | w " + " ".join(f"{layers[L + i]:.3f}" for i in three)
                 + f" | grad {grad_norm:.2f} | lr {args.lr:.0e} | {img_s:,.0f} img/s | {tflops:.1f} TFLOP/s"
                 + (f" ({tflops / peak:.0%} of peak)" if peak else "") + (f" | {memory:.1f} GiB" if on_gpu else "")
+                + (f" | {skipped} steps skipped" if skipped else "")
                 + f" | eta {tqdm.format_interval((args.steps - step) * seconds / timed)}")
-            if rank == 0:
-                print(json.dumps({"step": step, "loss": loss, "loss_flow": loss_flow, "loss_dist": loss_dist,
-                                  "alpha": layers[:L], "weight": layers[L:], "grad_norm": grad_norm, "lr": args.lr,
-                                  "img_s": img_s, "tflops_per_gpu": tflops, "memory_gib": memory}), file=log, flush=True)
+            write(step=step, loss=loss, loss_flow=loss_flow, loss_dist=loss_dist, alpha=layers[:L], weight=layers[L:], grad_norm=grad_norm,
+                  lr=args.lr, skipped=skipped, img_s=img_s, tflops_per_gpu=tflops, memory_gib=memory)
             if step % args.log_every == 0:
-                interval, sums = 0, torch.zeros_like(sums)
+                sums = torch.zeros_like(sums)
         if evaluating:
             quality, flow_by_t, picture = validate(encoder, decoder, val, micro_batch, args.seed, autocast, args.workers, rank, ranks)
             say(f"eval {step:6d} | one-step PSNR {quality:.2f} dB on {val_name} | flow loss by tenth of t, image to noise: "
                 + " ".join(f"{x:.3f}" for x in flow_by_t))
+            write(kind="eval", step=step, psnr=quality, flow_by_t=flow_by_t, on=val_name)
             if rank == 0:
-                print(json.dumps({"kind": "eval", "step": step, "psnr": quality, "flow_by_t": flow_by_t, "on": val_name}),
-                      file=log, flush=True)
                 write_atomically(os.path.join(args.out, "samples", f"step_{step:06d}.png"),
                                  lambda f: Image.fromarray(picture).save(f, "PNG"))
-        if saving and rank == 0:
+        if (saving or interrupted) and rank == 0:
             save()
         if logging or evaluating or saving:
             tick, timed = time.time(), 0
     bar.close()
-    say(f"done: {model_path}, pictures in {os.path.join(args.out, 'samples')}; try: python sample.py YOUR.png --weights {model_path}")
+    if interrupted:
+        write(kind="interrupted", step=step)
+        say(f"interrupted and saved at step {step:,}: the same command goes on from there")
+    else:
+        say(f"done: {model_path}, pictures in {os.path.join(args.out, 'samples')}; try: python sample.py YOUR.png --weights {model_path}")
+    if rank == 0:
+        log.close()
     if ranks > 1:
         dist.barrier()
         del micro_step, update  # they hold the process group, which must end on all ranks together
         dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def interrupt(number, frame):
+    """Save and stop after this step; a second signal stops at once."""
+    INTERRUPTS.append(number)
+    if len(INTERRUPTS) > 1:
+        os._exit(128 + number)
+
+
+def run():
+    """main() for the command line, which ends the process. After an exception at once: Python would wait for the loader's workers,
+    which ignore signals, and a process group for the other ranks."""
+    who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     try:
-        main()
+        return main()
     except (OSError, ValueError) as e:
-        who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         print(f"{who}train.py: {str(e).splitlines()[-1]}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush(), sys.stderr.flush()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's, which would complain
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, interrupt)
+    run()
