@@ -8,6 +8,9 @@ epoch is a permutation drawn from (seed, epoch), crop and flip are drawn from (s
 therefore depends on nothing else, so workers, ranks and a resumed run need no state. Otherwise n counts the
 files in sorted order. Crops are those of ADM (Dhariwal & Nichol 2021), the usual protocol of ImageNet generation.
 
+An image that cannot be read is a ValueError that names it. In training it is replaced by the next in sorted order that can be
+read, and the label tells, so that workers need count nothing: it is -1 - i for image i, whose file is data.path(i).
+
 `python data.py [PATHS]` shows what is found, `--bench PATH` how quickly it loads. Needs torch, numpy and pillow; no other file of this project.
 """
 import argparse
@@ -16,6 +19,7 @@ import os
 import struct
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 
@@ -25,22 +29,29 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "PPM", "WEBP")  # PIL would also hand a file to Ghostscript, whatever its name
+MAX_PIXELS = 2 ** 27  # of a picture, and MAX_BYTES of its file: what a hostile one can make a worker allocate
+MAX_BYTES = 4 * MAX_PIXELS
 
 
 def load_image(file, short=None):
     """A path or binary file -> PIL image in RGB, turned as its EXIF says, transparency over white.
 
     short: a JPEG may come out 2, 4 or 8 times smaller, decoded so (which is quicker), its shorter side still >= 2 * short.
-    Raises ValueError, saying why, if it cannot be read as an image.
+    Raises ValueError, saying why, if it cannot be read as an image. Of an animation it is the first frame.
     """
     try:
-        img = Image.open(file)
-        full, upright = img.size, img.getexif().get(274, 1) == 1
-        if short and (upright or full[0] % 8 == full[1] % 8 == 0):
-            img.draft(None, (2 * short, 2 * short))
-        img.load()
-        scale = round(full[0] / img.width)
-        img = ImageOps.exif_transpose(img)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, of odd metadata
+            img = Image.open(file, formats=FORMATS)
+            if img.width * img.height > MAX_PIXELS:  # the header says so, nothing is decoded yet
+                raise ValueError(f"{img.width}x{img.height} pixels, more than {MAX_PIXELS:,}")
+            full, upright = img.size, img.getexif().get(274, 1) == 1
+            if short and (upright or full[0] % 8 == full[1] % 8 == 0):
+                img.draft(None, (2 * short, 2 * short))
+            img.load()
+            scale = round(full[0] / img.width)
+            img = ImageOps.exif_transpose(img)
         if scale > 1 and upright:  # an odd last row or column is dropped, as shrink does
             img = img.crop((0, 0, full[0] // scale, full[1] // scale))
         if img.mode.startswith("I"):  # 16 bits a channel: keep the upper 8
@@ -48,9 +59,17 @@ def load_image(file, short=None):
         if img.has_transparency_data:
             return Image.alpha_composite(Image.new("RGBA", img.size, "white"), img.convert("RGBA")).convert("RGB")
         return img.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as e:
-        reason = "no known image format" if isinstance(e, Image.UnidentifiedImageError) else e
-        raise ValueError(f"cannot be read as an image ({reason})") from None
+    except Exception as e:  # damage makes PIL raise nearly any type; all mean that no picture can be read from the file
+        why = f"none of {', '.join(FORMATS)}" if isinstance(e, Image.UnidentifiedImageError) else f"{type(e).__name__}: {e}"
+        raise ValueError(f"cannot be read as an image ({' '.join(why.split())[:200]})") from None
+
+
+def cut(img, where):
+    """The piece of a picture that its crop comes from: all of it, unless it is more than 16 times as long as wide (20,000 x 10
+    would first grow to 896,000 x 448), then 16 times, at the fraction `where` of its length."""
+    w, h = (min(side, 16 * min(img.size)) for side in img.size)
+    left, top = int(where * (img.width - w)), int(where * (img.height - h))
+    return img if (w, h) == img.size else img.crop((left, top, left + w, top + h))
 
 
 def shrink(img, short):
@@ -63,13 +82,15 @@ def shrink(img, short):
 
 def center_crop(img, size):
     """The central size x size pixels of a PIL image whose shorter side is resized to `size` (ADM's evaluation crop)."""
-    img = shrink(img, size)
+    img = shrink(cut(img, 0.5), size)
     left, top = (img.width - size) // 2, (img.height - size) // 2
     return img.crop((left, top, left + size, top + size))
 
 
 def random_crop(img, size, rng, crop_scale=(0.8, 1.0)):
     """ADM's training crop: the shorter side of the crop is a random fraction crop_scale of the picture's; half are flipped."""
+    if max(img.size) > 16 * min(img.size):
+        img = cut(img, rng.random())
     low, high = np.ceil(size / crop_scale[1]), np.ceil(size / crop_scale[0])
     img = shrink(img, int(rng.integers(low, high + 1)))
     left, top = rng.integers(img.width - size + 1), rng.integers(img.height - size + 1)
@@ -83,11 +104,14 @@ def to_tensor(img):
 
 
 class ImageDataset(Dataset):
-    """All images of `roots` (a path or several: folders, searched recursively, and .zip archives), size x size pixels.
+    """All images of `roots` (a path or several: folders, searched recursively, and .zip archives), size x size pixels (None,
+    without train: whole, as they are).
 
     Files and archive entries are known by their extension; which there are is kept in a few arrays, so that workers share
     the memory and a list of millions costs each of them nothing. Raises FileNotFoundError and ValueError for roots that
-    are missing, empty or damaged, and ValueError naming the file for one that cannot be read when it is asked for.
+    are missing, empty or damaged, and ValueError naming the file for one that cannot be read when it is asked for. In
+    training (only) the next in sorted order that can be read stands in for image i, with the label -1 - i; ValueError if
+    none of 100 can.
     """
 
     def __init__(self, roots, size, train, seed=0, crop_scale=(0.8, 1.0)):
@@ -95,9 +119,9 @@ class ImageDataset(Dataset):
             raise ValueError(f"crop_scale is {crop_scale}; it is two fractions in (0, 1], the smaller first")
         self.roots = [os.fspath(r) for r in ([roots] if isinstance(roots, (str, os.PathLike)) else roots)]
         self.size, self.train, self.seed, self.crop_scale = size, train, seed, crop_scale
-        names, root_of, spans = [], [], []  # span: offset, length and compression of an archive entry
+        names, root_of, spans = [], [], []  # span of an archive entry: offset, compressed length, method, length, CRC-32
         for r, root in enumerate(self.roots):
-            found = sorted(list_archive(root) if zipfile.is_zipfile(root) else list_folder(root))
+            found = sorted(list_folder(root) if os.path.isdir(root) else list_archive(root))
             if not found:
                 raise ValueError(f"{root} holds no images ({' '.join(EXTENSIONS)})")
             names += [name for name, *_ in found]
@@ -107,7 +131,7 @@ class ImageDataset(Dataset):
         self.classes = sorted(set(folders))
         index = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([index[f] for f in folders], np.int32)
-        self.root_of, self.spans = np.array(root_of, np.int32), np.array(spans, np.int64).reshape(-1, 3)
+        self.root_of, self.spans = np.array(root_of, np.int32), np.array(spans, np.int64).reshape(-1, 5)
         encoded = [os.fsencode(name) for name in names]
         self.name_ends, self.names = np.cumsum([len(name) for name in encoded]), b"".join(encoded)
         self.files, self.permutation = {}, (None, None)  # open archives; the last epoch's order
@@ -126,17 +150,26 @@ class ImageDataset(Dataset):
 
     def read(self, i):
         """The bytes of image file i. Archives are opened once and read by position, which forked workers can share."""
-        offset, length, method = self.spans[i].tolist()
+        offset, length, method, size, crc = self.spans[i].tolist()
         if length < 0:
-            with open(self.path(i), "rb") as f:
+            path = self.path(i)
+            if not os.path.isfile(path) or os.path.getsize(path) > MAX_BYTES:  # a pipe or a device could be read for ever
+                raise ValueError(f"is gone, no plain file, or longer than {MAX_BYTES:,} bytes")
+            with open(path, "rb") as f:
                 return f.read()
+        if max(length, size) > MAX_BYTES:
+            raise ValueError(f"is {max(length, size):,} bytes long, at most {MAX_BYTES:,} are read")
         root = self.roots[self.root_of[i]]
         if root not in self.files:
             self.files[root] = open(root, "rb")
         fd = self.files[root].fileno()
         name_length, extra_length = struct.unpack("<26xHH", os.pread(fd, 30, offset))  # the entry's local header
         data = os.pread(fd, length, offset + 30 + name_length + extra_length)
-        return zlib.decompress(data, -15) if method == zipfile.ZIP_DEFLATED else data
+        if method == zipfile.ZIP_DEFLATED:
+            data = zlib.decompressobj(-15).decompress(data, size + 1)  # no more than that, whatever is in it
+        if len(data) != size or zlib.crc32(data) != crc:
+            raise ValueError("damaged in the archive, or the archive was changed meanwhile (CRC-32)")
+        return data
 
     def index(self, n):
         """Sample number n -> number of the image in sorted order."""
@@ -149,24 +182,26 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, n):
         i = self.index(n)
-        try:
-            # a smaller JPEG is what shrink would have made of it: draws and crop do not depend on the picture's size
-            img = load_image(io.BytesIO(self.read(i)), int(np.ceil(self.size / self.crop_scale[0])) if self.train else None)
-        except (OSError, ValueError, struct.error, zlib.error) as e:
-            raise ValueError(f"{self.path(i)}: {e}") from None
+        # in training a JPEG may be decoded smaller, to what shrink would have made of it: draws and crop do not depend on its size
+        short = int(np.ceil(self.size / self.crop_scale[0])) if self.train else None
+        error, tries = None, min(len(self), 100) if self.train else 1
+        for j in range(i, i + tries):
+            try:
+                img = load_image(io.BytesIO(self.read(j % len(self))), short)
+                break
+            except (OSError, ValueError, struct.error, zlib.error) as e:
+                error = error or f"{self.path(i)}: {e}"
+        else:
+            raise ValueError(error + f", nor can the {tries - 1} after it" * (tries > 1))
         if self.train:  # the 1 sets this stream apart from the permutations'
             img = random_crop(img, self.size, np.random.default_rng([self.seed, n, 1]), self.crop_scale)
-        else:
+        elif self.size:
             img = center_crop(img, self.size)
-        return to_tensor(img), int(self.labels[i])
+        return to_tensor(img), -1 - i if error else int(self.labels[i])
 
 
 def list_folder(root):
-    """(name, -1, -1, -1) of every image file below a folder."""
-    if not os.path.exists(root):
-        raise FileNotFoundError(f"{root}: no such folder or .zip archive")
-    if not os.path.isdir(root):
-        raise ValueError(f"{root} is neither a folder nor a .zip archive")
+    """(name, -1, -1, -1, -1, -1) of every image file below a folder."""
     def stop(error):
         raise error
     seen = set()
@@ -176,7 +211,7 @@ def list_folder(root):
             continue
         seen.add(os.path.realpath(folder))
         for name in filter(is_image, files):
-            yield os.path.relpath(os.path.join(folder, name), root), -1, -1, -1
+            yield os.path.relpath(os.path.join(folder, name), root), *[-1] * 5
 
 
 def is_image(name):
@@ -185,16 +220,21 @@ def is_image(name):
 
 
 def list_archive(path):
-    """(name, offset of the local header, compressed length, compression) of every image in a zip archive."""
+    """(name, offset of the local header, compressed length, method, length, CRC-32) of every image in a zip archive."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such folder or .zip archive")
     try:
         with zipfile.ZipFile(path) as z:
-            for e in z.infolist():
-                if is_image(e.filename) and not e.is_dir():
-                    if e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or e.flag_bits & 1:
-                        raise ValueError(f"{path}: {e.filename} is encrypted or compressed by an unknown method; repack the archive")
-                    yield e.filename, e.header_offset, e.compress_size, e.compress_type
-    except zipfile.BadZipFile as e:
-        raise ValueError(f"{path} is a damaged zip archive ({e})") from None
+            entries, end = z.infolist(), os.path.getsize(path)
+    except Exception as e:  # zipfile, too, raises many types
+        raise ValueError(f"{path} is no folder, and no .zip archive or a damaged one ({e})") from None
+    for e in entries:
+        if is_image(e.filename) and not e.is_dir():
+            if e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or e.flag_bits & 1:
+                raise ValueError(f"{path}: {e.filename} is encrypted or compressed by an unknown method; repack the archive")
+            if not 0 <= e.header_offset <= end - e.compress_size:
+                raise ValueError(f"{path} is a damaged .zip archive: {e.filename} is said to lie outside of it")
+            yield e.filename, e.header_offset, e.compress_size, e.compress_type, min(e.file_size, MAX_BYTES + 1), e.CRC
 
 
 def split_batch(batch, micro_batch, ranks):

@@ -19,7 +19,7 @@ import json
 import math
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +57,14 @@ class DecoderConfig:
     pixel_stats: str = "imagenet"  # a key of PIXEL_STATS
 
     def __post_init__(self):
-        if min(self.latent_dim, self.width, self.heads, self.flow_width, self.patch, self.grid) < 1 or self.width % self.heads or self.width % 4:
-            raise ValueError(f"decoder width {self.width} must be a multiple of 4 and of heads {self.heads}, and all sizes positive: {self}")
+        for f in fields(self):  # which may come from a file
+            x = getattr(self, f.name)
+            if type(x) is not f.type or f.type is int and not 0 <= x <= 65536:
+                raise ValueError(f"{f.name} is {x!r:.50}, expected {f.type.__name__}" + " from 0 to 65536" * (f.type is int))
+        if (min(self.latent_dim, self.width, self.heads, self.flow_width, self.patch, self.grid) < 1 or self.width % self.heads
+                or self.width % 4 or max(self.gtb_depth, self.flow_depth) > 1000):
+            raise ValueError(f"decoder width {self.width} must be a multiple of 4 and of heads {self.heads}, all sizes positive, and "
+                             f"depths at most 1000: {self}")
         if self.pixel_stats not in PIXEL_STATS or self.projector not in ("mlp", "linear") or self.objective not in ("flow", "pixel"):
             raise ValueError(f"projector {self.projector!r} must be mlp or linear, decoder {self.objective!r} flow or pixel, "
                              f"pixel_stats {self.pixel_stats!r} one of {' '.join(PIXEL_STATS)}")
@@ -284,29 +290,35 @@ class Decoder(nn.Module):
         """
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such file")
+        stats = {"latent_mean", "latent_std"}
         try:
             with safe_open(path, "pt") as f:
                 released = "chal_proj.c_fc.weight" in f.keys()
-                if released:  # the released file: the defaults of DecoderConfig, no statistics
-                    dec, stats = cls(DecoderConfig()), (torch.zeros(64), torch.ones(64))
+                c = DecoderConfig() if released else DecoderConfig(**json.loads(f.metadata()["config"])["decoder"])
+                D, W, mlp = c.width, c.flow_width, c.projector == "mlp"
+                numbers = D * ((12 * c.gtb_depth + mlp) * D + W + 2 * c.grid ** 2) + W * ((5 * c.flow_depth + 3) * W + 6 * c.patch ** 2)
+                if 2 * numbers > os.path.getsize(path):  # said before they are allocated
+                    raise ValueError(f"it asks for {numbers:,} weights, and has {os.path.getsize(path):,} bytes")
+                if released:  # the defaults of DecoderConfig, no statistics
                     parts = ("chal_unproj.", "global_block", "decoder_pos_embed", "flow_head.net.")
                     state = {released_name(k): f.get_tensor(k) for k in f.keys() if k.startswith(parts)}
                 else:
-                    dec = cls(DecoderConfig(**json.loads(f.metadata()["config"])["decoder"]))
-                    state = {k[8:]: f.get_tensor(k) for k in f.keys() if k.startswith("decoder.")}
-                    stats = f.get_tensor("latent_mean"), f.get_tensor("latent_std")
-        except (SafetensorError, KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{path} does not hold a UniFlow decoder ({type(e).__name__}: {e})") from None
-        own = dec.state_dict()
+                    state = {k.removeprefix("decoder."): f.get_tensor(k) for k in f.keys() if k.startswith("decoder.") or k in stats}
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, AttributeError) as e:
+            raise ValueError(f"{path} does not hold a UniFlow decoder ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from None
+        dec = cls(c)
+        own = dec.state_dict() if released else {**dec.state_dict(), **{k: getattr(dec, k).flatten() for k in stats}}
         if released and state.keys() - own.keys():
             warnings.warn(f"{path}: ignored tensors that the decoder does not use: {' '.join(sorted(state.keys() - own.keys()))}")
             state = {k: v for k, v in state.items() if k in own}
-        wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
+        usable = lambda k: (own[k].shape == state[k].shape and state[k].dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+                            and state[k].float().isfinite().all() and not (k == "latent_std" and state[k].float().min() <= 0))
+        wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if not usable(k))
         if wrong:
-            raise ValueError(f"{path} does not fit its configuration; missing, unknown or of another shape: {wrong[:3]}")
-        dec.load_state_dict(state)
-        dec.latent_mean.copy_(stats[0].view(-1, 1, 1))
-        dec.latent_std.copy_(stats[1].view(-1, 1, 1))
+            raise ValueError(f"{path} does not fit its configuration; missing, unknown, of another shape or type, not finite, or "
+                             f"a standard deviation not positive: {wrong[:3]!s:.300}")
+        for k, x in own.items():
+            x.copy_(state[k])
         return dec.eval()
 
 

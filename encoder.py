@@ -27,7 +27,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import safetensors.torch
 import torch
@@ -66,9 +66,16 @@ class ViTConfig:
     pixel_stats: str = "imagenet"  # a key of PIXEL_STATS
 
     def __post_init__(self):
-        if min(self.width, self.depth, self.heads, self.mlp_width, self.patch) < 1 or self.width % self.heads or self.size % self.patch:
+        for f in fields(self):  # which may come from a file
+            x = getattr(self, f.name)
+            if type(x) is not f.type or f.type is int and not 0 <= x <= 65536:
+                raise ValueError(f"{f.name} is {x!r:.50}, expected {f.type.__name__}" + " from 0 to 65536" * (f.type is int))
+        if min(self.width, self.depth, self.heads, self.mlp_width, self.patch, self.size) < 1 or self.width % self.heads or self.size % self.patch:
             raise ValueError(f"ViT width {self.width} must be a multiple of heads {self.heads}, size {self.size} of patch {self.patch}, "
                              "and all of them positive")
+        if self.depth > 1000 or self.num_prefix > 1 or not 0 < self.eps < 1 or not 0 <= self.layer_scale < 1e6:
+            raise ValueError(f"ViT depth {self.depth} is at most 1000, num_prefix {self.num_prefix} 0 or 1, eps {self.eps} in (0, 1), "
+                             f"layer_scale {self.layer_scale} at least 0")
         if self.activation not in ACTIVATIONS or self.pixel_stats not in PIXEL_STATS:
             raise ValueError(f"activation {self.activation!r} must be one of {' '.join(ACTIVATIONS)}, "
                              f"pixel_stats {self.pixel_stats!r} of {' '.join(PIXEL_STATS)}")
@@ -201,6 +208,8 @@ class Encoder(nn.Module):
 
     def __init__(self, vit, latent_dim=64, projector="mlp"):
         super().__init__()
+        if type(latent_dim) is not int or not 0 < latent_dim <= 65536:
+            raise ValueError(f"latent_dim is {latent_dim!r:.50}, expected an integer from 1 to 65536")
         D = vit.config.width
         self.vit, self.latent_dim, self.projector = vit, latent_dim, projector
         if projector == "linear":
@@ -208,7 +217,7 @@ class Encoder(nn.Module):
         elif projector == "mlp":
             self.latent_down = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, latent_dim))
         else:
-            raise ValueError(f"projector {projector!r} is unknown; it is mlp or linear")
+            raise ValueError(f"projector {projector!r:.50} is unknown; it is mlp or linear")
         # statistics of the latent, identity until computed; one copy in the file serves encoder and decoder
         self.register_buffer("latent_mean", torch.zeros(latent_dim, 1, 1), persistent=False)
         self.register_buffer("latent_std", torch.ones(latent_dim, 1, 1), persistent=False)
@@ -249,15 +258,16 @@ class Encoder(nn.Module):
         if not {"decoder", "size"} <= config.keys():
             raise ValueError(f"{path} is a model file, but no tokenizer; train.py writes out/model.safetensors")
         try:
-            enc = cls(ViT(vit_config(path)), config["decoder"]["latent_dim"], config["decoder"]["projector"])
-        except (KeyError, TypeError) as e:
-            raise ValueError(f"{path} does not describe a UniFlow encoder ({type(e).__name__}: {e})") from None
-        tensors = safetensors.torch.load_file(path)
-        load_exactly(enc, {k[8:]: v for k, v in tensors.items() if k.startswith("encoder.")}, path)
-        for name in ("latent_mean", "latent_std"):
-            if name not in tensors or tensors[name].shape != (enc.latent_dim,):
-                raise ValueError(f"{path} has no {name} of shape ({enc.latent_dim},)")
-            getattr(enc, name).copy_(tensors[name].view(-1, 1, 1))
+            enc = cls(ViT(ViTConfig(**config["vit"])), config["decoder"]["latent_dim"], config["decoder"]["projector"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{path} does not describe a UniFlow encoder ({type(e).__name__}: {one_line(e)})") from None
+        present, get = open_weights(path)
+        load_exactly(enc, {k[8:]: get(k) for k in present if k.startswith("encoder.")}, path)
+        stats = {"latent_mean": enc.latent_mean.flatten(), "latent_std": enc.latent_std.flatten()}  # views of the buffers
+        state = {k: get(k) for k in stats.keys() & present}
+        check_fit(stats, state, path)
+        for k in stats:
+            stats[k].copy_(state[k])
         return enc.eval()
 
     @classmethod
@@ -265,10 +275,10 @@ class Encoder(nn.Module):
         enc = cls(ViT(TEACHERS["internvit"]))
         used = load_vit(enc.vit, path, ignore=lambda name: True)
         names = {k: f"chal_proj.{'c_fc' if k[0] == '0' else 'c_proj'}{k[1:]}" for k in enc.latent_down.state_dict()}
-        with safe_open(path, "pt") as f:
-            load_exactly(enc.latent_down, {k: f.get_tensor(name) for k, name in names.items() if name in f.keys()}, path)
-            decoders = ("chal_unproj.", "global_block", "decoder_", "flow_head.")
-            others = sorted(k for k in set(f.keys()) - used.union(names.values()) if not k.startswith(decoders))
+        present, get = open_weights(path)
+        load_exactly(enc.latent_down, {k: get(name) for k, name in names.items() if name in present}, path)
+        decoders = ("chal_unproj.", "global_block", "decoder_", "flow_head.")
+        others = sorted(k for k in present - used.union(names.values()) if not k.startswith(decoders))
         if others:
             warnings.warn(f"{path}: ignored {len(others)} tensors that the encoder does not use: {' '.join(others)}")
         return enc
@@ -355,25 +365,25 @@ KNOWN_EXTRAS = re.compile(r"(model\.)?(text_model|language_model|multi_modal_pro
 
 
 def read_config(path):
-    """What a model file of this project says of itself: the JSON of its metadata entry "config". The authors' released
-    file has none, and is known by its names."""
+    """What a model file of this project says of itself: the JSON of its metadata entry "config", whose "vit" and "size" are
+    checked. The authors' released file has none, and is known by its names."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with safe_open(path, "pt") as f:
-            if "chal_proj.c_fc.weight" in f.keys():
-                return {"vit": asdict(TEACHERS["internvit"]), "size": 448, "teacher": "internvit", "released": True}
-            return dict(json.loads(f.metadata()["config"]))
-    except (SafetensorError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is not a model file of this project ({type(e).__name__}: {e})") from None
-
-
-def vit_config(path):
-    """The ViTConfig in a model file."""
-    try:
-        return ViTConfig(**read_config(path)["vit"])
-    except (KeyError, TypeError) as e:
-        raise ValueError(f"{path} does not describe a ViT ({e}); its metadata needs config = {{\"vit\": ...}}") from None
+            released = {"vit": asdict(TEACHERS["internvit"]), "size": 448, "teacher": "internvit", "released": True}
+            config = released if "chal_proj.c_fc.weight" in f.keys() else json.loads(f.metadata()["config"])
+        c = ViTConfig(**config["vit"])
+        size = config.get("size", c.size)
+        if type(size) is not int or not 0 < size <= 65536 or size % c.patch:
+            raise ValueError(f"size is {size!r:.50}, expected a multiple of the patch {c.patch}")
+        numbers = c.width * (c.depth * (4 * c.width + 2 * c.mlp_width) + 3 * c.patch ** 2 + (c.size // c.patch) ** 2)
+        if 2 * numbers > os.path.getsize(path):  # said before anybody allocates them
+            raise ValueError(f"it asks for {numbers:,} weights, and has {os.path.getsize(path):,} bytes")
+        return config
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged or no model file of this project, whose metadata has config = {{\"vit\": ...}} "
+                         f"({type(e).__name__}: {one_line(e)})") from None
 
 
 def write_model(path, config, tensors):
@@ -397,23 +407,42 @@ def write_atomically(path, write):
         raise
 
 
+def one_line(x):
+    """Of an error or a name that comes from a file: at most 300 characters, in one line."""
+    return " ".join(str(x).split())[:300]
+
+
 def open_weights(path):
-    """(set of names, function name -> tensor) of a .safetensors file, or of a .pth or .bin of tensors, which runs no code from it."""
+    """(set of names, function name -> tensor of floating-point numbers) of a .safetensors file, or of a .pth or .bin of
+    tensors, which runs no code from it."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     try:
         f = safe_open(path, "pt")
-        return set(f.keys()), f.get_tensor
+        names, read = set(f.keys()), f.get_tensor
     except SafetensorError as e:
         if path.endswith(".safetensors"):
-            raise ValueError(f"{path} is damaged or no safetensors file ({e}): delete it, and fetch it again") from None
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = tensors.get("state_dict", tensors)  # training dumps wrap them
-        tensors = {k.removeprefix("module."): v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
-    except Exception as e:  # torch.load raises many types; all mean that this is no plain file of tensors
-        raise ValueError(f"{path} is not a file of tensors ({type(e).__name__}); it was not executed") from None
-    return set(tensors), tensors.__getitem__
+            raise ValueError(f"{path} is damaged or no safetensors file ({one_line(e)}): delete it, and fetch it again") from None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the pickle's version
+                tensors = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = tensors.get("state_dict", tensors)  # training dumps wrap them
+            tensors = {k.removeprefix("module."): x for k, x in tensors.items()
+                       if isinstance(x, torch.Tensor) and x.layout == torch.strided and x.device.type == "cpu"}
+        except Exception as e:  # torch.load raises many types; all mean that this is no plain file of tensors
+            raise ValueError(f"{path} is not a file of tensors ({type(e).__name__}); it was not executed") from None
+        names, read = set(tensors), tensors.__getitem__
+
+    def get(name):
+        try:
+            x = read(name)
+            if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                raise TypeError(x.dtype)
+        except (SafetensorError, AttributeError, TypeError) as e:  # the first two: types that this torch does not have
+            raise ValueError(f"{path}: {one_line(name)} is {one_line(e)}, expected float32, bfloat16, float16 or float64") from None
+        return x
+    return names, get
 
 
 def names_in(layout, key):
@@ -438,7 +467,7 @@ def load_vit(vit, path, ignore=lambda name: False):
     found = [(prefix, layout) for prefix in PREFIXES for layout in LAYOUTS
              if {prefix + name for key in marks for name in names_in(layout, key)} <= present]
     if not found:
-        raise ValueError(f"{path} is of no known layout ({', '.join(LAYOUTS)}); it holds {', '.join(sorted(present)[:3])} ...")
+        raise ValueError(f"{path} is of no known layout ({', '.join(LAYOUTS)}); it holds {one_line(', '.join(sorted(present)[:3]))} ...")
     prefix, layout = found[0]
     names = {key: [prefix + name for name in names_in(layout, key)] for key in own}
     wanted = {name for group in names.values() for name in group}
@@ -455,19 +484,26 @@ def load_vit(vit, path, ignore=lambda name: False):
             else:
                 state[key] = torch.cat(parts)
     if wrong:
-        raise ValueError(f"{path} ({layout} layout) does not fit, {len(wrong)} names: " + "; ".join(sorted(wrong)[:4]))
-    vit.load_state_dict(state)
+        raise ValueError(f"{path} ({layout} layout) does not fit, {len(wrong)} names: " + one_line("; ".join(sorted(wrong)[:4])))
+    load_exactly(vit, state, path)
     return wanted
 
 
-def load_exactly(module, state, path):
-    """Copy `state` into `module` after comparing the key sets both ways and every shape; ValueError names the misfits."""
-    own = module.state_dict()
+def check_fit(own, state, path):
+    """Compare `state`, what a file holds, with what a module's `own` has: names both ways, shapes, finite; ValueError names the misfits."""
     wrong = [f"missing {k}" for k in own.keys() - state.keys()] + [f"unknown {k}" for k in state.keys() - own.keys()]
-    wrong += [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-              for k in own.keys() & state.keys() if state[k].shape != own[k].shape]
+    for k in own.keys() & state.keys():
+        if state[k].shape != own[k].shape:
+            wrong.append(f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}")
+        elif not state[k].float().isfinite().all() or k == "latent_std" and state[k].float().min() <= 0:
+            wrong.append(f"{k} holds NaN, infinity, or a standard deviation that is not positive")
     if wrong:
-        raise ValueError(f"{path} does not fit the configuration ({len(wrong)} tensors): " + "; ".join(sorted(wrong)[:3]))
+        raise ValueError(f"{path} does not fit the configuration ({len(wrong)} tensors): " + one_line("; ".join(sorted(wrong)[:3])))
+
+
+def load_exactly(module, state, path):
+    """Copy `state` into `module` if it fits (check_fit)."""
+    check_fit(module.state_dict(), state, path)
     module.load_state_dict(state)
 
 
@@ -477,7 +513,7 @@ def teacher_config(name_or_path):
         return TEACHERS[name_or_path]
     if not os.path.isfile(name_or_path):
         raise ValueError(f"teacher {name_or_path!r} is neither a file nor one of: {' '.join(TEACHERS)}")
-    return vit_config(name_or_path)
+    return ViTConfig(**read_config(name_or_path)["vit"])
 
 
 def load_teacher(name_or_path, weights=None):

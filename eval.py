@@ -1,23 +1,37 @@
-"""How good are the reconstructions? PSNR and SSIM of a tokenizer, with the protocol beside the numbers.
+"""How good is a tokenizer? PSNR, SSIM, rFID, Inception score, a linear probe and 20-NN, with the protocol beside the numbers.
 
     PSNR = -10 log10(mean squared error)                                                          per image, of [0, 1]
     SSIM = mean of (2 ma mb + c1)(2 sab + c2) / ((ma^2 + mb^2 + c1)(sa^2 + sb^2 + c2))            Wang et al. 2004
+    FID  = |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))     of Inception's pool features         Heusel et al. 2017
+    IS   = exp(mean of KL(p(y|x) || p(y)))                   of Inception's class probabilities   Salimans et al. 2016
 
-    python eval.py --data VAL --weights out/model.safetensors [--pca --fit TRAIN]
+    python eval.py --data VAL --weights out/model.safetensors [--pca --fit TRAIN] [--probe --fit TRAIN]
+    torchrun --nproc_per_node=8 eval.py ...                       # the same figures, sooner
+    python eval.py --fid A B                                      # FID between folders, archives, .npz of images or statistics
+    python eval.py --latent_stats --data TRAIN --weights W        # per-channel statistics, into the weights file
+    python eval.py --save_latents DIR --data TRAIN --weights W    # normalised latents for a generator's trainer
 
 The metrics are plain functions on images (B, 3, H, W) in [0, 1]; `python eval.py` without arguments shows them on noise.
 To copy: needs torch and numpy for the metrics. The command line uses data.py, encoder.py and decoder.py beside it.
+Structure of the Inception network: Szegedy et al. 2015, with the differences of TensorFlow's 2015 graph as in pytorch-fid.
 """
 import argparse
+import hashlib
 import json
 import os
+import subprocess
 import sys
+import time
+import zipfile
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Subset
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
 
 def psnr(a, b):
@@ -34,16 +48,16 @@ def ssim(a, b, window="gaussian", data_range=1.0):
     it is higher. Raises ValueError for images smaller than the window.
     """
     if window == "gaussian":
-        taps = torch.exp(-0.5 * ((torch.arange(11) - 5) / 1.5) ** 2)
+        taps = torch.exp(-0.5 * ((torch.arange(11, dtype=torch.float64) - 5) / 1.5) ** 2)
         bias = 1.0
     elif window == "uniform":
-        taps, bias = torch.ones(7), 49 / 48  # n / (n - 1): sample covariance
+        taps, bias = torch.ones(7, dtype=torch.float64), 49 / 48  # n / (n - 1): sample covariance
     else:
         raise ValueError(f"window {window!r} is unknown; it is gaussian or uniform")
     n, C = len(taps), a.shape[1]
     if min(a.shape[2:]) < n:
         raise ValueError(f"images are {a.shape[3]}x{a.shape[2]}; SSIM with its {window} window needs at least {n}x{n}")
-    taps = (taps / taps.sum()).to(a.device, torch.float64)
+    taps = (taps / taps.sum()).to(a.device)
 
     def local_mean(x):  # (B, C, H, W) -> (B, C, H-n+1, W-n+1), a separable filter
         x = F.conv2d(x, taps.view(1, 1, n, 1).expand(C, 1, n, 1), groups=C)
@@ -113,19 +127,43 @@ def validate(encoder, decoder, dataset, batch, seed, autocast, workers=0, rank=0
     return psnr_mean, flow_by_t, (grid * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
-def fit_patch_pca(batches, p, components):
+class Moments:
+    """Mean and covariance of the rows seen so far, in float64. The rows are not kept, and a mean that is large beside the
+    standard deviation costs no accuracy (Chan et al. 1979). `mean` (D,), `covariance` (D, D), unbiased."""
+
+    def __init__(self):
+        self.count, self.mean, self.scatter = 0, 0.0, 0.0
+
+    def add(self, x):
+        """Rows x (n, D). Raises ValueError if one is not finite."""
+        x = x.double()
+        if not x.isfinite().all():
+            raise ValueError(f"features are not finite in {(~x.isfinite()).any(1).sum()} of {len(x)} rows: the weights are damaged")
+        mean = x.mean(0)
+        self.merge(len(x), mean, (x - mean).T @ (x - mean))
+
+    def merge(self, count, mean, scatter):
+        """Other rows, of which these are the number, the mean and the sum of outer products about the mean."""
+        total, step = self.count + count, mean - self.mean
+        self.scatter = self.scatter + scatter + torch.outer(step, step) * (self.count * count / total)
+        self.mean, self.count = self.mean + step * (count / total), total
+
+    @property
+    def covariance(self):
+        return self.scatter / (self.count - 1)
+
+
+def fit_patch_pca(batches, p, components, over_ranks=lambda moments: moments):
     """Per-patch linear PCA from an iterable of images (B, 3, H, W) in [0, 1], streamed, in float64.
 
     Returns the mean patch (3p^2,) and an orthonormal basis (3p^2, components). It is the best linear code of one patch
     at that size, so a tokenizer with as many latent channels that does not beat it has not used its context.
     """
-    count, total, second = 0, 0, 0
+    patches = Moments()
     for img in batches:
-        x = F.unfold(img.double(), p, stride=p).transpose(1, 2).flatten(0, 1)  # (B*N, 3p^2)
-        count, total, second = count + len(x), total + x.sum(0), second + x.T @ x
-    mean = total / count
-    basis = torch.linalg.eigh(second / count - mean[:, None] * mean)[1]  # ascending eigenvalues
-    return mean, basis[:, -components:]
+        patches.add(F.unfold(img.double(), p, stride=p).transpose(1, 2).flatten(0, 1))  # (B*N, 3p^2)
+    patches = over_ranks(patches)
+    return patches.mean, torch.linalg.eigh(patches.covariance)[1][:, -components:]  # eigenvalues ascend
 
 
 def patch_pca(img, mean, basis, p):
@@ -135,102 +173,684 @@ def patch_pca(img, mean, basis, p):
     return F.fold(x.transpose(1, 2), img.shape[2:], p, stride=p).clamp(0, 1)
 
 
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Fréchet distance of two Gaussians: means (D,), covariances (D, D), numpy or torch -> float, computed in float64.
+
+    tr (S1 S2)^(1/2) is the sum of the singular values of L1^T L2, S = L L^T. L comes from the eigenvalues of S above
+    rounding, so a covariance of low rank does no harm. Raises ValueError for shapes that differ or entries that are not finite.
+    """
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x, dtype=torch.float64).cpu() for x in (mu1, sigma1, mu2, sigma2))
+    D = len(mu1)
+    if not mu1.shape == mu2.shape == (D,) or not sigma1.shape == sigma2.shape == (D, D):
+        raise ValueError(f"statistics of {tuple(mu1.shape)}, {tuple(sigma1.shape)} and {tuple(mu2.shape)}, {tuple(sigma2.shape)} have no "
+                         "distance: both need a mean (D,) and a covariance (D, D) of the same features")
+    if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError("statistics are not finite")
+
+    def factor(sigma):
+        values, vectors = torch.linalg.eigh(sigma)
+        kept = values > values[-1] * D * torch.finfo(torch.float64).eps
+        return vectors[:, kept] * values[kept].sqrt()  # (D, rank)
+    cross = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum()
+    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross).clamp(min=0).item()
+
+
+def split_sums(logits, split, splits):
+    """What the Inception score sums over images: logits (B, K), the split (B,) of each image ->
+    (splits, 2 + K): number of images, sum of p log p, sum of the probabilities p."""
+    p, log_p = logits.double().softmax(1), logits.double().log_softmax(1)
+    rows = torch.cat([torch.ones_like(p[:, :1]), (p * log_p).sum(1, keepdim=True), p], dim=1)
+    return rows.new_zeros(splits, rows.shape[1]).index_add(0, split.to(rows.device), rows)
+
+
+def score_of_sums(sums):
+    """The Inception score (mean, standard deviation over splits) from the split_sums of all images."""
+    p = sums[:, 2:] / sums[:, :1]  # p(y) in each split
+    score = (sums[:, 1] / sums[:, 0] - torch.xlogy(p, p).sum(1)).exp()
+    return score.mean().item(), score.std(correction=0).item()
+
+
+def inception_score(logits, splits=10):
+    """Inception score of N images from their bias-free logits (N, K): (mean, standard deviation) over `splits` consecutive
+    parts (fewer if there are fewer images). It depends on the order of the images through the parts."""
+    splits = min(splits, len(logits))
+    return score_of_sums(split_sums(logits, torch.arange(len(logits)) * splits // len(logits), splits))
+
+
+class ConvBN(nn.Module):
+    """Convolution, batch norm, ReLU. Stride 1 keeps the size unless `valid`; stride 2 takes no padding."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, valid=False):
+        super().__init__()
+        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = 0 if valid or stride == 2 else (kernel[0] // 2, kernel[1] // 2)
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=0.001)  # TensorFlow's epsilon; PyTorch's default is 1e-5
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Mixed(nn.Module):
+    """An Inception block: branches on the same input, concatenated. branches: {name: layers}; a layer is a pooling's name or
+    the (channels, kernel[, stride]) of a convolution, or a list of two convolutions side by side."""
+
+    def __init__(self, c_in, branches):
+        super().__init__()
+        self.plan, self.channels = [], 0  # for each branch its poolings and lists of convolutions' names, in order
+        for name, layers in branches.items():
+            c, steps = c_in, []
+            convolutions = sum(not isinstance(layer, str) for layer in layers)
+            for layer in layers:
+                if not isinstance(layer, str):
+                    pair = layer if isinstance(layer, list) else [layer]
+                    number = f"_{sum(isinstance(s, list) for s in steps) + 1}" if convolutions > 1 else ""  # as torchvision's names
+                    names = [name + number + letter for letter in ("ab" if len(pair) > 1 else [""])]
+                    for n, spec in zip(names, pair):
+                        self.add_module(n, ConvBN(c, *spec))
+                    c, layer = sum(spec[0] for spec in pair), names
+                steps.append(layer)
+            self.plan.append(steps)
+            self.channels += c
+
+    def forward(self, x):
+        outputs = []
+        for steps in self.plan:
+            y = x
+            for step in steps:
+                if step == "average":  # TensorFlow's average leaves the padding out of the count; PyTorch's default does not
+                    y = F.avg_pool2d(y, 3, 1, 1, count_include_pad=False)
+                elif step == "max":
+                    y = F.max_pool2d(y, 3, 1, 1)
+                elif step == "max, halved":
+                    y = F.max_pool2d(y, 3, 2)
+                else:
+                    y = torch.cat([getattr(self, name)(y) for name in step], dim=1)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1)
+
+
+def mixed_5(pool):
+    return {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)],
+            "branch_pool": ["average", (pool, 1)]}
+
+
+def mixed_6(c):
+    row, column = (1, 7), (7, 1)
+    return {"branch1x1": [(192, 1)], "branch7x7": [(c, 1), (c, row), (192, column)],
+            "branch7x7dbl": [(c, 1), (c, column), (c, row), (c, column), (192, row)], "branch_pool": ["average", (192, 1)]}
+
+
+def mixed_7(pooling):
+    fork = [(384, (1, 3)), (384, (3, 1))]
+    return {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), fork], "branch3x3dbl": [(448, 1), (384, 3), fork],
+            "branch_pool": [pooling, (192, 1)]}
+
+
+class InceptionV3(nn.Module):
+    """The network of FID and IS: img (B, 3, H, W) in [0, 1], any size -> pool features (B, 2048), bias-free logits (B, 1008).
+
+    path: pytorch-fid's pt_inception-2015-12-05-6726825d.pth (INCEPTION_URL), a port of TensorFlow's 2015 graph. Raises
+    FileNotFoundError, and ValueError for another file. In eval mode on the CPU, without gradients.
+    """
+
+    def __init__(self, path):
+        super().__init__()
+        stem = {"Conv2d_1a_3x3": (3, 32, 3, 2), "Conv2d_2a_3x3": (32, 32, 3, 1, True), "Conv2d_2b_3x3": (32, 64, 3),
+                "Conv2d_3b_1x1": (64, 80, 1), "Conv2d_4a_3x3": (80, 192, 3, 1, True)}
+        blocks = {
+            "Mixed_5b": mixed_5(32), "Mixed_5c": mixed_5(64), "Mixed_5d": mixed_5(64),
+            "Mixed_6a": {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)], "branch_pool": ["max, halved"]},
+            "Mixed_6b": mixed_6(128), "Mixed_6c": mixed_6(160), "Mixed_6d": mixed_6(160), "Mixed_6e": mixed_6(192),
+            "Mixed_7a": {"branch3x3": [(192, 1), (320, 3, 2)],
+                         "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)], "branch_pool": ["max, halved"]},
+            # the 2015 graph pools by maximum in its last block, where the published architecture averages
+            "Mixed_7b": mixed_7("average"), "Mixed_7c": mixed_7("max"),
+        }
+        for name, spec in stem.items():
+            self.add_module(name, ConvBN(*spec))
+        channels = 192
+        for name, branches in blocks.items():
+            self.add_module(name, Mixed(channels, branches))
+            channels = getattr(self, name).channels
+        self.fc = nn.Linear(channels, 1008)  # TensorFlow's 1008 classes, of which 1000 are ImageNet's
+
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: no such file; it is {INCEPTION_URL}")
+        counter = lambda names: {k for k in names if not k.endswith("num_batches_tracked")}  # absent from the file
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            own = self.state_dict()
+            wrong = sorted(counter(own) ^ counter(state)) or sorted(k for k in counter(own) if own[k].shape != state[k].shape)
+        except Exception as e:  # torch.load raises many types; all mean that the file is another
+            raise ValueError(f"{path} is not pytorch-fid's Inception ({type(e).__name__}); it is {INCEPTION_URL}") from None
+        if wrong:
+            raise ValueError(f"{path} is not pytorch-fid's Inception: {len(wrong)} tensors missing, unknown or of another shape, {wrong[0]}")
+        self.load_state_dict({**own, **state})
+        self.eval().requires_grad_(False)
+
+    def forward(self, img):
+        # bilinear, half-pixel centres, no antialiasing: pytorch-fid's resize, part of what makes FIDs comparable
+        x = F.interpolate(img.float(), size=(299, 299), mode="bilinear", align_corners=False)
+        x = 2 * x - 1  # the 2015 graph takes [-1, 1], torchvision's network ImageNet's mean and deviation
+        for name, block in self.named_children():
+            if name in ("Conv2d_3b_1x1", "Mixed_5b"):
+                x = F.max_pool2d(x, 3, 2)
+            if name != "fc":
+                x = block(x)
+        pool = x.mean(dim=(2, 3))  # (B, 2048)
+        return pool, pool @ self.fc.weight.T  # IS was defined on TensorFlow's logits before their bias
+
+
+def linear_probe(x, y, test_x, test_y, seed=0, epochs=40, batch=1024, rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3)):
+    """Accuracy in % of a linear classifier on frozen features: x (n, D), labels y (n,) to fit, test_x and test_y to measure.
+
+    Softmax regression on standardised features by SGD (momentum 0.9, cosine schedule), one classifier for each learning
+    rate; a tenth of x, kept back, chooses among them. Returns (accuracy, learning rate), the same for the same seed.
+    """
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x, test_x, classes = (x - mean) / std, (test_x - mean) / std, int(y.max()) + 1
+    random = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(x), generator=random).to(x.device)
+    held, kept = order[:len(x) // 10], order[len(x) // 10:]
+    heads = [nn.Linear(x.shape[1], classes, device=x.device) for _ in rates]
+    for p in (p for head in heads for p in head.parameters()):
+        nn.init.zeros_(p)
+    optimizer = torch.optim.SGD([{"params": head.parameters(), "lr": lr} for head, lr in zip(heads, rates)], momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(kept) // batch))
+    with torch.enable_grad():
+        for _ in range(epochs):
+            for i in kept[torch.randperm(len(kept), generator=random).to(x.device)].split(batch):
+                loss = sum(F.cross_entropy(head(x[i]), y[i]) for head in heads)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    accuracy = lambda head, x, y: 100 * (head(x).argmax(1) == y).double().mean().item()
+    best = max(range(len(rates)), key=lambda i: accuracy(heads[i], x[held], y[held]))
+    return accuracy(heads[best], test_x, test_y), rates[best]
+
+
+def nearest_neighbours(x, y, test_x, test_y, k=20, temperature=0.07):
+    """Accuracy in % of k-NN by cosine on features x (n, D), labels y (n,): votes weigh exp(cosine / temperature), as DINO's."""
+    x, right = F.normalize(x.float(), dim=1), 0
+    for i in range(0, len(test_x), 512):
+        cosine, nearest = (F.normalize(test_x[i:i + 512].float(), dim=1) @ x.T).topk(min(k, len(x)))  # (b, k)
+        votes = cosine.new_zeros(len(cosine), int(y.max()) + 1).scatter_add_(1, y[nearest], (cosine / temperature).exp())
+        right += (votes.argmax(1) == test_y[i:i + 512]).sum().item()
+    return 100 * right / len(test_x)
+
+
+class Readable(Dataset):
+    """Items of datasets of the same files: (number, images, label, None), or (number, None, None, why) for a file that cannot be
+    used, so that an evaluation can name them all. Images that differ in size from number 0 cannot: a batch has one size."""
+
+    def __init__(self, *datasets):
+        self.datasets, self.shape = datasets, None
+
+    def __len__(self):
+        return len(self.datasets[0])
+
+    def __getitem__(self, n):
+        try:
+            self.shape = self.shape or self.datasets[0][0][0].shape
+            images, labels = zip(*(d[n] for d in self.datasets))
+            if images[0].shape != self.shape:
+                sizes = [f"{s[2]}x{s[1]}" for s in (images[0].shape, self.shape)]
+                raise ValueError(f"{self.datasets[0].path(n)} is {sizes[0]}, the first is {sizes[1]}: --resolution 256 crops all to 256x256")
+        except ValueError as e:
+            return n, None, None, str(e)
+        return n, images, labels[0], None
+
+
+def collate(items):
+    """Items of Readable -> (numbers, tuple of batches (b, 3, H, W), labels (b,)) of what can be used, and the reasons of the rest."""
+    bad, good = [x[3] for x in items if x[3]], [x for x in items if not x[3]]
+    numbers, images, labels, _ = zip(*good) if good else ((), (), (), ())
+    return list(numbers), tuple(map(torch.stack, zip(*images))), torch.tensor(labels), bad
+
+
+class NpzImages(Dataset):
+    """Images of an .npz in the layout of ADM's sample batches: `arr_0`, uint8 (N, H, W, 3); read in place if not compressed."""
+
+    def __init__(self, path):
+        try:
+            with zipfile.ZipFile(path) as z, z.open("arr_0.npy") as f:
+                entry = z.getinfo("arr_0.npy")
+                version = np.lib.format.read_magic(f)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, fortran, dtype = read(f)
+                start = f.tell()
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+                raise ValueError(f"arr_0 is {dtype} {shape}; it must be uint8 (N, H, W, 3)")
+            if entry.compress_type == zipfile.ZIP_STORED:
+                with open(path, "rb") as f:
+                    f.seek(entry.header_offset)
+                    local = f.read(30)
+                start += entry.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+                self.images = np.memmap(path, np.uint8, "r", start, shape)
+            else:
+                self.images = np.load(path)["arr_0"]
+        except (KeyError, OSError, ValueError, zipfile.BadZipFile) as e:
+            raise ValueError(f"{path} is neither images nor statistics ({e}): an .npz holds arr_0, or mu and sigma") from None
+        self.file = path
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, n):
+        return torch.from_numpy(np.array(self.images[n])).permute(2, 0, 1), 0  # uint8 (3, H, W)
+
+    def path(self, n):
+        return f"{self.file}[{n}]"
+
+
+def sha256(path):
+    """SHA-256 of a file, in hex."""
+    return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
+
+
+def commit():
+    """The commit that this code is at, or "unknown" outside a git checkout."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except FileNotFoundError:
+        return "unknown"
+
+
 def parse_args(argv=None):
-    ap = argparse.ArgumentParser(description="PSNR and SSIM of a tokenizer's reconstructions")
-    ap.add_argument("--data", nargs="+", required=True, metavar="PATH", help="images to measure: folders or .zip archives")
-    ap.add_argument("--weights", default="out/model.safetensors", help="tokenizer: a file, or uniflow-internvit, the authors' [%(default)s]")
-    ap.add_argument("--resolution", default="native", choices=["native", "256"], help="size at which reconstructions are "
-                    "compared: the model's native size (the paper's Table 3a), or resized to 256 (Table 1) [%(default)s]")
-    ap.add_argument("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
-    ap.add_argument("--seed", type=int, default=0, help="of the decoding noise [%(default)s]")
-    ap.add_argument("--batch_size", type=int, default=32, help="images at a time [%(default)s]")
-    ap.add_argument("--bf16", action="store_true", help="bf16 autocast instead of fp32 without TF32")
-    ap.add_argument("--pca", action="store_true", help="add the row of a per-patch linear PCA with as many components as "
-                    "the latent has channels, fitted on --fit")
-    ap.add_argument("--fit", nargs="+", metavar="PATH", help="images that the PCA is fitted on")
-    ap.add_argument("--out", metavar="FILE", help="also write the report as JSON")
+    ap = argparse.ArgumentParser(description="How good is a tokenizer? Runs the same under torchrun. Every report says its protocol.")
+    add = ap.add_argument
+    add("--data", nargs="+", metavar="PATH", help="images to measure: folders or .zip archives")
+    add("--weights", default="out/model.safetensors", help="tokenizer: a file, or uniflow-internvit, the authors' [%(default)s]")
+    add("--fit", nargs="+", metavar="PATH", help="images that PCA and probe are fitted on")
+    # what to measure
+    add("--inception", default=INCEPTION_URL, metavar="FILE", help="the network of rFID and IS: pytorch-fid's file or a URL, or none to "
+        "leave both out [downloaded once, 91 MB]")
+    add("--pca", action="store_true", help="add the row of a per-patch linear PCA with as many components as the latent has channels")
+    add("--probe", action="store_true", help="add a linear probe and 20-NN of the encoder and its teacher, and their cosine at every layer")
+    add("--teacher", metavar="NAME|FILE", help="for --probe [as the weights file says]")
+    add("--teacher_weights", metavar="PATH|random", help="for --probe [as the weights file says]")
+    # or
+    add("--fid", nargs="+", metavar="A", help="instead: the FID between A and B, each a folder, a .zip, or an .npz of images (arr_0) or statistics "
+        "(mu, sigma); one alone with --save_stats")
+    add("--save_stats", metavar="FILE", help="with --fid: write mu and sigma of A to this .npz")
+    add("--latent_stats", action="store_true", help="instead: mean and standard deviation of every latent channel over --data, into the weights "
+        "file (or --out), for encode and decode to normalise with")
+    add("--save_latents", metavar="FOLDER", help="instead: write the normalised latents of --data and their labels as safetensors; resumes")
+    # how
+    add("--resolution", default="native", choices=["native", "256"], help="size at which reconstructions are compared: the model's native size "
+        "(the paper's Table 3a), or resized to 256 (Table 1); with --fid, images as they are or cropped to 256 [%(default)s]")
+    add("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
+    add("--seed", type=int, default=0, help="of the decoding noise and of the probe [%(default)s]")
+    add("--batch_size", type=int, default=32, help="images at a time, on each rank [%(default)s]")
+    add("--bf16", action="store_true", help="run the tokenizer in bf16 autocast instead of fp32 without TF32; with --save_latents also store bf16")
+    add("--out", metavar="FILE", help="also write the report as JSON")
     args = ap.parse_args(argv)
     if args.batch_size < 1 or args.steps < 1:
         ap.error(f"batch_size {args.batch_size} and steps {args.steps} must be at least 1")
-    if args.pca and not args.fit:
-        ap.error("--pca needs --fit PATH, the images that the PCA is fitted on (not those it is measured on)")
+    if sum(map(bool, (args.fid, args.latent_stats, args.save_latents))) > 1:
+        ap.error("--fid, --latent_stats and --save_latents are jobs of their own: give one")
+    if args.fid and len(args.fid) != (1 if args.save_stats and len(args.fid) == 1 else 2):
+        ap.error(f"--fid compares A and B, got {len(args.fid)}; --fid A --save_stats FILE.npz only saves")
+    if args.fid and args.inception == "none":
+        ap.error("--fid needs --inception")
+    if not args.fid and not args.data:
+        ap.error("--data PATH is needed: the images to measure")
+    if (args.pca or args.probe) and not args.fit:
+        ap.error("--pca and --probe need --fit PATH, images that they are fitted on (not those they are measured on)")
+    for path in filter(None, (args.out, args.save_stats)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            ap.error(f"{path}: there is no folder {os.path.dirname(path)}")
     return args
 
 
+class Job:
+    """One run of the command line: its arguments, this rank's share of the images, exchange among ranks, the report."""
+
+    def __init__(self, args):
+        self.args, self.start, self.bad = args, time.time(), []
+        self.rank, self.ranks, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        self.device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16)
+        self.precision = "bf16 autocast" if args.bf16 else "fp32 without TF32"
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
+        if self.ranks > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo")  # little is exchanged: sums, at the end
+
+    def gather(self, x):
+        """Every rank's x, in rank order, on every rank."""
+        parts = [x] * self.ranks
+        if self.ranks > 1:
+            dist.all_gather_object(parts, x)
+        return parts
+
+    def together(self, moments):
+        """The Moments of all ranks' rows, on the CPU."""
+        whole = Moments()
+        for count, mean, scatter in self.gather((moments.count, *(torch.as_tensor(x).cpu() for x in (moments.mean, moments.scatter)))):
+            if count:
+                whole.merge(count, mean, scatter)
+        return whole
+
+    def crops(self, paths, size):
+        from data import ImageDataset
+
+        data = ImageDataset(paths, size, train=False)
+        if len(data) < 2 and self.args.inception != "none":
+            raise ValueError(f"{' '.join(paths)} holds {len(data)} image; a covariance, and so an FID, needs at least 2 (or --inception none)")
+        return data
+
+    def images(self, note, *datasets, numbers=None):
+        """Yields this rank's images: (numbers, one batch (b, 3, H, W) in [0, 1] of each dataset, labels). All ranks must exhaust it.
+
+        An image that cannot be used is never left out: the others are then read only to find out how many there are, and
+        ValueError names them.
+        """
+        from tqdm import tqdm
+
+        numbers = range(self.rank, len(datasets[0]), self.ranks) if numbers is None else numbers
+        workers = min(8, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        loader = DataLoader(Subset(Readable(*datasets), numbers), self.args.batch_size, num_workers=workers, collate_fn=collate,
+                            pin_memory=self.device.type == "cuda")
+        bad = []
+        with tqdm(total=len(numbers), desc=note, unit="img", disable=None if self.rank == 0 else True, leave=False) as bar:
+            for n, batch, labels, reasons in loader:
+                bad += reasons
+                bar.update(len(n) + len(reasons))
+                if n and not bad:
+                    yield n, *(img.to(self.device, non_blocking=True) / 255 for img in batch), labels
+        bad = sum(self.gather(bad), [])
+        if bad:
+            raise ValueError(f"{len(bad)} of {len(datasets[0])} images cannot be used, so there are no figures: {'; '.join(bad[:10])}"
+                             + "; ..." * (len(bad) > 10))
+
+    def inception(self):
+        """(network, what to call it) as --inception says, (None, None) for none."""
+        from encoder import fetch
+
+        if self.args.inception == "none":
+            return None, None
+        try:
+            path = fetch(self.args.inception)
+        except OSError as e:
+            raise OSError(f"{e}; or leave rFID and IS out: --inception none") from None
+        network, digest = InceptionV3(path).to(self.device), sha256(path)
+        known = digest.startswith("6726825d")
+        return network, (f"Inception {os.path.basename(path)} (sha256 {digest[:8]}{'' if known else ', NOT that of pytorch-fid: compare with nothing'}), "
+                         "bilinear resize to 299 without antialiasing, float64 statistics")
+
+    def finish(self, report, table):
+        """Print the report on rank 0, write it to --out as JSON, and return it."""
+        from encoder import write_atomically
+
+        on_gpu = self.device.type == "cuda"
+        report.update(code=commit(), torch=torch.__version__, ranks=self.ranks, seconds=round(time.time() - self.start, 1),
+                      device=torch.cuda.get_device_name() if on_gpu else "cpu",
+                      memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None)
+        if self.rank == 0:
+            for key in ("weights", "step", "teacher", "data", "fit", "images", "protocol", "warning"):
+                if report.get(key) is not None:
+                    print(f"{key:9s} {' '.join(report[key]) if isinstance(report[key], list) else report[key]}")
+            print("\n" + "\n".join(table))
+            if self.args.out and not self.args.latent_stats:
+                write_atomically(self.args.out, lambda f: f.write(json.dumps(report, indent=1).encode()))
+        if self.ranks > 1:
+            dist.barrier()
+        return report
+
+
+def warn_of_few(n):
+    """A covariance of 2048 dimensions from fewer images has not even full rank."""
+    return f"FID of {n} images, fewer than the 2048 dimensions of its covariance: such a figure means little" if n < 2048 else None
+
+
 @torch.no_grad()
-def main(argv=None):
-    """Measure a tokenizer as the command line asks, print the report, and return it as a dict."""
+def between_sets(job):
+    """--fid A B: the distance between two sets of images or statistics; the Inception score of images."""
+    from encoder import write_atomically
+
+    args, table, found, counts = job.args, [], [], []
+    network, name = job.inception()
+    for which, path in zip("AB", args.fid):
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{path}: no such folder, .zip or .npz")
+        if path.endswith(".npz") and {"mu", "sigma"} <= set(np.load(path).files):
+            found.append([np.load(path)[key] for key in ("mu", "sigma")])
+            table.append(f"{which}: statistics of {path}")
+            continue
+        data = NpzImages(path) if path.endswith(".npz") else job.crops([path], None if args.resolution == "native" else 256)
+        pools, splits, start = Moments(), min(10, len(data)), time.time()
+        sums = torch.zeros(splits, 1010, dtype=torch.float64)
+        for n, img, _ in job.images(f"features of {which}", data):
+            pool, logits = network(img)
+            pools.add(pool)
+            sums += split_sums(logits, torch.tensor(n) * splits // len(data), splits).cpu()
+        pools, score = job.together(pools), score_of_sums(sum(job.gather(sums)))
+        found.append((pools.mean, pools.covariance))
+        counts.append(len(data))
+        table.append(f"{which}: {len(data):,} images of {path}, IS {score[0]:.2f} +- {score[1]:.2f}, {len(data) / (time.time() - start):.0f} img/s")
+    report = {"fid": frechet_distance(*found[0], *found[1]) if len(found) == 2 and job.rank == 0 else None, "sets": table, "warning": warn_of_few(min(counts, default=2048)),
+              "protocol": f"{name}; " + ("images as they are" if args.resolution == "native" else "folders and archives in ADM crops of 256 px")}
+    if report["fid"] is not None:
+        table.append(f"FID {report['fid']:.3f}")
+    if args.save_stats and job.rank == 0:
+        write_atomically(args.save_stats, lambda f: np.savez(f, mu=np.asarray(found[0][0]), sigma=np.asarray(found[0][1])))
+        table.append(f"statistics of A in {args.save_stats}")
+    return job.finish(report, table)
+
+
+@torch.no_grad()
+def latent_statistics(job, enc, dec, inputs, info, about):
+    """--latent_stats: per-channel mean and standard deviation of the latents, into the weights file."""
+    from encoder import write_model
+    from safetensors.torch import load_file
+
+    weights, latents = about["weights"], Moments()
+    if "released" in info and not job.args.out:
+        raise ValueError(f"{weights} is the authors' file and stays as it is: give --out NEW.safetensors")
+    for _, img, _ in job.images("latents", inputs):
+        with job.autocast:
+            latents.add(enc(img)[0].transpose(0, 1).flatten(1).T)  # (b*h*w, C), not normalised
+    latents = job.together(latents)
+    mean, std = latents.mean.float(), (latents.scatter.diagonal() / latents.count).sqrt().float()
+    if not (std > 0).all():
+        raise ValueError(f"latent channels {torch.nonzero(std <= 0).flatten().tolist()} are constant, nothing to normalise by: train longer")
+    target = job.args.out or weights
+    if job.rank == 0:
+        if "released" in info:
+            tensors = {f"{part}.{k}": x for part, module in (("encoder", enc), ("decoder", dec)) for k, x in module.cpu().state_dict().items()}
+            info = {**{k: v for k, v in info.items() if k != "released"}, "decoder": vars(dec.config)}
+        else:
+            tensors = load_file(weights)
+        write_model(target, {**info, "latent_images": len(inputs)}, {**tensors, "latent_mean": mean, "latent_std": std})
+    return job.finish({**about, "latent_mean": mean.tolist(), "latent_std": std.tolist(),
+                       "protocol": f"ADM centre crops to {info['size']} px, {job.precision}, per channel over images and positions"},
+                      [f"mean      {' '.join(f'{x:.3f}' for x in mean)}", f"deviation {' '.join(f'{x:.3f}' for x in std)}",
+                       f"in {target}: encode now returns latents of mean 0 and deviation 1 there, and decode undoes it"])
+
+
+@torch.no_grad()
+def save_latents(job, enc, inputs, info, about, shard=1024):
+    """--save_latents: normalised latents and labels in files of `shard` images, each written whole or not at all; what is there stays."""
+    from encoder import write_atomically, write_model
+    from safetensors import SafetensorError, safe_open
+
+    folder, dtype = job.args.save_latents, torch.bfloat16 if job.args.bf16 else torch.float32
+    if not (enc.latent_mean.any() or (enc.latent_std != 1).any()):
+        raise ValueError(f"{about['weights']} has no latent statistics yet: python eval.py --latent_stats --data TRAIN --weights {about['weights']}")
+    made_of = {"weights_sha256": about["weights_sha256"], "data_sha256": hashlib.sha256(inputs.names).hexdigest(), "images": len(inputs), "dtype": str(dtype)}
+    os.makedirs(folder, exist_ok=True)
+    path_of, missing = lambda k: os.path.join(folder, f"latents_{k:05d}.safetensors"), []
+    for k in range(job.rank, -(-len(inputs) // shard), job.ranks):
+        if not os.path.exists(path_of(k)):
+            missing.append(range(k * shard, min(len(inputs), (k + 1) * shard)))
+            continue
+        try:
+            with safe_open(path_of(k), "pt") as f:
+                have = json.loads(f.metadata()["config"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{path_of(k)} is damaged ({e}): delete it and run this again") from None
+        if made_of.items() - have.items():
+            raise ValueError(f"{path_of(k)} is of other weights, data or precision: use another folder")
+    z, labels, order = [], [], iter(missing)
+    span = next(order, None)
+    for n, img, y in job.images("latents", inputs, numbers=[i for span in missing for i in span]):
+        with job.autocast:
+            z += enc.encode(img).to(dtype).cpu()
+        labels += y.tolist()
+        while span and len(z) >= len(span):
+            m = len(span)
+            write_model(path_of(span[0] // shard), {**made_of, "first": span[0]}, {"latents": torch.stack(z[:m]), "labels": torch.tensor(labels[:m])})
+            z, labels, span = z[m:], labels[m:], next(order, None)
+    if job.rank == 0:
+        index = {**made_of, **about, "classes": inputs.classes, "shard": shard, "protocol": f"ADM centre crops to {info['size']} px, {job.precision}"}
+        write_atomically(os.path.join(folder, "index.json"), lambda f: f.write(json.dumps(index, indent=1).encode()))
+    return job.finish(about, [f"{len(inputs):,} normalised latents with labels in {folder}, {sum(job.gather(len(missing)))} files of {shard} written now"])
+
+
+@torch.no_grad()
+def reconstruction(job, enc, dec, inputs, native, results):
+    """PSNR, both SSIMs, rFID and IS of the tokenizer, and of the PCA beside it, into results[row]; returns the protocol."""
     from PIL import Image
-    from torch.utils.data import StackDataset
-    from tqdm import tqdm
 
-    from data import ImageDataset, to_tensor
-    from decoder import Decoder
-    from encoder import Encoder, fetch, read_config
+    from data import to_tensor
 
-    args = parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
-    weights = fetch(args.weights)
-    enc, dec = Encoder.from_pretrained(weights).to(device), Decoder.from_pretrained(weights).to(device)
-    info = read_config(weights)
-    native, p = info["size"], dec.config.patch
+    args, p, C = job.args, dec.config.patch, dec.config.latent_dim
     size = native if args.resolution == "native" else int(args.resolution)
+    network, name = job.inception()
 
-    def batches(dataset, note):
-        loader = DataLoader(dataset, args.batch_size, num_workers=min(8, os.cpu_count()), pin_memory=device.type == "cuda")
-        return tqdm(loader, desc=note, disable=None, leave=False)
-
-    def compare_at(rec):  # (B, 3, native, native) -> (B, 3, size, size), rounded to uint8 before and after the resize
+    def compare_at(rec):  # (b, 3, native, native) -> (b, 3, size, size), rounded to uint8 before and after the resize
         rec = (rec * 255).round().to(torch.uint8).cpu()
         if size != native:
             shape, how = (size, size), Image.Resampling.BICUBIC
             rec = torch.stack([to_tensor(Image.fromarray(r.permute(1, 2, 0).numpy()).resize(shape, how)) for r in rec])
-        return rec.to(device) / 255
+        return rec.to(job.device) / 255
 
-    inputs = ImageDataset(args.data, native, train=False)
-    pairs = inputs if size == native else StackDataset(inputs, ImageDataset(args.data, size, train=False))
+    rows, total, splits = ["tokenizer"], len(inputs), min(10, len(inputs))
     if args.pca:
-        fit = ImageDataset(args.fit, native, train=False)
-        mean, basis = fit_patch_pca((img.to(device) / 255 for img, _ in batches(fit, "fit PCA")), p, dec.config.latent_dim)
-
-    values = {}  # row -> metric -> one float per image
-    done = 0
-    for pair in batches(pairs, "evaluate"):
-        (img, _), (ref, _) = (pair, pair) if size == native else pair
-        img, ref = img.to(device) / 255, ref.to(device) / 255
-        noise = image_noise(range(done, done + len(img)), (native // p) ** 2, 3 * p * p, args.seed).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            rec = dec.decode(enc.encode(img), args.steps, noise).float()
-        rows = {"tokenizer": rec}
+        rows.append(f"PCA, {C} per patch")
+        mean, basis = (x.to(job.device) for x in fit_patch_pca((img for _, img, _ in job.images("fit PCA", job.crops(args.fit, native))), p, C, job.together))
+    scores = {row: torch.zeros(3, dtype=torch.float64) for row in rows}  # sums over images: PSNR, ssim, ssim_paper
+    sums = {row: torch.zeros(splits, 1010, dtype=torch.float64) for row in rows}
+    pools = {row: Moments() for row in ("reference", *rows)}
+    for n, img, *ref, _ in job.images("reconstruct", inputs, *([job.crops(args.data, size)] if size != native else [])):
+        ref = ref[0] if ref else img  # the ADM crop of the original at the size of comparison
+        noise = image_noise(n, (native // p) ** 2, 3 * p * p, args.seed).to(job.device)
+        with job.autocast:
+            recs = [dec.decode(enc.encode(img), args.steps, noise).float()]
         if args.pca:
-            rows[f"PCA, {dec.config.latent_dim} per patch"] = patch_pca(img, mean, basis, p)
-        for row, rec in rows.items():
-            rec = compare_at(rec)
-            scores = {"psnr": psnr(ref, rec), "ssim": ssim(ref, rec), "ssim_paper": ssim(ref, rec, "uniform", 2.0)}
-            for metric, x in scores.items():
-                values.setdefault(row, {}).setdefault(metric, []).extend(x.tolist())
-        done += len(img)
-    report = {
-        "weights": weights, "step": info.get("step"), "teacher": info.get("teacher"), "commit": info.get("commit"),
-        "data": args.data, "images": done, "fit": args.fit if args.pca else None,
-        "protocol": f"ADM centre crop to {native} px in; compared at {size} px as uint8"
-                    + (", PIL bicubic," if size != native else "") + f" with the ADM crop of the original; {args.steps} Euler "
-                    f"step{'s' * (args.steps > 1)}, noise from (seed {args.seed}, image number); "
-                    f"{'bf16 autocast' if args.bf16 else 'fp32 without TF32'}; PSNR per image, then averaged; ssim: Gaussian 11x11, "
-                    "sigma 1.5, data_range 1; ssim_paper: uniform 7x7, data_range 2 (the released notebook's, flattering)",
-        "torch": torch.__version__, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "results": {row: {m: sum(x) / done for m, x in v.items()} for row, v in values.items()},
-    }
-    for key in ("weights", "step", "teacher", "data", "images", "protocol"):
-        print(f"{key:9s} {report[key]}")
-    print(f"\n{'':18s}  PSNR dB    ssim  ssim_paper")
+            recs.append(patch_pca(img, mean, basis, p))
+        if network:
+            pools["reference"].add(network(ref)[0])
+        for row, rec in zip(rows, map(compare_at, recs)):
+            scores[row] += torch.stack([x.sum() for x in (psnr(ref, rec), ssim(ref, rec), ssim(ref, rec, "uniform", 2.0))]).cpu()
+            if network:
+                pool, logits = network(rec)
+                pools[row].add(pool)
+                sums[row] += split_sums(logits, torch.tensor(n) * splits // total, splits).cpu()
+    scores, sums = ({row: sum(job.gather(x[row])) for row in rows} for x in (scores, sums))
+    pools = {row: job.together(x) for row, x in pools.items()}
+    for row in rows if job.rank == 0 else ():
+        results[row] = dict(zip(("psnr", "ssim", "ssim_paper"), (scores[row] / total).tolist()))
+        if network:
+            a, b = pools["reference"], pools[row]
+            results[row]["rfid"] = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+            results[row]["is"], results[row]["is_std"] = score_of_sums(sums[row])
+    return (f"ADM centre crop to {native} px in; compared at {size} px as uint8" + (", PIL bicubic," if size != native else "")
+            + f" with the ADM crop of the original; {args.steps} Euler step{'s' * (args.steps > 1)}, noise from (seed {args.seed}, image number); "
+            f"{job.precision}; PSNR per image, then averaged; ssim: Gaussian 11x11, sigma 1.5, data_range 1; ssim_paper: uniform 7x7, "
+            "data_range 2 (the released notebook's, flattering)"
+            + (f"; rFID against the same crops of the same images, IS in {splits} splits of file order; {name}" if network else ""))
+
+
+@torch.no_grad()
+def understanding(job, enc, teacher, inputs, fit):
+    """--probe: ({layer: {student and teacher: linear and 20-NN accuracy}}, mean cosine to the teacher of every layer), on rank 0."""
+    unknown = sorted(set(inputs.classes) - set(fit.classes))
+    if unknown or len(fit) < 20:
+        raise ValueError(f"--fit has {len(fit)} images and lacks the classes {' '.join(unknown[:5]) or '-'}: it needs at least 20 images, and every "
+                         "class of --data (the folder that an image is in)")
+    P, cosines = teacher.num_prefix, torch.zeros(len(teacher.blocks), dtype=torch.float64)
+
+    def features(data, note):
+        """({(layer, who): (n, D)}, labels (n,)) of all ranks' images in order, averaged over positions."""
+        parts, order, labels = {}, [], []
+        for n, img, y in job.images(note, data):
+            with job.autocast:
+                z, student = enc(img)
+                hidden = {"student": student, "teacher": teacher(img)}
+                pooled = {("latent", "student"): z.flatten(2).mean(2)}
+                for who, vit in ("student", enc.vit), ("teacher", teacher):
+                    pooled["last layer", who] = vit.norm(hidden[who][-1])[:, P:].mean(1)
+                    pooled["second to last", who] = hidden[who][-2][:, P:].mean(1)
+            for name, x in pooled.items():
+                parts.setdefault(name, []).append(x.float().cpu())
+            order, labels = order + n, labels + y.tolist()
+            if data is inputs:
+                for l, (s, t) in enumerate(zip(*hidden.values())):
+                    cosines[l] += F.cosine_similarity(s[:, P:].float(), t[:, P:].float(), dim=-1).mean(1).double().sum().item()
+        shares = [s for s in job.gather((order, labels, {name: torch.cat(x) for name, x in parts.items()})) if s[0]]
+        order = torch.tensor(sum((s[0] for s in shares), [])).argsort()
+        return ({name: torch.cat([s[2][name] for s in shares])[order].to(job.device) for name in shares[0][2]},
+                torch.tensor(sum((s[1] for s in shares), []))[order].to(job.device))
+
+    x, y = features(fit, "features of --fit")
+    test_x, test_y = features(inputs, "features of --data")
+    test_y = torch.tensor([fit.classes.index(c) for c in inputs.classes], device=job.device)[test_y]  # --fit's numbers of the classes
+    probe = {}
+    for layer, who in x if job.rank == 0 else ():
+        one = x[layer, who], y, test_x[layer, who], test_y
+        linear, rate = linear_probe(*one, job.args.seed)
+        probe.setdefault(layer, {})[who] = {"linear": linear, "learning_rate": rate, "knn": nearest_neighbours(*one)}
+    return probe, (sum(job.gather(cosines)) / len(inputs)).tolist()
+
+
+def main(argv=None):
+    """Measure as the command line asks, print the report, and return it as a dict; figures of many images are rank 0's alone."""
+    args = parse_args(argv)
+    job = Job(args)
+    if args.fid:
+        return between_sets(job)
+    from decoder import Decoder
+    from encoder import Encoder, fetch, load_teacher, read_config
+
+    weights = fetch(args.weights)
+    enc, dec = Encoder.from_pretrained(weights).to(job.device), Decoder.from_pretrained(weights).to(job.device)
+    info = read_config(weights)
+    inputs = job.crops(args.data, info["size"])
+    about = {"weights": weights, "weights_sha256": sha256(weights), "step": info.get("step"), "teacher": info.get("teacher"),
+             "commit": info.get("commit"), "data": args.data, "images": len(inputs)}
+    if args.latent_stats:
+        return latent_statistics(job, enc, dec, inputs, info, about)
+    if args.save_latents:
+        return save_latents(job, enc, inputs, info, about)
+
+    if args.probe:
+        named = args.teacher or info.get("teacher"), args.teacher_weights or (None if args.teacher else info.get("teacher_weights"))
+        teacher = load_teacher(*named).to(job.device)
+        if (teacher.config.patch, len(teacher.blocks)) != (dec.config.patch, len(enc.vit.blocks)):
+            raise ValueError(f"teacher {named[0]} has another patch or depth than {weights}: give its own with --teacher")
+        fit = job.crops(args.fit, info["size"])
+    report = {**about, "fit": args.fit, "results": {}}
+    report["protocol"] = reconstruction(job, enc, dec, inputs, info["size"], report["results"])
+    rated = args.inception != "none"
+    report["warning"] = warn_of_few(len(inputs)) if rated else None
+    table = [f"{'':18s}  PSNR dB    ssim  ssim_paper" + "      rFID             IS" * rated]
     for row, r in report["results"].items():
-        print(f"{row:18s}  {r['psnr']:7.2f}  {r['ssim']:.4f}      {r['ssim_paper']:.4f}")
-    if args.out:
-        with open(args.out, "w") as f:
-            json.dump(report, f, indent=1)
-    return report
+        table.append(f"{row:18s}  {r['psnr']:7.2f}  {r['ssim']:.4f}      {r['ssim_paper']:.4f}"
+                     + (f"  {r['rfid']:8.3f}  {r['is']:6.2f} +- {r['is_std']:.2f}" if rated else ""))
+    if args.probe:
+        report["probe"], report["cosine_to_teacher"] = understanding(job, enc, teacher, inputs, fit)
+        report["protocol"] += ("; probe: features averaged over positions; softmax regression, 40 epochs of SGD, learning rate chosen on a tenth of "
+                               "--fit; 20-NN by cosine, votes exp(cosine / 0.07)")
+        table += ["", f"{'accuracy in %':18s}  linear: student  teacher   20-NN: student  teacher"]
+        for layer, r in report["probe"].items():
+            cell = lambda who, kind: f"{r[who][kind]:7.2f}" if who in r else "      -"
+            table.append(f"{layer:18s}          {cell('student', 'linear')}  {cell('teacher', 'linear')}          {cell('student', 'knn')}  {cell('teacher', 'knn')}")
+        table.append("cosine to the teacher, layer by layer: " + " ".join(f"{c:.3f}" for c in report["cosine_to_teacher"]))
+    return job.finish(report, table)
 
 
 def demo():
@@ -247,5 +867,6 @@ if __name__ == "__main__":
     try:
         main() if sys.argv[1:] else demo()
     except (OSError, ValueError) as e:
-        print(f"eval.py: {str(e).splitlines()[-1]}", file=sys.stderr)
+        who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{who}eval.py: {str(e).splitlines()[-1]}", file=sys.stderr)
         sys.exit(2)

@@ -5,6 +5,7 @@
     python sample.py --bench                         # how many pictures a second
 
 Weights: --weights, else out/model.safetensors, else the file that ships in weights/. Any size and aspect ratio goes in.
+A picture that cannot be read is named, the others go on, and the exit status is 1.
 """
 import argparse
 import os
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import EXTENSIONS, is_image, load_image, to_tensor
+from data import EXTENSIONS, MAX_PIXELS, is_image, load_image, to_tensor
 from decoder import Decoder, DecoderConfig
 from encoder import TEACHERS, Encoder, ViT, fetch, read_config
 from eval import comparison, image_noise, psnr, round_uint8, ssim
@@ -73,8 +74,10 @@ def resize_short_side(img, short):
     """PIL image with its shorter side at `short` pixels (bicubic, antialiased); 0: as it is."""
     if not short:
         return img
-    scale = short / min(img.size)
-    return img.resize([max(1, round(s * scale)) for s in img.size], Image.Resampling.BICUBIC)
+    W, H = (max(1, round(s * short / min(img.size))) for s in img.size)
+    if W * H > MAX_PIXELS:
+        raise ValueError(f"would grow from {img.width}x{img.height} to {W}x{H} pixels: give a smaller --size, or 0")
+    return img.resize((W, H), Image.Resampling.BICUBIC)
 
 
 def pad_to_patches(img, p):
@@ -153,12 +156,14 @@ def main(argv=None):
     if args.out:
         os.makedirs(args.out, exist_ok=True)
 
-    written = set()
+    written, unread = set(), 0
     for picture in tqdm(pictures, disable=None if len(pictures) > 1 else True):
         try:
             img = to_tensor(resize_short_side(load_image(picture), size))[None].to(device) / 255  # (1, 3, H, W)
-        except ValueError as e:
-            raise ValueError(f"{picture} {e}") from None
+        except ValueError as e:  # the others go on
+            tqdm.write(f"sample.py: {picture} {e}", file=sys.stderr)
+            unread += 1
+            continue
         start = time.perf_counter()
         z, rec = reconstruct(enc, dec, img, args.steps, args.seed)
         rec = round_uint8(rec).cpu()  # also waits for the GPU
@@ -174,11 +179,12 @@ def main(argv=None):
         C, h, w = z.shape[1:]
         tqdm.write(f"{path}: latent {C}x{h}x{w} | {img.numel() / z.numel():.1f}x | PSNR {psnr(img, rec).item():.2f} dB | "
                    f"SSIM {similarity} | {seconds:.2f} s")
+    return 1 if unread else 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except (OSError, ValueError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
         sys.exit(2)

@@ -4,16 +4,24 @@
 
 They run on the CPU in tiny configurations and need requirements-test.txt; `pytest test_all.py` runs the same functions.
 """
+import atexit
+import collections
 import contextlib
+import faulthandler
+import functools
 import hashlib
 import http.server
+import importlib.util
 import io
 import json
 import math
 import os
+import pickle
 import re
+import resource
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -23,6 +31,7 @@ import traceback
 import types
 import warnings
 import zipfile
+import zlib
 from dataclasses import asdict, replace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests' tolerances and recipes are the CPU's, on any machine
@@ -101,6 +110,7 @@ def picture(seed, width=40, height=30):
 
 def picture_folder(folder, n=10):
     """A folder of n pictures in two class folders, and the same as an archive; their two paths."""
+    os.makedirs(folder, exist_ok=True)
     root, archive = os.path.join(folder, "pictures"), os.path.join(folder, "pictures.zip")
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as z:
         for i in range(n):
@@ -109,6 +119,38 @@ def picture_folder(folder, n=10):
             picture(i, 40 + i, 30 + 2 * i).save(os.path.join(root, name))
             z.write(os.path.join(root, name), name)
     return root, archive
+
+
+@functools.cache
+def random_inception():
+    """(torch-fidelity's Inception with seeded random weights, path of a file of these under pytorch-fid's names)."""
+    package = types.ModuleType("torch_fidelity")  # without its __init__, which needs torchvision's compiled operators
+    package.__path__ = list(importlib.util.find_spec("torch_fidelity").submodule_search_locations)
+    sys.modules["torch_fidelity"] = package
+    from torch_fidelity import feature_extractor_inceptionv3 as theirs
+
+    class Random(theirs.FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            return None
+    theirs.load_state_dict_from_url = lambda *a, **k: None
+    torch.manual_seed(0)
+    network = Random("random", ["2048", "logits_unbiased"])
+    for m in network.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight)
+        if isinstance(m, nn.BatchNorm2d):  # all of it away from the defaults, so that each part is seen
+            m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.8, 1.6)
+            m.weight.data.uniform_(0.5, 1.2), m.bias.data.normal_(0, 0.1)
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    path = os.path.join(folder, os.path.basename(evaluation.INCEPTION_URL))
+    torch.save({k: v for k, v in network.state_dict().items() if "num_batches" not in k}, path)
+    return network, path
+
+
+def peak():
+    """The most memory that this process has ever held, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def close(a, b, tolerance=1e-6):
@@ -674,6 +716,203 @@ def test_files_that_do_not_fit_are_refused():
         assert not os.path.exists(os.path.join(tmp, "executed"))
 
 
+def micro_tokenizer(path):
+    """A tokenizer file of the MICRO configurations, its tensors and its metadata."""
+    _, enc, dec = micro_models()
+    config = {"vit": asdict(MICRO_VIT), "decoder": asdict(MICRO_DECODER), "size": 16, "step": 0, "id": "x"}
+    state = {"encoder": enc.state_dict(), "decoder": dec.state_dict(), "latent_mean": torch.zeros(8), "latent_std": torch.ones(8)}
+    train.export({**state, "step": 0, "id": "x", "config": config}, path)
+    return load_file(path), config
+
+
+class Payload:
+    """A pickle that makes a folder when it is executed."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def ways_in(path):
+    """Each function that reads weights, on `path`: {name: what it gave, or its error's text}; the error must be of the right kind."""
+    results = {}
+    for name, load in {"read_config": encoder.read_config, "encoder": encoder.Encoder.from_pretrained,
+                       "decoder": decoder.Decoder.from_pretrained, "own teacher": encoder.load_teacher,
+                       "teacher": lambda p: encoder.load_teacher("micro", p)}.items():
+        try:
+            results[name] = load(path)
+        except (ValueError, FileNotFoundError) as e:
+            assert len(str(e).splitlines()) == 1 and path in str(e) and len(str(e)) < 1000, f"{name}: {e!r}"
+            results[name] = str(e)
+    return results
+
+
+def test_hostile_weights():
+    encoder.TEACHERS["micro"] = MICRO_VIT
+    junk = {"width": [10 ** 6, 0, -32, "32", True, None, 32.0, [], 2 ** 70], "depth": [10 ** 9, 1000, "24", 1e3, -1, {}], "heads": [0, 3],
+            "patch": [0, 5], "activation": [[], "relu"], "eps": [math.nan, 0, -1e-6, "x"], "layer_scale": [math.inf, True, 1],
+            "num_prefix": [2, -1], "patch_bias": [1, "no"], "size": [0, 17, 10 ** 9], "surprise": [1], "pixel_stats": [{}, ""]}
+    junk_decoder = {"latent_dim": [0, -8, 10 ** 12, True, "8", None, [8]], "grid": [0, 65536, 10 ** 9], "gtb_depth": [-1, 10 ** 9, True],
+                    "width": [65536, 30], "flow_width": [65536, 0], "projector": [0, "x", []], "flow_depth": [999], "surprise": [1],
+                    "patch": [0, 65535]}
+    large = {("depth", 1000), ("flow_depth", 999), ("grid", 65536), ("patch", 65535), ("width", 65536), ("flow_width", 65536)}
+    with tempfile.TemporaryDirectory() as tmp:
+        path, bad = os.path.join(tmp, "good.safetensors"), os.path.join(tmp, "bad.safetensors")
+        state, config = micro_tokenizer(path)
+        blob, before = open(path, "rb").read(), peak()
+
+        def refused_by(path, *ways, words=""):
+            results = ways_in(path)
+            for way in ways:
+                assert isinstance(results[way], str) and words in results[way], f"{way} of {path}, {words}: {results[way]}"
+        for part, values, ways in ("vit", junk, ["read_config", "encoder", "own teacher"]), ("decoder", junk_decoder, ["decoder"]):
+            for field, x in ((k, x) for k in values for x in values[k]):
+                encoder.write_model(bad, {**config, part: {**config[part], field: x}}, state)
+                refused_by(bad, *ways, words="asks for" if type(x) is int and (field, x) in large else field)
+        for key, x in [("size", v) for v in (0, -16, 18, "16", None, True, 1e3, 10 ** 9, [])] + [("vit", 3), ("vit", []), ("vit", None)]:
+            encoder.write_model(bad, {**config, key: x}, state)
+            refused_by(bad, "read_config", "encoder")
+        for x in (3, [], "x", None, {}):
+            encoder.write_model(bad, {**config, "decoder": x}, state)
+            refused_by(bad, "encoder", "decoder")
+        for metadata in ({"config": "{"}, {"config": "[" * 10 ** 5}, {"config": '"x"'}, {"config": "[]"}, {"x": ""}, {"config": "{}"}, None):
+            save_file(state, bad, metadata)
+            refused_by(bad, "read_config", "encoder", "decoder", "own teacher", "teacher")
+        assert peak() < before + 300, "something was allocated for a file of 900 kB"
+
+        for name in ("encoder.vit.blocks.1.fc1.weight", "decoder.head.output.bias", "latent_mean", "latent_std"):
+            way = "decoder" if name[0] == "d" else "encoder"
+            both, x = (way, "decoder") if name[0] == "l" else (way,), state[name]
+            poisoned = x.double()
+            poisoned.view(-1)[3] = 1e300  # infinite as float32; 1e-300 is 0
+            broken = [x.clone().fill_(math.nan), poisoned, torch.full_like(x, -math.inf), x.int(), x.to(torch.float8_e4m3fn),
+                      x.to(torch.complex64), x.flatten()[:1].clone(), x[None].clone()]
+            for y in broken + ([0 * x, -x, 1e-300 * x.double()] if name == "latent_std" else []):
+                encoder.write_model(bad, config, {**state, name: y})
+                refused_by(bad, *both, words=name.removeprefix(way + "."))
+            encoder.write_model(bad, config, {k: v for k, v in state.items() if k != name})
+            refused_by(bad, *both, words=name.removeprefix(way + "."))
+            encoder.write_model(bad, config, {**state, name: x.double()})
+            assert not any(isinstance(r, str) for w, r in ways_in(bad).items() if "teacher" not in w), "float64 that fits is fine"
+
+        encoder.write_model(bad, config, {k: x.bfloat16() for k, x in state.items()})
+        assert not any(isinstance(r, str) for w, r in ways_in(bad).items() if "teacher" not in w), "two bytes a number are fine"
+
+        pickles = {"evil": Payload(os.path.join(tmp, "ran")), "wrapped": {"state_dict": Payload(os.path.join(tmp, "ran"))}, "list": [1], "int": 3,
+                   "tensor": torch.ones(3), "meta": encoder.ViT(MICRO_VIT).to("meta").state_dict(), "keys": {3: torch.ones(3)},
+                   "sparse": {k: v.to_sparse() for k, v in encoder.ViT(MICRO_VIT).state_dict().items()},
+                   "int8": {k: v.to(torch.int8) for k, v in encoder.ViT(MICRO_VIT).state_dict().items()}}
+        everything = "read_config", "encoder", "decoder", "own teacher", "teacher"
+        for ending in (".pt", ".pth", ".bin", ".safetensors"):
+            for name, content in pickles.items():
+                for new in (True, False):
+                    torch.save(content, os.path.join(tmp, name + ending), _use_new_zipfile_serialization=new)
+                    refused_by(os.path.join(tmp, name + ending), *everything)
+            with open(os.path.join(tmp, "bare" + ending), "wb") as f:
+                pickle.dump(Payload(os.path.join(tmp, "ran")), f)
+            refused_by(os.path.join(tmp, "bare" + ending), *everything)
+        assert not os.path.exists(os.path.join(tmp, "ran")), "a pickle was executed"
+        save_file({"chal_proj.c_fc.weight": torch.ones(1)}, bad)  # says that it is the released model
+        refused_by(bad, "encoder", "decoder", words="asks for")
+        files = {"empty": b"", "short": b"1234567", "huge": struct.pack("<Q", 2 ** 60) + blob[8:], "zero": bytes(1000), "text": b"weights\n" * 99,
+                 "deep": struct.pack("<Q", 10 ** 5) + b"[" * 10 ** 5, "truncated": blob[:-1], "half": blob[:len(blob) // 2], "head": blob[:100]}
+        for name, content in files.items():
+            open(bad, "wb").write(content)
+            refused_by(bad, *everything)
+        shutil.make_archive(os.path.join(tmp, "archive"), "zip", tmp, "good.safetensors")
+        for strange in (tmp, os.path.join(tmp, "archive.zip"), os.path.join(tmp, "missing.safetensors")):
+            refused_by(strange, *everything)
+        del encoder.TEACHERS["micro"]
+        picture(0).save(os.path.join(tmp, "x.png"))
+        done = run("python", "sample.py", os.path.join(tmp, "x.png"), "--weights", os.path.join(tmp, "evil.pt"))
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "evil.pt" in done.stderr, done.stderr
+        assert not os.path.exists(os.path.join(tmp, "ran"))
+
+
+def damaged_weights(rng, blob):
+    """The bytes of a safetensors file with damage to its header's meaning, or to its bytes."""
+    n = struct.unpack("<Q", blob[:8])[0]
+    header, body = json.loads(blob[8:8 + n]), bytearray(blob[8 + n:])
+    kind, names = rng.integers(8), sorted(k for k in header if k != "__metadata__")
+    name, other = rng.choice(names, 2, False)
+    values = [0, 1, -1, 2, 3, 7, 10 ** 6, 10 ** 9, 2 ** 63, 2 ** 70, 1e3, 0.5, math.nan, math.inf, "24", "", "x\ny" * 999, True, None, [], {}, [[[]]]]
+    if kind == 0:  # a value of the configuration, and perhaps a name
+        config = json.loads(header["__metadata__"]["config"])
+        inside = config[rng.choice(["vit", "decoder"])] if "decoder" in config and rng.random() < 0.9 else config
+        if rng.random() < 0.2:
+            inside.pop(rng.choice(list(inside)))
+        elif rng.random() < 0.1:
+            inside["new\nfield"] = 1
+        else:
+            inside[rng.choice(list(inside))] = values[rng.integers(len(values))]
+        header["__metadata__"]["config"] = json.dumps(config)
+    elif kind == 1:  # the text of the metadata
+        text = header["__metadata__"]["config"]
+        header["__metadata__"] = {"config": mutated(rng, text.encode(), b"[{" * 99).decode("latin1")} if rng.random() < 0.9 else {}
+    elif kind == 2:  # names
+        header[(str(name) + "x", str(other), "a\nb\x85", "encoder.vit.mean")[rng.integers(4)]] = header.pop(name)
+    elif kind == 3:  # types, shapes and places
+        field = rng.choice(["dtype", "shape", "data_offsets"])
+        header[name][field] = (str(rng.choice(["I32", "U32", "F16", "F64", "F8_E4M3", "C64", "BOOL", "F4", "X"])) if field == "dtype" else
+                               [values[rng.integers(8)] for _ in header[name][field]] if rng.random() < 0.5 else header[name][field][::-1])
+    elif kind == 4:  # numbers
+        a, b = header[name]["data_offsets"]
+        at = a + 4 * int(rng.integers((b - a) // 4))
+        body[at:at + 4] = struct.pack("<f", rng.choice([math.nan, math.inf, -math.inf, 0, -1, 1]))
+    text = json.dumps(header).encode()
+    blob = struct.pack("<Q", len(text)) + text + bytes(body)
+    return blob if kind < 5 else mutated(rng, blob[:n], bytes(99)) + blob[n:] if kind == 5 else mutated(rng, blob, bytes(99))
+
+
+def fuzz_weights(count):
+    """`count` damaged files of weights through all that reads them. Prints what came of them."""
+    encoder.TEACHERS["micro"] = MICRO_VIT
+    rng, seen, start = np.random.default_rng(count), collections.Counter(), 0
+    torch.set_num_threads(1)
+    img, noise = torch.rand(1, 3, 16, 16), torch.randn(1, 16, 48)
+    with tempfile.TemporaryDirectory() as tmp:
+        micro_tokenizer(os.path.join(tmp, "good.safetensors"))
+        vit = encoder.ViT(MICRO_VIT).state_dict()
+        for new in (True, False):
+            torch.save(vit, os.path.join(tmp, f"good{int(new)}.pt"), _use_new_zipfile_serialization=new)
+        encoder.write_model(os.path.join(tmp, "teacher.safetensors"), {"vit": asdict(MICRO_VIT)}, vit)
+        good = [open(os.path.join(tmp, name), "rb").read() for name in ("good.safetensors", "teacher.safetensors", "good0.pt", "good1.pt")]
+        for i in range(count):
+            which = rng.choice(4, p=[0.6, 0.2, 0.1, 0.1])
+            path = os.path.join(tmp, "bad.safetensors" if which < 2 else "bad.pt")
+            with open(path, "wb") as f:
+                f.write(damaged_weights(rng, good[which]) if which < 2 else mutated(rng, good[which], good[which - 1][:3000]))
+            faulthandler.dump_traceback_later(30, exit=True)  # a hang
+            results = ways_in(path)
+            for way, r in results.items():
+                if isinstance(r, torch.nn.Module):
+                    with torch.no_grad():
+                        out = (r.decode(torch.ones(1, 8, 4, 4), noise=noise) if way == "decoder" else
+                               r.encode(img) if way == "encoder" else r(img)[-1])
+                    extreme = any(x.abs().max() > 1e3 or k == "latent_std" and x.min() < 1e-3
+                                  for k, x in [*r.state_dict().items(), *r.named_buffers()])
+                    assert out.isfinite().all() or extreme, f"{way}: not finite"
+                    seen[way + (" loaded" if out.isfinite().all() else " loaded; a flipped bit made a huge finite weight")] += 1
+                elif isinstance(r, str):
+                    seen[way + " refused"] += 1
+            start = start if i > 50 else peak()
+    faulthandler.cancel_dump_traceback_later()
+    print(f"{count:,} files, peak memory {peak() - start:.0f} MB higher than after the first fifty")
+    print("\n".join(f"{v:6d} {k}" for k, v in seen.most_common()))
+    assert peak() < start + 150, "memory grows, or a file took too much"
+
+
+def test_fuzz_weights():
+    fuzz("fuzz_weights", 150)
+
+
+def slow_fuzz_weights():
+    """python test_all.py slow_fuzz_weights"""
+    print(fuzz("fuzz_weights", 3000))
+
+
 def released_forward(s, img, noise, heads, depth, gtb_depth, gtb_heads, flow_depth, p, steps=1):
     """The authors' tokenizer, written out from its description on a state dict with the released names: image -> latent, image."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -1050,6 +1289,286 @@ def test_drawn_pictures():
     assert data.ProceduralDataset(112, train=True)[10_000_001][0].shape == (3, 112, 112), "training never runs out"
 
 
+def png(width, height, *chunks):
+    """The bytes of a grey PNG of that size whose pixels are all 0 (compressed: 1/1000), with chunks (kind, content) before them."""
+    deflate, pixels = zlib.compressobj(), b""
+    for _ in range(height):
+        pixels += deflate.compress(bytes(width + 1))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), *chunks, (b"IDAT", pixels + deflate.flush()), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks)
+
+
+def test_hostile_pictures():
+    good, pcx, zeros = io.BytesIO(), io.BytesIO(), zlib.compress(bytes(2 ** 26), 9)
+    picture(0).save(good, "PNG"), picture(0).save(pcx, "PCX")
+    good = good.getvalue()
+    header = lambda kind, w, h: kind + struct.pack("<HH", w, h) + bytes(20)
+    bad = {"truncated": good[:-60], "flipped": good[:60] + b"\xff" + good[61:], "zero": b"", "zeros": bytes(1000), "text": b"no image", "pcx": pcx.getvalue(),
+           "ghostscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) print\n", "bomb": png(2 ** 17, 1100),
+           "text chunk": png(8, 8, (b"zTXt", b"a\0\0" + zeros)), "profile": png(8, 8, (b"iCCP", b"a\0\0" + zeros)),
+           "gif": header(b"GIF89a", 65535, 65535), "tall": b"P5 1 200000000 255 ", "tiff": b"II*\0\x08\0\0\0\x02\0" + struct.pack(
+               "<HHIIHHII", 256, 4, 1, 10 ** 6, 257, 4, 1, 10 ** 6)}
+    with tempfile.TemporaryDirectory() as tmp:
+        folder, archive = os.path.join(tmp, "folder"), os.path.join(tmp, "a.zip")
+        os.makedirs(folder)
+        for name, blob in bad.items():
+            open(os.path.join(folder, name + ".jpg"), "wb").write(blob)
+        open(os.path.join(folder, "good.png"), "wb").write(good)
+        with zipfile.ZipFile(archive, "w") as z:
+            for name in sorted(os.listdir(folder)):
+                z.write(os.path.join(folder, name), name)
+        os.symlink("loop.jpg", os.path.join(folder, "loop.jpg"))
+        os.mkfifo(os.path.join(folder, "pipe.jpg"))  # reading it would wait for ever
+        os.symlink("/dev/zero", os.path.join(folder, "endless.jpg"))
+        before, said = peak(), io.StringIO()
+        with contextlib.redirect_stderr(said), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for root in (folder, archive):
+                plain, train_set = (data.ImageDataset(root, 16, train=t) for t in (False, True))
+                for n in range(len(plain)):
+                    name = os.path.basename(plain.path(n))
+                    try:
+                        plain[n]
+                        assert name == "good.png", f"{name} was accepted"
+                    except ValueError as e:
+                        assert name != "good.png" and plain.path(n) in str(e) and len(str(e).splitlines()) == 1, e
+                seen = sorted(train_set[n][1] for n in range(len(plain)))
+                i = next(n for n in range(len(plain)) if "good" in plain.path(n))
+                assert seen == sorted(0 if n == i else -1 - n for n in range(len(plain))), f"labels name what was replaced: {seen}"
+                loader = torch.utils.data.DataLoader(train_set, 4, num_workers=2)
+                assert sorted(torch.cat([label for _, label in loader]).tolist()) == seen, "also through workers"
+                if root == folder:
+                    os.remove(os.path.join(folder, "good.png"))  # while the run goes on; nothing readable is left
+                    try:
+                        train_set[0]
+                        raise AssertionError("a picture that is gone was read")
+                    except ValueError as e:
+                        assert f"nor can the {len(plain) - 1} after it" in str(e) and train_set.path(train_set.index(0)) in str(e), e
+        assert peak() < before + 400 and not said.getvalue()
+        try:
+            sample.resize_short_side(Image.new("RGB", (20_000, 10)), 448)
+            raise AssertionError("a picture of 896,000 x 448 pixels was made")
+        except ValueError as e:
+            assert "896000x448" in str(e) and "--size" in str(e)
+        # what is readable, whatever its shape
+        for size in ((1, 1), (20_000, 10), (10, 20_000)):
+            img = Image.new("RGB", size, "red")
+            for crop in (data.center_crop(img, 448), data.random_crop(img, 448, np.random.default_rng(0))):
+                assert crop.size == (448, 448) and crop.getpixel((200, 200)) == (255, 0, 0)
+        assert peak() < before + 400, "20,000 x 10 must not grow to 896,000 x 448"
+        first, rest = picture(0), [Image.new("RGB", (40, 30), "red")] * 3
+        for ext in ("png", "gif", "webp"):
+            first.save(os.path.join(tmp, "x." + ext), save_all=True, append_images=rest, lossless=True)
+            shown = np.array(data.load_image(os.path.join(tmp, "x." + ext))).astype(int)
+            assert np.abs(shown - np.array(first)).mean() < 10, f"the first frame of an animated {ext}"
+        for mode, img in (("P", first.quantize(60)), ("LA", Image.merge("LA", (first.convert("L"), Image.new("L", first.size, 0))))):
+            img.save(os.path.join(tmp, "x.png"), **({"transparency": img.getpixel((3, 3))} if mode == "P" else {}))
+            assert data.load_image(os.path.join(tmp, "x.png")).getpixel((3, 3)) == (255, 255, 255), f"{mode}: what is transparent is white"
+
+
+def test_long_pictures_are_cut_first():
+    """16 times as long as wide: as ever. Longer: the same crop, but for the rounding of the resized length."""
+    rng = np.random.default_rng(0)
+    strip = Image.fromarray(rng.integers(0, 256, (6, 100, 3), np.uint8)).resize((1700, 100), Image.Resampling.BICUBIC)
+    for img in (strip, strip.transpose(Image.Transpose.ROTATE_90)):
+        for size in (24, 100, 160):
+            plain = data.shrink(img, size)
+            left, top = (plain.width - size) // 2, (plain.height - size) // 2
+            plain = np.array(plain.crop((left, top, left + size, top + size))).astype(int)
+            error = np.abs(np.array(data.center_crop(img, size)) - plain)
+            assert error.mean() < 1, f"{size}: {error.mean()}"
+        same = img.crop((0, 0, min(1600, img.width), min(1600, img.height)))
+        assert data.cut(same, 0.5) is same
+        starts = {data.random_crop(img, 100, np.random.default_rng(n), (1, 1)).tobytes() for n in range(20)}
+        assert len(starts) > 15, "the piece is drawn"
+
+
+def test_archive_that_is_damaged_or_changes():
+    with tempfile.TemporaryDirectory() as tmp:
+        _, archive = picture_folder(tmp)
+        blob, dataset = open(archive, "rb").read(), data.ImageDataset(archive, 16, train=False)
+        right = [img for img, _ in dataset]
+        with zipfile.ZipFile(archive) as z:
+            at = z.infolist()[3].header_offset
+        stored = os.path.join(tmp, "stored.zip")
+        with zipfile.ZipFile(stored, "w") as z:  # a pixel of a bitmap: no decoder would notice
+            f = io.BytesIO()
+            picture(0).save(f, "BMP")
+            z.writestr("a.bmp", f.getvalue())
+        rotten = bytearray(open(stored, "rb").read())
+        rotten[500] ^= 1
+        open(stored, "wb").write(rotten)
+        bomb = os.path.join(tmp, "bomb.zip")
+        with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as z:
+            with z.open("a.png", "w") as f:
+                for _ in range(256):
+                    f.write(bytes(2 ** 20))
+        claims = bytearray(open(bomb, "rb").read())
+        end = claims.rindex(b"PK\x01\x02")
+        claims[end + 24:end + 28] = struct.pack("<I", 100)  # the length it is said to inflate to
+        open(bomb, "wb").write(claims)
+        before = peak()
+        for path in (stored, bomb):
+            try:
+                data.ImageDataset(path, 16, train=False)[0]
+                raise AssertionError(f"{path} was read")
+            except ValueError as e:
+                assert "CRC-32" in str(e) and path in str(e)
+        assert peak() < before + 100, "inflated without bound"
+        for changed in (blob[:at + 40] + bytes(200) + blob[at + 240:], blob[:at + 100], b""):  # under our hands
+            open(archive, "wb").write(changed)
+            for n in range(10):
+                try:
+                    assert torch.equal(dataset[n][0], right[n])
+                except ValueError as e:
+                    assert dataset.path(n) in str(e)
+        os.remove(archive)
+        again = data.ImageDataset.__new__(data.ImageDataset)
+        again.__dict__.update(dataset.__getstate__())  # what a new worker gets
+        for path, content in ((archive, None), (archive, blob[:-40]), (archive, blob[:200]), (archive, b"")):
+            if content is not None:
+                open(path, "wb").write(content)
+            for attempt in (lambda: again[0], lambda: data.ImageDataset(path, 16, train=False)):
+                try:
+                    attempt()
+                    assert attempt is not data.ImageDataset and content and len(content) > 200, "a damaged archive was accepted"
+                except (ValueError, FileNotFoundError) as e:
+                    assert archive in str(e) and len(str(e).splitlines()) == 1
+
+
+def sources():
+    """{name: bytes} of pictures in each format, and each mode and compression that its files commonly have."""
+    rgb, exif, files = picture(5), Image.Exif(), {}
+    exif[0x0112], exif[0x010E] = 6, "of a test"
+    alpha = rgb.convert("RGBA")
+    alpha.putalpha(picture(6).convert("L"))
+    palette, frames = rgb.quantize(50), [picture(k) for k in (1, 2)]
+    deep = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
+
+    def add(ext, *images, **kinds):
+        for img in images:
+            for kind, how in (kinds or {"": {}}).items():
+                f = io.BytesIO()
+                img.save(f, {"jpg": "JPEG", "tif": "TIFF", "pgm": "PPM"}.get(ext, ext), **how)
+                files[f"{img.mode.replace(';', '')}{kind}.{ext}"] = f.getvalue()
+    animated = dict(save_all=True, append_images=frames)
+    add("jpg", rgb, rgb.convert("L"), rgb.convert("CMYK"), plain={}, progressive={"progressive": True}, exif={"exif": exif})
+    add("png", rgb, rgb.convert("L"), rgb.convert("1"), alpha, alpha.convert("LA"), palette, deep)
+    add("png", palette, transparent={"transparency": 3}, icc={"icc_profile": bytes(3000), "exif": exif})
+    add("png", rgb, apng=animated)
+    add("webp", rgb, alpha, plain={}, lossless={"lossless": True}, animated=animated, exif={"exif": exif})
+    add("bmp", rgb, rgb.convert("L"), rgb.convert("1"), palette, alpha)
+    add("gif", palette, plain={}, transparent={"transparency": 3}, animated=animated)
+    # no JPEG in TIFF: of a damaged one, Pillow 10.1 shows uninitialised memory, other pixels each time
+    add("tif", rgb, **{c or "raw": {"compression": c} for c in (None, "tiff_lzw", "tiff_adobe_deflate", "packbits")})
+    add("tif", alpha, palette, deep, rgb.convert("CMYK"), rgb.convert("F"), plain={}, several=dict(save_all=True, append_images=[rgb]))
+    add("ppm", rgb), add("pgm", rgb.convert("L"))
+    files["deep.pgm"] = b"P5 40 30 65535\n" + np.asarray(deep).astype(">u2").tobytes()
+    return files
+
+
+def mutated(rng, blob, other):
+    """The bytes with one to three kinds of damage: cut, flipped bits, extreme bytes near the start, a piece of `other`, a piece twice."""
+    for kind in rng.integers(0, 6, rng.integers(1, 4)):
+        at, n = int(rng.integers(len(blob) + 1)), int(rng.integers(1, 40))
+        b = bytearray(blob)
+        if kind == 0:
+            b = b[:at]
+        elif kind == 1 and b:
+            for k in rng.integers(0, len(b), n):
+                b[k] ^= 1 << rng.integers(8)
+        elif kind in (2, 3) and b:
+            for k in rng.integers(0, min(len(b), 60 if kind == 2 else len(b)), 1 + n % 4):
+                b[k] = rng.choice([0, 1, 127, 128, 255])
+        elif kind == 4:
+            b[at:at + n] = other[at:at + int(rng.integers(200))]
+        else:
+            b[at:at] = b[at:at + 10 * n]
+        blob = bytes(b)
+    return blob
+
+
+def fuzz_pictures(count):
+    """`count` damaged pictures, and count // 10 damaged archives, through ImageDataset. Prints what came of them."""
+    good, seen, start = sources(), collections.Counter(), 0
+    data.MAX_PIXELS = 2 ** 22  # so that a tester's machine need not have the memory of a trainer's
+    rng, kinds = np.random.default_rng(count), list(good)
+    original = {name: data.to_tensor(data.center_crop(data.load_image(io.BytesIO(x)), 16)) for name, x in good.items()}
+
+    def look(dataset, n):
+        faulthandler.dump_traceback_later(20, exit=True)  # a hang
+        try:
+            return dataset[n]
+        except ValueError as e:
+            assert len(str(e).splitlines()) == 1 and (dataset.train or dataset.path(n) in str(e)), repr(e)
+            return str(e)
+    for first in range(0, count, 100):
+        with tempfile.TemporaryDirectory() as tmp:
+            blobs = {f"{i:03d}{kinds[i % len(kinds)]}": mutated(rng, good[kinds[i % len(kinds)]], good[rng.choice(kinds)])
+                     for i in rng.choice(1000, min(100, count - first), False).tolist()}
+            blobs.update({f"{k}99{name}": good[name] for k, name in enumerate(rng.choice(kinds, 10))})
+            os.makedirs(os.path.join(tmp, "folder"))
+            with zipfile.ZipFile(os.path.join(tmp, "a.zip"), "w") as z:
+                for name, blob in blobs.items():
+                    z.writestr(name, blob, zipfile.ZIP_DEFLATED if rng.random() < 0.5 else zipfile.ZIP_STORED)
+                    open(os.path.join(tmp, "folder", name), "wb").write(blob)
+            a, b = (data.ImageDataset(os.path.join(tmp, x), 16, train=False) for x in ("folder", "a.zip"))
+            results = [look(a, n) for n in range(len(a))]
+            for n, r in enumerate(results):
+                seen[re.search(r"cannot be read as an image \((none|\w+)", r)[1] if isinstance(r, str) else "read"] += 1
+                same = look(b, n)
+                assert type(same) is type(r) and (isinstance(r, str) or torch.equal(r[0], same[0])), "folder and archive differ"
+            a, b = (data.ImageDataset(os.path.join(tmp, x), 16, train=True) for x in ("folder", "a.zip"))
+            for n in range(len(a)):
+                i = a.index(n)
+                j = next(j % len(a) for j in range(i, i + len(a)) if not isinstance(results[j % len(a)], str))
+                expected = data.random_crop(data.load_image(io.BytesIO(a.read(j))), 16, np.random.default_rng([0, n, 1]))
+                for img, label in (look(a, n), look(b, n)):
+                    assert torch.equal(img, data.to_tensor(expected)), "the next readable image, cropped as sample n"
+                    assert label == (0 if i == j else -1 - i)
+            for k in range(10):  # the archive itself is damaged
+                names = rng.choice(kinds, 4, False)
+                with zipfile.ZipFile(os.path.join(tmp, "b.zip"), "w", zipfile.ZIP_DEFLATED if k % 2 else zipfile.ZIP_STORED) as z:
+                    for name in names:
+                        z.writestr(name, good[name])
+                blob = mutated(rng, open(os.path.join(tmp, "b.zip"), "rb").read(), bytes(100))
+                open(os.path.join(tmp, "b.zip"), "wb").write(blob)
+                try:
+                    c = data.ImageDataset(os.path.join(tmp, "b.zip"), 16, train=False)
+                except ValueError as e:
+                    assert len(str(e).splitlines()) == 1 and "b.zip" in str(e)
+                    seen["archive refused"] += 1
+                    continue
+                for r in (look(c, n) for n in range(len(c))):
+                    seen["archive damaged, image " + ("refused" if isinstance(r, str) else "read")] += 1
+                    assert isinstance(r, str) or any(torch.equal(r[0], original[name]) for name in names), "bit rot went unnoticed"
+        start = start or peak()
+    faulthandler.cancel_dump_traceback_later()
+    print(f"{sum(seen.values()):,} images, peak memory {peak() - start:.0f} MB higher than after the first hundred")
+    print("\n".join(f"{v:6d} {k}" for k, v in seen.most_common()))
+    assert peak() < start + 150, "memory grows, or a picture took too much"
+
+
+def fuzz(function, count):
+    """Run a fuzzing function in a process of its own, so that a crash, a hang and what C libraries print are seen.
+
+    Allowed are the lines that libtiff and Pillow's TIFF reader print themselves (ZIPDecode: ..., tempfile.tif: ...).
+    """
+    done = run("python", "-X", "faulthandler", "-c", f"import test_all; test_all.{function}({count})")
+    said = [line for line in done.stderr.splitlines() if not re.match(r"(tempfile\.tif|\w+|More samples[\w ]*): |$", line)]
+    assert done.returncode == 0 and not said, f"status {done.returncode}\n{done.stdout}\n" + "\n".join(said[-40:])
+    return done.stdout
+
+
+def test_fuzz_pictures():
+    fuzz("fuzz_pictures", 300)
+
+
+def slow_fuzz_pictures():
+    """python test_all.py slow_fuzz_pictures"""
+    print(fuzz("fuzz_pictures", 10_000))
+
+
 # ---- eval.py ----
 
 def test_psnr_closed_form():
@@ -1061,10 +1580,12 @@ def test_psnr_closed_form():
 
 
 def test_ssim_equals_scikit_image():
+    from skimage import data as photos
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
     rng = np.random.default_rng(0)
     smooth = np.stack([np.array(picture(n, 48, 40)) for n in range(2)]) / 255
-    for a in (rng.random((2, 40, 48, 3)), smooth):
+    photographs = np.stack([photos.chelsea()[:200, :300], photos.astronaut()[:200, :300]]) / 255
+    for a in (rng.random((2, 40, 48, 3)), smooth, photographs):
         b = np.clip(a + rng.normal(0, 0.1, a.shape), 0, 1)
         ta, tb = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in (a, b))
         ours = evaluation.ssim(ta, tb)
@@ -1089,6 +1610,257 @@ def test_patch_pca():
     lost = (evaluation.patch_pca(img, mean, basis, 4) - img).square().sum() / (6 * 64)
     _, s, _ = torch.linalg.svd(patches.flatten(0, 1) - patches.flatten(0, 1).mean(0))
     close(lost, s[2] ** 2 / (6 * 64), 1e-9)
+
+
+def test_inception_equals_torch_fidelity():
+    from scipy.ndimage import map_coordinates
+    theirs, path = random_inception()
+    ours = evaluation.InceptionV3(path)
+    torch.manual_seed(0)
+    img = torch.randint(0, 256, (2, 3, 299, 299), dtype=torch.uint8)
+    pool, logits = ours(img / 256)  # torch-fidelity maps 128 to 0, so 256 stands for 1
+    for a, b in zip((pool, logits), theirs(img)):
+        close(a, b, 1e-5)
+    assert pool.shape == (2, 2048) and logits.shape == (2, 1008) and pool.std() > 0.1
+    small = torch.rand(1, 3, 40, 64)  # bilinear, half-pixel centres, edges repeated, no antialiasing: by scipy
+    rows, columns = ((np.arange(299) + 0.5) * n / 299 - 0.5 for n in (40, 64))
+    grid = np.meshgrid(rows, columns, indexing="ij")
+    large = torch.tensor(np.stack([map_coordinates(c.numpy(), grid, order=1, mode="nearest") for c in small[0]]))[None]
+    close(ours(small)[0], ours(large)[0], 1e-5)
+    with tempfile.TemporaryDirectory() as tmp:
+        broken = os.path.join(tmp, "broken.pth")
+        state = torch.load(path, weights_only=True)
+        for change, words in (({"fc.weight": torch.zeros(1000, 2048)}, "fc.weight"), ({"extra": torch.zeros(1)}, "extra")):
+            torch.save({**state, **change}, broken)
+            raises(ValueError, evaluation.InceptionV3, broken, words=words)
+        open(broken, "wb").write(b"junk")
+        raises(ValueError, evaluation.InceptionV3, broken, words="pytorch-fid")
+
+
+def raises(kind, function, *args, words=""):
+    """function(*args) must raise `kind` with these words."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            got = function(*args)
+    except kind as e:
+        assert words in str(e), f"{words!r} is not in: {e}"
+        return
+    raise AssertionError(f"no {kind.__name__}, but {got}")
+
+
+def test_frechet_distance():
+    from scipy.linalg import sqrtm
+    rng = np.random.default_rng(0)
+    q = np.linalg.qr(rng.normal(size=(64, 64)))[0]
+    mu1, mu2, a, b = rng.normal(size=64), rng.normal(size=64), rng.uniform(0.1, 2, 64), rng.uniform(0.1, 2, 64)
+    between = (mu1 - mu2) @ (mu1 - mu2)
+    fid = evaluation.frechet_distance
+    assert abs(fid(mu1, q * a @ q.T, mu2, q * a @ q.T) - between) < 1e-9, "equal covariances: the distance of the means"
+    assert math.isclose(fid(mu1, q * a @ q.T, mu2, q * b @ q.T), between + ((a ** 0.5 - b ** 0.5) ** 2).sum(), rel_tol=1e-9), "commuting"
+    a[10:], b[:5] = 0, 0  # of rank 10 and 59, with five dimensions in common
+    assert math.isclose(fid(mu1, q * a @ q.T, mu2, q * b @ q.T), between + ((a ** 0.5 - b ** 0.5) ** 2).sum(), rel_tol=1e-9), "low rank"
+    x, y = rng.normal(size=(500, 64)) @ rng.normal(size=(64, 64)), rng.normal(size=(500, 64)) @ rng.normal(size=(64, 64)) + 1
+    s1, s2 = np.cov(x.T), np.cov(y.T)
+    by_scipy = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * sqrtm(s1 @ s2).real)
+    assert math.isclose(fid(x.mean(0), s1, y.mean(0), s2), by_scipy, rel_tol=1e-6)
+    assert math.isclose(fid(*map(torch.tensor, (x.mean(0), s1, y.mean(0), s2))), by_scipy, rel_tol=1e-6), "numpy or torch"
+    raises(ValueError, fid, mu1, s1, mu2[:32], s2[:32, :32], words="(32, 32)")
+    raises(ValueError, fid, mu1 * np.nan, s1, mu2, s2, words="finite")
+
+
+def test_streamed_moments():
+    rng = np.random.default_rng(0)
+    x = 1e6 + 1e-3 * rng.normal(size=(1000, 5)) @ rng.normal(size=(5, 5))  # a mean a billion times the deviation
+    parts = [evaluation.Moments(), evaluation.Moments()]
+    for i, rows in enumerate(np.split(x, [1, 8, 300, 301, 990])):
+        parts[i % 2].add(torch.tensor(rows))
+    whole = parts[0]
+    whole.merge(parts[1].count, parts[1].mean, parts[1].scatter)
+    close(whole.covariance, torch.tensor(np.cov((x - x.mean(0)).T)), 1e-6)
+    assert whole.count == 1000 and (whole.mean - torch.tensor(x.mean(0))).abs().max() < 1e-8
+    raises(ValueError, whole.add, torch.tensor([[0.0, 1, 2, 3, math.nan]]), words="not finite")
+
+
+def test_inception_score():
+    certain = 1000 * torch.eye(20).repeat(3, 1)  # each of 60 images surely one of 20 classes, three times each
+    mean, std = evaluation.inception_score(certain[:60], splits=3)
+    assert abs(mean - 20) < 1e-6 and std < 1e-6, "20 equally frequent sure classes score 20"
+    assert abs(evaluation.inception_score(torch.zeros(60, 20))[0] - 1) < 1e-9, "no idea scores 1"
+    # by hand, two splits of 2: p = (.5, .5) twice: 1; p = (1, 0), (0, 1): 2
+    mean, std = evaluation.inception_score(torch.tensor([[0.0, 0], [0, 0], [1000, 0], [0, 1000]]), splits=2)
+    assert abs(mean - 1.5) < 1e-9 and abs(std - 0.5) < 1e-9
+
+
+def test_linear_probe_and_nearest_neighbours():
+    rng = torch.Generator().manual_seed(0)
+    y, test_y = (torch.randint(0, 2, (n,), generator=rng) for n in (4000, 4000))
+    x, test_x = (torch.randn(len(c), 16, generator=rng) * 5 + 100 for c in (y, test_y))
+    x[:, 3] += 10 * y  # two Gaussians 10 apart, of deviation 5: the best classifier is right in Phi(1) = 84.13% of cases
+    test_x[:, 3] += 10 * test_y
+    accuracy, rate = evaluation.linear_probe(x, y, test_x, test_y, epochs=10)
+    assert abs(accuracy - 84.13) < 1.5, accuracy
+    assert evaluation.linear_probe(x, y, test_x, test_y, epochs=10) == (accuracy, rate), "the same seed gives the same figure"
+    x, y, test_x = torch.randn(50, 8, generator=rng), torch.randint(0, 4, (50,), generator=rng), torch.randn(30, 8, generator=rng)
+    right = 0
+    for i, t in enumerate(test_x):  # by loops
+        cosine = [float(t @ a / t.norm() / a.norm()) for a in x]
+        votes = [0.0] * 4
+        for j in sorted(range(50), key=lambda j: -cosine[j])[:20]:
+            votes[int(y[j])] += math.exp(cosine[j] / 0.07)
+        right += votes.index(max(votes)) == i % 4
+    got = evaluation.nearest_neighbours(x, y, test_x, torch.arange(30) % 4)
+    assert abs(got - 100 * right / 30) < 1e-9
+
+
+def tokenizer_file(folder):
+    """Path of a tokenizer of MICRO_VIT with random parameters, whose teacher is that of micro_teacher in the same folder."""
+    _, enc, dec = micro_models()
+    path = os.path.join(folder, "tokenizer.safetensors")
+    tensors = {f"{part}.{k}": v for part, module in (("encoder", enc), ("decoder", dec)) for k, v in module.state_dict().items()}
+    encoder.write_model(path, {"vit": asdict(MICRO_VIT), "decoder": asdict(MICRO_DECODER), "size": 16, "teacher": micro_teacher(folder)},
+                        {**tensors, "latent_mean": torch.zeros(8), "latent_std": torch.ones(8)})
+    return path
+
+
+def evaluate(*flags):
+    """(the printed report, the returned one) of eval.py in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        report = evaluation.main(list(map(str, flags)))
+    return out.getvalue(), report
+
+
+def test_figures_do_not_depend_on_batch_or_ranks():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, archive), (_, path) = tokenizer_file(tmp), picture_folder(tmp, n=10), random_inception()
+        folder, more = picture_folder(os.path.join(tmp, "more"), n=20)
+        flags = ["--data", archive, "--weights", weights, "--inception", path, "--fit", more]
+        printed = [evaluate(*flags, "--batch_size", 7, "--probe")[0]]
+        report = os.path.join(tmp, "report.json")
+        for ranks, batch in (2, 1), (4, 64):
+            done = run("python", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "eval.py", *flags, "--batch_size", batch,
+                       "--out", report, *["--probe"] * (ranks == 2), OMP_NUM_THREADS="1")
+            assert done.returncode == 0, done.stderr[-2000:]
+            printed.append(done.stdout)
+        rows = [[line for line in text.splitlines() if line.startswith("tokenizer")] for text in printed]
+        assert len(rows[0]) == 1 and all(r == rows[0] for r in rows), rows
+        assert re.search(r"tokenizer +\d+\.\d\d  -?0\.\d{4} +-?0\.\d{4} +\d+\.\d{3}  +\d+\.\d\d ", rows[0][0]), rows[0][0]
+        probes = [text[text.index("accuracy"):] for text in printed if "accuracy" in text]
+        assert len(probes) == 2 and probes[0] == probes[1], probes
+        assert "fewer than the 2048" in printed[0] and "NOT that of pytorch-fid" in printed[0]
+        report = json.load(open(report))
+        assert report["ranks"] == 4 and report["images"] == 10 and report["weights_sha256"] == hashlib.sha256(open(weights, "rb").read()).hexdigest()
+        assert {"torch", "code", "commit", "protocol", "device", "seconds"} <= set(report)
+        # and they are right: the same rFID and IS from all pictures at once, PSNR from plain lines
+        enc, dec, network = encoder.Encoder.from_pretrained(weights), decoder.Decoder.from_pretrained(weights), evaluation.InceptionV3(path)
+        read = data.ImageDataset(archive, 16, train=False)
+        img = torch.stack([read[n][0] for n in range(10)]) / 255
+        rec = evaluation.round_uint8(dec.decode(enc.encode(img), noise=evaluation.image_noise(range(10), 16, 48)))
+        (a, _), (b, logits) = network(img), network(rec)
+        expected = [evaluation.psnr(img, rec).mean().item(), evaluation.frechet_distance(a.mean(0), torch.cov(a.double().T), b.mean(0), torch.cov(b.double().T)),
+                    *evaluation.inception_score(logits)]
+        got = [report["results"]["tokenizer"][k] for k in ("psnr", "rfid", "is", "is_std")]
+        assert np.allclose(got, expected, rtol=1e-4), (got, expected)
+
+
+def test_fid_between_anything():
+    with tempfile.TemporaryDirectory() as tmp:
+        _, path = random_inception()
+        a, b = os.path.join(tmp, "a"), os.path.join(tmp, "b")
+        os.makedirs(a), os.makedirs(b)
+        arrays = [np.stack([np.asarray(picture(10 * k + i, 24, 20)) for i in range(4)]) for k in (0, 1)]
+        for folder, images in zip((a, b), arrays):
+            for i, x in enumerate(images):
+                Image.fromarray(x).save(os.path.join(folder, f"{i}.png"))
+        with zipfile.ZipFile(os.path.join(tmp, "b.zip"), "w") as z:
+            for i in range(4):
+                z.write(os.path.join(b, f"{i}.png"), f"{i}.png")
+        np.savez(os.path.join(tmp, "b.npz"), arrays[1])  # stored: read in place
+        np.savez_compressed(os.path.join(tmp, "b2.npz"), arrays[1])
+        fid = lambda *flags: evaluate("--inception", path, "--fid", *flags)
+        fid(a, "--save_stats", os.path.join(tmp, "a.npz"))
+        text, report = fid(os.path.join(tmp, "a.npz"), b)
+        pools = [evaluation.InceptionV3(path)(torch.tensor(x).permute(0, 3, 1, 2) / 255)[0].double() for x in arrays]
+        expected = evaluation.frechet_distance(*(f(p) for p in pools for f in (lambda p: p.mean(0), lambda p: torch.cov(p.T))))
+        assert math.isclose(report["fid"], expected, rel_tol=1e-4) and f"FID {report['fid']:.3f}" in text and "means little" in text
+        saved = lambda name: np.load(os.path.join(tmp, name))
+        fid(b, "--save_stats", os.path.join(tmp, "stats.npz"))
+        for other in ("b.zip", "b.npz", "b2.npz"):
+            fid(os.path.join(tmp, other), "--save_stats", os.path.join(tmp, "other.npz"))
+            assert all(np.allclose(saved("stats.npz")[k], saved("other.npz")[k], rtol=1e-4, atol=1e-7) for k in ("mu", "sigma")), other
+        np.savez(os.path.join(tmp, "small.npz"), mu=np.zeros(64), sigma=np.eye(64))
+        np.savez(os.path.join(tmp, "float.npz"), np.zeros((2, 8, 8, 3)))
+        one = os.path.join(tmp, "one")
+        os.makedirs(one), shutil.copy(os.path.join(a, "0.png"), one)
+        for other, words in (("small.npz", "(64, 64)"), ("float.npz", "float64"), ("none", "no such"), ("one", "at least 2")):
+            raises((OSError, ValueError), fid, os.path.join(tmp, "a.npz"), os.path.join(tmp, other), words=words)
+        picture(0, 30, 20).save(os.path.join(b, "0.png")), open(os.path.join(b, "3.png"), "w").write("text")
+        raises(ValueError, fid, a, b, words="of 4 images cannot be used")
+        picture(1, 30, 20).save(os.path.join(b, "3.png"))
+        assert "ADM crops of 256 px" in fid(b, "--save_stats", os.path.join(tmp, "c.npz"), "--resolution", "256")[0]
+
+
+def test_latent_statistics_and_saved_latents():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=11)
+        tensors, config = load_file(weights), encoder.read_config(weights)
+        tensors["encoder.latent_down.2.bias"] += 300  # a mean far beyond the deviation
+        encoder.write_model(weights, config, tensors)
+        read = data.ImageDataset(folder, 16, train=False)
+        img = torch.stack([read[n][0] for n in range(11)]) / 255
+        enc, dec, noise = encoder.Encoder.from_pretrained(weights), decoder.Decoder.from_pretrained(weights), torch.randn(11, 16, 48)
+        with torch.no_grad():
+            z, before = enc(img)[0], dec.decode(enc.encode(img), noise=noise)
+        raises(ValueError, evaluate, "--save_latents", os.path.join(tmp, "z"), "--data", folder, "--weights", weights, words="--latent_stats")
+        files = []
+        for ranks in (1, 3):
+            copy = os.path.join(tmp, f"{ranks}.safetensors")
+            shutil.copy(weights, copy)
+            flags = ["--latent_stats", "--data", folder, "--weights", copy, "--batch_size", 2]
+            if ranks == 1:
+                evaluate(*flags)
+            else:
+                done = run("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "eval.py", *flags, OMP_NUM_THREADS="1")
+                assert done.returncode == 0, done.stderr[-2000:]
+            files.append(load_file(copy))
+        exact = z.double().transpose(0, 1).flatten(1)  # (C, B*h*w)
+        for name, expected in ("latent_mean", exact.mean(1)), ("latent_std", exact.std(1, correction=0)):
+            assert torch.equal(files[0][name], files[1][name]), "any number of ranks"
+            close(files[0][name].double(), expected, 1e-4 if name == "latent_std" else 1e-7)  # fp32 latents of size 300 carry 3e-5
+        enc, dec = encoder.Encoder.from_pretrained(copy), decoder.Decoder.from_pretrained(copy)
+        normal = enc.encode(img).transpose(0, 1).flatten(1)
+        assert normal.mean(1).abs().max() < 1e-3 and (normal.std(1) - 1).abs().max() < 0.01
+        close(dec.decode(enc.encode(img), noise=noise), before, 1e-5)
+        assert torch.equal(load_file(copy)["encoder.vit.pos_embed"], tensors["encoder.vit.pos_embed"]) and encoder.read_config(copy)["size"] == 16
+
+        out, whole = os.path.join(tmp, "z"), evaluation.save_latents
+        evaluation.save_latents = functools.partial(whole, shard=4)
+        flags = ["--save_latents", out, "--data", folder, "--weights", copy, "--batch_size", 3]
+        try:
+            assert "3 files of 4" in evaluate(*flags)[0]
+            os.remove(os.path.join(out, "latents_00001.safetensors"))
+            stamp = os.stat(os.path.join(out, "latents_00000.safetensors")).st_mtime_ns
+            assert "1 files of 4" in evaluate(*flags)[0], "what is there is not written again"
+            assert os.stat(os.path.join(out, "latents_00000.safetensors")).st_mtime_ns == stamp
+            raises(ValueError, evaluate, *flags, "--bf16", words="of other weights")
+        finally:
+            evaluation.save_latents = whole
+        args = train.parse_args(["--teacher", os.path.join(tmp, "teacher.safetensors"), *MICRO_RUN, "--gtb_depth", "2", "--init", copy])
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            _, again, _ = train.build_models(args)
+        assert "set back" in said.getvalue() and not again.latent_mean.any() and (again.latent_std == 1).all()
+        shards = [load_file(os.path.join(out, f"latents_{k:05d}.safetensors")) for k in range(3)]
+        close(torch.cat([s["latents"] for s in shards]), enc.encode(img), 1e-5)
+        assert torch.cat([s["labels"] for s in shards]).tolist() == [read[n][1] for n in range(11)]
+        assert json.load(open(os.path.join(out, "index.json")))["classes"] == ["class0", "class1"]
+
+
+def test_an_evaluation_drops_no_image():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=9)
+        for i in (2, 5):
+            open(os.path.join(folder, f"class{i % 2}", f"{i}.png"), "wb").write(b"")
+        for batch in (1, 64):
+            raises(ValueError, evaluate, "--data", folder, "--weights", weights, "--inception", "none", "--batch_size", batch, words="2 of 9 images")
 
 
 def test_noise_depends_on_seed_and_image_number_only():
@@ -1457,14 +2229,14 @@ def test_train_sample_eval_end_to_end():
         for batch in (1, 3):
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 reports.append(evaluation.main(["--data", folder, "--weights", os.path.join(tmp, "out", "model.safetensors"),
-                                                "--batch_size", str(batch), "--pca", "--fit", folder]))
+                                                "--batch_size", str(batch), "--pca", "--fit", folder, "--inception", "none"]))
         for row in reports[0]["results"]:
             for metric in ("psnr", "ssim", "ssim_paper"):
                 assert abs(reports[0]["results"][row][metric] - reports[1]["results"][row][metric]) < 1e-4
         assert reports[0]["images"] == 7 and "ADM centre crop to 64 px" in out.getvalue() and "seed 0" in out.getvalue()
         single = evaluation_of(os.path.join(tmp, "img.png"), os.path.join(tmp, "out", "model.safetensors"), tmp)
         assert abs(single["psnr"] - float(lines[0][4])) < 0.006 and abs(single["ssim"] - float(lines[0][5])) < 6e-5
-        bigger = run("python", script("eval.py"), "--data", folder, "--resolution", 256, "--out", "report.json", cwd=tmp)
+        bigger = run("python", script("eval.py"), "--data", folder, "--resolution", 256, "--inception", "none", "--out", "report.json", cwd=tmp)
         assert bigger.returncode == 0 and "compared at 256 px" in bigger.stdout
         assert json.load(open(os.path.join(tmp, "report.json")))["images"] == 7
 
@@ -1473,8 +2245,8 @@ def evaluation_of(image, weights, tmp):
     alone = os.path.join(tmp, "alone")
     os.makedirs(alone)
     shutil.copy(image, alone)
-    with contextlib.redirect_stdout(io.StringIO()):
-        return evaluation.main(["--data", alone, "--weights", weights])["results"]["tokenizer"]
+    report = evaluate("--data", alone, "--weights", weights, "--inception", "none")[1]
+    return report["results"]["tokenizer"]
 
 
 def test_bad_input_is_one_line_and_status_2():
@@ -1508,10 +2280,10 @@ def test_bad_input_is_one_line_and_status_2():
             (["train.py", *micro, "--data", folder, "--clip", "-1"], "--clip"),
             (["train.py", *micro, "--data", folder, "--beta", "nan"], "--beta"),
             (["sample.py", "/missing.png", "--weights", good], "/missing.png"),
-            (["sample.py", os.path.join(bad, "text.jpg"), "--weights", good], "text.jpg"),
             (["sample.py", folder + "/class0", "--weights", os.path.join(tmp, "no.safetensors")], "no.safetensors"),
             (["sample.py", folder + "/class0", "--weights", teacher], "no tokenizer"),
-            (["eval.py", "--data", bad, "--weights", good], "text.jpg"),
+            (["eval.py", "--data", bad, "--weights", good, "--inception", "none"], "text.jpg"),
+            (["eval.py", "--data", folder, "--weights", good], "--inception none"),
             (["eval.py", "--data", folder, "--weights", os.path.join(tmp, "junk.safetensors")], "junk.safetensors"),
             (["eval.py", "--data", folder, "--weights", good, "--pca"], "--fit"),
             (["data.py", "/nonexistent"], "/nonexistent"),
@@ -1521,6 +2293,10 @@ def test_bad_input_is_one_line_and_status_2():
             lines = [line for line in done.stderr.splitlines() if line and not line.startswith(("usage:", " "))]
             assert done.returncode == 2, f"{command}: status {done.returncode}\n{done.stderr}"
             assert "Traceback" not in done.stderr and len(lines) == 1 and names in lines[0], f"{command}:\n{done.stderr}"
+        names = [os.path.join(bad, "text.jpg"), os.path.join(folder, "class0")]
+        done = run("python", "sample.py", *names, "--weights", good, "--out", os.path.join(tmp, "reconstructed"))
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "text.jpg" in done.stderr, done.stderr
+        assert len(os.listdir(os.path.join(tmp, "reconstructed"))) == 5, "the other pictures go on"
         leftovers = [n for n in os.listdir(out) if n not in ("samples", "log.jsonl", "log.jsonl.old")]
         assert not leftovers and not os.listdir(os.path.join(out, "samples")), f"half-written: {leftovers}"
         done = run("python", "train.py", *micro, "--data", folder, RANK="0", WORLD_SIZE="3", LOCAL_RANK="0")
@@ -1614,11 +2390,14 @@ def test_readme_commands():
     commands = [c.split() for line in lines for c in line.split("&&") if any(s in c for s in parsers)]
     assert len(commands) >= 9, f"only {len(commands)} commands found in README.md"
     with tempfile.TemporaryDirectory() as tmp:
-        folder, archive = picture_folder(tmp)
+        folder, archive = picture_folder(tmp, n=20)
+        shutil.copytree(os.path.dirname(random_inception()[1]), os.path.join(tmp, "hub", "checkpoints"))  # as if downloaded
         train_quietly("--teacher", micro_teacher(tmp), "--steps", 1, "--out", os.path.join(tmp, "out"))
-        for name in ("val.zip", "train.zip"):
+        for name in ("val.zip", "train.zip", "samples.zip"):
             shutil.copy(archive, os.path.join(tmp, name))
-        shutil.copytree(folder, os.path.join(tmp, "photos"))
+        for name in ("photos", "imagenet/val"):
+            shutil.copytree(folder, os.path.join(tmp, name))
+        shutil.copytree(os.path.join(folder, "class0"), os.path.join(tmp, "samples"))
         picture(0).save(os.path.join(tmp, "photos", "x.png")), picture(1).save(os.path.join(tmp, "img.png"))
         for words in commands:
             script = next(w for w in words if w in parsers)
@@ -1628,8 +2407,15 @@ def test_readme_commands():
             except SystemExit as e:
                 raise AssertionError(f"README: {' '.join(words)!r} does not parse") from e
             if script != "train.py" and "uniflow-internvit" not in flags:
-                done = run("python", os.path.join(HERE, script), *flags, cwd=tmp)
-                assert done.returncode == 0, f"README: {' '.join(words)}\n{done.stderr}"
+                before = os.getcwd(), os.environ.get("TORCH_HOME", "")
+                os.chdir(tmp), os.environ.update(TORCH_HOME=tmp)
+                try:
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        {"sample.py": sample, "eval.py": evaluation}[script].main(flags)
+                except Exception as e:
+                    raise AssertionError(f"README: {' '.join(words)}") from e
+                finally:
+                    os.chdir(before[0]), os.environ.update(TORCH_HOME=before[1])
         for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.S)):
             done = run("python", "-c", code, cwd=tmp, PYTHONPATH=HERE)
             assert done.returncode == 0, f"README example {i}:\n{done.stderr}"

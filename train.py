@@ -15,7 +15,6 @@ import copy
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 import uuid
@@ -34,7 +33,7 @@ import distill
 from data import ImageDataset, ProceduralDataset, sample_numbers, split_batch
 from decoder import Decoder, DecoderConfig, sample_t
 from encoder import TEACHERS, Encoder, ViT, fetch, load_exactly, load_teacher, read_config, teacher_config, write_atomically, write_model
-from eval import validate
+from eval import commit, validate
 
 # The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512); small
 # and tiny are ours. micro_batch: images a GPU holds at once, for 80 GB.
@@ -300,15 +299,6 @@ def bench(args, teacher, encoder, decoder, optimizer, autocast, ranks, say):
     say("parts: " + ", ".join(f"{name} {t * 1e3:.1f} ms" for name, t in times.items()) + f"; sum {sum(times.values()) * 1e3:.1f} ms of {took * 1e3:.1f}")
 
 
-def commit():
-    """The commit that this code is at, or "unknown" outside a git checkout."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    except FileNotFoundError:
-        return "unknown"
-
-
 def export(state, path):
     """The self-describing tokenizer file of a state."""
     tensors = {f"{part}.{k}": v for part in ("encoder", "decoder") for k, v in state[part].items()}
@@ -372,7 +362,9 @@ def build_models(args):
         differ = [f"{k} {have[k]}, not {wanted[k]}" for k in have if have[k] != wanted[k] and k != "grid"]  # grids are resized
         if differ:
             raise ValueError(f"{args.init} has {', '.join(differ)}: pass what it was trained with")
-        for module in (encoder, decoder):  # training moves the latent: statistics of the old one no longer hold
+        if (encoder.latent_mean.any() or (encoder.latent_std != 1).any()) and os.environ.get("RANK", "0") == "0":
+            print(f"{args.init} has latent statistics: set back, as training moves the latent; afterwards run eval.py --latent_stats again")
+        for module in (encoder, decoder):
             module.latent_mean.zero_()
             module.latent_std.fill_(1)
     encoder.vit.requires_grad_(not args.freeze_encoder)
@@ -455,7 +447,7 @@ def main(argv=None):
         return
     log = open_log(os.path.join(args.out, "log.jsonl"), step) if rank == 0 else None
     config = {"vit": asdict(teacher.config), "decoder": asdict(decoder.config), "size": args.size, "teacher": args.teacher,
-              "commit": commit()}
+              "teacher_weights": args.teacher_weights, "commit": commit()}
 
     def save():
         state = {"encoder": encoder.state_dict(), "decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(),
