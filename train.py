@@ -6,6 +6,7 @@
     python train.py --data train.zip --val val.zip   # your own pictures: folders or .zip archives
     torchrun --nproc_per_node=8 train.py --teacher internvit --data imagenet/train --val imagenet/val
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 train.py --teacher internvit --data ...
+    python train.py --teacher internvit --bench      # only measure speed and memory, without data
 
 The same command again resumes from out/state.pt, to the same result. Leaves out/model.safetensors, out/log.jsonl,
 out/samples/*.png, and out/bad_images.txt if pictures could not be read. SIGTERM, SIGINT and SIGUSR1 save and stop.
