@@ -2150,8 +2150,8 @@ def test_ranks_and_accumulation_give_one_run():
 def crashing_runs(plan):
     """The child process of crash_and_resume: imports once and forks every run of train.py, which then start in no time.
 
-    plan: out, flags, ranks, kills, seed, longest. Kills (SIGKILL, every rank) at random moments until there were `kills`; then
-    lets the run finish. Prints the number of kills and the return codes of the last run.
+    plan: out, flags, ranks, kills, seed. Kills (SIGKILL, every rank) at random moments until there were `kills`; then lets the run
+    finish.
     """
     plan = json.loads(plan)
     rng, killed = np.random.default_rng(plan["seed"]), 0
@@ -2177,13 +2177,17 @@ def crashing_runs(plan):
                 os._exit(0)
             children.append(child)
         if killed < plan["kills"]:
-            time.sleep(rng.uniform(0, plan["longest"]))
+            log = os.path.join(plan["out"], "log.jsonl")
+            lines = lambda: open(log).read().count("\n") if os.path.exists(log) else 0
+            target = lines() + rng.integers(16)
+            while lines() < target and not os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.2))  # while it starts, in a step, a save, an evaluation
             for child in children:
                 os.kill(child, 9)
             killed += 1
         codes = [os.waitpid(child, 0)[1] for child in children]
         if not any(codes):
-            print(killed, codes)
             return
         if killed == plan["kills"] and 9 not in codes:
             raise AssertionError(open(plan["out"] + ".txt").read()[-3000:])
@@ -2191,31 +2195,29 @@ def crashing_runs(plan):
 
 def crash_and_resume(kills, ranks, seed=0):
     """A run killed at random moments equals the uninterrupted one: log and weights, bit for bit."""
+    steps = 20 + 8 * kills
     with tempfile.TemporaryDirectory() as tmp:
-        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp, n=13)[1], *MICRO_RUN, "--steps", "60", "--drop_path", "0.1",
+        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp, n=13)[1], *MICRO_RUN, "--steps", str(steps), "--drop_path", "0.1",
                  "--save_every", "7", "--eval_every", "10", "--keep_every", "14", "--workers", "1"]
-        took = []
         for out, n in ("whole", 0), ("crashed", kills):
-            out, start = os.path.join(tmp, out), time.time()
-            plan = dict(out=out, flags=[*flags, "--out", out], ranks=ranks, kills=n, seed=seed, longest=1.2 * took[0] if took else 0)
+            out = os.path.join(tmp, out)
+            plan = dict(out=out, flags=[*flags, "--out", out], ranks=ranks, kills=n, seed=seed)
             done = run("python", "-c", "import sys, test_all; test_all.crashing_runs(sys.argv[1])", json.dumps(plan), OMP_NUM_THREADS="1")
             assert done.returncode == 0, done.stderr[-3000:]
-            took.append(time.time() - start - 4)  # without the imports
         whole, crashed = (os.path.join(tmp, n) for n in ("whole", "crashed"))
         a, b = log_lines(whole), log_lines(crashed)
         assert a == b, next((x, y) for x, y in zip(a, b) if x != y)
-        assert [x["step"] for x in a if "loss" in x] == list(range(1, 61)), "steps never appear twice"
+        assert [x["step"] for x in a if "loss" in x] == list(range(1, steps + 1)), "steps never appear twice"
         for name in sorted(os.listdir(whole)):
             if name.endswith(".safetensors"):
                 x, y = load_file(os.path.join(whole, name)), load_file(os.path.join(crashed, name))
                 assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
-        assert os.listdir(whole).__len__() == len([n for n in os.listdir(crashed) if not n.endswith((".tmp", ".old"))])
         resumed = open(crashed + ".txt").read().count("resumed from")
         print(f"{kills} kills, {ranks} ranks: resumed {resumed} times")
 
 
 def test_crashes_change_nothing():
-    crash_and_resume(4, 1)
+    crash_and_resume(3, 1)
     crash_and_resume(2, 2)
 
 
