@@ -2147,6 +2147,154 @@ def test_ranks_and_accumulation_give_one_run():
                     assert math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-6), (a["step"], key, a[key], b[key])
 
 
+def faulty_training(folder, code):
+    """Path of a script that is train.py after `code`, which injects a fault; `step` counts its calls of losses."""
+    path = os.path.join(folder, "faulty.py")
+    open(path, "w").write(f"""
+import os, signal, sys, torch
+sys.path.insert(0, {HERE!r})
+import train
+plain, rank, step = train.losses, int(os.environ.get("RANK", 0)), 0
+def losses(*args, **kwargs):
+    global step
+    step += 1
+    fault = None
+{code}
+    loss_dist, loss_flow, weight, alpha = plain(*args, **kwargs)
+    return loss_dist, loss_flow * (1 if fault is None else fault), weight, alpha
+train.losses = losses
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, train.interrupt)
+train.run()
+""")
+    return path
+
+
+def same_weights(a, b):
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_signals_save_and_stop():
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], *MICRO_RUN, "--steps", 12, "--log_every", 2, "--save_every", 5]
+        train_quietly(*flags[2:], "--teacher", flags[1], "--out", os.path.join(tmp, "whole"))
+        out = os.path.join(tmp, "out")
+        for at, name in ((3, "SIGTERM"), (4, "SIGUSR1"), (2, "SIGINT")):  # in the middle of the step, to the process alone or to its group
+            script = faulty_training(tmp, f"    if step == {at}: os.{'killpg(0' if name == 'SIGTERM' else 'kill(os.getpid()'}, signal.{name})")
+            done = subprocess.run([sys.executable, script, *map(str, [*flags, "--workers", 1, "--out", out])], capture_output=True, text=True,
+                                  start_new_session=True)
+            assert done.returncode == 0 and "interrupted and saved" in done.stdout, done.stdout + done.stderr
+        assert [x["step"] for x in log_lines(out) if x.get("kind") == "interrupted"] == [3, 7, 9]
+        train_quietly(*flags[2:], "--teacher", flags[1], "--out", out)
+        whole = log_lines(os.path.join(tmp, "whole"))
+        assert [x for x in log_lines(out) if x.get("kind") != "interrupted"] == whole, "an interrupted step must be finished, once"
+        assert same_weights(os.path.join(out, "model.safetensors"), os.path.join(tmp, "whole", "model.safetensors"))
+
+
+def test_numbers_that_go_wrong():
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], *MICRO_RUN, "--steps", 4, "--eval_every", 100, "--save_every", 1, "--keep_every", 1]
+        script = faulty_training(tmp, "    if step == 3 and rank == 1: fault = float('inf')")
+        done = run("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags, "--out", os.path.join(tmp, "ranks"), OMP_NUM_THREADS="1")
+        assert done.returncode == 0 and "1 steps skipped" in done.stdout, done.stdout + done.stderr
+        lines = [x for x in log_lines(os.path.join(tmp, "ranks")) if "loss" in x]
+        assert [x["skipped"] for x in lines] == [0, 0, 1, 1] and [x["loss"] is None for x in lines] == [False, False, True, False]
+        kept = [os.path.join(tmp, "ranks", f"model_{n:07d}.safetensors") for n in (1, 2, 3, 4)]
+        assert same_weights(kept[1], kept[2]), "one rank's infinity must leave the weights of all as they are"
+        assert not same_weights(kept[0], kept[1]) and not same_weights(kept[2], kept[3])
+        moments = torch.load(os.path.join(tmp, "ranks", "state.pt"), weights_only=True)["optimizer"]["state"][0]
+        assert moments["step"] == 3 and moments["exp_avg"].isfinite().all()
+        # ten in a row: the run stops, and says where
+        script = faulty_training(tmp, "    if step > 2: fault = float('nan')")
+        out = os.path.join(tmp, "out")
+        done = run("python", script, *flags[:-6], "--steps", 50, "--eval_every", 100, "--save_every", 100, "--out", out)
+        assert done.returncode == 2 and "at step 12 " in done.stderr and "10 steps in a row" in done.stderr and "state.pt" in done.stderr, done.stderr
+        flow = [x for x in log_lines(out) if x["step"] == 2][0]["loss_flow"]
+        assert f"flow {flow:.4f}" in done.stderr, "the last finite loss"
+        read = data.ImageDataset(picture_folder(tmp)[0], 16, True)
+        expected = [read.path(read.index(n)) for n in range(44, 48)]  # the twelfth batch of four
+        assert open(os.path.join(out, "not_finite.txt")).read().splitlines() == expected and os.path.basename(expected[0]) in done.stderr
+
+
+def test_a_full_disk_loses_nothing():
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = ["--teacher", micro_teacher(tmp), *MICRO_RUN, "--eval_every", 100, "--out", os.path.join(tmp, "out")]
+        train_quietly(*flags, "--steps", 2)
+        state = os.path.join(tmp, "out", "state.pt")
+        before = open(state, "rb").read()
+        script = faulty_training(tmp, "    import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)")
+        done = run("python", script, *flags, "--steps", 4)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "could not be saved" in done.stderr and state in done.stderr, done.stderr
+        assert open(state, "rb").read() == before and not [n for n in os.listdir(os.path.join(tmp, "out")) if n.endswith(".tmp")]
+        shutil.copy(os.path.join(tmp, "teacher.safetensors"), os.path.join(tmp, "out", "model.safetensors"))  # of something else
+        with open(os.path.join(tmp, "out", "log.jsonl"), "a") as f:
+            f.write('{"step": 2, "lo')  # torn
+        said = train_quietly(*flags, "--steps", 4)
+        assert "resumed from" in said and "is not of that step" in said and "written again" in said, said
+        assert [x["step"] for x in log_lines(os.path.join(tmp, "out")) if "loss" in x] == [1, 2, 3, 4]
+        os.remove(state)
+        for n in (1, 2):  # without state.pt: a new run, the old one's files stay beside it
+            train_quietly(*flags, "--steps", 1)
+            os.remove(state)
+        names = os.listdir(os.path.join(tmp, "out"))
+        assert {"log.jsonl.old", "log.jsonl.old.old", "model.safetensors.old", "model.safetensors.old.old"} <= set(names), names
+        assert len(log_lines(os.path.join(tmp, "out"))) == 2 and len(open(os.path.join(tmp, "out", "log.jsonl.old")).readlines()) >= 4
+
+
+def test_training_goes_on_without_bad_pictures():
+    with tempfile.TemporaryDirectory() as tmp:
+        folder, _ = picture_folder(tmp, n=20)
+        for n in (3, 8):
+            open(os.path.join(folder, f"class{n % 2}", f"{n}.png"), "wb").write(b"no picture")
+        flags = ["--teacher", micro_teacher(tmp), "--data", folder, *MICRO_RUN, "--eval_every", 100, "--save_every", 4]
+        logs = []
+        for workers in (0, 1, 4):
+            out = os.path.join(tmp, str(workers))
+            said = train_quietly(*flags, "--workers", workers, "--max_bad_images", 0.1, "--out", out, "--steps", 3 if workers == 1 else 6)
+            if workers == 1:
+                said = train_quietly(*flags, "--workers", 0, "--max_bad_images", 0.1, "--out", out, "--steps", 6)
+            logs.append([x for x in log_lines(out) if x["step"] != 3])
+            assert "2 of 20 images cannot be read" in said
+            assert sorted(open(os.path.join(out, "bad_images.txt")).read().split()) == [os.path.join(folder, "class0", "8.png"), os.path.join(folder, "class1", "3.png")]
+        assert logs[0] == logs[1] == logs[2], "the same for 0, 1 and 4 workers, and across a resume"
+        done = run("python", "train.py", *flags, "--steps", 6, "--out", os.path.join(tmp, "strict"))
+        assert done.returncode == 2 and "more than --max_bad_images 0.01" in done.stderr, done.stderr
+        done = run("python", "train.py", "--teacher", flags[1], *MICRO_RUN, "--val", folder, "--out", os.path.join(tmp, "val"), "--steps", 1)
+        assert done.returncode == 2 and "8.png" in done.stderr and "train" not in done.stdout, "an evaluation drops no image, and is tried before the training"
+
+
+def test_a_rank_that_dies_takes_the_others_down():
+    with tempfile.TemporaryDirectory() as tmp:
+        script = faulty_training(tmp, "    if step == 3 and rank == 1: raise RuntimeError('rank 1 says why')")
+        start = time.time()
+        done = run("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, "--teacher", micro_teacher(tmp), *MICRO_RUN, "--steps", 1000,
+                   "--out", os.path.join(tmp, "out"), OMP_NUM_THREADS="1")
+        assert done.returncode and "RuntimeError: rank 1 says why" in done.stderr and time.time() - start < 60, done.stderr[-3000:]
+
+
+def test_a_clean_run_is_quiet():
+    with tempfile.TemporaryDirectory() as tmp:
+        done = run("python", "-X", "dev", "-W", "always", "train.py", "--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[1], *MICRO_RUN,
+                   "--steps", 3, "--eval_every", 2, "--workers", 1, "--out", os.path.join(tmp, "out"))
+        ours = [line for line in done.stderr.splitlines() if "Warning" in line and "site-packages" not in line]
+        assert done.returncode == 0 and not ours, done.stderr
+
+
+def slow_two_thousand_steps():
+    """No growth of memory or of open files over 2,000 steps. By name only: python test_all.py slow_two_thousand_steps"""
+    with tempfile.TemporaryDirectory() as tmp:
+        script = faulty_training(tmp, """    if step in (300, 2000):
+        import gc; gc.collect()
+        memory = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")][0]
+        print(f"step {step}: {memory} KB, {len(os.listdir('/proc/self/fd'))} files", file=sys.stderr, flush=True)""")
+        done = run("python", script, "--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[1], *MICRO_RUN, "--steps", 2000, "--eval_every", 50,
+                   "--save_every", 50, "--log_every", 10, "--out", os.path.join(tmp, "out"))
+        (first, files), (last, files_then) = (map(int, x) for x in re.findall(r"step \d+: (\d+) KB, (\d+) files", done.stderr))
+        print(f"{first} KB, {files} files at step 300; {last} KB, {files_then} files at step 2000")
+        assert last - first < 20_000 and files == files_then, done.stderr
+
+
 def crashing_runs(plan):
     """The child process of crash_and_resume: imports once and forks every run of train.py, which then start in no time.
 

@@ -366,6 +366,9 @@ def build_data(args):
     if args.val or args.data:
         val = ImageDataset(args.val or args.data, args.size, False)
         val.replace = not args.val  # training images that cannot be read do not stop the run, those of --val must be readable
+        if args.val and os.environ.get("RANK", "0") == "0":  # of which the first evaluation would tell much later
+            for n in range(min(len(val), 512)):
+                val[n]
         return data, val, "--val" if args.val else "the training images"
     return data, ProceduralDataset(args.size, False, args.seed), "other drawn pictures"
 
