@@ -2615,7 +2615,7 @@ def test_readme_commands():
     text = open(os.path.join(HERE, "README.md")).read()
     parsers = {"train.py": train.parse_args, "sample.py": sample.parse_args, "eval.py": evaluation.parse_args}
     lines = [line.split("#")[0] for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.replace("\\\n", " ").splitlines()]
-    commands = [c.split() for line in lines for c in line.split("&&") if any(s in c for s in parsers)]
+    commands = [c.removesuffix("&").split() for line in lines for c in map(str.strip, line.split("&&")) if any(s in c for s in parsers)]
     assert len(commands) >= 9, f"only {len(commands)} commands found in README.md"
     with tempfile.TemporaryDirectory() as tmp:
         folder, archive = picture_folder(tmp, n=20)
