@@ -495,10 +495,10 @@ def main(argv=None):
                  "latent_mean": encoder.latent_mean.flatten(), "latent_std": encoder.latent_std.flatten(), "step": step,
                  "samples": samples, "sums": sums, "faults": faults, "bad": bad, "args": vars(args), "id": run_id, "config": config}
         try:
+            if args.keep_every and step % args.keep_every == 0:  # first, as a resume from this step would not write it again
+                export(state, os.path.join(args.out, f"model_{step:07d}.safetensors"))
             write_atomically(state_path, lambda f: torch.save(state, f))
             export(state, model_path)
-            if args.keep_every and step % args.keep_every == 0:
-                export(state, os.path.join(args.out, f"model_{step:07d}.safetensors"))
         except (OSError, RuntimeError) as e:  # the latter: torch.save on a full disk
             raise OSError(f"step {step} could not be saved ({str(e).splitlines()[0]}); {state_path}, if there is one, is of the last save and "
                           "whole: make room, and run the same command again") from None
