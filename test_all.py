@@ -2281,6 +2281,27 @@ def test_a_clean_run_is_quiet():
         assert done.returncode == 0 and not ours, done.stderr
 
 
+def slow_torchrun_is_told_to_stop():
+    """SIGTERM to torchrun with two ranks saves and stops; the same command goes on. By name only."""
+    with tempfile.TemporaryDirectory() as tmp:
+        out = os.path.join(tmp, "out")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", "train.py", "--teacher", micro_teacher(tmp),
+                   *MICRO_RUN, "--workers", "1", "--eval_every", "1000", "--save_every", "1000", "--out", out, "--steps"]
+        start = subprocess.Popen([*command, "100000"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while not os.path.exists(os.path.join(out, "log.jsonl")) or len(open(os.path.join(out, "log.jsonl")).readlines()) < 20:
+            assert start.poll() is None, start.stdout.read()
+            time.sleep(0.1)
+        began = time.time()
+        start.terminate()
+        said = start.communicate(timeout=60)[0]
+        last = log_lines(out)[-1]
+        assert last["kind"] == "interrupted" and "interrupted and saved" in said, said
+        print(f"stopped at step {last['step']} in {time.time() - began:.1f} s")
+        done = run(*command, last["step"] + 5)
+        assert done.returncode == 0 and f"resumed from {out}/state.pt at step {last['step']:,}" in done.stdout, done.stdout + done.stderr
+        assert [x["step"] for x in log_lines(out) if "loss" in x] == list(range(1, last["step"] + 6))
+
+
 def slow_two_thousand_steps():
     """No growth of memory or of open files over 2,000 steps. By name only: python test_all.py slow_two_thousand_steps"""
     with tempfile.TemporaryDirectory() as tmp:
