@@ -17,15 +17,15 @@ import torch.nn.functional as F
 STRATEGIES = ("final", "uniform", "progressive", "adaptive")  # the paper's Table 5a
 
 
-def layer_distance(student, teacher, skip=0):
-    """alpha_l: 1 - mean cosine of the tokens from number `skip` on, in fp32. Two (B, N, D) -> a scalar in [0, 2]."""
-    return 1 - F.cosine_similarity(student[:, skip:].float(), teacher[:, skip:].float(), dim=-1).mean()
+def cosine(student, teacher):
+    """Cosine of every token with the teacher's, in fp32. Two (B, N, D) -> (B, N)."""
+    return F.cosine_similarity(student.float(), teacher.float(), dim=-1)
 
 
 def layer_distances(student, teacher, skip=0):
     """alpha of every layer, without the first `skip` tokens. Two lists of L tensors (B, N, D) -> (L,) in [0, 2]."""
     assert len(student) == len(teacher), f"{len(student)} student layers, {len(teacher)} teacher layers"
-    return torch.stack([layer_distance(s, t, skip) for s, t in zip(student, teacher)])
+    return 1 - torch.stack([cosine(s, t)[:, skip:] for s, t in zip(student, teacher)]).mean((1, 2))
 
 
 def layer_weights(distances, beta=2.0, strategy="adaptive"):

@@ -2607,9 +2607,9 @@ def test_fewer_passes_same_numbers():
     tokens = enc.vit(img / 255), teacher(img / 255)
     sliced = distill.layer_distances(*([h[:, 1:] for h in hidden] for hidden in tokens))
     assert torch.equal(distill.layer_distances(*tokens, skip=1), sliced), "skip leaves out the first tokens"
-    plain, compile_, distance, results = None, torch.compile, distill.layer_distance, []
+    plain, compile_, cosine, results = None, torch.compile, distill.cosine, []
     try:
-        torch.compile = lambda f, **kw: compile_(f, backend="aot_eager", **kw)  # the same graphs, without a C++ compiler
+        torch.compile = lambda f, options=None, **kw: compile_(f, backend="aot_eager", **kw)  # the same graphs, without a C++ compiler
         for compiled in (False, True):
             args = train.parse_args(["--size", "16", "--batch_size", "2"] + ["--compile"] * compiled)
             optimizer = torch.optim.AdamW(train.parameter_groups(enc, dec, 1e-3))
@@ -2618,12 +2618,29 @@ def test_fewer_passes_same_numbers():
             train.seed_step(1, 2)
             results.append((micro_step(img), [p.grad.clone() for p in (*enc.parameters(), *dec.parameters())]))
     finally:
-        torch.compile, distill.layer_distance = compile_, distance
+        torch.compile, distill.cosine = compile_, cosine
         torch.compiler.reset()
     (plain, plain_grads), (fast, fast_grads) = results
     close(fast, plain, 1e-5)
     for a, b in zip(plain_grads, fast_grads):
         assert (a - b).norm() <= 1e-4 * a.norm(), "the compiled step has the plain step's gradients"
+
+
+def test_compiled_gelu_is_erf_gelu():
+    x = torch.linspace(-9, 9, 100_001).double()
+    exact = 0.5 * torch.erfc(-x / 2 ** 0.5), torch.exp(-x * x / 2) / (2 * np.pi) ** 0.5
+    for found, true, most in zip(encoder.normal(x), exact, (3e-7, 1e-7)):
+        assert found.dtype == torch.float32 and (found - true).abs().max() < most
+    x = x.bfloat16().requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    y, dy = F.gelu(wide), torch.autograd.grad(F.gelu(wide).sum(), wide)[0]
+    error = {}
+    for name, f in ("eager", encoder.gelu), ("compiled", torch.compile(lambda x: encoder.gelu(x), backend="aot_eager")):
+        z = f(x)
+        error[name] = (z - y).norm() / y.norm(), (torch.autograd.grad(z.sum(), x)[0] - dy).norm() / dy.norm()
+    assert encoder.gelu(x).equal(F.gelu(x)) and not z.equal(F.gelu(x)), "only compiled code has its own"
+    for eager, compiled in zip(*error.values()):
+        assert compiled < 1.05 * eager < 0.005, "bf16's rounding hides the difference"
 
 
 def test_autocast_keeps_the_residual_stream_in_bf16():

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import distill
 from data import ImageDataset, ProceduralDataset, sample_numbers, split_batch
 from decoder import Decoder, DecoderConfig, sample_t
-from encoder import TEACHERS, Encoder, ViT, fetch, load_exactly, load_teacher, read_config, teacher_config, write_atomically, write_model
+from encoder import COMPILE, TEACHERS, Encoder, ViT, fetch, load_exactly, load_teacher, read_config, teacher_config, write_atomically, write_model
 from eval import commit, ignore_signals, validate
 
 # The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512); small
@@ -186,8 +186,9 @@ def model_flops(encoder, decoder, size):
     return teacher_flops.get_total_flops() + 3 * tokenizer_flops.get_total_flops()
 
 
-def record(micro_step, img):
+def record(micro_step, img, clear):
     """micro_step (uint8 image batch -> statistics) as a CUDA graph: recorded once, then replayed on each batch of that shape.
+    clear() sets the gradients back before: where it leaves None, the graph will write them, and add to those it finds.
 
     Python launches the kernels of a small model one by one more slowly than the GPU runs them.
     """
@@ -197,6 +198,7 @@ def record(micro_step, img):
         for _ in range(3):
             micro_step(img)
     torch.cuda.current_stream().wait_stream(side)
+    clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         stats = micro_step(img)
@@ -213,10 +215,11 @@ def training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_ba
     device, trained = decoder.mean.device, [p for group in optimizer.param_groups for p in group["params"]]
     on_gpu = device.type == "cuda"
     graphed = args.compile and on_gpu and ranks == 1
+    overwrites = graphed and accumulation == 1  # the last step's gradients: one pass less over them, and nothing to clear
     if args.compile:  # block by block: all blocks of a kind share one compilation
         for block in (*teacher.blocks, *encoder.vit.blocks, *decoder.blocks, decoder.head):
-            block.compile(dynamic=False)
-        distill.layer_distance = torch.compile(distill.layer_distance, dynamic=False)
+            block.compile(**COMPILE)
+        distill.cosine = torch.compile(distill.cosine, **COMPILE)
     student, flow_decoder = encoder, decoder
     if ranks > 1:  # the teacher stays outside
         student, flow_decoder = (DistributedDataParallel(m, [device] if on_gpu else None, gradient_as_bucket_view=True) for m in (encoder, decoder))
@@ -237,12 +240,13 @@ def training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_ba
         row = torch.cat([stats, torch.nn.utils.clip_grad_norm_(trained, args.clip or math.inf)[None], torch.ones_like(stats[:1])])
         optimizer.found_inf = (~row.isfinite().all()).float()  # where GradScaler tells a fused optimizer, without a wait for the GPU
         optimizer.step()
-        optimizer.zero_grad(set_to_none=not graphed)  # a graph writes where it was recorded
+        if not overwrites:
+            optimizer.zero_grad(set_to_none=not graphed)  # a graph writes where it was recorded
         return row
 
     if graphed:
-        micro_step = record(micro_step, torch.zeros(micro_batch, 3, args.size, args.size, dtype=torch.uint8, device=device))
-        optimizer.zero_grad(set_to_none=False)
+        micro_step = record(micro_step, torch.zeros(micro_batch, 3, args.size, args.size, dtype=torch.uint8, device=device),
+                            lambda: optimizer.zero_grad(set_to_none=overwrites))
     return micro_step, update
 
 
@@ -272,7 +276,7 @@ def bench(args, teacher, encoder, decoder, optimizer, autocast, ranks, say):
         encoder.vit.checkpoint = decoder.checkpoint = checkpointed
         mode = argparse.Namespace(**{**vars(args), "compile": compiled})
         name = f"{micro:4d} x {accumulation}{'' if compiled else ', not compiled'}{', checkpoint_activations' * checkpointed}"
-        micro_step = None  # frees the last row's graph
+        micro_step = optimizer.zero_grad()  # frees the last row's graph and gradients
         try:
             if on_gpu:
                 torch.cuda.empty_cache()
