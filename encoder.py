@@ -41,7 +41,6 @@ PIXEL_STATS = {  # per-channel mean and standard deviation that a network expect
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "openai": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
-COMPILE = dict(dynamic=False, options={"triton.multi_kernel": 1})  # LayerNorms of 1025 tokens twice as fast: one loop over a row, not two
 
 
 def normal(x):

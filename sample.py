@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data import EXTENSIONS, MAX_PIXELS, is_image, load_image, to_tensor
 from decoder import Decoder, DecoderConfig
-from encoder import COMPILE, TEACHERS, Encoder, ViT, fetch, read_config
+from encoder import TEACHERS, Encoder, ViT, fetch, read_config
 from eval import comparison, image_noise, psnr, round_uint8, ssim
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -106,8 +106,8 @@ def fast(enc, dec, img, steps=1):
     for x in (*enc.parameters(), *dec.parameters()):
         if x.ndim in (2, 4):
             x.data = x.data.bfloat16()
-    enc.compile(**COMPILE)
-    dec.condition, dec.velocity = (torch.compile(f, **COMPILE) for f in (dec.condition, dec.velocity))
+    enc.compile(dynamic=False)
+    dec.condition, dec.velocity = (torch.compile(f, dynamic=False) for f in (dec.condition, dec.velocity))
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         z = enc.encode(img)
         return torch.cuda.make_graphed_callables((enc.encode, lambda z: dec.decode(z, steps)), ((img,), (z,)))

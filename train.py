@@ -36,7 +36,7 @@ from tqdm import tqdm
 import distill
 from data import ImageDataset, ProceduralDataset, sample_numbers, split_batch
 from decoder import Decoder, DecoderConfig, sample_t
-from encoder import COMPILE, TEACHERS, Encoder, ViT, fetch, load_exactly, load_teacher, read_config, teacher_config, write_atomically, write_model
+from encoder import TEACHERS, Encoder, ViT, fetch, load_exactly, load_teacher, read_config, teacher_config, write_atomically, write_model
 from eval import commit, ignore_signals, validate
 
 # The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512); small
@@ -218,8 +218,8 @@ def training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_ba
     overwrites = graphed and accumulation == 1  # the last step's gradients: one pass less over them, and nothing to clear
     if args.compile:  # block by block: all blocks of a kind share one compilation
         for block in (*teacher.blocks, *encoder.vit.blocks, *decoder.blocks, decoder.head):
-            block.compile(**COMPILE)
-        distill.cosine = torch.compile(distill.cosine, **COMPILE)
+            block.compile(dynamic=False)
+        distill.cosine = torch.compile(distill.cosine, dynamic=False)
     student, flow_decoder = encoder, decoder
     if ranks > 1:  # the teacher stays outside
         student, flow_decoder = (DistributedDataParallel(m, [device] if on_gpu else None, gradient_as_bucket_view=True) for m in (encoder, decoder))
