@@ -16,6 +16,7 @@ To copy: needs torch and numpy for the metrics. The command line uses data.py, e
 Structure of the Inception network: Szegedy et al. 2015, with the differences of TensorFlow's 2015 graph as in pytorch-fid.
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -390,7 +391,7 @@ def nearest_neighbours(x, y, test_x, test_y, k=20, temperature=0.07):
 
 class Readable(Dataset):
     """Items of datasets of the same files: (number, images, label, None), or (number, None, None, why) for a file that cannot be
-    used, so that an evaluation can name them all. Images that differ in size from number 0 cannot: a batch has one size."""
+    used, so that an evaluation can name them all. An image of another size than the first that can be read is one: a batch has one size."""
 
     def __init__(self, *datasets):
         self.datasets, self.shape = datasets, None
@@ -400,13 +401,16 @@ class Readable(Dataset):
 
     def __getitem__(self, n):
         try:
-            self.shape = self.shape or self.datasets[0][0][0].shape
             images, labels = zip(*(d[n] for d in self.datasets))
-            if images[0].shape != self.shape:
-                sizes = [f"{s[2]}x{s[1]}" for s in (images[0].shape, self.shape)]
-                raise ValueError(f"{self.datasets[0].path(n)} is {sizes[0]}, the first is {sizes[1]}: --resolution 256 crops all to 256x256")
         except ValueError as e:
             return n, None, None, str(e)
+        for k in range(n + 1) if self.shape is None else ():
+            with contextlib.suppress(ValueError):
+                self.shape = self.datasets[0][k][0].shape
+                break
+        if images[0].shape != self.shape:
+            sizes = [f"{s[2]}x{s[1]}" for s in (images[0].shape, self.shape)]
+            return n, None, None, f"{self.datasets[0].path(n)} is {sizes[0]}, the first is {sizes[1]}: --resolution 256 crops all to 256x256"
         return n, images, labels[0], None
 
 
