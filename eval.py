@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -425,25 +426,22 @@ class NpzImages(Dataset):
     """Images of an .npz in the layout of ADM's sample batches: `arr_0`, uint8 (N, H, W, 3); read in place if not compressed."""
 
     def __init__(self, path):
-        try:
-            with zipfile.ZipFile(path) as z, z.open("arr_0.npy") as f:
-                entry = z.getinfo("arr_0.npy")
-                version = np.lib.format.read_magic(f)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, fortran, dtype = read(f)
-                start = f.tell()
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
-                raise ValueError(f"arr_0 is {dtype} {shape}; it must be uint8 (N, H, W, 3)")
-            if entry.compress_type == zipfile.ZIP_STORED:
-                with open(path, "rb") as f:
-                    f.seek(entry.header_offset)
-                    local = f.read(30)
-                start += entry.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-                self.images = np.memmap(path, np.uint8, "r", start, shape)
-            else:
-                self.images = np.load(path)["arr_0"]
-        except (KeyError, OSError, ValueError, zipfile.BadZipFile) as e:
-            raise ValueError(f"{path} is neither images nor statistics ({e}): an .npz holds arr_0, or mu and sigma") from None
+        with zipfile.ZipFile(path) as z, z.open("arr_0.npy") as f:
+            entry = z.getinfo("arr_0.npy")
+            version = np.lib.format.read_magic(f)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(f)
+            start = f.tell()
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or fortran:
+            raise ValueError(f"arr_0 is {dtype} {shape}; it must be uint8 (N, H, W, 3)")
+        if entry.compress_type == zipfile.ZIP_STORED:
+            with open(path, "rb") as f:
+                f.seek(entry.header_offset)
+                local = f.read(30)
+            start += entry.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+            self.images = np.memmap(path, np.uint8, "r", start, shape)
+        else:
+            self.images = np.load(path)["arr_0"]
         self.file = path
 
     def __len__(self):
@@ -454,6 +452,20 @@ class NpzImages(Dataset):
 
     def path(self, n):
         return f"{self.file}[{n}]"
+
+
+def read_npz(path):
+    """(mu (D,), sigma (D, D)) of an .npz of statistics, or the NpzImages of one of images. ValueError for another."""
+    try:
+        with np.load(path) as f:
+            if {"mu", "sigma"} <= set(f.files):
+                mu, sigma = (np.asarray(f[key], np.float64) for key in ("mu", "sigma"))
+                if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+                    raise ValueError(f"mu is {mu.shape}, sigma {sigma.shape}; they must be (D,) and (D, D)")
+                return mu, sigma
+        return NpzImages(path)
+    except Exception as e:  # damage makes zipfile, zlib and numpy raise nearly any type
+        raise ValueError(f"{path} is neither images nor statistics ({type(e).__name__}: {e}): an .npz holds arr_0, or mu and sigma") from None
 
 
 def sha256(path):
@@ -505,6 +517,12 @@ def parse_args(argv=None):
         ap.error("--fid, --latent_stats and --save_latents are jobs of their own: give one")
     if args.fid and len(args.fid) != (1 if args.save_stats and len(args.fid) == 1 else 2):
         ap.error(f"--fid compares A and B, got {len(args.fid)}; --fid A --save_stats FILE.npz only saves")
+    if args.save_stats and not args.fid:
+        ap.error("--save_stats goes with --fid")
+    if (args.pca or args.probe) and (args.fid or args.latent_stats or args.save_latents):
+        ap.error("--pca and --probe measure a tokenizer: leave them out of --fid, --latent_stats and --save_latents")
+    if args.out and args.out.endswith(".safetensors") != args.latent_stats:
+        ap.error(f"--out {args.out}: with --latent_stats it is a weights file, .safetensors, and else a report, .json")
     if args.fid and args.inception == "none":
         ap.error("--fid needs --inception")
     if not args.fid and not args.data:
@@ -512,8 +530,8 @@ def parse_args(argv=None):
     if (args.pca or args.probe) and not args.fit:
         ap.error("--pca and --probe need --fit PATH, images that they are fitted on (not those they are measured on)")
     for path in filter(None, (args.out, args.save_stats)):
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            ap.error(f"{path}: there is no folder {os.path.dirname(path)}")
+        if not os.path.isdir(os.path.dirname(path) or ".") or os.path.isdir(path):
+            ap.error(f"{path}: there is no folder {os.path.dirname(path)}, or this is one")
     return args
 
 
@@ -524,18 +542,23 @@ class Job:
         self.args, self.start, self.bad = args, time.time(), []
         self.rank, self.ranks, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         self.device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if self.device.type == "cuda" and local_rank >= torch.cuda.device_count():
+            raise ValueError(f"rank {local_rank} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node")
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16)
         self.precision = "bf16 autocast" if args.bf16 else "fp32 without TF32"
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
         if self.ranks > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo")  # little is exchanged: sums, at the end
+            # little is exchanged: sums, at the end; others may have to wait for rank 0 longer than the usual half an hour
+            dist.init_process_group("gloo", timeout=timedelta(days=1))
 
-    def gather(self, x):
-        """Every rank's x, in rank order, on every rank."""
+    def gather(self, x, everywhere=True):
+        """Every rank's x, in rank order, on every rank, or on rank 0 alone (elsewhere an empty list)."""
         parts = [x] * self.ranks
-        if self.ranks > 1:
+        if self.ranks > 1 and everywhere:
             dist.all_gather_object(parts, x)
-        return parts
+        elif self.ranks > 1:
+            dist.gather_object(x, parts if self.rank == 0 else None)
+        return parts if everywhere or self.rank == 0 else []
 
     def together(self, moments):
         """The Moments of all ranks' rows, on the CPU."""
@@ -548,10 +571,7 @@ class Job:
     def crops(self, paths, size):
         from data import ImageDataset
 
-        data = ImageDataset(paths, size, train=False)
-        if len(data) < 2 and self.args.inception != "none":
-            raise ValueError(f"{' '.join(paths)} holds {len(data)} image; a covariance, and so an FID, needs at least 2 (or --inception none)")
-        return data
+        return ImageDataset(paths, size, train=False)
 
     def images(self, note, *datasets, numbers=None):
         """Yields this rank's images: (numbers, one batch (b, 3, H, W) in [0, 1] of each dataset, labels). All ranks must exhaust it.
@@ -612,6 +632,11 @@ class Job:
         return report
 
 
+def at_least_two(data, name):
+    if len(data) < 2:
+        raise ValueError(f"{name} holds {len(data)} image; a covariance, and so an FID, needs at least 2 (or --inception none)")
+
+
 def warn_of_few(n):
     """A covariance of 2048 dimensions from fewer images has not even full rank."""
     return f"FID of {n} images, fewer than the 2048 dimensions of its covariance: such a figure means little" if n < 2048 else None
@@ -627,11 +652,12 @@ def between_sets(job):
     for which, path in zip("AB", args.fid):
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path}: no such folder, .zip or .npz")
-        if path.endswith(".npz") and {"mu", "sigma"} <= set(np.load(path).files):
-            found.append([np.load(path)[key] for key in ("mu", "sigma")])
+        data = read_npz(path) if path.endswith(".npz") else job.crops([path], None if args.resolution == "native" else 256)
+        if isinstance(data, tuple):
+            found.append(data)
             table.append(f"{which}: statistics of {path}")
             continue
-        data = NpzImages(path) if path.endswith(".npz") else job.crops([path], None if args.resolution == "native" else 256)
+        at_least_two(data, path)
         pools, splits, start = Moments(), min(10, len(data)), time.time()
         sums = torch.zeros(splits, 1010, dtype=torch.float64)
         for n, img, _ in job.images(f"features of {which}", data):
@@ -670,6 +696,8 @@ def latent_statistics(job, enc, dec, inputs, info, about):
         raise ValueError(f"latent channels {torch.nonzero(std <= 0).flatten().tolist()} are constant, nothing to normalise by: train longer")
     target = job.args.out or weights
     if job.rank == 0:
+        if sha256(weights) != about["weights_sha256"]:
+            raise ValueError(f"{weights} was written anew meanwhile: run this again when its training is over, or on a copy")
         if "released" in info:
             tensors = {f"{part}.{k}": x for part, module in (("encoder", enc), ("decoder", dec)) for k, x in module.cpu().state_dict().items()}
             info = {**{k: v for k, v in info.items() if k != "released"}, "decoder": vars(dec.config)}
@@ -691,7 +719,9 @@ def save_latents(job, enc, inputs, info, about, shard=1024):
     folder, dtype = job.args.save_latents, torch.bfloat16 if job.args.bf16 else torch.float32
     if not (enc.latent_mean.any() or (enc.latent_std != 1).any()):
         raise ValueError(f"{about['weights']} has no latent statistics yet: python eval.py --latent_stats --data TRAIN --weights {about['weights']}")
-    made_of = {"weights_sha256": about["weights_sha256"], "data_sha256": hashlib.sha256(inputs.names).hexdigest(), "images": len(inputs), "dtype": str(dtype)}
+    identity = hashlib.sha256(json.dumps([os.path.abspath(r) for r in inputs.roots]).encode() + inputs.names)
+    identity.update(inputs.name_ends.tobytes() + inputs.spans.tobytes())  # of archives: lengths and CRC-32
+    made_of = {"weights_sha256": about["weights_sha256"], "data_sha256": identity.hexdigest(), "images": len(inputs), "dtype": str(dtype)}
     os.makedirs(folder, exist_ok=True)
     path_of, missing = lambda k: os.path.join(folder, f"latents_{k:05d}.safetensors"), []
     for k in range(job.rank, -(-len(inputs) // shard), job.ranks):
@@ -703,7 +733,7 @@ def save_latents(job, enc, inputs, info, about, shard=1024):
                 have = json.loads(f.metadata()["config"])
         except (SafetensorError, KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{path_of(k)} is damaged ({e}): delete it and run this again") from None
-        if made_of.items() - have.items():
+        if any(have.get(key) != value for key, value in made_of.items()):
             raise ValueError(f"{path_of(k)} is of other weights, data or precision: use another folder")
     z, labels, order = [], [], iter(missing)
     span = next(order, None)
@@ -731,6 +761,8 @@ def reconstruction(job, enc, dec, inputs, native, results):
     args, p, C = job.args, dec.config.patch, dec.config.latent_dim
     size = native if args.resolution == "native" else int(args.resolution)
     network, name = job.inception()
+    if network:
+        at_least_two(inputs, " ".join(args.data))
 
     def compare_at(rec):  # (b, 3, native, native) -> (b, 3, size, size), rounded to uint8 before and after the resize
         rec = (rec * 255).round().to(torch.uint8).cpu()
@@ -779,14 +811,10 @@ def reconstruction(job, enc, dec, inputs, native, results):
 @torch.no_grad()
 def understanding(job, enc, teacher, inputs, fit):
     """--probe: ({layer: {student and teacher: linear and 20-NN accuracy}}, mean cosine to the teacher of every layer), on rank 0."""
-    unknown = sorted(set(inputs.classes) - set(fit.classes))
-    if unknown or len(fit) < 20:
-        raise ValueError(f"--fit has {len(fit)} images and lacks the classes {' '.join(unknown[:5]) or '-'}: it needs at least 20 images, and every "
-                         "class of --data (the folder that an image is in)")
     P, cosines = teacher.num_prefix, torch.zeros(len(teacher.blocks), dtype=torch.float64)
 
     def features(data, note):
-        """({(layer, who): (n, D)}, labels (n,)) of all ranks' images in order, averaged over positions."""
+        """({(layer, who): (n, D)}, labels (n,)) of all ranks' images in order, averaged over positions; elsewhere than on rank 0 ({}, None)."""
         parts, order, labels = {}, [], []
         for n, img, y in job.images(note, data):
             with job.autocast:
@@ -802,20 +830,23 @@ def understanding(job, enc, teacher, inputs, fit):
             if data is inputs:
                 for l, (s, t) in enumerate(zip(*hidden.values())):
                     cosines[l] += F.cosine_similarity(s[:, P:].float(), t[:, P:].float(), dim=-1).mean(1).double().sum().item()
-        shares = [s for s in job.gather((order, labels, {name: torch.cat(x) for name, x in parts.items()})) if s[0]]
+        shares = [s for s in job.gather((order, labels, {name: torch.cat(x) for name, x in parts.items()}), everywhere=False) if s[0]]
+        if not shares:
+            return {}, None
         order = torch.tensor(sum((s[0] for s in shares), [])).argsort()
         return ({name: torch.cat([s[2][name] for s in shares])[order].to(job.device) for name in shares[0][2]},
                 torch.tensor(sum((s[1] for s in shares), []))[order].to(job.device))
 
     x, y = features(fit, "features of --fit")
     test_x, test_y = features(inputs, "features of --data")
-    test_y = torch.tensor([fit.classes.index(c) for c in inputs.classes], device=job.device)[test_y]  # --fit's numbers of the classes
-    probe = {}
-    for layer, who in x if job.rank == 0 else ():
+    cosines, probe = (sum(job.gather(cosines)) / len(inputs)).tolist(), {}
+    if job.rank == 0:
+        test_y = torch.tensor([fit.classes.index(c) for c in inputs.classes], device=job.device)[test_y]  # --fit's numbers of the classes
+    for layer, who in x:
         one = x[layer, who], y, test_x[layer, who], test_y
         linear, rate = linear_probe(*one, job.args.seed)
         probe.setdefault(layer, {})[who] = {"linear": linear, "learning_rate": rate, "knn": nearest_neighbours(*one)}
-    return probe, (sum(job.gather(cosines)) / len(inputs)).tolist()
+    return probe, cosines
 
 
 def main(argv=None):
@@ -828,10 +859,11 @@ def main(argv=None):
     from encoder import Encoder, fetch, load_teacher, read_config
 
     weights = fetch(args.weights)
+    digest = sha256(weights) if os.path.isfile(weights) and os.path.getsize(weights) else None
     enc, dec = Encoder.from_pretrained(weights).to(job.device), Decoder.from_pretrained(weights).to(job.device)
     info = read_config(weights)
     inputs = job.crops(args.data, info["size"])
-    about = {"weights": weights, "weights_sha256": sha256(weights), "step": info.get("step"), "teacher": info.get("teacher"),
+    about = {"weights": weights, "weights_sha256": digest, "step": info.get("step"), "teacher": info.get("teacher"),
              "commit": info.get("commit"), "data": args.data, "images": len(inputs)}
     if args.latent_stats:
         return latent_statistics(job, enc, dec, inputs, info, about)
@@ -841,13 +873,20 @@ def main(argv=None):
     if args.probe:
         named = args.teacher or info.get("teacher"), args.teacher_weights or (None if args.teacher else info.get("teacher_weights"))
         teacher = load_teacher(*named).to(job.device)
-        if (teacher.config.patch, len(teacher.blocks)) != (dec.config.patch, len(enc.vit.blocks)):
-            raise ValueError(f"teacher {named[0]} has another patch or depth than {weights}: give its own with --teacher")
+        shape = lambda c: (c.width, c.depth, c.patch, c.num_prefix)
+        if shape(teacher.config) != shape(enc.vit.config):
+            raise ValueError(f"teacher {named[0]} has another width, depth or patch than {weights}: give its own with --teacher")
         fit = job.crops(args.fit, info["size"])
+        unknown = sorted(set(inputs.classes) - set(fit.classes))
+        if unknown or len(fit) < 20:
+            raise ValueError(f"--fit has {len(fit)} images and lacks the classes {' '.join(unknown[:5]) or '-'}: it needs at least 20 images, and "
+                             "every class of --data (the folder that an image is in)")
     report = {**about, "fit": args.fit, "results": {}}
     report["protocol"] = reconstruction(job, enc, dec, inputs, info["size"], report["results"])
     rated = args.inception != "none"
     report["warning"] = warn_of_few(len(inputs)) if rated else None
+    if args.fit == args.data:
+        report["warning"] = "fitted on the images that are measured: PCA and probe mean little"
     table = [f"{'':18s}  PSNR dB    ssim  ssim_paper" + "      rFID             IS" * rated]
     for row, r in report["results"].items():
         table.append(f"{row:18s}  {r['psnr']:7.2f}  {r['ssim']:.4f}      {r['ssim_paper']:.4f}"
@@ -879,5 +918,5 @@ if __name__ == "__main__":
         main() if sys.argv[1:] else demo()
     except (OSError, ValueError) as e:
         who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{who}eval.py: {str(e).splitlines()[-1]}", file=sys.stderr)
+        print(f"{who}eval.py: {(str(e).splitlines() or [repr(e)])[-1]}", file=sys.stderr)
         sys.exit(2)

@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import contextlib
 import faulthandler
+import fcntl
 import functools
 import hashlib
 import http.server
@@ -1838,7 +1839,12 @@ def test_fid_between_anything():
         np.savez(os.path.join(tmp, "float.npz"), np.zeros((2, 8, 8, 3)))
         one = os.path.join(tmp, "one")
         os.makedirs(one), shutil.copy(os.path.join(a, "0.png"), one)
-        for other, words in (("small.npz", "(64, 64)"), ("float.npz", "float64"), ("none", "no such"), ("one", "at least 2")):
+        whole = open(os.path.join(tmp, "a.npz"), "rb").read()
+        for name, content in ("torn.npz", whole[:-1000]), ("empty.npz", b""), ("text.npz", b"no zip"):
+            open(os.path.join(tmp, name), "wb").write(content)
+        np.savez(os.path.join(tmp, "scalar.npz"), mu=1.0, sigma="x"), np.savez(os.path.join(tmp, "alone.npz"), arrays[1][:1])
+        for other, words in (("small.npz", "(64, 64)"), ("float.npz", "float64"), ("none", "no such"), ("one", "at least 2"), ("alone.npz", "at least 2"),
+                             ("torn.npz", "neither"), ("empty.npz", "neither"), ("text.npz", "neither"), ("scalar.npz", "neither")):
             raises((OSError, ValueError), fid, os.path.join(tmp, "a.npz"), os.path.join(tmp, other), words=words)
         picture(0, 30, 20).save(os.path.join(b, "0.png")), open(os.path.join(b, "3.png"), "w").write("text")
         raises(ValueError, fid, a, b, words="of 4 images cannot be used")
@@ -1889,6 +1895,8 @@ def test_latent_statistics_and_saved_latents():
             assert "1 files of 4" in evaluate(*flags)[0], "what is there is not written again"
             assert os.stat(os.path.join(out, "latents_00000.safetensors")).st_mtime_ns == stamp
             raises(ValueError, evaluate, *flags, "--bf16", words="of other weights")
+            shutil.copytree(folder, os.path.join(tmp, "other"))  # the same names
+            raises(ValueError, evaluate, *[os.path.join(tmp, "other") if x == folder else x for x in flags], words="data")
         finally:
             evaluation.save_latents = whole
         args = train.parse_args(["--teacher", os.path.join(tmp, "teacher.safetensors"), *MICRO_RUN, "--gtb_depth", "2", "--init", copy])
@@ -1899,6 +1907,33 @@ def test_latent_statistics_and_saved_latents():
         close(torch.cat([s["latents"] for s in shards]), enc.encode(img), 1e-5)
         assert torch.cat([s["labels"] for s in shards]).tolist() == [read[n][1] for n in range(11)]
         assert json.load(open(os.path.join(out, "index.json")))["classes"] == ["class0", "class1"]
+
+
+def test_evaluation_refuses_before_it_begins():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=9)
+        before, base = open(weights, "rb").read(), ["--data", folder, "--weights", weights, "--inception", "none"]
+        for flags, words in ((["--out", weights], ".json"), (["--latent_stats", "--out", "x.json"], ".safetensors"), (["--save_stats", "x.npz"], "--fid"),
+                             (["--probe"], "--fit"), (["--pca", "--fit", folder, "--latent_stats"], "leave them out"), (["--batch_size", "0"], "at least 1")):
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                raises(SystemExit, evaluation.main, [*base, *flags], words="2")
+            assert words in said.getvalue(), said.getvalue()
+        raises(ValueError, evaluate, *base, "--probe", "--fit", os.path.join(folder, "class0"), words="class1")
+        raises(ValueError, evaluate, *base, "--probe", "--fit", folder, "--teacher", "tiny", words="another width")
+        whole = evaluation.Moments.add
+
+        def meanwhile(self, x):  # train.py saves while the statistics are being computed
+            whole(self, x)
+            open(weights, "ab").write(b" ")
+        evaluation.Moments.add = meanwhile
+        try:
+            raises(ValueError, evaluate, *base, "--latent_stats", words="written anew")
+        finally:
+            evaluation.Moments.add = whole
+        open(weights, "wb").write(before)
+        alone = os.path.join(tmp, "alone")
+        os.makedirs(alone), shutil.copy(os.path.join(folder, "class0", "0.png"), alone)
+        evaluate("--latent_stats", "--data", alone, "--weights", weights)  # one image is enough where no covariance of features is asked for
 
 
 def test_an_evaluation_drops_no_image():
@@ -2280,6 +2315,15 @@ def test_a_full_disk_loses_nothing():
         said = train_quietly(*flags, "--steps", 4)
         assert "resumed from" in said and "is not of that step" in said and "written again" in said, said
         assert [x["step"] for x in log_lines(os.path.join(tmp, "out")) if "loss" in x] == [1, 2, 3, 4]
+        more, _ = picture_folder(os.path.join(tmp, "data"))
+        other = [*flags[:-1], os.path.join(tmp, "grown"), "--data", more]
+        train_quietly(*other, "--steps", 1)
+        picture(99).save(os.path.join(more, "class0", "99.png"))
+        raises(ValueError, train_quietly, *other, "--steps", 2, words="images was 10 images")
+        with open(os.path.join(tmp, "out", ".lock"), "w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            done = run("python", "train.py", *flags, "--steps", 5)
+            assert done.returncode == 2 and "another run is writing" in done.stderr, done.stderr
         os.remove(state)
         for n in (1, 2):  # without state.pt: a new run, the old one's files stay beside it
             train_quietly(*flags, "--steps", 1)
@@ -2563,7 +2607,7 @@ def test_bad_input_is_one_line_and_status_2():
             (["train.py", *micro, "--data", empty], "holds no images"),
             (["train.py", *micro, "--data", os.path.join(tmp, "torn.zip")], "torn.zip"),
             (["train.py", *micro, "--data", bad, "--steps", "1"], "text.jpg"),
-            (["train.py", *micro, "--data", bad, "--steps", "1", "--workers", "1"], "text.jpg"),
+            (["train.py", *micro, "--data", bad, "--steps", "1", "--workers", "1", "--out", os.path.join(tmp, "out2")], "text.jpg"),
             (["train.py", *micro, "--data", folder, "--size", "18"], "try --size 16"),
             (["train.py", "--teacher", "intern"], "internvit"),
             (["train.py", "--teacher", "internvit", "--out", out], "OpenGVLab/InternViT-300M-448px/resolve/main/model.safetensors"),
@@ -2594,7 +2638,7 @@ def test_bad_input_is_one_line_and_status_2():
         done = run("python", "sample.py", *names, "--weights", good, "--out", os.path.join(tmp, "reconstructed"))
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "text.jpg" in done.stderr, done.stderr
         assert len(os.listdir(os.path.join(tmp, "reconstructed"))) == 5, "the other pictures go on"
-        leftovers = [n for n in os.listdir(out) if n not in ("samples", "log.jsonl", "log.jsonl.old")]
+        leftovers = [n for n in os.listdir(out) if n not in ("samples", ".lock") and not n.startswith("log.jsonl")]
         assert not leftovers and not os.listdir(os.path.join(out, "samples")), f"half-written: {leftovers}"
         done = run("python", "train.py", *micro, "--data", folder, RANK="0", WORLD_SIZE="3", LOCAL_RANK="0")
         assert done.returncode == 2 and "try 3 or 6" in done.stderr, done.stderr

@@ -13,6 +13,8 @@ out/samples/*.png, and out/bad_images.txt if pictures could not be read. SIGTERM
 """
 import argparse
 import copy
+import fcntl
+import hashlib
 import json
 import math
 import multiprocessing
@@ -434,9 +436,15 @@ def main(argv=None):
         return dist.destroy_process_group() if ranks > 1 else None
     data, val, val_name = build_data(args)
     args.steps = args.steps or max(1, args.epochs * len(data) // args.batch_size)
+    args.images = f"{len(data):,} images" + (f" ({hashlib.sha256(data.names).hexdigest()[:8]})" if args.data else "")  # a resume compares it
     state_path, model_path = (os.path.join(args.out, name) for name in ("state.pt", "model.safetensors"))
     if rank == 0:
         os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+        lock = open(os.path.join(args.out, ".lock"), "w")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when this process ends, however it ends
+        except OSError:
+            raise ValueError(f"another run is writing to {args.out}: wait for it, or use another --out") from None
     state = load_state(state_path, args) if os.path.isfile(state_path) else None
     L, grid = len(teacher.blocks), args.size // teacher.config.patch
     say(f"data: {len(data):,} {'images' if args.data else 'procedurally drawn pictures (no --data)'} at {args.size} px; "
@@ -504,7 +512,7 @@ def main(argv=None):
             write_atomically(state_path, lambda f: torch.save(state, f))
             export(state, model_path)
         except (OSError, RuntimeError) as e:  # the latter: torch.save on a full disk
-            raise OSError(f"step {step} could not be saved ({str(e).splitlines()[0]}); {state_path}, if there is one, is of the last save and "
+            raise OSError(f"step {step} could not be saved ({(str(e).splitlines() or [repr(e)])[0]}); {state_path}, if there is one, is of the last save and "
                           "whole: make room, and run the same command again") from None
 
     def note_bad_images():
@@ -524,7 +532,7 @@ def main(argv=None):
         names = os.path.join(args.out, "not_finite.txt")
         if rank == 0:
             write_names(names, files)
-        flow, distance, *_ = (finite / finite[-1]).tolist()
+        flow, distance, *_ = (finite / finite[-1]).tolist()  # nan if there was none since the start
         raise ValueError(f"at step {step} the loss or its gradient is not finite, {int(faults[1])} steps in a row (the last finite one: flow {flow:.4f}, "
                          f"distillation {distance:.4f}); the last batch is {', '.join(files[:3])} .. (all of it in {names}). The last save is {state_path}: "
                          "the same command with a lower --lr and --resume_anyway goes on from there")
@@ -587,7 +595,12 @@ def main(argv=None):
             if step % args.log_every == 0:
                 sums = torch.zeros_like(sums)
         if evaluating:
-            quality, flow_by_t, picture = validate(encoder, decoder, val, micro_batch, args.seed, autocast, args.workers, rank, ranks)
+            try:
+                quality, flow_by_t, picture = validate(encoder, decoder, val, micro_batch, args.seed, autocast, args.workers, rank, ranks)
+            except Exception:
+                if rank == 0:
+                    save()
+                raise
             say(f"eval {step:6d} | one-step PSNR {quality:.2f} dB on {val_name} | flow loss by tenth of t, image to noise: "
                 + " ".join(f"{x:.3f}" for x in flow_by_t))
             write(kind="eval", step=step, psnr=quality, flow_by_t=flow_by_t, on=val_name)
@@ -613,9 +626,9 @@ def main(argv=None):
 
 
 def interrupt(number, frame):
-    """Save and stop after this step; a second signal stops at once."""
+    """Save and stop after this step; a second Ctrl-C stops at once (of SIGTERM torchrun may hand on a second one)."""
     INTERRUPTS.append(number)
-    if len(INTERRUPTS) > 1:
+    if INTERRUPTS.count(signal.SIGINT) > 1:
         os._exit(128 + number)
 
 
@@ -626,7 +639,7 @@ def run():
     try:
         return main()
     except (OSError, ValueError) as e:
-        print(f"{who}train.py: {str(e).splitlines()[-1]}", file=sys.stderr)
+        print(f"{who}train.py: {(str(e).splitlines() or [repr(e)])[-1]}", file=sys.stderr)
         status = 2
     except Exception:
         traceback.print_exc()
