@@ -5,7 +5,7 @@
 All pictures lie on the device and are augmented there: random resized crop, flip, colour, mixup or cutmix, random erasing. The
 head reads the mean of the spatial tokens after the final norm; only the trunk is kept, as a self-describing file that
 `train.py --teacher FILE` reads. Prints the top-1 accuracy of the whole validation set after every tenth of the run; the last
-weights are kept, nothing is chosen by it. One GPU: about three minutes (small, 100 epochs).
+weights are kept, nothing is chosen by it. Not tuned yet: 40 epochs of `small` took 142 s on one H200 and reached 33.2%.
 """
 import argparse
 import math
