@@ -440,11 +440,6 @@ def main(argv=None):
     state_path, model_path = (os.path.join(args.out, name) for name in ("state.pt", "model.safetensors"))
     if rank == 0:
         os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
-        lock = open(os.path.join(args.out, ".lock"), "w")
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when this process ends, however it ends
-        except OSError:
-            raise ValueError(f"another run is writing to {args.out}: wait for it, or use another --out") from None
     state = load_state(state_path, args) if os.path.isfile(state_path) else None
     L, grid = len(teacher.blocks), args.size // teacher.config.patch
     say(f"data: {len(data):,} {'images' if args.data else 'procedurally drawn pictures (no --data)'} at {args.size} px; "
@@ -492,6 +487,11 @@ def main(argv=None):
         return
     log_path, bad_path = (os.path.join(args.out, name) for name in ("log.jsonl", "bad_images.txt"))
     if rank == 0:
+        lock = open(os.path.join(args.out, ".lock"), "w")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when this process ends, however it ends
+        except OSError:
+            raise ValueError(f"another run is writing to {args.out}: wait for it, or use another --out") from None
         for path in (log_path, model_path, bad_path) if step == 0 else ():
             set_aside(path)
         log = open_log(log_path, step)
@@ -618,7 +618,7 @@ def main(argv=None):
     else:
         say(f"done: {model_path}, pictures in {os.path.join(args.out, 'samples')}; try: python sample.py YOUR.png --weights {model_path}")
     if rank == 0:
-        log.close()
+        log.close(), lock.close()
     if ranks > 1:
         dist.barrier()
         del micro_step, update  # they hold the process group, which must end on all ranks together
