@@ -539,7 +539,7 @@ class Job:
     """One run of the command line: its arguments, this rank's share of the images, exchange among ranks, the report."""
 
     def __init__(self, args):
-        self.args, self.start, self.bad = args, time.time(), []
+        self.args, self.start = args, time.time()
         self.rank, self.ranks, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         self.device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         if self.device.type == "cuda" and local_rank >= torch.cuda.device_count():
@@ -752,7 +752,7 @@ def save_latents(job, enc, inputs, info, about, shard=1024):
 
 
 @torch.no_grad()
-def reconstruction(job, enc, dec, inputs, native, results):
+def reconstruction(job, enc, dec, inputs, fit, native, results):
     """PSNR, both SSIMs, rFID and IS of the tokenizer, and of the PCA beside it, into results[row]; returns the protocol."""
     from PIL import Image
 
@@ -774,7 +774,7 @@ def reconstruction(job, enc, dec, inputs, native, results):
     rows, total, splits = ["tokenizer"], len(inputs), min(10, len(inputs))
     if args.pca:
         rows.append(f"PCA, {C} per patch")
-        mean, basis = (x.to(job.device) for x in fit_patch_pca((img for _, img, _ in job.images("fit PCA", job.crops(args.fit, native))), p, C, job.together))
+        mean, basis = (x.to(job.device) for x in fit_patch_pca((img for _, img, _ in job.images("fit PCA", fit)), p, C, job.together))
     scores = {row: torch.zeros(3, dtype=torch.float64) for row in rows}  # sums over images: PSNR, ssim, ssim_paper
     sums = {row: torch.zeros(splits, 1010, dtype=torch.float64) for row in rows}
     pools = {row: Moments() for row in ("reference", *rows)}
@@ -870,19 +870,19 @@ def main(argv=None):
     if args.save_latents:
         return save_latents(job, enc, inputs, info, about)
 
+    fit = job.crops(args.fit, info["size"]) if args.pca or args.probe else None
     if args.probe:
         named = args.teacher or info.get("teacher"), args.teacher_weights or (None if args.teacher else info.get("teacher_weights"))
         teacher = load_teacher(*named).to(job.device)
         shape = lambda c: (c.width, c.depth, c.patch, c.num_prefix)
         if shape(teacher.config) != shape(enc.vit.config):
             raise ValueError(f"teacher {named[0]} has another width, depth or patch than {weights}: give its own with --teacher")
-        fit = job.crops(args.fit, info["size"])
         unknown = sorted(set(inputs.classes) - set(fit.classes))
         if unknown or len(fit) < 20:
             raise ValueError(f"--fit has {len(fit)} images and lacks the classes {' '.join(unknown[:5]) or '-'}: it needs at least 20 images, and "
                              "every class of --data (the folder that an image is in)")
     report = {**about, "fit": args.fit, "results": {}}
-    report["protocol"] = reconstruction(job, enc, dec, inputs, info["size"], report["results"])
+    report["protocol"] = reconstruction(job, enc, dec, inputs, fit, info["size"], report["results"])
     rated = args.inception != "none"
     report["warning"] = warn_of_few(len(inputs)) if rated else None
     if args.fit == args.data:

@@ -423,8 +423,9 @@ def main(argv=None):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu)  # losses and ODE state stay fp32
     say = tqdm.write if rank == 0 else lambda text: None
 
-    # teacher, student, decoder, optimizer, data
+    # data (a wrong path is said before anything is downloaded), teacher, student, decoder, optimizer
     micro_batch, accumulation = split_batch(args.batch_size, args.micro_batch, ranks)
+    data, val, val_name = (None, None, None) if args.bench else build_data(args)
     teacher, encoder, decoder = (m.to(device) for m in build_models(args))
     optimizer = torch.optim.AdamW(parameter_groups(encoder, decoder, args.lr, args.encoder_lr_scale, args.weight_decay),
                                   betas=(0.5, 0.95), fused=True)
@@ -434,7 +435,6 @@ def main(argv=None):
     if args.bench:
         bench(args, teacher, encoder, decoder, optimizer, autocast, ranks, say)
         return dist.destroy_process_group() if ranks > 1 else None
-    data, val, val_name = build_data(args)
     args.steps = args.steps or max(1, args.epochs * len(data) // args.batch_size)
     args.images = f"{len(data):,} images" + (f" ({hashlib.sha256(data.names).hexdigest()[:8]})" if args.data else "")  # a resume compares it
     state_path, model_path = (os.path.join(args.out, name) for name in ("state.pt", "model.safetensors"))
