@@ -155,8 +155,13 @@ class Block(nn.Module):
         return scaled(self.fc2, self.activation(self.fc1(x)), self.scale2)
 
     def forward(self, x, keep=(1, 1)):
-        x = x + keep[0] * self.attention(self.norm1(x))
-        return x + keep[1] * self.mlp(self.norm2(x))
+        x = x + keep[0] * self.attention(flat(self.norm1, x))
+        return x + keep[1] * self.mlp(flat(self.norm2, x))
+
+
+def flat(norm, x):
+    """norm(x) on tokens (B*T, D): such rows inductor compiles to one pass over memory, those of (B, T, D) to two."""
+    return norm(x.flatten(0, 1)).view_as(x)
 
 
 def scaled(linear, x, scale):

@@ -503,7 +503,8 @@ def parse_args(argv=None):
         "file (or --out), for encode and decode to normalise with")
     add("--save_latents", metavar="FOLDER", help="instead: write the normalised latents of --data and their labels as safetensors; resumes")
     # how
-    add("--resolution", default="native", choices=["native", "256"], help="size at which reconstructions are compared: the model's native size "
+    add("--size", type=int, help="pixels of the crops that go in, a multiple of the patch [the model's native size]")
+    add("--resolution", default="native", choices=["native", "256"], help="size at which reconstructions are compared: native, the size that went in "
         "(the paper's Table 3a), or resized to 256 (Table 1); with --fid, images as they are or cropped to 256 [%(default)s]")
     add("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
     add("--seed", type=int, default=0, help="of the decoding noise and of the probe [%(default)s]")
@@ -705,7 +706,7 @@ def latent_statistics(job, enc, dec, inputs, info, about):
             tensors = load_file(weights)
         write_model(target, {**info, "latent_images": len(inputs)}, {**tensors, "latent_mean": mean, "latent_std": std})
     return job.finish({**about, "latent_mean": mean.tolist(), "latent_std": std.tolist(),
-                       "protocol": f"ADM centre crops to {info['size']} px, {job.precision}, per channel over images and positions"},
+                       "protocol": f"ADM centre crops to {inputs.size} px, {job.precision}, per channel over images and positions"},
                       [f"mean      {' '.join(f'{x:.3f}' for x in mean)}", f"deviation {' '.join(f'{x:.3f}' for x in std)}",
                        f"in {target}: encode now returns latents of mean 0 and deviation 1 there, and decode undoes it"])
 
@@ -721,7 +722,7 @@ def save_latents(job, enc, inputs, info, about, shard=1024):
         raise ValueError(f"{about['weights']} has no latent statistics yet: python eval.py --latent_stats --data TRAIN --weights {about['weights']}")
     identity = hashlib.sha256(json.dumps([os.path.abspath(r) for r in inputs.roots]).encode() + inputs.names)
     identity.update(inputs.name_ends.tobytes() + inputs.spans.tobytes())  # of archives: lengths and CRC-32
-    made_of = {"weights_sha256": about["weights_sha256"], "data_sha256": identity.hexdigest(), "images": len(inputs), "dtype": str(dtype)}
+    made_of = {"weights_sha256": about["weights_sha256"], "data_sha256": identity.hexdigest(), "images": len(inputs), "size": inputs.size, "dtype": str(dtype)}
     os.makedirs(folder, exist_ok=True)
     path_of, missing = lambda k: os.path.join(folder, f"latents_{k:05d}.safetensors"), []
     for k in range(job.rank, -(-len(inputs) // shard), job.ranks):
@@ -734,7 +735,7 @@ def save_latents(job, enc, inputs, info, about, shard=1024):
         except (SafetensorError, KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{path_of(k)} is damaged ({e}): delete it and run this again") from None
         if any(have.get(key) != value for key, value in made_of.items()):
-            raise ValueError(f"{path_of(k)} is of other weights, data or precision: use another folder")
+            raise ValueError(f"{path_of(k)} is of other weights, data, size or precision: use another folder")
     z, labels, order = [], [], iter(missing)
     span = next(order, None)
     for n, img, y in job.images("latents", inputs, numbers=[i for span in missing for i in span]):
@@ -746,19 +747,19 @@ def save_latents(job, enc, inputs, info, about, shard=1024):
             write_model(path_of(span[0] // shard), {**made_of, "first": span[0]}, {"latents": torch.stack(z[:m]), "labels": torch.tensor(labels[:m])})
             z, labels, span = z[m:], labels[m:], next(order, None)
     if job.rank == 0:
-        index = {**made_of, **about, "classes": inputs.classes, "shard": shard, "protocol": f"ADM centre crops to {info['size']} px, {job.precision}"}
+        index = {**made_of, **about, "classes": inputs.classes, "shard": shard, "protocol": f"ADM centre crops to {inputs.size} px, {job.precision}"}
         write_atomically(os.path.join(folder, "index.json"), lambda f: f.write(json.dumps(index, indent=1).encode()))
     return job.finish(about, [f"{len(inputs):,} normalised latents with labels in {folder}, {sum(job.gather(len(missing)))} files of {shard} written now"])
 
 
 @torch.no_grad()
-def reconstruction(job, enc, dec, inputs, fit, native, results):
+def reconstruction(job, enc, dec, inputs, fit, results):
     """PSNR, both SSIMs, rFID and IS of the tokenizer, and of the PCA beside it, into results[row]; returns the protocol."""
     from PIL import Image
 
     from data import to_tensor
 
-    args, p, C = job.args, dec.config.patch, dec.config.latent_dim
+    args, p, C, native = job.args, dec.config.patch, dec.config.latent_dim, inputs.size
     size = native if args.resolution == "native" else int(args.resolution)
     network, name = job.inception()
     if network:
@@ -862,7 +863,10 @@ def main(argv=None):
     digest = sha256(weights) if os.path.isfile(weights) and os.path.getsize(weights) else None
     enc, dec = Encoder.from_pretrained(weights).to(job.device), Decoder.from_pretrained(weights).to(job.device)
     info = read_config(weights)
-    inputs = job.crops(args.data, info["size"])
+    size, p = args.size or info["size"], dec.config.patch
+    if size < p or size % p:
+        raise ValueError(f"--size {size} is no multiple of the patch {p} of {weights}: try --size {max(1, round(size / p)) * p}")
+    inputs = job.crops(args.data, size)
     about = {"weights": weights, "weights_sha256": digest, "step": info.get("step"), "teacher": info.get("teacher"),
              "commit": info.get("commit"), "data": args.data, "images": len(inputs)}
     if args.latent_stats:
@@ -870,7 +874,7 @@ def main(argv=None):
     if args.save_latents:
         return save_latents(job, enc, inputs, info, about)
 
-    fit = job.crops(args.fit, info["size"]) if args.pca or args.probe else None
+    fit = job.crops(args.fit, size) if args.pca or args.probe else None
     if args.probe:
         named = args.teacher or info.get("teacher"), args.teacher_weights or (None if args.teacher else info.get("teacher_weights"))
         teacher = load_teacher(*named).to(job.device)
@@ -882,7 +886,7 @@ def main(argv=None):
             raise ValueError(f"--fit has {len(fit)} images and lacks the classes {' '.join(unknown[:5]) or '-'}: it needs at least 20 images, and "
                              "every class of --data (the folder that an image is in)")
     report = {**about, "fit": args.fit, "results": {}}
-    report["protocol"] = reconstruction(job, enc, dec, inputs, fit, info["size"], report["results"])
+    report["protocol"] = reconstruction(job, enc, dec, inputs, fit, report["results"])
     rated = args.inception != "none"
     report["warning"] = warn_of_few(len(inputs)) if rated else None
     if args.fit == args.data:
