@@ -1909,6 +1909,21 @@ def test_latent_statistics_and_saved_latents():
         assert json.load(open(os.path.join(out, "index.json")))["classes"] == ["class0", "class1"]
 
 
+def test_eval_at_another_size():
+    """--size 24 against crop, encode, decode and PSNR by hand."""
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=3)
+        _, report = evaluate("--data", folder, "--weights", weights, "--size", 24, "--inception", "none")
+        enc, dec = encoder.Encoder.from_pretrained(weights), decoder.Decoder.from_pretrained(weights)
+        img = torch.stack([img for img, _ in data.ImageDataset(folder, 24, train=False)]) / 255
+        p = dec.config.patch
+        rec = dec.decode(enc.encode(img), noise=evaluation.image_noise(range(3), (24 // p) ** 2, 3 * p * p, 0))
+        mse = ((rec * 255).round() / 255 - img).double().square().mean((1, 2, 3))
+        assert abs(report["results"]["tokenizer"]["psnr"] - (-10 * mse.log10()).mean().item()) < 1e-4
+        assert "crop to 24 px" in report["protocol"]
+        raises(ValueError, evaluate, "--data", folder, "--weights", weights, "--size", 21, words="21 is no multiple of the patch")
+
+
 def test_evaluation_refuses_before_it_begins():
     with tempfile.TemporaryDirectory() as tmp:
         weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=9)
