@@ -222,6 +222,8 @@ class Decoder(nn.Module):
                 nn.init.zeros_(m.bias)
         for m in [b.modulation for b in self.head.blocks] + [self.head.final_modulation, self.head.output]:
             nn.init.zeros_(m.weight)
+        if self.config.objective == "pixel":  # its only input to the head: from zero, LN(0) = 0 and the zeros above pass no gradient
+            nn.init.normal_(self.head.input_proj.bias)
 
     def _run(self, block, *args):
         recompute = self.checkpoint and torch.is_grad_enabled()

@@ -24,6 +24,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from data import ImageDataset
 from encoder import TEACHERS, ViT, write_model
 from eval import commit
+from train import record
 
 
 def load(paths, size, workers):
@@ -107,7 +108,18 @@ def main():
     steps = args.epochs * (len(train_x) // args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, steps, pct_start=0.1, cycle_momentum=False)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    step_model = torch.compile(model) if device.type == "cuda" else model
+    soft_labels = torch.zeros(args.batch_size, len(classes), device=device)
+
+    def gradients(img):
+        with autocast:
+            logits = step_model(img)
+        loss = F.cross_entropy(logits.float(), soft_labels, label_smoothing=0.1)
+        loss.backward()
+        return loss.detach()
+
+    step_model = torch.compile(model, dynamic=False) if device.type == "cuda" else model
+    if device.type == "cuda":  # as a CUDA graph, which overwrites the gradients
+        gradients = record(gradients, torch.zeros(args.batch_size, 3, config.size, config.size, device=device), optimizer.zero_grad)
     top1 = lambda: 100 * torch.cat([model(x / 255).argmax(1) for x in val_x.split(500)]).eq(val_y).double().mean().item()
     for step in range(1, steps + 1):
         if (step - 1) % (len(train_x) // args.batch_size) == 0:
@@ -116,11 +128,10 @@ def main():
         img, soft = augment(train_x[i]), F.one_hot(train_y[i], len(classes)).float()
         if np.random.random() < args.mix:
             img, soft = mix(img, soft)
-        with autocast:
-            logits = step_model(img)
-        loss = F.cross_entropy(logits.float(), soft, label_smoothing=0.1)
-        optimizer.zero_grad()
-        loss.backward()
+        soft_labels.copy_(soft)
+        if device.type == "cpu":
+            optimizer.zero_grad()
+        loss = gradients(img)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
