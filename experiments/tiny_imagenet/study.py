@@ -27,7 +27,7 @@ from decoder import Decoder, patchify
 from encoder import Encoder
 from eval import image_noise
 
-ALWAYS = "--teacher small --batch_size 128 --micro_batch 128 --steps 4000 --eval_every 1000 --save_every 4000"
+ALWAYS = "--teacher small --batch_size 128 --micro_batch 128 --steps 3500 --eval_every 1000 --save_every 3500"
 ROWS = {  # name -> flags of train.py
     "default": "",                                             # adaptive, beta 2, 1:1, GTB 3, latent 16, the paper's times
     "final": "--strategy final", "uniform": "--strategy uniform", "progressive": "--strategy progressive",  # Table 5a
