@@ -141,8 +141,8 @@ def load_latent(path, dec, digest):
 
 def reconstruct(enc, dec, x, H, W, device, steps=1, seed=0):
     """Frames uint8 (T, 3, H, W), any H and W, or their latent -> latent (T, C, h, w), reconstruction uint8 (T, 3, H, W), on the CPU:
-    all from one noise, the seed's, and so many at a time as make 4 million pixels."""
-    p, parts, done = dec.config.patch, x.split(max(1, 2 ** 22 // (H * W))), []
+    all from one noise, the seed's, and so many at a time as make a million pixels."""
+    p, parts, done = dec.config.patch, x.split(max(1, 2 ** 20 // (H * W))), []
     noise = image_noise([0], -(-H // p) * -(-W // p), 3 * p * p, seed).to(device)  # (1, N, 3p^2)
     for part in tqdm(parts, "frames", leave=False, disable=None if len(parts) > 1 else True):
         z = part.to(device) if x.is_floating_point() else enc.encode(pad_to_patches(part.to(device) / 255, p))
