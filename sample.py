@@ -1,45 +1,63 @@
 """Reconstruct pictures with a trained tokenizer: image -> 64-channel latent -> image.
 
-    python sample.py img.png                         # writes img_recon.png: original | reconstruction | error x4
+    python sample.py img.png                             # writes img_recon.png: original | reconstruction | error x4
     python sample.py photos/ a.jpg --out results --size 0
-    python sample.py --bench                         # how many pictures a second
+    python sample.py clip.gif                            # GIF, WebP, APNG frame by frame: original | reconstruction, in its timing
+    python sample.py img.png --save_latent z.safetensors # keeps the latent (of an animation, each frame's) ...
+    python sample.py z.safetensors                       # ... which decodes, in as many --steps as you like: z_recon.png
+    python sample.py img.png --features                  # img_features.png: picture | student's tokens | teacher's, as colours
+    cat img.png | python sample.py - > rec.png           # in a pipe: the reconstruction alone
+    python sample.py --bench                             # how many pictures a second
 
-Weights: --weights, else out/model.safetensors, else the file that ships in weights/. Any size and aspect ratio goes in.
-A picture that cannot be read is named, the others go on, and the exit status is 1.
+Weights: --weights, else out/model.safetensors, else the file that ships in weights/. Any size and aspect ratio goes in, and
+one noise, the seed's, for all frames. A picture that cannot be read is named, the others go on, and the exit status is 1.
 """
 import argparse
+import io
+import json
 import os
 import sys
 import time
+import warnings
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
+from safetensors import safe_open
 from tqdm import tqdm
 
-from data import EXTENSIONS, MAX_PIXELS, is_image, load_image, to_tensor
+from data import EXTENSIONS, FORMATS, MAX_BYTES, MAX_PIXELS, is_image, load_image, to_tensor
 from decoder import Decoder, DecoderConfig
-from encoder import TEACHERS, Encoder, ViT, fetch, read_config
-from eval import comparison, image_noise, psnr, round_uint8, ssim
+from encoder import TEACHERS, Encoder, ViT, fetch, load_teacher, one_line, read_config, write_atomically, write_model
+from eval import comparison, image_noise, psnr, sha256, ssim
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SUFFIX = "_recon.png"
+LATENT = ".safetensors"  # how the names of latents end
 
 
 def parse_args(argv=None):
-    ap = argparse.ArgumentParser(description="Reconstruct pictures with a trained UniFlow tokenizer.")
-    ap.add_argument("files", nargs="*", metavar="FILES", help="pictures, or folders of pictures")
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("files", nargs="*", metavar="FILES", help="pictures, animations, folders of them, latents that --save_latent wrote, - for standard input")
     ap.add_argument("--weights", metavar="FILE", help="tokenizer: a file, or uniflow-internvit, the authors' [out/model.safetensors, else the shipped weights]")
-    ap.add_argument("--size", type=int, help="short side in pixels, 0 for the picture's own [the model's native size]")
+    ap.add_argument("--size", type=int, help="short side in pixels, 0 for the picture's own; a latent has its own [the model's native size]")
     ap.add_argument("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
     ap.add_argument("--seed", type=int, default=0, help="of the decoding noise [%(default)s]")
-    ap.add_argument("--out", metavar="FOLDER", help="where to write [beside each picture]")
+    ap.add_argument("--out", metavar="FOLDER", help="where to write; - for standard output: the reconstruction alone [beside each picture; - if FILES is -]")
+    ap.add_argument("--save_latent", metavar="FILE", help="also write the latent of the one picture given, (frames, C, h, w), normalised, as .safetensors")
+    ap.add_argument("--features", action="store_true", help="also write the tokens' first three principal components as colours, the teacher's beside them "
+                    "where it is on this machine (same colour, same direction); of an animation, the first frame's")
     ap.add_argument("--bench", action="store_true", help="measure encoding and decoding; without weights, InternViT's size at random")
     args = ap.parse_args(argv)
-    if not args.files and not args.bench:
-        ap.error("no FILES: pictures or folders of pictures, or --bench")
-    if args.steps < 1 or (args.size or 0) < 0:
-        ap.error(f"--steps is {args.steps}, at least 1; --size is {args.size}, at least 0")
+    args.out = args.out or ("-" if "-" in args.files else None)
+    for wrong, why in (
+            (not args.files and not args.bench, "no FILES: pictures or folders of pictures, or --bench"),
+            (args.steps < 1 or min(args.seed, args.size or 0) < 0, f"--steps is {args.steps}, at least 1; --seed {args.seed}, --size {args.size}, at least 0"),
+            (not (args.save_latent or LATENT).endswith(LATENT), f"--save_latent is {args.save_latent}: its name must end in {LATENT}"),
+            ((args.save_latent or args.features) and any(f.endswith(LATENT) for f in args.files), "--save_latent, --features: of pictures, not latents"),
+            (args.features and args.out == "-", "--features writes a file beside the reconstruction's: give --out FOLDER"),
+            (args.out == "-" and sys.stdout.isatty(), "standard output is a terminal: redirect it (> rec.png), or give --out FOLDER")):
+        if wrong:
+            ap.error(why)
     return args
 
 
@@ -48,25 +66,22 @@ def find_weights(given):
     if given:
         return fetch(given)
     choices = ["out/model.safetensors", os.path.join(HERE, "weights", "uniflow-tiny.safetensors")]
-    for path in choices:
-        if os.path.isfile(path):
-            return path
+    for path in filter(os.path.isfile, choices):
+        return path
     raise FileNotFoundError(f"no tokenizer at {' or '.join(choices)}: train one with `python train.py`, or give --weights")
 
 
 def find_pictures(files):
-    """Files as they are, folders replaced by the pictures in them (without earlier results), in sorted order."""
+    """Files as they are, folders replaced by the pictures in them (without earlier results), in sorted order; - stays."""
     pictures = []
     for f in files:
-        if os.path.isdir(f):
-            inside = sorted(n for n in os.listdir(f) if is_image(n) and not n.endswith(SUFFIX))
-            if not inside:
-                raise ValueError(f"{f} holds no pictures ({' '.join(EXTENSIONS)})")
-            pictures += [os.path.join(f, n) for n in inside]
-        elif os.path.exists(f):
-            pictures.append(f)
-        else:
+        if f != "-" and not os.path.exists(f):
             raise FileNotFoundError(f"{f}: no such picture or folder")
+        result = lambda name: os.path.splitext(name)[0].endswith(("_recon", "_features"))
+        inside = [os.path.join(f, n) for n in sorted(os.listdir(f)) if is_image(n) and not result(n)] if os.path.isdir(f) else [f]
+        if not inside:
+            raise ValueError(f"{f} holds no pictures ({' '.join(EXTENSIONS)})")
+        pictures += inside
     return pictures
 
 
@@ -86,13 +101,94 @@ def pad_to_patches(img, p):
     return F.pad(img, (0, -W % p, 0, -H % p), mode="replicate")
 
 
-@torch.no_grad()
-def reconstruct(enc, dec, img, steps=1, seed=0):
-    """img (1, 3, H, W) in [0, 1], any H and W -> latent (1, C, h, w), reconstruction (1, 3, H, W) in [0, 1]."""
-    p, (H, W) = dec.config.patch, img.shape[2:]
-    z = enc.encode(pad_to_patches(img, p))
-    noise = image_noise([0], z.shape[2] * z.shape[3], 3 * p * p, seed).to(img.device)
-    return z, dec.decode(z, steps, noise)[:, :, :H, :W]
+def load_frames(file, size):
+    """A path, or - for standard input -> frames uint8 (T, 3, H, W), their (H, W), and what PIL is to be told when it writes such a
+    file: the format, and an animation's durations in ms and loops. Of a still, T = 1. Damage makes PIL raise nearly any type."""
+    file = io.BytesIO(sys.stdin.buffer.read(MAX_BYTES)) if file == "-" else file
+    still = to_tensor(resize_short_side(load_image(file), size))[None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's, of odd metadata
+        img = Image.open(file, formats=FORMATS)
+        first = int(img.info.get("default_image", False))  # 1: an APNG has a picture before, shown where nothing moves
+        T, frames, durations = getattr(img, "n_frames", 1) - first, [], []
+        if img.format not in ("GIF", "PNG", "WEBP") or T < 2:
+            return still, still.shape[2:], {"format": "PNG"}
+        if T * still.numel() > 6 * MAX_PIXELS:
+            raise ValueError(f"has {T} frames of {still.shape[3]}x{still.shape[2]}, more than {2 * MAX_PIXELS:,} pixels in all: give a smaller --size")
+        white = Image.new("RGBA", img.size, "white")
+        for i in range(first, first + T):
+            img.seek(i)
+            frame = Image.alpha_composite(white, img.convert("RGBA").crop((0, 0, *white.size))).convert("RGB")
+            frames.append(to_tensor(resize_short_side(ImageOps.exif_transpose(frame), size)))
+            durations.append(img.info.get("duration", 0))  # which a WebP tells once the frame is read
+        loop = {k: img.info[k] for k in ("loop",) if k in img.info}  # a GIF without it plays once
+        return torch.stack(frames), still.shape[2:], {"format": img.format, "duration": durations, **loop}
+
+
+def load_latent(path, dec, digest):
+    """A file of --save_latent -> latent (T, C, h, w), and the rest that load_frames told of the picture. Raises nearly any type if it is
+    damaged, ValueError if it is of other weights than those of `dec`, whose SHA-256 is `digest`."""
+    with safe_open(path, "pt") as f:
+        about, z = json.loads(f.metadata()["config"]), f.get_tensor("latent")
+    theirs, H, W, kind = about["weights_sha256"], int(about["height"]), int(about["width"]), about["file"]
+    if theirs != digest:
+        raise ValueError(f"is a latent of other weights (SHA-256 {theirs!s:.12}..., these are {digest:.12}...): give those with --weights")
+    shape = (dec.config.latent_dim, -(-H // dec.config.patch), -(-W // dec.config.patch))
+    if z.dtype != torch.float32 or not z.isfinite().all() or z.shape[1:] != shape or not 0 < len(z) * H * W <= 2 * MAX_PIXELS:
+        raise ValueError(f"holds {z.dtype} {tuple(z.shape)}, expected finite float32 (frames, {str(shape)[1:]} for {W}x{H} pixels")
+    return z, (H, W), {"format": kind["format"], **{k: kind[k] for k in ("duration", "loop") if k in kind}}
+
+
+def reconstruct(enc, dec, x, H, W, device, steps=1, seed=0):
+    """Frames uint8 (T, 3, H, W), any H and W, or their latent -> latent (T, C, h, w), reconstruction uint8 (T, 3, H, W), on the CPU:
+    all from one noise, the seed's, and so many at a time as make a million pixels."""
+    p, parts, done = dec.config.patch, x.split(max(1, 2 ** 20 // (H * W))), []
+    noise = image_noise([0], -(-H // p) * -(-W // p), 3 * p * p, seed).to(device)  # (1, N, 3p^2)
+    for part in tqdm(parts, "frames", leave=False, disable=None if len(parts) > 1 else True):
+        z = part.to(device) if x.is_floating_point() else enc.encode(pad_to_patches(part.to(device) / 255, p))
+        rec = dec.decode(z, steps, noise.expand(len(z), -1, -1))[:, :, :H, :W]
+        done.append((z.cpu(), (255 * rec).round().to(torch.uint8).cpu()))
+    return [torch.cat(both) for both in zip(*done)]
+
+
+def picture_file(frames, kind):
+    """Frames, each uint8 (3, H, W), and what load_frames told of their file -> the bytes of such a file (a WebP's without loss)."""
+    first, *others = (Image.fromarray(x.permute(1, 2, 0).numpy()) for x in frames)
+    try:
+        first.save(file := io.BytesIO(), save_all=bool(others), append_images=others, lossless=True, **kind)
+    except Exception as e:  # sides or durations that the format cannot hold
+        raise ValueError(f"cannot be written as {kind['format']} ({type(e).__name__}: {one_line(e)})") from None
+    return file.getvalue()
+
+
+def find_teacher(info, enc, device):
+    """The teacher of the tokenizer, as an Encoder for its `features`, if its weights are on this machine; else None, saying why."""
+    name, given = info.get("teacher"), info.get("teacher_weights")
+    try:
+        if given == "random" or not given and name in ("tiny", "small") and not os.path.isfile(f"{HERE}/weights/teacher-{name}.safetensors"):
+            raise ValueError("a random initialisation, it has no semantics to show")
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for a picture, nothing of that size is downloaded
+        teacher = Encoder(load_teacher(name, given)).eval().to(device)
+        if teacher.vit.config != enc.vit.config:
+            raise ValueError("its structure is another")
+        return teacher
+    except (OSError, TypeError, ValueError) as e:
+        print(f"--features: without the teacher {one_line(name)} ({'not on this machine' if isinstance(e, FileNotFoundError) else one_line(e)})")
+
+
+def feature_picture(enc, teacher, frame, device):
+    """frame uint8 (3, H, W) -> uint8 (3, H, 2W or 3W): it | the student's tokens | the teacher's, if there is one. Red, green, blue:
+    the first three principal components of the last one's tokens, from their 2nd to their 98th percentile."""
+    (H, W), p = frame.shape[1:], enc.vit.config.patch
+    img = pad_to_patches(frame[None].to(device) / 255, p)
+    tokens = [e.features(img)[0].double().cpu() for e in (enc, teacher) if e is not None]  # (N, D)
+    centred = [x - tokens[-1].mean(0) for x in tokens]
+    axes = torch.linalg.eigh(centred[-1].T @ centred[-1])[1][:, -3:].flip(1)  # (D, 3), the largest first
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # whose sign is arbitrary: its largest entry is to be positive
+    low, high = (centred[-1] @ axes).quantile(torch.tensor([0.02, 0.98]).double(), dim=0)
+    colours = [(255 * (x @ axes - low) / (high - low).clamp(min=1e-12)).clamp(0, 255).round().to(torch.uint8) for x in centred]  # (N, 3)
+    panels = [x.T.view(3, -1, img.shape[3] // p).repeat_interleave(p, 1).repeat_interleave(p, 2)[:, :H, :W] for x in colours]
+    return torch.cat([frame, *panels], dim=2)
 
 
 def fast(enc, dec, img, steps=1):
@@ -137,48 +233,61 @@ def bench(enc, dec, size, device):
 
 def main(argv=None):
     args = parse_args(argv)
+    pictures = find_pictures(args.files)
+    if len(pictures) > 1 and (args.save_latent or args.out == "-"):
+        raise ValueError(f"{len(pictures)} pictures, and --save_latent or -, which are for one (eval.py --save_latents is for data sets)")
+    device, log = torch.device("cuda" if torch.cuda.is_available() else "cpu"), sys.stderr if args.out == "-" else sys.stdout
+    try:
+        weights = find_weights(args.weights)
+        enc, dec, info = Encoder.from_pretrained(weights), Decoder.from_pretrained(weights), read_config(weights)
+    except FileNotFoundError as e:
+        if args.weights or not args.bench:
+            raise
+        print(f"{e}\nRANDOM weights of the InternViT tokenizer's size, for measuring")
+        enc, dec, info = Encoder(ViT(TEACHERS["internvit"])).eval(), Decoder(DecoderConfig()).eval(), {"size": 448}
+    enc, dec, size = enc.to(device), dec.to(device), info["size"] if args.size is None else args.size
     if args.bench:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            weights = find_weights(args.weights)
-            enc, dec, size = Encoder.from_pretrained(weights), Decoder.from_pretrained(weights), args.size or read_config(weights)["size"]
-        except FileNotFoundError as e:
-            if args.weights:
-                raise
-            print(f"{e}\nRANDOM weights of the InternViT tokenizer's size, for measuring")
-            enc, dec, size = Encoder(ViT(TEACHERS["internvit"])).eval(), Decoder(DecoderConfig()).eval(), args.size or 448
-        return bench(enc.to(device), dec.to(device), size, device)
-    weights, pictures = find_weights(args.weights), find_pictures(args.files)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    enc, dec = Encoder.from_pretrained(weights).to(device), Decoder.from_pretrained(weights).to(device)
-    size = read_config(weights)["size"] if args.size is None else args.size
-    print(f"weights {weights}, {'short side ' + str(size) + ' px' if size else 'original size'}, on {device.type}")
-    if args.out:
-        os.makedirs(args.out, exist_ok=True)
+        return bench(enc, dec, size or info["size"], device)
+    print(f"weights {weights}, {'short side ' + str(size) + ' px' if size else 'original size'}, on {device.type}", file=log)
+    digest = sha256(weights) if args.save_latent or any(f.endswith(LATENT) for f in pictures) else None
+    teacher = find_teacher(info, enc, device) if args.features else None
+    os.makedirs(args.out if args.out not in (None, "-") else ".", exist_ok=True)
 
     written, unread = set(), 0
     for picture in tqdm(pictures, disable=None if len(pictures) > 1 else True):
+        latent, path = picture.endswith(LATENT), "stdin" if picture == "-" else picture
         try:
-            img = to_tensor(resize_short_side(load_image(picture), size))[None].to(device) / 255  # (1, 3, H, W)
-        except ValueError as e:  # the others go on
-            tqdm.write(f"sample.py: {picture} {e}", file=sys.stderr)
+            x, (H, W), kind = load_latent(picture, dec, digest) if latent else load_frames(picture, size)
+        except Exception as e:  # the others go on
+            why = e if isinstance(e, ValueError) else f"is damaged, or no picture or latent ({type(e).__name__}: {one_line(e)})"
+            tqdm.write(f"sample.py: {path} {why}", file=sys.stderr)
             unread += 1
             continue
         start = time.perf_counter()
-        z, rec = reconstruct(enc, dec, img, args.steps, args.seed)
-        rec = round_uint8(rec).cpu()  # also waits for the GPU
-        seconds, img = time.perf_counter() - start, img.cpu()
+        z, rec = reconstruct(enc, dec, x, H, W, device, args.steps, args.seed)
+        seconds, (T, *chw) = time.perf_counter() - start, z.shape
+        compared = ((255 * comparison(a / 255, b / 255)[:, :, :(3 if T == 1 else 2) * W]).round().to(torch.uint8) for a, b in zip(x, rec))
+        file = picture_file(rec if latent or args.out == "-" else compared, kind)
 
-        folder, name = os.path.split(picture)
-        stem = os.path.join(args.out or folder, os.path.splitext(name)[0])
-        path = next(p for k in range(len(pictures)) if (p := f"{stem}_{k + 1}{SUFFIX}" if k else stem + SUFFIX) not in written)
-        written.add(path)
-        triple = (comparison(img[0], rec[0]) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        Image.fromarray(triple).save(path)
-        similarity = f"{ssim(img, rec).item():.4f}" if min(img.shape[2:]) >= 11 else "n/a"
-        C, h, w = z.shape[1:]
-        tqdm.write(f"{path}: latent {C}x{h}x{w} | {img.numel() / z.numel():.1f}x | PSNR {psnr(img, rec).item():.2f} dB | "
-                   f"SSIM {similarity} | {seconds:.2f} s")
+        stem = os.path.join(args.out or os.path.dirname(path), os.path.splitext(os.path.basename(path))[0])
+        stem = next(s for k in range(len(pictures)) if (s := f"{stem}_{k + 1}" if k else stem) not in written)
+        written.add(stem)
+        path = "standard output" if args.out == "-" else f"{stem}_recon.{kind['format'].lower()}"
+        if args.out == "-":
+            with open(1, "wb", closefd=False) as f:  # not sys.stdout, which at exit would try again where nobody reads
+                f.write(file)
+        else:
+            write_atomically(path, lambda f: f.write(file))
+        if args.save_latent:
+            write_model(args.save_latent, {"weights_sha256": digest, "height": H, "width": W, "file": kind}, {"latent": z})
+        if args.features:
+            write_atomically(stem + "_features.png", lambda f: f.write(picture_file([feature_picture(enc, teacher, x[0], device)], {"format": "PNG"})))
+        said = f"{path}: " + f"{T} frames, " * (T > 1) + "latent " + "x".join(map(str, chw))
+        if not latent:
+            mean = sum(psnr(a[None] / 255, b[None] / 255).item() for a, b in zip(x, rec)) / T
+            similarity = "n/a" if min(H, W) < 11 else f"{ssim(x[:1] / 255, rec[:1] / 255).item():.4f}"
+            said += f" | {x.numel() / z.numel():.1f}x | PSNR {mean:.2f} dB" + (" on average" if T > 1 else f" | SSIM {similarity}")
+        tqdm.write(f"{said} | {seconds:.2f} s", file=log)
     return 1 if unread else 0
 
 

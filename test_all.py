@@ -31,6 +31,7 @@ import threading
 import time
 import traceback
 import types
+import unittest.mock
 import warnings
 import zipfile
 import zlib
@@ -42,7 +43,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -2546,6 +2547,154 @@ def test_fig16_table():
 def test_padding_repeats_the_border():
     padded = sample.pad_to_patches(torch.arange(6.0).view(1, 1, 2, 3), 4)
     assert padded[0, 0].tolist() == [[0, 1, 2, 2], [3, 4, 5, 5], [3, 4, 5, 5], [3, 4, 5, 5]]
+
+
+def sampled(*flags):
+    """(exit status, what it printed, what it complained of) of sample.py in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            status = sample.main(list(map(str, flags)))
+        except (SystemExit, OSError, ValueError) as e:
+            status = print(e, file=sys.stderr) or 2
+    return status, out.getvalue(), err.getvalue()
+
+
+def pixels(path):
+    """(frames in RGB as integers (T, H, W, 3), durations in ms, loops) of a picture file, as PIL reads it."""
+    with Image.open(path) as img:  # a WebP tells the duration once it is decoded
+        frames = [(np.array(frame.convert("RGB")).astype(int), frame.info.get("duration")) for frame in ImageSequence.Iterator(img)]
+        return np.stack([x for x, _ in frames]), [duration for _, duration in frames], img.info.get("loop")
+
+
+def clip(path, **options):
+    """An animation of four pictures, each shown for another time."""
+    first, *others = (picture(i) for i in range(4))
+    first.save(path, save_all=True, append_images=others, duration=[100, 50, 70, 200], loop=2, lossless=True, **options)
+    return path
+
+
+def test_sample_decodes_what_it_saved():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, path, z = tokenizer_file(tmp), os.path.join(tmp, "img.png"), os.path.join(tmp, "z.safetensors")
+        (_, enc, dec), result = micro_models(), os.path.join(tmp, "z_recon.png")
+        for width, height in ((40, 30), (33, 90), (16, 16), (3, 50)):
+            picture(width, width, height).save(path)
+            for size, steps, seed in ((16, 1, 0), (0, 3, 5)):
+                flags = ["--weights", weights, "--steps", steps, "--seed", seed]
+                assert sampled(path, *flags, "--size", size, "--save_latent", z)[0] == 0
+                img = sample.resize_short_side(data.load_image(path), size)
+                padded = np.pad(np.array(img), ((0, -img.height % 4), (0, -img.width % 4), (0, 0)), "edge")
+                latent = enc.encode(torch.from_numpy(padded).permute(2, 0, 1)[None] / 255)
+                decoded = dec.decode(latent, steps, evaluation.image_noise([0], latent[0, 0].numel(), 48, seed))[0, :, :img.height, :img.width]
+                assert torch.equal(load_file(z)["latent"], latent) and sampled(z, *flags)[0] == 0
+                triple, rec = pixels(os.path.join(tmp, "img_recon.png"))[0][0], pixels(result)[0][0]
+                assert (rec == (255 * decoded).round().permute(1, 2, 0).numpy()).all() and (rec == triple[:, img.width:2 * img.width]).all(), (width, size)
+        other, torn, wrong = (os.path.join(tmp, name + ".safetensors") for name in ("other", "torn", "wrong"))
+        encoder.write_model(other, encoder.read_config(weights), {**load_file(weights), "latent_mean": torch.ones(8)})
+        blob = open(z, "rb").read()
+        open(torn, "wb").write(blob[:-9])
+        about = json.loads(blob[8:8 + struct.unpack("<Q", blob[:8])[0]])["__metadata__"]["config"]
+        encoder.write_model(wrong, {**json.loads(about), "width": 99}, load_file(z))
+        for file, by, words in ((z, other, "of other weights"), (torn, weights, "damaged"), (wrong, weights, "for 99x"), (weights, weights, "no picture or")):
+            status, _, err = sampled(file, "--weights", by)
+            assert status == 1 and len(err.splitlines()) == 1 and words in err and file in err, err
+
+
+def test_sample_features_are_principal_components():
+    def colours(tokens, fit):  # by SVD, in numpy
+        axes = np.linalg.svd(fit - fit.mean(0))[2][:3]
+        axes = np.array([axis * np.sign(axis[np.abs(axis).argmax()]) for axis in axes]).T
+        low, high = np.quantile((fit - fit.mean(0)) @ axes, (0.02, 0.98), axis=0)
+        return 255 * np.clip(((tokens - fit.mean(0)) @ axes - low) / (high - low), 0, 1)
+
+    with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.dict(os.environ, TORCH_HOME=tmp, HF_HOME=tmp):
+        weights, path, result = tokenizer_file(tmp), os.path.join(tmp, "img.png"), os.path.join(tmp, "img_features.png")
+        config, tensors = encoder.read_config(weights), load_file(weights)
+        teacher, copy = encoder.load_teacher(config["teacher"]), os.path.join(tmp, "copy.safetensors")
+        encoder.write_model(copy, config, {**tensors, **{f"encoder.vit.{k}": v for k, v in teacher.state_dict().items()}})
+        alone, gone = (os.path.join(tmp, name + ".safetensors") for name in ("alone", "gone"))
+        encoder.write_model(alone, {**config, "teacher": "tiny", "teacher_weights": "random"}, tensors)
+        encoder.write_model(gone, {**config, "teacher": "internvit"}, tensors)
+        picture(0, 83, 61).save(path)  # 16 x 21 tokens, the last row and column cut
+        padded = sample.pad_to_patches(data.to_tensor(Image.open(path))[None] / 255, 4)
+        read = lambda vit: vit.norm(vit(padded)[-1])[0, 1:].detach().double().numpy()
+        for file, words in ((weights, ""), (copy, ""), (alone, "a random initialisation"), (gone, "internvit (not on this machine)")):
+            status, out, err = sampled(path, "--weights", file, "--size", 0, "--features")
+            assert status == 0 and words in out and out.count("--features") == bool(words), out + err
+            tokens = [read(encoder.Encoder.from_pretrained(file).vit)] + [read(teacher)] * (not words)
+            expected = [colours(x, tokens[-1]).reshape(16, 21, 3).repeat(4, 0).repeat(4, 1)[:61, :83] for x in tokens]
+            got = pixels(result)[0][0]
+            assert got.shape == (61, 83 * (1 + len(tokens)), 3) and (got[:, :83] == np.array(Image.open(path))).all()
+            assert np.abs(got[:, 83:] - np.concatenate(expected, 1)).max() < 0.51, "rounded colours of an independent SVD"
+            if len(tokens) == 2:
+                assert (got[:, 83:166] == got[:, 166:]).all() == (file == copy), "an untrained copy has its teacher's colours, another student has not"
+
+
+def test_sample_animations():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, out, stills = tokenizer_file(tmp), os.path.join(tmp, "out"), os.path.join(tmp, "stills")
+        os.makedirs(stills)
+        for name in ("a.gif", "b.webp", "c.png"):
+            path, z = clip(os.path.join(tmp, name)), os.path.join(tmp, "z.safetensors")
+            status, said, err = sampled(path, "--weights", weights, "--out", out, "--seed", 4, "--save_latent", z)
+            assert status == 0 and re.search(r"4 frames, latent 8x4x6 \| .* dB on average", said), said + err
+            frames, durations, loop = pixels(os.path.join(out, name.replace(".", "_recon.")))
+            assert frames.shape == (4, 16, 42, 3) and durations == [100, 50, 70, 200] and loop == 2, (name, frames.shape, durations, loop)
+            for i, frame in enumerate(pixels(path)[0]):
+                Image.fromarray(frame.astype(np.uint8)).save(os.path.join(stills, f"{i}.png"))
+            said_alone = sampled(stills, "--weights", weights, "--out", out, "--seed", 4)[1]
+            alone = np.stack([pixels(os.path.join(out, f"{i}_recon.png"))[0][0] for i in range(4)])
+            difference = np.abs(frames - alone[:, :, :42])
+            # a GIF's frame has 256 colours for 672 pixels, nearly all different; else the last bit, as a batch may be summed in another order
+            assert difference.mean() < 8 if name == "a.gif" else difference.max() <= 1 and difference.mean() < 0.01, (name, difference.max())
+            figures = [float(x) for x in re.findall(r"PSNR ([\d.]+)", said_alone)]
+            assert abs(float(re.search(r"PSNR ([\d.]+)", said)[1]) - sum(figures) / 4) < 0.011
+            assert sampled(z, "--weights", weights, "--out", out, "--seed", 4)[0] == 0
+            rec = pixels(os.path.join(out, "z_recon" + os.path.splitext(name)[1]))
+            assert rec[1:] == (durations, loop) and rec[0].shape == (4, 16, 21, 3)
+            assert name == "a.gif" or (rec[0] == frames[:, :, 21:]).all(), "the latent of an animation decodes to the animation"
+        # an APNG's picture for where nothing moves is none of its frames; a GIF that says nothing of loops plays once; transparency is white
+        clip(os.path.join(tmp, "d.png"), default_image=True)
+        clear = [Image.new("RGBA", (40, 30), (255, 0, 0, 0)), Image.new("RGBA", (40, 30), (255, 0, 0, 255))]
+        clear[0].save(os.path.join(tmp, "e.webp"), save_all=True, append_images=clear[1:], lossless=True, exact=True)
+        picture(0).save(os.path.join(tmp, "f.gif"), save_all=True, append_images=[picture(1)], duration=30)
+        torn, blob = os.path.join(tmp, "torn.gif"), open(os.path.join(tmp, "a.gif"), "rb").read()
+        open(torn, "wb").write(blob[:len(blob) * 2 // 3])
+        status, _, err = sampled(torn, *(os.path.join(tmp, n) for n in ("d.png", "e.webp", "f.gif")), "--weights", weights, "--size", 0, "--out", out)
+        assert status == 1 and len(err.splitlines()) == 1 and torn in err and not os.path.exists(os.path.join(out, "torn_recon.gif")), err
+        assert len(pixels(os.path.join(out, "d_recon.png"))[0]) == 3 and pixels(os.path.join(out, "f_recon.gif"))[1:] == ([30, 30], None)
+        assert pixels(os.path.join(out, "e_recon.webp"))[0][:, 0, 0].tolist() == [[255, 255, 255], [255, 0, 0]]
+        # memory: frames go to the network in batches; what does not fit together is refused
+        enc, dec = encoder.Encoder(encoder.ViT(replace(MICRO_VIT, patch=16)), 8), decoder.Decoder(replace(MICRO_DECODER, patch=16))
+        seen, img = [], torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
+        enc.vit.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+        rec = sample.reconstruct(enc, dec, img.repeat(2 ** 11, 1, 1, 1), 16, 16, torch.device("cpu"))[1]
+        assert seen == [2 ** 12, 2 ** 11], "a million pixels at a time"
+        assert len(rec) == 3 * 2 ** 11 and (rec == rec[0]).all(), "one noise for all frames, which is all that an untrained decoder shows"
+        with unittest.mock.patch.object(sample, "MAX_PIXELS", 600):
+            status, _, err = sampled(os.path.join(tmp, "a.gif"), "--weights", weights, "--out", out)
+        assert status == 1 and "has 4 frames of 21x16, more than 1,200 pixels" in err, err
+
+
+def test_sample_in_a_pipe():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, still, z = tokenizer_file(tmp), os.path.join(tmp, "img.png"), os.path.join(tmp, "z.safetensors")
+        picture(0).save(still)
+        moving = clip(os.path.join(tmp, "clip.gif"))
+        pipe = lambda content: subprocess.run([sys.executable, os.path.join(HERE, "sample.py"), "-", "--weights", weights], input=content, capture_output=True)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            *results, bad = pool.map(pipe, (*(open(path, "rb").read() for path in (still, moving)), b"no picture"))
+        for path, done in zip((still, moving), results):
+            assert done.returncode == 0 and b"standard output: " in done.stderr, done.stderr
+            sampled(path, "--weights", weights, "--save_latent", z), sampled(z, "--weights", weights)
+            assert done.stdout == open(os.path.join(tmp, "z_recon" + os.path.splitext(path)[1]), "rb").read(), "the reconstruction alone, nothing said"
+        assert bad.returncode == 1 and not bad.stdout and bad.stderr.splitlines()[-1].startswith(b"sample.py: stdin cannot be read"), bad.stderr
+        for flags, words in ((["-", "--features"], "give --out FOLDER"), ([still, "--save_latent", still], "must end in .safetensors"),
+                             ([z, "--features"], "not latents"), ([still, moving, "--save_latent", z], "2 pictures"), (["-", still], "2 pictures"),
+                             ([still, "--seed", -1], "--seed -1"), ([z, "--weights", still], "img.png")):
+            status, out, err = sampled(*flags)
+            assert status == 2 and not out and words in err and "Traceback" not in err, (flags, err)
+        assert not [n for n in os.listdir(tmp) if "tmp" in n or "stdin" in n]
 
 
 def test_train_sample_eval_end_to_end():
