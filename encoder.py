@@ -565,7 +565,9 @@ def load_teacher(name_or_path, weights=None):
         weights = name_or_path
     elif weights is None and name_or_path in ("tiny", "small"):
         shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", f"teacher-{name_or_path}.safetensors")
-        weights = shipped if os.path.isfile(shipped) else "random"
+        if not os.path.isfile(shipped):
+            raise FileNotFoundError(f"{shipped}: no such file; train it (experiments/tiny_imagenet/teacher.py), or give --teacher_weights FILE|random")
+        weights = shipped
     elif weights is None:
         weights = fetch(name_or_path)
 

@@ -46,7 +46,7 @@ def parse_args(argv=None):
     ap.add_argument("--save_latent", metavar="FILE", help="also write the latent of the one picture given, (frames, C, h, w), normalised, as .safetensors")
     ap.add_argument("--features", action="store_true", help="also write the tokens' first three principal components as colours, the teacher's beside them "
                     "where it is on this machine (same colour, same direction); of an animation, the first frame's")
-    ap.add_argument("--bench", action="store_true", help="measure encoding and decoding; without weights, InternViT's size at random")
+    ap.add_argument("--bench", action="store_true", help="measure encoding and decoding, without --weights of InternViT's size at random")
     args = ap.parse_args(argv)
     args.out = args.out or ("-" if "-" in args.files else None)
     for wrong, why in (
@@ -165,7 +165,7 @@ def find_teacher(info, enc, device):
     """The teacher of the tokenizer, as an Encoder for its `features`, if its weights are on this machine; else None, saying why."""
     name, given = info.get("teacher"), info.get("teacher_weights")
     try:
-        if given == "random" or not given and name in ("tiny", "small") and not os.path.isfile(f"{HERE}/weights/teacher-{name}.safetensors"):
+        if given == "random":
             raise ValueError("a random initialisation, it has no semantics to show")
         os.environ["HF_HUB_OFFLINE"] = "1"  # for a picture, nothing of that size is downloaded
         teacher = Encoder(load_teacher(name, given)).eval().to(device)
@@ -237,14 +237,12 @@ def main(argv=None):
     if len(pictures) > 1 and (args.save_latent or args.out == "-"):
         raise ValueError(f"{len(pictures)} pictures, and --save_latent or -, which are for one (eval.py --save_latents is for data sets)")
     device, log = torch.device("cuda" if torch.cuda.is_available() else "cpu"), sys.stderr if args.out == "-" else sys.stdout
-    try:
+    if args.bench and not args.weights:
+        print("RANDOM weights of the InternViT tokenizer's size, for measuring")
+        enc, dec, info = Encoder(ViT(TEACHERS["internvit"])).eval(), Decoder(DecoderConfig()).eval(), {"size": 448}
+    else:
         weights = find_weights(args.weights)
         enc, dec, info = Encoder.from_pretrained(weights), Decoder.from_pretrained(weights), read_config(weights)
-    except FileNotFoundError as e:
-        if args.weights or not args.bench:
-            raise
-        print(f"{e}\nRANDOM weights of the InternViT tokenizer's size, for measuring")
-        enc, dec, info = Encoder(ViT(TEACHERS["internvit"])).eval(), Decoder(DecoderConfig()).eval(), {"size": 448}
     enc, dec, size = enc.to(device), dec.to(device), info["size"] if args.size is None else args.size
     if args.bench:
         return bench(enc, dec, size or info["size"], device)
