@@ -110,7 +110,7 @@ def main():
         return row(names[0], args)
     if os.path.exists(args.results):
         with open(args.results) as f:
-            done = {json.loads(x)["row"] for x in f}
+            done = {line["row"] for line in map(json.loads, f) if "psnr" in line}
         names = [n for n in names if n not in done]
 
     free = queue.Queue()
@@ -123,7 +123,7 @@ def main():
         gpu, log = free.get(), os.path.join(args.runs, name.replace(":", "-") + ".txt")
         start = time.time()
         with open(log, "w") as f:
-            status = subprocess.run([sys.executable, __file__, name, *rest], stdout=f, stderr=f, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu}).returncode
+            status = subprocess.run([sys.executable, __file__, name, *rest], stdout=f, stderr=f, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "2"}).returncode
         free.put(gpu)
         print(f"{name}: {'done' if status == 0 else f'FAILED, see {log}'} in {time.time() - start:.0f} s on GPU {gpu}", flush=True)
         return status

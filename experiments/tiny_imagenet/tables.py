@@ -32,30 +32,38 @@ def load(path):
 
 
 def cell(lines, key, digits=2):
-    """One value for each seed; key is a name or a function of a line."""
+    """One value for each seed, of the lines that have it; key is a name or a function of a line."""
     value = key if callable(key) else lambda x: x[key]
-    return " / ".join(f"{value(x):.{digits}f}" for x in lines)
+    return " / ".join(f"{value(x):.{digits}f}" for x in lines if "psnr" in x or key is seen) or "–"
+
+
+def seen(line):
+    """What train.py itself saw last: the one-step PSNR of the first 512 validation images."""
+    return list(line["psnr_seen"].values())[-1]
 
 
 def table(rows, names):
-    yield "| row | PSNR | ssim | ssim_paper | linear probe | 20-NN | mean cosine | linear, latent | grid artifact |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "| row | PSNR of 512 | PSNR | ssim | ssim_paper | linear probe | 20-NN | mean cosine | linear, latent | grid artifact |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for name in names:
         if name not in rows:
-            yield f"| {name} | not run | | | | | | | |"
+            yield f"| {name} | not run | | | | | | | | |"
             continue
         r = rows[name]
-        yield (f"| {name} | {cell(r, 'psnr')} | {cell(r, 'ssim', 4)} | {cell(r, 'ssim_paper', 4)} | {cell(r, 'linear')} | {cell(r, 'knn')} | "
+        yield (f"| {name} | {cell(r, seen)} | {cell(r, 'psnr')} | {cell(r, 'ssim', 4)} | {cell(r, 'ssim_paper', 4)} | {cell(r, 'linear')} | {cell(r, 'knn')} | "
                f"{cell(r, lambda x: np.mean(x['cosine']), 3)} | {cell(r, 'linear_latent')} | {cell(r, 'grid_artifact', 3)} |")
 
 
 def curves(rows, names, xs, xlabel, path):
     """PSNR and linear probe over a setting, a point for each seed."""
+    rows = {name: [x for x in lines if "psnr" in x] for name, lines in rows.items()}
+    if sum(bool(rows.get(name)) for name in names) < 3:
+        return print(f"{path}: fewer than three points, not drawn")
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3), constrained_layout=True)
     for ax, key, label in (left, "psnr", "one-step PSNR, dB"), (right, "linear", "linear probe, %"):
         points = [(x, line[key]) for x, name in zip(xs, names) for line in rows.get(name, [])]
         ax.plot(*zip(*points), "o")
-        means = [(x, np.mean([line[key] for line in rows[name]])) for x, name in zip(xs, names) if name in rows]
+        means = [(x, np.mean([line[key] for line in rows[name]])) for x, name in zip(xs, names) if rows.get(name)]
         ax.plot(*zip(*means), "-", color="C0")
         ax.set(xlabel=xlabel, ylabel=label)
     right.axhline(rows["default"][0]["linear_teacher"], color="grey", ls="--", label="teacher")
@@ -89,7 +97,7 @@ def main():
           f"ssim {default['pca']['ssim']:.4f}, ssim_paper {default['pca']['ssim_paper']:.4f}\n")
     print("| PSNR decoded in | 1 step | 2 | 4 | 25 |\n|---|---|---|---|---|")
     for name, r in rows.items():
-        if r[0]["psnr_steps"]:
+        if r[0].get("psnr_steps"):
             print(f"| {name} | {r[0]['psnr']:.2f} | " + " | ".join(f"{x:.2f}" for x in r[0]["psnr_steps"].values()) + " |")
     print("\n| PSNR of the row 'default' at step | " + " | ".join(default["psnr_seen"]) + " |\n|---" * 1 + "|---" * len(default["psnr_seen"]) + "|")
     print("| | " + " | ".join(f"{x:.2f}" for x in default["psnr_seen"].values()) + " |")
