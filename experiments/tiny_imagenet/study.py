@@ -61,32 +61,32 @@ def grid_artifact(weights, val):
 
 def row(name, args):
     """Train and measure one row in runs/NAME; append its line to results.jsonl."""
-    out, train, evaluate = os.path.join(args.runs, name.replace(":", "-")), [sys.executable, os.path.join(TOP, "train.py")], [sys.executable, os.path.join(TOP, "eval.py")]
+    out, flags = os.path.join(args.runs, name.replace(":", "-")), f"{ALWAYS} {ROWS[name]} {args.more}".split()
+    weights, report, start = os.path.join(out, "model.safetensors"), os.path.join(out, "report.json"), time.time()
     os.makedirs(out, exist_ok=True)
-    weights, report = os.path.join(out, "model.safetensors"), os.path.join(out, "report.json")
-    flags = f"{ALWAYS} {ROWS[name]} {args.more}".split()
-    start = time.time()
-    subprocess.run([*train, "--data", *args.data, "--val", *args.val, "--teacher_weights", args.teacher_weights, "--workers", str(args.workers),
-                    *flags, "--out", out], check=True)
+    script = lambda file, *arguments: subprocess.run([sys.executable, os.path.join(TOP, file), *arguments], check=True)
+    script("train.py", "--data", *args.data, "--val", *args.val, "--teacher_weights", args.teacher_weights, "--workers", str(args.workers), *flags, "--out", out)
     trained = time.time()
-    measure = [*evaluate, "--data", *args.val, "--weights", weights, "--inception", "none", "--batch_size", "250", "--bf16", "--out", report]
-    subprocess.run([*measure, "--fit", *args.data, "--probe", *["--pca"] * (name == "default")], check=True)
+    measure = ["eval.py", "--data", *args.val, "--weights", weights, "--inception", "none", "--batch_size", "250", "--bf16", "--out", report]
+    script(*measure, "--fit", *args.data, "--probe", *["--pca"] * (name == "default"))
     with open(report) as f:
         measured = json.load(f)
-    last = measured["probe"]["last layer"]
+    last, latent = (measured["probe"][layer] for layer in ("last layer", "latent"))
     line = {"row": name, "flags": " ".join(flags), **measured["results"]["tokenizer"],
-            "linear": last["student"]["linear"], "linear_teacher": last["teacher"]["linear"], "knn": last["student"]["knn"], "knn_teacher": last["teacher"]["knn"],
-            "linear_latent": measured["probe"]["latent"]["student"]["linear"], "cosine": measured["cosine_to_teacher"],
-            "pca": next((r for k, r in measured["results"].items() if k.startswith("PCA")), None), "grid_artifact": grid_artifact(weights, args.val), "psnr_steps": {}}
+            "linear": last["student"]["linear"], "linear_teacher": last["teacher"]["linear"],
+            "knn": last["student"]["knn"], "knn_teacher": last["teacher"]["knn"], "linear_latent": latent["student"]["linear"],
+            "cosine": measured["cosine_to_teacher"], "pca": next((r for k, r in measured["results"].items() if k.startswith("PCA")), None),
+            "grid_artifact": grid_artifact(weights, args.val), "psnr_steps": {}}
     for n in DECODING_STEPS.get(name, ()):
-        subprocess.run([*measure, "--steps", str(n)], check=True)
+        script(*measure, "--steps", str(n))
         with open(report) as f:
             line["psnr_steps"][n] = json.load(f)["results"]["tokenizer"]["psnr"]
     with open(os.path.join(out, "log.jsonl")) as f:
         log = [json.loads(x) for x in f]
     last = [x for x in log if "alpha" in x][-1]
-    line.update(psnr_seen={x["step"]: x["psnr"] for x in log if x.get("kind") == "eval"}, alpha=last["alpha"], weight=last["weight"], commit=measured["code"],
-                torch=torch.__version__, device=measured["device"], seconds_train=round(trained - start), seconds=round(time.time() - start), protocol=measured["protocol"])
+    line.update(psnr_seen={x["step"]: x["psnr"] for x in log if x.get("kind") == "eval"}, alpha=last["alpha"], weight=last["weight"],
+                commit=measured["code"], torch=torch.__version__, device=measured["device"], seconds_train=round(trained - start),
+                seconds=round(time.time() - start), protocol=measured["protocol"])
     with open(args.results, "a") as f:
         f.write(json.dumps(line) + "\n")
 
@@ -122,8 +122,9 @@ def main():
     def one(name):
         gpu, log = free.get(), os.path.join(args.runs, name.replace(":", "-") + ".txt")
         start = time.time()
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "2"}  # or the evaluations of all rows fight for the cores
         with open(log, "w") as f:
-            status = subprocess.run([sys.executable, __file__, name, *rest], stdout=f, stderr=f, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "2"}).returncode
+            status = subprocess.run([sys.executable, __file__, name, *rest], stdout=f, stderr=f, env=env).returncode
         free.put(gpu)
         print(f"{name}: {'done' if status == 0 else f'FAILED, see {log}'} in {time.time() - start:.0f} s on GPU {gpu}", flush=True)
         return status
