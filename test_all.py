@@ -66,6 +66,7 @@ MICRO_VIT = encoder.ViTConfig(width=32, depth=3, heads=2, mlp_width=64, patch=4,
 MICRO_DECODER = decoder.DecoderConfig(latent_dim=8, width=32, heads=2, gtb_depth=2, flow_depth=2, flow_width=96, patch=4, grid=4)
 MICRO_RUN = ["--latent_dim", "8", "--gtb_depth", "1", "--flow_depth", "2", "--flow_width", "96", "--batch_size", "4",
              "--lr", "1e-3", "--log_every", "1", "--workers", "0"]
+METHOD = types.SimpleNamespace(beta=2.0, strategy="adaptive", endpoint=0.0)  # what train.losses reads of the command line
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["__main__", "test_all", "torch._dynamo"])  # the last is what an optimizer imports
 STARTING = threading.Lock()  # a process that starts looks after all that have ended, and two must not read the same status
@@ -334,7 +335,7 @@ def test_training_step_drops_cls_and_draws_t_per_patch():
     def flow_loss(z, img, t, noise):
         seen["t"] = t
         return torch.zeros(())
-    args = types.SimpleNamespace(beta=2.0, strategy="adaptive", endpoint=0.0)
+    args = types.SimpleNamespace(**vars(METHOD))
     student = Tokens(-5.0)
     loss_dist, *_ = train.losses(Tokens(5.0), lambda img: (None, student(img)), flow_loss, torch.rand(2, 3, 16, 16), args)
     assert abs(loss_dist.item()) < 1e-6, f"opposite CLS tokens moved the distillation loss to {loss_dist.item()}"
@@ -820,15 +821,6 @@ def test_files_that_do_not_fit_are_refused():
         assert not os.path.exists(os.path.join(tmp, "executed"))
 
 
-def micro_tokenizer(path):
-    """A tokenizer file of the MICRO configurations, its tensors and its metadata."""
-    _, enc, dec = micro_models()
-    config = {"vit": asdict(MICRO_VIT), "decoder": asdict(MICRO_DECODER), "size": 16, "step": 0, "id": "x"}
-    state = {"encoder": enc.state_dict(), "decoder": dec.state_dict(), "latent_mean": torch.zeros(8), "latent_std": torch.ones(8)}
-    train.export({**state, "step": 0, "id": "x", "config": config}, path)
-    return load_file(path), config
-
-
 class Payload:
     """A pickle that makes a folder when it is executed."""
 
@@ -863,8 +855,8 @@ def test_hostile_weights():
                     "patch": [0, 65535]}
     large = {("depth", 1000), ("flow_depth", 999), ("grid", 65536), ("patch", 65535), ("width", 65536), ("flow_width", 65536)}
     with tempfile.TemporaryDirectory() as tmp:
-        path, bad = os.path.join(tmp, "good.safetensors"), os.path.join(tmp, "bad.safetensors")
-        state, config = micro_tokenizer(path)
+        path, bad = tokenizer_file(tmp), os.path.join(tmp, "bad.safetensors")
+        state, config = load_file(path), encoder.read_config(path)
         blob, before = open(path, "rb").read(), peak()
 
         def refused_by(path, *ways, words=""):
@@ -925,7 +917,7 @@ def test_hostile_weights():
         for name, content in files.items():
             open(bad, "wb").write(content)
             refused_by(bad, *everything)
-        shutil.make_archive(os.path.join(tmp, "archive"), "zip", tmp, "good.safetensors")
+        shutil.make_archive(os.path.join(tmp, "archive"), "zip", tmp, os.path.basename(path))
         for strange in (tmp, os.path.join(tmp, "archive.zip"), os.path.join(tmp, "missing.safetensors")):
             refused_by(strange, *everything)
         del encoder.TEACHERS["micro"]
@@ -977,12 +969,11 @@ def fuzz_weights(count):
     torch.set_num_threads(1)
     img, noise = torch.rand(1, 3, 16, 16), torch.randn(1, 16, 48)
     with tempfile.TemporaryDirectory() as tmp:
-        micro_tokenizer(os.path.join(tmp, "good.safetensors"))
+        tokenizer_file(tmp)
         vit = encoder.ViT(MICRO_VIT).state_dict()
         for new in (True, False):
             torch.save(vit, os.path.join(tmp, f"good{int(new)}.pt"), _use_new_zipfile_serialization=new)
-        encoder.write_model(os.path.join(tmp, "teacher.safetensors"), {"vit": asdict(MICRO_VIT)}, vit)
-        good = [open(os.path.join(tmp, name), "rb").read() for name in ("good.safetensors", "teacher.safetensors", "good0.pt", "good1.pt")]
+        good = [open(os.path.join(tmp, name), "rb").read() for name in ("tokenizer.safetensors", "teacher.safetensors", "good0.pt", "good1.pt")]
         for i in range(count):
             which = rng.choice(4, p=[0.6, 0.2, 0.1, 0.1])
             path = os.path.join(tmp, "bad.safetensors" if which < 2 else "bad.pt")
@@ -1089,7 +1080,6 @@ def released_state(D=32, mlp=64, depth=2, gtb_depth=2, flow_depth=3, flow_width=
 def test_released_uniflow_file():
     small_vit = replace(encoder.TEACHERS["internvit"], width=32, depth=2, heads=2, mlp_width=64, patch=4, size=16)
     small_decoder = decoder.DecoderConfig(width=32, heads=2, gtb_depth=2, flow_depth=3, flow_width=40, patch=4, grid=4)
-    true = encoder.TEACHERS["internvit"], decoder.DecoderConfig
     state = released_state()
     img, noise = torch.rand(2, 3, 16, 16), torch.randn(2, 16, 48)
     z, rec = released_forward(state, img, noise, 2, 2, 2, 2, 3, 4)
@@ -1098,8 +1088,8 @@ def test_released_uniflow_file():
         path = os.path.join(tmp, "model.safetensors")
         extras = ["mlp1.0.weight", "encoder.extra", "chal_proj.norm.weight", "flow_head.net.extra"]
         save_file({**state, **{name: torch.zeros(3) for name in extras}}, path)
-        try:  # the same code at a small size
-            encoder.TEACHERS["internvit"], decoder.DecoderConfig = small_vit, lambda: small_decoder
+        # the same code at a small size
+        with unittest.mock.patch.dict(encoder.TEACHERS, internvit=small_vit), unittest.mock.patch.object(decoder, "DecoderConfig", lambda: small_decoder):
             enc, dec = encoder.Encoder.from_pretrained(path), decoder.Decoder.from_pretrained(path)
             assert encoder.read_config(path)["size"] == 448 and encoder.read_config(path)["teacher"] == "internvit"
             said = " ".join(str(w.message) for w in said)
@@ -1111,8 +1101,6 @@ def test_released_uniflow_file():
             del state["global_blocks.1.mlp.fc2.bias"]
             save_file(state, path)
             raises(ValueError, decoder.Decoder.from_pretrained, path, words="blocks.1.fc2.bias")
-        finally:
-            encoder.TEACHERS["internvit"], decoder.DecoderConfig = true
 
 
 def test_export_to_hugging_face():
@@ -1283,13 +1271,10 @@ def test_random_crop_range():
     img = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 3), np.uint8))
     sides = {rng.integers(math.ceil(16 / 1.0), math.ceil(16 / 0.5) + 1) for rng in [np.random.default_rng(0)] for _ in range(500)}
     assert sides == set(range(16, 33)), "the oracle: shorter sides of 16 to 32 pixels at crop_scale (0.5, 1)"
-    seen, shrink = set(), data.shrink
-    try:
-        data.shrink = lambda img, short: seen.add(short) or shrink(img, short)
-        rng = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
+    with unittest.mock.patch.object(data, "shrink", wraps=data.shrink) as shrink:
         crops = [data.random_crop(img, 16, rng, (0.5, 1.0)) for _ in range(500)]
-    finally:
-        data.shrink = shrink
+    seen = {call.args[1] for call in shrink.call_args_list}
     assert seen == sides and {c.size for c in crops} == {(16, 16)}
     y, x = np.mgrid[:32, :32]
     ramps = Image.fromarray(np.stack([4 * x, 4 * y, 0 * x], -1).astype(np.uint8))  # red grows to the right, green downwards
@@ -1910,10 +1895,9 @@ def test_latent_statistics_and_saved_latents():
         close(dec.decode(enc.encode(img), noise=noise), before, 1e-5)
         assert torch.equal(load_file(copy)["encoder.vit.pos_embed"], tensors["encoder.vit.pos_embed"]) and encoder.read_config(copy)["size"] == 16
 
-        out, whole = os.path.join(tmp, "z"), evaluation.save_latents
-        evaluation.save_latents = functools.partial(whole, shard=4)
+        out = os.path.join(tmp, "z")
         flags = ["--save_latents", out, "--data", folder, "--weights", copy, "--batch_size", 3]
-        try:
+        with unittest.mock.patch.object(evaluation, "save_latents", functools.partial(evaluation.save_latents, shard=4)):
             assert "3 files of 4" in evaluate(*flags)[0]
             os.remove(os.path.join(out, "latents_00001.safetensors"))
             stamp = os.stat(os.path.join(out, "latents_00000.safetensors")).st_mtime_ns
@@ -1922,8 +1906,6 @@ def test_latent_statistics_and_saved_latents():
             raises(ValueError, evaluate, *flags, "--bf16", words="of other weights")
             shutil.copytree(folder, os.path.join(tmp, "other"))  # the same names
             raises(ValueError, evaluate, *[os.path.join(tmp, "other") if x == folder else x for x in flags], words="data")
-        finally:
-            evaluation.save_latents = whole
         args = train.parse_args(["--teacher", os.path.join(tmp, "teacher.safetensors"), *MICRO_RUN, "--gtb_depth", "2", "--init", copy])
         with contextlib.redirect_stdout(io.StringIO()) as said:
             _, again, _ = train.build_models(args)
@@ -1965,11 +1947,8 @@ def test_evaluation_refuses_before_it_begins():
         def meanwhile(self, x):  # train.py saves while the statistics are being computed
             whole(self, x)
             open(weights, "ab").write(b" ")
-        evaluation.Moments.add = meanwhile
-        try:
+        with unittest.mock.patch.object(evaluation.Moments, "add", meanwhile):
             raises(ValueError, evaluate, *base, "--latent_stats", words="written anew")
-        finally:
-            evaluation.Moments.add = whole
         open(weights, "wb").write(before)
         alone = os.path.join(tmp, "alone")
         os.makedirs(alone), shutil.copy(os.path.join(folder, "class0", "0.png"), alone)
@@ -2011,11 +1990,8 @@ def test_validation_during_training():
     for k, loss in enumerate(flow_by_t):
         assert abs(loss - (u - (k + 0.5) / 10).square().mean().item()) < 0.05 * abs(u.mean().item()) + 0.01, k
     del dec.velocity
-    before, dist.all_reduce = dist.all_reduce, lambda x: None  # each rank's own share
-    try:
+    with unittest.mock.patch.object(dist, "all_reduce", lambda x: None):  # each rank's own share
         shares = [evaluation.validate(enc, dec, dataset, 3, 3, contextlib.nullcontext(), rank=r, ranks=2)[0] for r in (0, 1)]
-    finally:
-        dist.all_reduce = before
     assert abs(shares[0] - expected[0::2].mean().item()) < 1e-4 and abs(shares[1] - expected[1::2].mean().item()) < 1e-4
 
 
@@ -2032,9 +2008,8 @@ def test_each_parameter_in_one_optimizer_group_and_teacher_in_none():
             assert (g["weight_decay"] == 0.05) == (p.ndim > 1)
             assert math.isclose(g["lr"], 1e-3 if any(p is q for q in enc.vit.parameters()) else 1e-2)
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    args = types.SimpleNamespace(beta=2.0, strategy="adaptive", endpoint=0.0)
     optimizer = torch.optim.AdamW(groups)
-    loss_dist, loss_flow, *_ = train.losses(teacher, enc, dec, torch.rand(2, 3, 16, 16), args)
+    loss_dist, loss_flow, *_ = train.losses(teacher, enc, dec, torch.rand(2, 3, 16, 16), METHOD)
     (loss_dist + loss_flow).backward()
     unmoved = [n for m in (enc, dec) for n, p in m.named_parameters() if p.grad is None]
     assert not unmoved, f"parameters without a gradient would stall DDP: {unmoved}"
@@ -2059,9 +2034,8 @@ def joint_step(wrap, part):
     teacher, enc, dec = micro_models()
     torch.manual_seed(5)
     img, t, noise = torch.rand(4, 3, 16, 16), torch.rand(4, 16), torch.randn(4, 16, 48)
-    args = types.SimpleNamespace(beta=2.0, strategy="adaptive", endpoint=0.0)
     student, flow_decoder = wrap(enc), wrap(dec)  # DDP must outlive the backward pass
-    loss_dist, loss_flow, weight, alpha = train.losses(teacher, student, flow_decoder, img[part], args, t[part], noise[part])
+    loss_dist, loss_flow, weight, alpha = train.losses(teacher, student, flow_decoder, img[part], METHOD, t[part], noise[part])
     (loss_dist + loss_flow).backward()
     return [loss_dist.detach(), loss_flow.detach(), weight, alpha, torch.cat([p.grad.flatten() for m in (enc, dec) for p in m.parameters()])]
 
@@ -2675,12 +2649,12 @@ def test_sample_in_a_pipe():
 def test_train_sample_eval_end_to_end():
     with tempfile.TemporaryDirectory() as tmp:
         script = lambda name: os.path.join(HERE, name)
-        done = run("python", script("train.py"), "--steps", 2, "--batch_size", 2, cwd=tmp)
-        assert done.returncode == 0 and "RANDOM" not in done.stdout and "procedurally drawn" in done.stdout, done.stderr
-        # sample: odd sizes, a folder, two pictures of one name, no clobbering
         photos = os.path.join(tmp, "photos")
         os.makedirs(photos)
         picture(0, 130, 70).save(os.path.join(photos, "a.png"))
+        done = run("python", script("train.py"), "--steps", 2, "--batch_size", 2, "--val", photos, cwd=tmp)
+        assert done.returncode == 0 and "RANDOM" not in done.stdout and "procedurally drawn" in done.stdout, done.stderr
+        # sample: odd sizes, a folder, two pictures of one name, no clobbering
         picture(1, 33, 90).save(os.path.join(photos, "a.jpg"))
         picture(2, 64, 64).save(os.path.join(tmp, "img.png"))
         done = run("python", script("sample.py"), "img.png", photos, cwd=tmp)
@@ -2704,28 +2678,18 @@ def test_train_sample_eval_end_to_end():
         assert len(os.listdir(os.path.join(tmp, "same"))) == 4, "pictures of one name must not overwrite each other"
         # eval: whatever the batch size, and equal to sample.py's own figure on the same picture
         folder, _ = picture_folder(tmp, n=7)
-        reports = []
-        for batch in (1, 3):
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                reports.append(evaluation.main(["--data", folder, "--weights", os.path.join(tmp, "out", "model.safetensors"),
-                                                "--batch_size", str(batch), "--pca", "--fit", folder, "--inception", "none"]))
-        for row in reports[0]["results"]:
+        flags = ["--inception", "none", "--weights", os.path.join(tmp, "out", "model.safetensors"), "--data"]
+        (_, one), (said, three) = (evaluate(*flags, folder, "--batch_size", batch, "--pca", "--fit", folder) for batch in (1, 3))
+        for row in one["results"]:
             for metric in ("psnr", "ssim", "ssim_paper"):
-                assert abs(reports[0]["results"][row][metric] - reports[1]["results"][row][metric]) < 1e-4
-        assert reports[0]["images"] == 7 and "ADM centre crop to 64 px" in out.getvalue() and "seed 0" in out.getvalue()
-        single = evaluation_of(os.path.join(tmp, "img.png"), os.path.join(tmp, "out", "model.safetensors"), tmp)
+                assert abs(one["results"][row][metric] - three["results"][row][metric]) < 1e-4
+        assert one["images"] == 7 and "ADM centre crop to 64 px" in said and "seed 0" in said
+        os.renames(os.path.join(tmp, "img.png"), os.path.join(tmp, "alone", "img.png"))
+        single = evaluate(*flags, os.path.join(tmp, "alone"))[1]["results"]["tokenizer"]
         assert abs(single["psnr"] - float(lines[0][4])) < 0.006 and abs(single["ssim"] - float(lines[0][5])) < 6e-5
         bigger = run("python", script("eval.py"), "--data", folder, "--resolution", 256, "--inception", "none", "--out", "report.json", cwd=tmp)
         assert bigger.returncode == 0 and "compared at 256 px" in bigger.stdout
         assert json.load(open(os.path.join(tmp, "report.json")))["images"] == 7
-
-
-def evaluation_of(image, weights, tmp):
-    alone = os.path.join(tmp, "alone")
-    os.makedirs(alone)
-    shutil.copy(image, alone)
-    report = evaluate("--data", alone, "--weights", weights, "--inception", "none")[1]
-    return report["results"]["tokenizer"]
 
 
 def test_bad_input_is_one_line_and_status_2():
@@ -2831,12 +2795,11 @@ def test_autocast_keeps_the_residual_stream_in_bf16():
         p.data *= 0.3
     img = torch.rand(2, 3, 16, 16)
     t, noise = torch.rand(2, 16), torch.randn(2, 16, 48)
-    args = types.SimpleNamespace(beta=2.0, strategy="adaptive", endpoint=0.0)
-    expected = train.losses(teacher, enc, dec, img, args, t, noise)
+    expected = train.losses(teacher, enc, dec, img, METHOD, t, noise)
     with torch.autocast("cpu", torch.bfloat16):
         z, hidden = enc(img)
         assert {h.dtype for h in hidden} == {dec.condition(z).dtype} == {torch.bfloat16}, "half the bytes of fp32"
-        found = train.losses(teacher, enc, dec, img, args, t, noise)
+        found = train.losses(teacher, enc, dec, img, METHOD, t, noise)
     for a, b in zip(expected, found):
         assert b.dtype == torch.float32 and (a - b).abs().max() < 0.03 * a.abs().max(), "losses and distances are fp32 all the same"
 
