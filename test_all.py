@@ -2800,7 +2800,8 @@ def test_readme_commands():
     with tempfile.TemporaryDirectory() as tmp:
         folder, archive = picture_folder(tmp, n=3)
         os.renames(picture_folder(os.path.join(tmp, "more"), n=20)[1], os.path.join(tmp, "train.zip"))
-        train_quietly("--teacher", micro_teacher(tmp), "--steps", 1, "--data", folder, "--out", os.path.join(tmp, "out"))
+        train_quietly("--teacher", micro_teacher(tmp), "--steps", 1, "--data", folder, "--out", os.path.join(tmp, "out", "mine"))
+        shutil.copy(os.path.join(tmp, "out", "mine", "model.safetensors"), os.path.join(tmp, "out"))
         network = os.path.join(tmp, "hub", "checkpoints", os.path.basename(evaluation.INCEPTION_URL))  # as if downloaded
         os.makedirs(os.path.dirname(network)), shutil.copy(os.path.join(tmp, "out", "model.safetensors"), network)
         for name in ("val.zip", "samples.zip"):
