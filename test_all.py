@@ -616,6 +616,13 @@ def reference_tokens(family, model, img):
     return list(out.hidden_states[1:]), last
 
 
+def loaded(config, path):
+    """A ViT of the configuration with the file's weights."""
+    vit = encoder.ViT(config).eval()
+    encoder.load_vit(vit, path)
+    return vit
+
+
 def saved_by_transformers(model, folder):
     import transformers
     transformers.utils.logging.disable_progress_bar()
@@ -694,8 +701,7 @@ def test_published_layouts_equal_transformers():
                 for name, state in layouts.items():
                     path = os.path.join(tmp, "weights.bin")
                     torch.save({"state_dict": {"module." + k: v for k, v in state.items()}} if name == "open_clip" else state, path)
-                    vit = encoder.ViT(config).eval()
-                    encoder.load_vit(vit, path)
+                    vit = loaded(config, path)
                     with torch.no_grad():
                         ours = vit(img)
                     for l, (a, b) in enumerate(zip(ours, expected, strict=True)):
@@ -704,8 +710,7 @@ def test_published_layouts_equal_transformers():
             for dtype in (torch.bfloat16, torch.float16):  # stored in half precision: equal to the rounded model
                 path = os.path.join(tmp, "half.safetensors")
                 save_file({k: v.to(dtype) for k, v in layouts["hf"].items()}, path)
-                vit = encoder.ViT(config).eval()
-                encoder.load_vit(vit, path)
+                vit = loaded(config, path)
                 model, _ = reference(family)
                 model.load_state_dict({k: v.to(dtype).float() for k, v in model.state_dict().items()})
                 with torch.no_grad():
@@ -724,11 +729,9 @@ def test_parity_sees_each_structural_mistake():
             saved_by_transformers(model, tmp)
             mistakes = {"activation": dict(activation=swap[config.activation]), "epsilon": dict(eps=1e-5 if config.eps == 1e-6 else 1e-6)}
             for name, change in mistakes.items():
-                vit = encoder.ViT(replace(config, **change)).eval()
-                encoder.load_vit(vit, os.path.join(tmp, "model.safetensors"))
+                vit = loaded(replace(config, **change), os.path.join(tmp, "model.safetensors"))
                 assert (vit(img)[-1] - expected).norm() / expected.norm() > 5e-6, f"{family}: a wrong {name} went unseen"
-            vit = encoder.ViT(config).eval()
-            encoder.load_vit(vit, os.path.join(tmp, "model.safetensors"))
+            vit = loaded(config, os.path.join(tmp, "model.safetensors"))
             if config.pre_norm:
                 vit.norm_pre = nn.Identity()
             elif config.layer_scale:
@@ -744,8 +747,7 @@ def test_published_models_at_full_depth():
         img = torch.rand(1, 3, 28, 28)
         with tempfile.TemporaryDirectory() as tmp:
             saved_by_transformers(model, tmp)
-            vit = encoder.ViT(config).eval()
-            encoder.load_vit(vit, os.path.join(tmp, "model.safetensors"))
+            vit = loaded(config, os.path.join(tmp, "model.safetensors"))
         for a, b in zip(vit(img), reference_tokens(family, model, img)[0], strict=True):
             close(a, b, 1e-5)
 
@@ -1076,8 +1078,7 @@ def test_export_to_hugging_face():
             said = json.load(open(os.path.join(tmp, "preprocessor_config.json")))
             assert said.get("crop_size", said["size"])["height"] == 28 and said["resample"] == (2 if family == "siglip2" else 3)
             assert tuple(map(tuple, (said["image_mean"], said["image_std"]))) == FAMILIES[family][2]
-            vit = encoder.ViT(config)
-            encoder.load_vit(vit, os.path.join(tmp, "model.safetensors"))
+            vit = loaded(config, os.path.join(tmp, "model.safetensors"))
             assert all(torch.equal(a, b) for a, b in zip(vit.state_dict().values(), enc.vit.state_dict().values(), strict=True))
 
 
@@ -2797,6 +2798,7 @@ def test_readme_commands():
     lines = [line.split("#")[0] for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.replace("\\\n", " ").splitlines()]
     commands = [c.removesuffix("&").split() for line in lines for c in map(str.strip, line.split("&&")) if any(s in c for s in parsers)]
     assert len(commands) >= 9, f"only {len(commands)} commands found in README.md"
+    before = os.getcwd()
     with tempfile.TemporaryDirectory() as tmp:
         folder, archive = picture_folder(tmp, n=3)
         os.renames(picture_folder(os.path.join(tmp, "more"), n=20)[1], os.path.join(tmp, "train.zip"))
@@ -2818,11 +2820,14 @@ def test_readme_commands():
             except SystemExit as e:
                 raise AssertionError(f"README: {' '.join(words)!r} does not parse") from e
             if script != "train.py" and "uniflow-internvit" not in flags:
+                os.chdir(tmp)
                 try:
-                    with contextlib.chdir(tmp), unittest.mock.patch.dict(os.environ, TORCH_HOME=tmp), contextlib.redirect_stdout(io.StringIO()):
+                    with unittest.mock.patch.dict(os.environ, TORCH_HOME=tmp), contextlib.redirect_stdout(io.StringIO()):
                         assert {"sample.py": sample, "eval.py": evaluation}[script].main(flags) != 1, "a picture was not read"
                 except Exception as e:
                     raise AssertionError(f"README: {' '.join(words)}") from e
+                finally:
+                    os.chdir(before)
         for code in re.findall(r"```python\n(.*?)```", text, re.S):
             open(os.path.join(tmp, "example.py"), "w").write(code)
             done = run("python", "example.py", cwd=tmp)
