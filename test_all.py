@@ -2789,6 +2789,63 @@ def test_benches_print_consistent_figures():
         assert "10 images at 16 px" in text and "1 workers" in text, text
 
 
+def test_shipped_weights():
+    """The weights in weights/: small, a teacher that is none at random, and the README's figures on a picture that they never saw,
+    beside a PCA of 16 components per patch by numpy, fitted on other photographs."""
+    skimage_data = os.path.join(os.path.dirname(importlib.util.find_spec("skimage").origin), "data")
+    photo = lambda name: Image.open(os.path.join(skimage_data, name)).convert("RGB")
+    folder = os.path.join(HERE, "weights")
+    assert sorted(os.listdir(folder)) == ["teacher-tiny.safetensors", "uniflow-tiny.safetensors"]
+    assert sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder)) < 36e6
+    with tempfile.TemporaryDirectory() as tmp:  # an empty folder, so no out/ to find
+        photo("astronaut.png").save(os.path.join(tmp, "img.png"))
+        done = run("python", os.path.join(HERE, "sample.py"), "img.png", "--features", cwd=tmp)
+        assert done.returncode == 0 and os.path.exists(os.path.join(tmp, "img_features.png")), done.stderr
+        found = float(re.search(r"PSNR ([\d.]+)", done.stdout)[1])
+        assert "latent 16x32x32" in done.stdout and abs(found - 29.66) < 0.05, f"the README says 29.66 dB: {done.stdout}"
+        assert Image.open(os.path.join(tmp, "img_features.png")).size == (3 * 256, 256), "picture, student and teacher"
+    patches = lambda img: np.asarray(img, float).reshape(32, 8, -1, 8, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 192) / 255
+    others = np.concatenate([patches(photo(name).resize((256, 256))) for name in ("chelsea.png", "coffee.png", "rocket.jpg")])
+    mean, x = others.mean(0), patches(photo("astronaut.png").resize((256, 256)))
+    basis = np.linalg.svd(others - mean, full_matrices=False)[2][:16]
+    error = ((x - mean) @ basis.T @ basis + mean - x) ** 2
+    assert found > -10 * np.log10(error.mean()) + 1.5, "it has used its context"
+    teacher = encoder.load_teacher("tiny")
+    assert encoder.read_config(os.path.join(folder, "teacher-tiny.safetensors"))["top1"] > 50
+    enc = encoder.Encoder.from_pretrained(os.path.join(folder, "uniflow-tiny.safetensors"))
+    img = data.to_tensor(photo("chelsea.png").resize((64, 64)))[None] / 255
+    with torch.no_grad():
+        alpha = distill.layer_distances([h[:, 1:] for h in enc.vit(img)], [h[:, 1:] for h in teacher(img)])
+    assert alpha.max() < 0.05, f"the student has stayed near the teacher: {alpha}"
+
+
+def test_study_rows_are_commands():
+    """Every row of the study differs from the default by its flags alone; every result is of a row; the grid artifact by plain loops."""
+    sys.path.insert(0, os.path.join(HERE, "experiments", "tiny_imagenet"))
+    try:
+        import study
+    finally:
+        sys.path.pop(0)
+    with unittest.mock.patch("torch.cuda.is_available", return_value=True):  # without a GPU `small` has another recipe
+        parsed = {name: vars(train.parse_args(f"{study.ALWAYS} {flags}".split())) for name, flags in study.ROWS.items()}
+    differ = {name: {k for k in args if args[k] != parsed["default"][k]} for name, args in parsed.items()}
+    assert differ["default"] == set() and differ["gtb-0"] == {"gtb_depth"} and differ["sum@1"] == {"lambda_f", "seed"}, differ
+    assert all(len(d) == 1 for name, d in differ.items() if name != "default" and "@" not in name), differ
+    with open(study.__file__.replace("study.py", "results.jsonl")) as f:
+        for line in map(json.loads, f):
+            assert line["flags"] == f"{study.ALWAYS} {study.ROWS[line['row']]}".strip(), line["row"]
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=2)
+        enc, dec, found = encoder.Encoder.from_pretrained(weights), decoder.Decoder.from_pretrained(weights), study.grid_artifact(weights, [folder])
+        border, inside = [], []
+        for n in range(2):
+            img = data.ImageDataset(folder, 64, train=False)[n][0][None] / 255
+            wrong = (dec.decode(enc.encode(img), noise=evaluation.image_noise([n], 256, 48, 0)) - img)[0]
+            for y, x in itertools.product(range(64), range(64)):  # patches of 4 pixels
+                (border if y % 4 in (0, 3) or x % 4 in (0, 3) else inside).append(wrong[:, y, x].square().mean().item())
+        assert abs(found / (np.mean(border) / np.mean(inside)) - 1) < 1e-4
+
+
 @unittest.mock.patch.object(evaluation, "InceptionV3", QuickInception)
 def test_readme_commands():
     """Commands of the README: those that train or install parse (test_ranks..., slow_first_command and CI run their like), those
