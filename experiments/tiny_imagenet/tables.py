@@ -93,16 +93,18 @@ def main():
     for title, names in TABLES.items():
         print(f"**{title}**\n")
         print("\n".join(table(rows, names)) + "\n")
-    print(f"teacher: linear probe {default['linear_teacher']:.2f}, 20-NN {default['knn_teacher']:.2f}; PCA of 16 components per patch: PSNR {default['pca']['psnr']:.2f}, "
-          f"ssim {default['pca']['ssim']:.4f}, ssim_paper {default['pca']['ssim_paper']:.4f}\n")
+    pca = default["pca"]
+    print(f"teacher: linear probe {default['linear_teacher']:.2f}, 20-NN {default['knn_teacher']:.2f}; PCA of 16 components per patch: "
+          f"PSNR {pca['psnr']:.2f}, ssim {pca['ssim']:.4f}, ssim_paper {pca['ssim_paper']:.4f}\n")
     print("| PSNR decoded in | 1 step | 2 | 4 | 25 |\n|---|---|---|---|---|")
     for name, r in rows.items():
         if r[0].get("psnr_steps"):
             print(f"| {name} | {r[0]['psnr']:.2f} | " + " | ".join(f"{x:.2f}" for x in r[0]["psnr_steps"].values()) + " |")
-    print("\n| PSNR of the row 'default' at step | " + " | ".join(default["psnr_seen"]) + " |\n|---" * 1 + "|---" * len(default["psnr_seen"]) + "|")
+    print("\n| PSNR of the row 'default' at step | " + " | ".join(default["psnr_seen"]) + " |\n|---" + "|---" * len(default["psnr_seen"]) + "|")
     print("| | " + " | ".join(f"{x:.2f}" for x in default["psnr_seen"].values()) + " |")
-    curves(rows, ["progressive", "beta-0.5", "beta-1", "default", "beta-3", "beta-5"], [0, 0.5, 1, 2, 3, 5], "beta", os.path.join(HERE, "beta.png"))
-    curves(rows, ["default", "endpoint-0.25", "endpoint-0.5", "endpoint-1"], [0, 0.25, 0.5, 1], "fraction of patches at t = 1", os.path.join(HERE, "endpoint.png"))
+    betas, endpoints = [0, 0.5, 1, 2, 3, 5], [0, 0.25, 0.5, 1]
+    curves(rows, ["progressive", "beta-0.5", "beta-1", "default", "beta-3", "beta-5"], betas, "beta", os.path.join(HERE, "beta.png"))
+    curves(rows, ["default", "endpoint-0.25", "endpoint-0.5", "endpoint-1"], endpoints, "fraction of patches at t = 1", os.path.join(HERE, "endpoint.png"))
     layers(os.path.join(HERE, "log-default.jsonl"), os.path.join(HERE, "layers.png"))
 
 
