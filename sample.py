@@ -46,7 +46,7 @@ def parse_args(argv=None):
     ap.add_argument("--save_latent", metavar="FILE", help="also write the latent of the one picture given, (frames, C, h, w), normalised, as .safetensors")
     ap.add_argument("--features", action="store_true", help="also write the tokens' first three principal components as colours, the teacher's beside them "
                     "where it is on this machine (same colour, same direction); of an animation, the first frame's")
-    ap.add_argument("--bench", action="store_true", help="measure encoding and decoding, without --weights of InternViT's size at random")
+    ap.add_argument("--bench", action="store_true", help="measure encoding and decoding; on a GPU without --weights, of InternViT's size at random")
     args = ap.parse_args(argv)
     args.out = args.out or ("-" if "-" in args.files else None)
     for wrong, why in (
@@ -237,7 +237,7 @@ def main(argv=None):
     if len(pictures) > 1 and (args.save_latent or args.out == "-"):
         raise ValueError(f"{len(pictures)} pictures, and --save_latent or -, which are for one (eval.py --save_latents is for data sets)")
     device, log = torch.device("cuda" if torch.cuda.is_available() else "cpu"), sys.stderr if args.out == "-" else sys.stdout
-    if args.bench and not args.weights:
+    if args.bench and not args.weights and device.type == "cuda":
         print("RANDOM weights of the InternViT tokenizer's size, for measuring")
         enc, dec, info = Encoder(ViT(TEACHERS["internvit"])).eval(), Decoder(DecoderConfig()).eval(), {"size": 448}
     else:
