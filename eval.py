@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -418,17 +419,15 @@ class NpzImages(Dataset):
     def __init__(self, path):
         with zipfile.ZipFile(path) as z, z.open("arr_0.npy") as f:
             entry = z.getinfo("arr_0.npy")
-            version = np.lib.format.read_magic(f)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(f)
+            np.lib.format.read_magic(f)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)  # later versions are for lists of columns
             start = f.tell()
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or fortran:
             raise ValueError(f"arr_0 is {dtype} {shape}; it must be uint8 (N, H, W, 3)")
         if entry.compress_type == zipfile.ZIP_STORED:
             with open(path, "rb") as f:
                 f.seek(entry.header_offset)
-                local = f.read(30)
-            start += entry.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+                start += entry.header_offset + 30 + sum(struct.unpack("<26xHH", f.read(30)))  # the entry's local header
             self.images = np.memmap(path, np.uint8, "r", start, shape)
         else:
             self.images = np.load(path)["arr_0"]

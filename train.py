@@ -510,8 +510,8 @@ def main(argv=None):
     if here != start[0] and (state or run.step):
         raise ValueError(f"rank {rank} sees another {state_path} than rank 0: --out must lie on a file system that all nodes share")
     if state:
-        load_exactly(encoder, state["encoder"], state_path)
-        load_exactly(decoder, state["decoder"], state_path)
+        load_exactly(encoder.state_dict(), state["encoder"], state_path)
+        load_exactly(decoder.state_dict(), state["decoder"], state_path)
         now = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
         for group, settings in zip(optimizer.param_groups, now):  # this command's learning rate, not the file's
