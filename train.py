@@ -265,11 +265,12 @@ def seconds(f, repeats=10):
 def bench(args, teacher, encoder, decoder, optimizer, autocast, ranks, say):
     """Print what the training step does in a second on random pictures: several micro-batches, modes, and its parts."""
     device, n, on_gpu = decoder.mean.device, args.micro_batch, torch.cuda.is_available()
-    a, b = torch.randn(2, *2 * [8192 if on_gpu else 1024], device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    ceiling = 2 * len(a) ** 3 / seconds(lambda: a @ b, 50) / 1e12
+    side, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
+    ceiling = 2 * side ** 3 / seconds(lambda: a @ b, 50) / 1e12
     tflop = model_flops(encoder, decoder, args.size) / 1e12
     say(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, {args.teacher} at {args.size} px, {tflop:.2f} TFLOP "
-        f"an image, {ranks} rank{'s' * (ranks > 1)}; a matrix product of {len(a)} reaches {ceiling:.3g} TFLOP/s")
+        f"an image, {ranks} rank{'s' * (ranks > 1)}; a matrix product of {side} reaches {ceiling:.3g} TFLOP/s")
     rows = [(n, 1, False, False), (max(n // 2, 1), 1, args.compile, False), (2 * n, 1, args.compile, False),
             (max(n // 4, 1), 1, args.compile, True), (n, 1, args.compile, True), (n, 1, args.compile, False)]
     for micro, accumulation, compiled, checkpointed in rows if ranks == 1 else [(n, 1, args.compile, False), (n, 2, args.compile, False)]:
@@ -409,18 +410,18 @@ def build_models(args):
     return teacher, encoder.train(), decoder.train()
 
 
-def save(args, config, run, encoder, decoder, optimizer):
+def save(args, config, now, encoder, decoder, optimizer):
     """Write state.pt, which alone is enough to resume, and the tokenizer exported from it."""
-    state = {**vars(run), "encoder": encoder.state_dict(), "decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(),
+    state = {**vars(now), "encoder": encoder.state_dict(), "decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(),
              "latent_mean": encoder.latent_mean.flatten(), "latent_std": encoder.latent_std.flatten(), "args": vars(args), "config": config}
     path = os.path.join(args.out, "state.pt")
     try:
-        if args.keep_every and run.step % args.keep_every == 0:  # first, as a resume from this step would not write it again
-            export(state, os.path.join(args.out, f"model_{run.step:07d}.safetensors"))
+        if args.keep_every and now.step % args.keep_every == 0:  # first, as a resume from this step would not write it again
+            export(state, os.path.join(args.out, f"model_{now.step:07d}.safetensors"))
         write_atomically(path, lambda f: torch.save(state, f))
         export(state, os.path.join(args.out, "model.safetensors"))
     except (OSError, RuntimeError) as e:  # the latter: torch.save on a full disk
-        raise OSError(f"step {run.step} could not be saved ({(str(e).splitlines() or [repr(e)])[0]}); {path}, if there is one, is of the last save and "
+        raise OSError(f"step {now.step} could not be saved ({(str(e).splitlines() or [repr(e)])[0]}); {path}, if there is one, is of the last save and "
                       "whole: make room, and run the same command again") from None
 
 
@@ -434,16 +435,16 @@ def lock_folder(folder):
     return lock
 
 
-def stop_as_not_finite(args, data, run, finite, rank):
+def stop_as_not_finite(args, data, now, finite, rank):
     """After too many skipped steps in a row: name the last batch in a file, and say from where to go on."""
-    files = [data.path(data.index(n)) for n in range(run.samples - args.batch_size, run.samples)] if args.data else ["drawn pictures"]
+    files = [data.path(data.index(n)) for n in range(now.samples - args.batch_size, now.samples)] if args.data else ["drawn pictures"]
     names = os.path.join(args.out, "not_finite.txt")
     if rank == 0:
         write_names(names, files)
     flow, distance, *_ = (finite / finite[-1]).tolist()  # nan if there was none since the start
-    raise ValueError(f"at step {run.step} the loss or its gradient is not finite, {int(run.faults[1])} steps in a row (the last finite one: flow {flow:.4f}, "
-                     f"distillation {distance:.4f}); the last batch is {', '.join(files[:3])} .. (all of it in {names}). The last save is "
-                     f"{os.path.join(args.out, 'state.pt')}: the same command with a lower --lr and --resume_anyway goes on from there")
+    raise ValueError(f"at step {now.step} the loss or its gradient is not finite, {int(now.faults[1])} steps in a row (the last finite one: "
+                     f"flow {flow:.4f}, distillation {distance:.4f}); the last batch is {', '.join(files[:3])} .. (all of it in {names}). "
+                     f"The last save is {os.path.join(args.out, 'state.pt')}: the same command with a lower --lr and --resume_anyway goes on from there")
 
 
 def as_text(x, steps, peak, eta):
@@ -484,8 +485,9 @@ def main(argv=None):
     args.images = f"{len(data):,} images" + (f" ({hashlib.sha256(data.names).hexdigest()[:8]})" if args.data else "")  # a resume compares it
     L, grid = len(teacher.blocks), args.size // teacher.config.patch
     config = {"vit": asdict(teacher.config), "decoder": asdict(decoder.config), "size": args.size, "teacher": args.teacher,
-              "teacher_weights": args.teacher_weights, "commit": commit()}
-    state_path, model_path, log_path, bad_path = (os.path.join(args.out, name) for name in ("state.pt", "model.safetensors", "log.jsonl", "bad_images.txt"))
+              "teacher_weights": args.teacher_weights, "commit": commit()}  # what the exported file says of itself
+    files = "state.pt", "model.safetensors", "log.jsonl", "bad_images.txt"
+    state_path, model_path, log_path, bad_path = (os.path.join(args.out, name) for name in files)
     if rank == 0:
         os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
     state = load_state(state_path, args) if os.path.isfile(state_path) else None
@@ -502,39 +504,39 @@ def main(argv=None):
     start = [here]
     if ranks > 1:
         dist.broadcast_object_list(start, device=device)
-    run = SimpleNamespace(  # what state.pt holds beside weights, optimizer and arguments
+    now = SimpleNamespace(  # what state.pt holds beside weights, optimizer and arguments
         id=start[0][0], step=start[0][1], samples=0,
         bad=[],  # numbers of the images that could not be read, in the order found
         sums=torch.zeros(4 + 2 * L, dtype=torch.float64, device=device),  # since the last log line: statistics, gradient norm, steps
         faults=torch.zeros(2, device=device))  # steps skipped, and skipped in a row
-    if here != start[0] and (state or run.step):
+    if here != start[0] and (state or now.step):
         raise ValueError(f"rank {rank} sees another {state_path} than rank 0: --out must lie on a file system that all nodes share")
     if state:
         load_exactly(encoder.state_dict(), state["encoder"], state_path)
         load_exactly(decoder.state_dict(), state["decoder"], state_path)
-        now = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
-        for group, settings in zip(optimizer.param_groups, now):  # this command's learning rate, not the file's
+        for group, settings in zip(optimizer.param_groups, ours):  # this command's learning rate, not the file's
             group.update(settings)
-        run.samples, run.bad, run.sums, run.faults = state["samples"], state["bad"], state["sums"].to(device), state["faults"].to(device)
-        say(f"resumed from {state_path} at step {run.step:,}")
+        now.samples, now.bad, now.sums, now.faults = state["samples"], state["bad"], state["sums"].to(device), state["faults"].to(device)
+        say(f"resumed from {state_path} at step {now.step:,}")
         try:
             exported = read_config(model_path)
         except (OSError, ValueError):  # absent or damaged: state.pt is enough to write it again
             exported = {}
-        if rank == 0 and (exported.get("id"), exported.get("step")) != (run.id, run.step):
+        if rank == 0 and (exported.get("id"), exported.get("step")) != (now.id, now.step):
             say(f"{model_path} is not of that step (it is of {exported.get('step', 'none')}): written again")
             export(state, model_path)
         del state
-    if run.step >= args.steps:
-        longer = f"--epochs {2 * args.epochs}" if args.epochs else f"--steps {2 * run.step}"
+    if now.step >= args.steps:
+        longer = f"--epochs {2 * args.epochs}" if args.epochs else f"--steps {2 * now.step}"
         say(f"the run is finished: {model_path}; to extend it, the same command with {longer}")
         return dist.destroy_process_group() if ranks > 1 else None
     if rank == 0:
         lock = lock_folder(args.out)
-        for path in (log_path, model_path, bad_path) if run.step == 0 else ():
+        for path in (log_path, model_path, bad_path) if now.step == 0 else ():
             set_aside(path)
-        log = open_log(log_path, run.step)
+        log = open_log(log_path, now.step)
 
     def write(**line):
         if rank == 0:
@@ -544,29 +546,29 @@ def main(argv=None):
     flops = model_flops(encoder, decoder, args.size)
     peak = next((v for k, v in PEAK_TFLOPS.items() if on_gpu and k in torch.cuda.get_device_name()), None)
     loader = iter(DataLoader(data, num_workers=args.workers, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals,
-                             batch_sampler=sample_numbers(run.samples, args.batch_size, micro_batch, rank, ranks, args.steps - run.step)))
-    bar = tqdm(total=args.steps, initial=run.step, desc="train", unit="step", disable=None if rank == 0 else True)
-    tick, timed, interrupted, finite = time.time(), 0, 0, run.sums  # finite: the last step's that was
-    while run.step < args.steps and not interrupted:
+                             batch_sampler=sample_numbers(now.samples, args.batch_size, micro_batch, rank, ranks, args.steps - now.step)))
+    bar = tqdm(total=args.steps, initial=now.step, desc="train", unit="step", disable=None if rank == 0 else True)
+    tick, timed, interrupted, finite = time.time(), 0, 0, now.sums  # finite: the last step's that was
+    while now.step < args.steps and not interrupted:
         # one training step
         stats, unread = 0, set()
         for m in range(accumulation):
             img, label = next(loader)
             unread.update(-1 - y for y in label.tolist() if y < 0)  # so data.py tells of a picture that another stands in for
-            seed_step(args.seed, run.step, m, rank)
+            seed_step(args.seed, now.step, m, rank)
             stats = stats + micro_step(img.to(device, non_blocking=True), m == accumulation - 1) / accumulation
         if ranks > 1:
             dist.all_reduce(stats)  # alpha and w are equal on all ranks
         row = update(stats / ranks)
         skip = ~row.isfinite().all()
-        run.sums += torch.where(skip, 0, row)
+        now.sums += torch.where(skip, 0, row)
         finite = torch.where(skip, finite, row)
-        run.faults = torch.stack([run.faults[0] + skip, (run.faults[1] + 1) * skip])
-        run.step, run.samples, timed = run.step + 1, run.samples + args.batch_size, timed + 1
+        now.faults = torch.stack([now.faults[0] + skip, (now.faults[1] + 1) * skip])
+        now.step, now.samples, timed = now.step + 1, now.samples + args.batch_size, timed + 1
         bar.update()
 
         # faults: pictures that cannot be read, losses that are not finite, signals
-        news = torch.tensor([len(INTERRUPTS), len(unread.difference(run.bad))])
+        news = torch.tensor([len(INTERRUPTS), len(unread.difference(now.bad))])
         if ranks > 1:
             dist.all_reduce(news, group=control)
         interrupted, found = news.tolist()
@@ -574,48 +576,49 @@ def main(argv=None):
             everyones = [unread] * ranks
             if ranks > 1:
                 dist.all_gather_object(everyones, unread, group=control)
-            run.bad.extend(sorted(set().union(*everyones).difference(run.bad)))
+            now.bad.extend(sorted(set().union(*everyones).difference(now.bad)))
             if rank == 0:
-                write_names(bad_path, [data.path(i) for i in run.bad[:100]])
-            say(f"{len(run.bad)} of {len(data):,} images cannot be read, others stand in for them: see {bad_path}")
-            if len(run.bad) > args.max_bad_images * len(data):
-                raise ValueError(f"{len(run.bad)} of {len(data):,} images cannot be read, more than --max_bad_images {args.max_bad_images} allows: see {bad_path}")
-        if (not on_gpu or run.step % 10 == 0) and run.faults[1] >= TOO_MANY_SKIPPED:
-            stop_as_not_finite(args, data, run, finite, rank)
+                write_names(bad_path, [data.path(i) for i in now.bad[:100]])
+            say(f"{len(now.bad)} of {len(data):,} images cannot be read, others stand in for them: see {bad_path}")
+            if len(now.bad) > args.max_bad_images * len(data):
+                raise ValueError(f"{len(now.bad)} of {len(data):,} images cannot be read, more than --max_bad_images {args.max_bad_images} allows: "
+                                 f"see {bad_path}")
+        if (not on_gpu or now.step % 10 == 0) and now.faults[1] >= TOO_MANY_SKIPPED:
+            stop_as_not_finite(args, data, now, finite, rank)
 
         # log, evaluate, save; all three also at the end
-        logging, evaluating, saving = (run.step == args.steps or run.step % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
+        logging, evaluating, saving = (now.step == args.steps or now.step % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
         if logging:
-            loss_flow, loss_dist, *layers, grad_norm, _ = (run.sums / run.sums[-1]).tolist()
+            loss_flow, loss_dist, *layers, grad_norm, _ = (now.sums / now.sums[-1]).tolist()
             seconds_a_step = (time.time() - tick) / timed
             img_s = args.batch_size / seconds_a_step
-            line = dict(step=run.step, loss=args.lambda_d * loss_dist + args.lambda_f * loss_flow, loss_flow=loss_flow, loss_dist=loss_dist,
-                        alpha=layers[:L], weight=layers[L:], grad_norm=grad_norm, lr=args.lr, skipped=int(run.faults[0]), img_s=img_s,
+            line = dict(step=now.step, loss=args.lambda_d * loss_dist + args.lambda_f * loss_flow, loss_flow=loss_flow, loss_dist=loss_dist,
+                        alpha=layers[:L], weight=layers[L:], grad_norm=grad_norm, lr=args.lr, skipped=int(now.faults[0]), img_s=img_s,
                         tflops_per_gpu=img_s / ranks * flops / 1e12, memory_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None)
-            say(as_text(line, args.steps, peak, (args.steps - run.step) * seconds_a_step))
+            say(as_text(line, args.steps, peak, (args.steps - now.step) * seconds_a_step))
             write(**line)
-            if run.step % args.log_every == 0:
-                run.sums = torch.zeros_like(run.sums)
+            if now.step % args.log_every == 0:
+                now.sums = torch.zeros_like(now.sums)
         if evaluating:
             try:
                 quality, flow_by_t, picture = validate(encoder, decoder, val, micro_batch, args.seed, autocast, args.workers, rank, ranks)
             except Exception:
                 if rank == 0:
-                    save(args, config, run, encoder, decoder, optimizer)
+                    save(args, config, now, encoder, decoder, optimizer)
                 raise
-            say(f"eval {run.step:6d} | one-step PSNR {quality:.2f} dB on {val_name} | flow loss by tenth of t, image to noise: "
+            say(f"eval {now.step:6d} | one-step PSNR {quality:.2f} dB on {val_name} | flow loss by tenth of t, image to noise: "
                 + " ".join(f"{x:.3f}" for x in flow_by_t))
-            write(kind="eval", step=run.step, psnr=quality, flow_by_t=flow_by_t, on=val_name)
+            write(kind="eval", step=now.step, psnr=quality, flow_by_t=flow_by_t, on=val_name)
             if rank == 0:
-                write_atomically(os.path.join(args.out, "samples", f"step_{run.step:06d}.png"), lambda f: Image.fromarray(picture).save(f, "PNG"))
+                write_atomically(os.path.join(args.out, "samples", f"step_{now.step:06d}.png"), lambda f: Image.fromarray(picture).save(f, "PNG"))
         if (saving or interrupted) and rank == 0:
-            save(args, config, run, encoder, decoder, optimizer)
+            save(args, config, now, encoder, decoder, optimizer)
         if logging or evaluating or saving:
             tick, timed = time.time(), 0
     bar.close()
     if interrupted:
-        write(kind="interrupted", step=run.step)
-        say(f"interrupted and saved at step {run.step:,}: the same command goes on from there")
+        write(kind="interrupted", step=now.step)
+        say(f"interrupted and saved at step {now.step:,}: the same command goes on from there")
     else:
         say(f"done: {model_path}, pictures in {os.path.join(args.out, 'samples')}; try: python sample.py YOUR.png --weights {model_path}")
     if rank == 0:
