@@ -242,7 +242,7 @@ class ConvBN(nn.Module):
 
 
 class Mixed(nn.Module):
-    """An Inception block: branches on the same input (on what `pooling` makes of it for branch_pool), concatenated. branches: {name: layers};
+    """An Inception block: branches on the same input, of which branch_pool begins with `pooling`, concatenated. branches: {name: layers};
     a layer is the (channels, kernel[, stride]) of a convolution, or a list of two convolutions side by side."""
 
     def __init__(self, c_in, pooling, branches):
@@ -280,11 +280,6 @@ def mixed_6(c):
             "branch7x7dbl": [(c, 1), (c, column), (c, row), (c, column), (192, row)], "branch_pool": [(192, 1)]}
 
 
-def mixed_7():
-    fork = [(384, (1, 3)), (384, (3, 1))]
-    return {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), fork], "branch3x3dbl": [(448, 1), (384, 3), fork], "branch_pool": [(192, 1)]}
-
-
 class InceptionV3(nn.Module):
     """The network of FID and IS: img (B, 3, H, W) in [0, 1], any size -> pool features (B, 2048), bias-free logits (B, 1008).
 
@@ -298,14 +293,17 @@ class InceptionV3(nn.Module):
                 "Conv2d_3b_1x1": (64, 80, 1), "Conv2d_4a_3x3": (80, 192, 3, 1, True)}
         average = nn.AvgPool2d(3, 1, 1, count_include_pad=False)  # TensorFlow leaves the padding out of the count; PyTorch's default does not
         maximum, halved = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
+        fork = [(384, (1, 3)), (384, (3, 1))]
+        mixed_7 = {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), fork], "branch3x3dbl": [(448, 1), (384, 3), fork], "branch_pool": [(192, 1)]}
         blocks = {
             "Mixed_5b": (average, mixed_5(32)), "Mixed_5c": (average, mixed_5(64)), "Mixed_5d": (average, mixed_5(64)),
             "Mixed_6a": (halved, {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)], "branch_pool": []}),
-            "Mixed_6b": (average, mixed_6(128)), "Mixed_6c": (average, mixed_6(160)), "Mixed_6d": (average, mixed_6(160)), "Mixed_6e": (average, mixed_6(192)),
+            "Mixed_6b": (average, mixed_6(128)), "Mixed_6c": (average, mixed_6(160)), "Mixed_6d": (average, mixed_6(160)),
+            "Mixed_6e": (average, mixed_6(192)),
             "Mixed_7a": (halved, {"branch3x3": [(192, 1), (320, 3, 2)],
                                   "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)], "branch_pool": []}),
             # the 2015 graph pools by maximum in its last block, where the published architecture averages
-            "Mixed_7b": (average, mixed_7()), "Mixed_7c": (maximum, mixed_7()),
+            "Mixed_7b": (average, mixed_7), "Mixed_7c": (maximum, mixed_7),
         }
         for name, spec in stem.items():
             self.add_module(name, ConvBN(*spec))
@@ -317,11 +315,11 @@ class InceptionV3(nn.Module):
 
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such file; it is {INCEPTION_URL}")
-        counter = lambda names: {k for k in names if not k.endswith("num_batches_tracked")}  # absent from the file
+        shapes = lambda state: {(k, x.shape) for k, x in state.items() if not k.endswith("num_batches_tracked")}  # absent from the file
+        own = self.state_dict()
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            own = self.state_dict()
-            wrong = sorted(counter(own) ^ counter(state)) or sorted(k for k in counter(own) if own[k].shape != state[k].shape)
+            wrong = sorted({k for k, _ in shapes(own) ^ shapes(state)})
         except Exception as e:  # torch.load raises many types; all mean that the file is another
             raise ValueError(f"{path} is not pytorch-fid's Inception ({type(e).__name__}); it is {INCEPTION_URL}") from None
         if wrong:
@@ -387,6 +385,10 @@ class Readable(Dataset):
 
     def __init__(self, *datasets):
         self.datasets, self.shape = datasets, None
+        for n in range(len(self)):
+            with contextlib.suppress(ValueError):
+                self.shape = datasets[0][n][0].shape
+                break
 
     def __len__(self):
         return len(self.datasets[0])
@@ -396,10 +398,6 @@ class Readable(Dataset):
             images, labels = zip(*(d[n] for d in self.datasets))
         except ValueError as e:
             return n, None, None, str(e)
-        for k in range(n + 1) if self.shape is None else ():
-            with contextlib.suppress(ValueError):
-                self.shape = self.datasets[0][k][0].shape
-                break
         if images[0].shape != self.shape:
             sizes = [f"{s[2]}x{s[1]}" for s in (images[0].shape, self.shape)]
             return n, None, None, f"{self.datasets[0].path(n)} is {sizes[0]}, the first is {sizes[1]}: --resolution 256 crops all to 256x256"
@@ -488,18 +486,15 @@ def parse_args(argv=None):
     add("--weights", default="out/model.safetensors", help="tokenizer: a file, or uniflow-internvit, the authors' [%(default)s]")
     add("--fit", nargs="+", metavar="PATH", help="images that PCA and probe are fitted on")
     # what to measure
-    add("--inception", default=INCEPTION_URL, metavar="FILE", help="the network of rFID and IS: pytorch-fid's file or a URL, or none to "
-        "leave both out [downloaded once, 91 MB]")
+    add("--inception", default=INCEPTION_URL, metavar="FILE", help="pytorch-fid's file or a URL; none: no rFID, no IS [downloaded once, 91 MB]")
     add("--pca", action="store_true", help="add the row of a per-patch linear PCA with as many components as the latent has channels")
     add("--probe", action="store_true", help="add a linear probe and 20-NN of the encoder and its teacher, and their cosine at every layer")
     add("--teacher", metavar="NAME|FILE", help="for --probe [as the weights file says]")
     add("--teacher_weights", metavar="PATH|random", help="for --probe [as the weights file says]")
     # or
-    add("--fid", nargs="+", metavar="A", help="instead: the FID between A and B, each a folder, a .zip, or an .npz of images (arr_0) or statistics "
-        "(mu, sigma); one alone with --save_stats")
-    add("--save_stats", metavar="FILE", help="with --fid: write mu and sigma of A to this .npz")
-    add("--latent_stats", action="store_true", help="instead: mean and standard deviation of every latent channel over --data, into the weights "
-        "file (or --out), for encode and decode to normalise with")
+    add("--fid", nargs="+", metavar="A", help="instead: FID between A and B: folders, .zip, .npz of images (arr_0) or statistics (mu, sigma)")
+    add("--save_stats", metavar="FILE", help="with --fid: write mu and sigma of A to this .npz; B may be left out")
+    add("--latent_stats", action="store_true", help="instead: mean and deviation of the latent channels over --data, into the weights file or --out")
     add("--save_latents", metavar="FOLDER", help="instead: write the normalised latents of --data and their labels as safetensors; resumes")
     # how
     add("--size", type=int, help="pixels of the crops that go in, a multiple of the patch [the model's native size]")
@@ -515,7 +510,7 @@ def parse_args(argv=None):
     refusals = {
         f"batch_size {args.batch_size} and steps {args.steps} must be at least 1": min(args.batch_size, args.steps) < 1,
         "--fid, --latent_stats and --save_latents are jobs of their own: give one": sum(others) > 1,
-        f"--fid compares A and B, got {args.fid}; --fid A --save_stats FILE.npz only saves":
+        f"--fid compares A and B, got {len(args.fid or ())}; --fid A --save_stats FILE.npz only saves":
             args.fid and len(args.fid) != 2 and not (args.save_stats and len(args.fid) == 1),
         "--save_stats goes with --fid": args.save_stats and not args.fid,
         "--pca and --probe measure a tokenizer: leave them out of --fid, --latent_stats and --save_latents": (args.pca or args.probe) and any(others),
@@ -676,7 +671,8 @@ def between_sets(job):
         found.append(statistics)
         counts.append(len(data))
         table.append(f"{which}: {len(data):,} images of {path}, IS {score[0]:.2f} +- {score[1]:.2f}, {len(data) / (time.time() - start):.0f} img/s")
-    report = {"fid": frechet_distance(*found[0], *found[1]) if len(found) == 2 and job.rank == 0 else None, "sets": table, "warning": warn_of_few(min(counts, default=2048)),
+    report = {"fid": frechet_distance(*found[0], *found[1]) if len(found) == 2 and job.rank == 0 else None,
+              "sets": table, "warning": warn_of_few(min(counts, default=2048)),
               "protocol": f"{name}; " + ("images as they are" if args.resolution == "native" else "folders and archives in ADM crops of 256 px")}
     if report["fid"] is not None:
         table.append(f"FID {report['fid']:.3f}")
