@@ -291,8 +291,8 @@ def bench(args, teacher, encoder, decoder, optimizer, autocast, ranks, say):
             say(f"{name:36s} | out of memory")
             continue
         rate = micro * accumulation / took
-        say(f"{name:36s} | {rate * ranks:8,.1f} img/s | {took * 1e3:7.1f} ms | {rate * tflop:6.4g} TFLOP/s a GPU | {rate * tflop / ceiling:.3f} "
-            "of the ceiling" + (f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""))
+        say(f"{name:36s} | {rate * ranks:8,.1f} img/s | {took * 1e3:7.1f} ms | {rate * tflop:6.4g} TFLOP/s a GPU | "
+            f"{rate * tflop / ceiling:.3f} of the ceiling" + (f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""))
     if ranks > 1 or not took:
         return
 
@@ -336,6 +336,16 @@ def load_state(path, args):
     if changed and not args.resume_anyway:
         raise ValueError(f"{path} is of another run ({'; '.join(changed)}): use another --out, or --resume_anyway")
     return state
+
+
+def restore(state, path, encoder, decoder, optimizer):
+    """Copy a checkpoint's weights and the optimizer's moments; learning rate and weight decay are this command's, not the file's."""
+    load_exactly(encoder.state_dict(), state["encoder"], path)
+    load_exactly(decoder.state_dict(), state["decoder"], path)
+    ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    for group, settings in zip(optimizer.param_groups, ours):
+        group.update(settings)
 
 
 def set_aside(path):
@@ -512,12 +522,7 @@ def main(argv=None):
     if here != start[0] and (state or now.step):
         raise ValueError(f"rank {rank} sees another {state_path} than rank 0: --out must lie on a file system that all nodes share")
     if state:
-        load_exactly(encoder.state_dict(), state["encoder"], state_path)
-        load_exactly(decoder.state_dict(), state["decoder"], state_path)
-        ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
-        for group, settings in zip(optimizer.param_groups, ours):  # this command's learning rate, not the file's
-            group.update(settings)
+        restore(state, state_path, encoder, decoder, optimizer)
         now.samples, now.bad, now.sums, now.faults = state["samples"], state["bad"], state["sums"].to(device), state["faults"].to(device)
         say(f"resumed from {state_path} at step {now.step:,}")
         try:
