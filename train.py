@@ -267,39 +267,42 @@ def bench(args, teacher, encoder, decoder, optimizer, autocast, ranks, say):
     device, n, on_gpu = decoder.mean.device, args.micro_batch, torch.cuda.is_available()
     side, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
-    ceiling = 2 * side ** 3 / seconds(lambda: a @ b, 50) / 1e12
-    tflop = model_flops(encoder, decoder, args.size) / 1e12
+    ceiling, tflop = 2 * side ** 3 / seconds(lambda: a @ b, 50) / 1e12, model_flops(encoder, decoder, args.size) / 1e12
     say(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, {args.teacher} at {args.size} px, {tflop:.2f} TFLOP "
         f"an image, {ranks} rank{'s' * (ranks > 1)}; a matrix product of {side} reaches {ceiling:.3g} TFLOP/s")
+
+    def row(name, images, took):
+        rate = images / took
+        say(f"{name:36s} | {rate * ranks:8,.1f} img/s | {took * 1e3:7.1f} ms | {rate * tflop:6.4g} TFLOP/s a GPU | "
+            f"{rate * tflop / ceiling:.3f} of the ceiling" + (f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""))
+
     rows = [(n, 1, False, False), (max(n // 2, 1), 1, args.compile, False), (2 * n, 1, args.compile, False),
             (max(n // 4, 1), 1, args.compile, True), (n, 1, args.compile, True), (n, 1, args.compile, False)]
-    for micro, accumulation, compiled, checkpointed in rows if ranks == 1 else [(n, 1, args.compile, False), (n, 2, args.compile, False)]:
+    if ranks > 1:
+        rows = [(n, 1, args.compile, False), (n, 2, args.compile, False)]
+    for micro, accumulation, compiled, checkpointed in rows:
+        args.compile = compiled
+        encoder.vit.checkpoint = decoder.checkpoint = checkpointed
         took = micro_step = None  # frees the last row's graph
         optimizer.zero_grad()
         torch.compiler.reset()
-        encoder.vit.checkpoint = decoder.checkpoint = checkpointed
-        mode = argparse.Namespace(**{**vars(args), "compile": compiled})
         name = f"{micro:4d} x {accumulation}{'' if compiled else ', not compiled'}{', checkpoint_activations' * checkpointed}"
         try:
             if on_gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             img = torch.randint(256, (micro, 3, args.size, args.size), dtype=torch.uint8, device=device)
-            micro_step, update = training_step(mode, teacher, encoder, decoder, optimizer, autocast, micro, accumulation, ranks)
+            micro_step, update = training_step(args, teacher, encoder, decoder, optimizer, autocast, micro, accumulation, ranks)
             took = seconds(lambda: update(sum(micro_step(img, m == accumulation - 1) for m in range(accumulation))))
+            row(name, micro * accumulation, took)
         except torch.OutOfMemoryError:
             say(f"{name:36s} | out of memory")
-            continue
-        rate = micro * accumulation / took
-        say(f"{name:36s} | {rate * ranks:8,.1f} img/s | {took * 1e3:7.1f} ms | {rate * tflop:6.4g} TFLOP/s a GPU | "
-            f"{rate * tflop / ceiling:.3f} of the ceiling" + (f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""))
     if ranks > 1 or not took:
         return
 
     # the last row's parts, one after the other
     adding = seconds(lambda: micro_step(img))
-    whole = args.batch_size / (args.batch_size / n * adding + took - adding)
-    say(f"at {args.batch_size} images a step (micro-batch x {args.batch_size / n:g}): {whole:,.1f} img/s, {whole * tflop / ceiling:.3f} of the ceiling")
+    row(f"{args.batch_size} images a step (micro-batch x {args.batch_size / n:g})", args.batch_size, args.batch_size / n * adding + took - adding)
     del micro_step
     with autocast:
         x = img / 255
