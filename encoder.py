@@ -297,12 +297,9 @@ class Encoder(nn.Module):
         except (KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{path} does not describe a UniFlow encoder ({type(e).__name__}: {one_line(e)})") from None
         present, get = open_weights(path)
-        load_exactly(enc, {k[8:]: get(k) for k in present if k.startswith("encoder.")}, path)
+        load_exactly(enc.state_dict(), {k[8:]: get(k) for k in present if k.startswith("encoder.")}, path)
         stats = {"latent_mean": enc.latent_mean.flatten(), "latent_std": enc.latent_std.flatten()}  # views of the buffers
-        state = {k: get(k) for k in stats.keys() & present}
-        check_fit(stats, state, path)
-        for k in stats:
-            stats[k].copy_(state[k])
+        load_exactly(stats, {k: get(k) for k in stats.keys() & present}, path)
         return enc.eval()
 
     @classmethod
@@ -311,7 +308,7 @@ class Encoder(nn.Module):
         used = load_vit(enc.vit, path, ignore=lambda name: True)
         names = {k: f"chal_proj.{'c_fc' if k[0] == '0' else 'c_proj'}{k[1:]}" for k in enc.latent_down.state_dict()}
         present, get = open_weights(path)
-        load_exactly(enc.latent_down, {k: get(name) for k, name in names.items() if name in present}, path)
+        load_exactly(enc.latent_down.state_dict(), {k: get(name) for k, name in names.items() if name in present}, path)
         decoders = ("chal_unproj.", "global_block", "decoder_", "flow_head.")
         others = sorted(k for k in present - used.union(names.values()) if not k.startswith(decoders))
         if others:
@@ -520,12 +517,13 @@ def load_vit(vit, path, ignore=lambda name: False):
                 state[key] = torch.cat(parts)
     if wrong:
         raise ValueError(f"{path} ({layout} layout) does not fit, {len(wrong)} names: " + one_line("; ".join(sorted(wrong)[:4])))
-    load_exactly(vit, state, path)
+    load_exactly(own, state, path)
     return wanted
 
 
-def check_fit(own, state, path):
-    """Compare `state`, what a file holds, with what a module's `own` has: names both ways, shapes, finite; ValueError names the misfits."""
+def load_exactly(own, state, path):
+    """Copy `state`, what a file holds, into `own`, a module's state_dict, if all of it fits: names both ways, shapes, finite.
+    Otherwise ValueError names the misfits, and nothing is copied."""
     wrong = [f"missing {k}" for k in own.keys() - state.keys()] + [f"unknown {k}" for k in state.keys() - own.keys()]
     for k in own.keys() & state.keys():
         if state[k].shape != own[k].shape:
@@ -534,12 +532,8 @@ def check_fit(own, state, path):
             wrong.append(f"{k} holds NaN, infinity, or a standard deviation that is not positive")
     if wrong:
         raise ValueError(f"{path} does not fit the configuration ({len(wrong)} tensors): " + one_line("; ".join(sorted(wrong)[:3])))
-
-
-def load_exactly(module, state, path):
-    """Copy `state` into `module` if it fits (check_fit)."""
-    check_fit(module.state_dict(), state, path)
-    module.load_state_dict(state)
+    for k, x in own.items():
+        x.copy_(state[k])
 
 
 def teacher_config(name_or_path):
@@ -571,14 +565,13 @@ def load_teacher(name_or_path, weights=None):
     elif weights is None:
         weights = fetch(name_or_path)
 
-    if weights == "random":
-        if os.environ.get("RANK", "0") == "0":  # once, under torchrun
-            print(f"teacher {name_or_path}: a seeded RANDOM initialisation, no pretrained weights, so it teaches no semantics")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return ViT(config).eval().requires_grad_(False)
-    vit = ViT(config)
-    load_vit(vit, weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vit = ViT(config)
+    if weights != "random":
+        load_vit(vit, weights)
+    elif os.environ.get("RANK", "0") == "0":  # once, under torchrun
+        print(f"teacher {name_or_path}: a seeded RANDOM initialisation, no pretrained weights, so it teaches no semantics")
     return vit.eval().requires_grad_(False)
 
 

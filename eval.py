@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -241,59 +242,42 @@ class ConvBN(nn.Module):
 
 
 class Mixed(nn.Module):
-    """An Inception block: branches on the same input, concatenated. branches: {name: layers}; a layer is a pooling's name or
-    the (channels, kernel[, stride]) of a convolution, or a list of two convolutions side by side."""
+    """An Inception block: branches on the same input, of which branch_pool begins with `pooling`, concatenated. branches: {name: layers};
+    a layer is the (channels, kernel[, stride]) of a convolution, or a list of two convolutions side by side."""
 
-    def __init__(self, c_in, branches):
+    def __init__(self, c_in, pooling, branches):
         super().__init__()
-        self.plan, self.channels = [], 0  # for each branch its poolings and lists of convolutions' names, in order
+        self.pooling, self.branches, self.channels = pooling, {}, 0  # of each branch the names of its layers' convolutions
         for name, layers in branches.items():
-            c, steps = c_in, []
-            convolutions = sum(not isinstance(layer, str) for layer in layers)
-            for layer in layers:
-                if not isinstance(layer, str):
-                    pair = layer if isinstance(layer, list) else [layer]
-                    number = f"_{sum(isinstance(s, list) for s in steps) + 1}" if convolutions > 1 else ""  # as torchvision's names
-                    names = [name + number + letter for letter in ("ab" if len(pair) > 1 else [""])]
-                    for n, spec in zip(names, pair):
-                        self.add_module(n, ConvBN(c, *spec))
-                    c, layer = sum(spec[0] for spec in pair), names
-                steps.append(layer)
-            self.plan.append(steps)
+            c, self.branches[name] = c_in, []
+            for i, layer in enumerate(layers, 1):
+                pair = layer if isinstance(layer, list) else [layer]
+                number = f"_{i}" if len(layers) > 1 else ""  # as torchvision's names
+                names = [name + number + letter for letter in ("ab" if len(pair) > 1 else [""])]
+                for n, spec in zip(names, pair):
+                    self.add_module(n, ConvBN(c, *spec))
+                c = sum(spec[0] for spec in pair)
+                self.branches[name].append(names)
             self.channels += c
 
     def forward(self, x):
         outputs = []
-        for steps in self.plan:
-            y = x
-            for step in steps:
-                if step == "average":  # TensorFlow's average leaves the padding out of the count; PyTorch's default does not
-                    y = F.avg_pool2d(y, 3, 1, 1, count_include_pad=False)
-                elif step == "max":
-                    y = F.max_pool2d(y, 3, 1, 1)
-                elif step == "max, halved":
-                    y = F.max_pool2d(y, 3, 2)
-                else:
-                    y = torch.cat([getattr(self, name)(y) for name in step], dim=1)
+        for name, layers in self.branches.items():
+            y = self.pooling(x) if name == "branch_pool" else x
+            for names in layers:
+                y = torch.cat([getattr(self, n)(y) for n in names], dim=1)
             outputs.append(y)
         return torch.cat(outputs, dim=1)
 
 
 def mixed_5(pool):
-    return {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)],
-            "branch_pool": ["average", (pool, 1)]}
+    return {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)], "branch_pool": [(pool, 1)]}
 
 
 def mixed_6(c):
     row, column = (1, 7), (7, 1)
     return {"branch1x1": [(192, 1)], "branch7x7": [(c, 1), (c, row), (192, column)],
-            "branch7x7dbl": [(c, 1), (c, column), (c, row), (c, column), (192, row)], "branch_pool": ["average", (192, 1)]}
-
-
-def mixed_7(pooling):
-    fork = [(384, (1, 3)), (384, (3, 1))]
-    return {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), fork], "branch3x3dbl": [(448, 1), (384, 3), fork],
-            "branch_pool": [pooling, (192, 1)]}
+            "branch7x7dbl": [(c, 1), (c, column), (c, row), (c, column), (192, row)], "branch_pool": [(192, 1)]}
 
 
 class InceptionV3(nn.Module):
@@ -307,30 +291,35 @@ class InceptionV3(nn.Module):
         super().__init__()
         stem = {"Conv2d_1a_3x3": (3, 32, 3, 2), "Conv2d_2a_3x3": (32, 32, 3, 1, True), "Conv2d_2b_3x3": (32, 64, 3),
                 "Conv2d_3b_1x1": (64, 80, 1), "Conv2d_4a_3x3": (80, 192, 3, 1, True)}
+        average = nn.AvgPool2d(3, 1, 1, count_include_pad=False)  # TensorFlow leaves the padding out of the count; PyTorch's default does not
+        maximum, halved = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
+        fork = [(384, (1, 3)), (384, (3, 1))]
+        mixed_7 = {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), fork], "branch3x3dbl": [(448, 1), (384, 3), fork], "branch_pool": [(192, 1)]}
         blocks = {
-            "Mixed_5b": mixed_5(32), "Mixed_5c": mixed_5(64), "Mixed_5d": mixed_5(64),
-            "Mixed_6a": {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)], "branch_pool": ["max, halved"]},
-            "Mixed_6b": mixed_6(128), "Mixed_6c": mixed_6(160), "Mixed_6d": mixed_6(160), "Mixed_6e": mixed_6(192),
-            "Mixed_7a": {"branch3x3": [(192, 1), (320, 3, 2)],
-                         "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)], "branch_pool": ["max, halved"]},
+            "Mixed_5b": (average, mixed_5(32)), "Mixed_5c": (average, mixed_5(64)), "Mixed_5d": (average, mixed_5(64)),
+            "Mixed_6a": (halved, {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)], "branch_pool": []}),
+            "Mixed_6b": (average, mixed_6(128)), "Mixed_6c": (average, mixed_6(160)), "Mixed_6d": (average, mixed_6(160)),
+            "Mixed_6e": (average, mixed_6(192)),
+            "Mixed_7a": (halved, {"branch3x3": [(192, 1), (320, 3, 2)],
+                                  "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)], "branch_pool": []}),
             # the 2015 graph pools by maximum in its last block, where the published architecture averages
-            "Mixed_7b": mixed_7("average"), "Mixed_7c": mixed_7("max"),
+            "Mixed_7b": (average, mixed_7), "Mixed_7c": (maximum, mixed_7),
         }
         for name, spec in stem.items():
             self.add_module(name, ConvBN(*spec))
         channels = 192
-        for name, branches in blocks.items():
-            self.add_module(name, Mixed(channels, branches))
+        for name, spec in blocks.items():
+            self.add_module(name, Mixed(channels, *spec))
             channels = getattr(self, name).channels
         self.fc = nn.Linear(channels, 1008)  # TensorFlow's 1008 classes, of which 1000 are ImageNet's
 
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such file; it is {INCEPTION_URL}")
-        counter = lambda names: {k for k in names if not k.endswith("num_batches_tracked")}  # absent from the file
+        shapes = lambda state: {(k, x.shape) for k, x in state.items() if not k.endswith("num_batches_tracked")}  # absent from the file
+        own = self.state_dict()
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            own = self.state_dict()
-            wrong = sorted(counter(own) ^ counter(state)) or sorted(k for k in counter(own) if own[k].shape != state[k].shape)
+            wrong = sorted({k for k, _ in shapes(own) ^ shapes(state)})
         except Exception as e:  # torch.load raises many types; all mean that the file is another
             raise ValueError(f"{path} is not pytorch-fid's Inception ({type(e).__name__}); it is {INCEPTION_URL}") from None
         if wrong:
@@ -396,6 +385,10 @@ class Readable(Dataset):
 
     def __init__(self, *datasets):
         self.datasets, self.shape = datasets, None
+        for n in range(len(self)):
+            with contextlib.suppress(ValueError):
+                self.shape = datasets[0][n][0].shape
+                break
 
     def __len__(self):
         return len(self.datasets[0])
@@ -405,10 +398,6 @@ class Readable(Dataset):
             images, labels = zip(*(d[n] for d in self.datasets))
         except ValueError as e:
             return n, None, None, str(e)
-        for k in range(n + 1) if self.shape is None else ():
-            with contextlib.suppress(ValueError):
-                self.shape = self.datasets[0][k][0].shape
-                break
         if images[0].shape != self.shape:
             sizes = [f"{s[2]}x{s[1]}" for s in (images[0].shape, self.shape)]
             return n, None, None, f"{self.datasets[0].path(n)} is {sizes[0]}, the first is {sizes[1]}: --resolution 256 crops all to 256x256"
@@ -428,17 +417,15 @@ class NpzImages(Dataset):
     def __init__(self, path):
         with zipfile.ZipFile(path) as z, z.open("arr_0.npy") as f:
             entry = z.getinfo("arr_0.npy")
-            version = np.lib.format.read_magic(f)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(f)
+            np.lib.format.read_magic(f)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)  # later versions are for lists of columns
             start = f.tell()
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or fortran:
             raise ValueError(f"arr_0 is {dtype} {shape}; it must be uint8 (N, H, W, 3)")
         if entry.compress_type == zipfile.ZIP_STORED:
             with open(path, "rb") as f:
                 f.seek(entry.header_offset)
-                local = f.read(30)
-            start += entry.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+                start += entry.header_offset + 30 + sum(struct.unpack("<26xHH", f.read(30)))  # the entry's local header
             self.images = np.memmap(path, np.uint8, "r", start, shape)
         else:
             self.images = np.load(path)["arr_0"]
@@ -482,6 +469,16 @@ def commit():
         return "unknown"
 
 
+def rank_and_device():
+    """(rank, number of ranks, device) of this process under torchrun; alone (0, 1, device)."""
+    rank, ranks, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if not torch.cuda.is_available():
+        return rank, ranks, torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"rank {local_rank} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node")
+    return rank, ranks, torch.device("cuda", local_rank)
+
+
 def parse_args(argv=None):
     ap = argparse.ArgumentParser(description="How good is a tokenizer? Runs the same under torchrun. Every report says its protocol.")
     add = ap.add_argument
@@ -489,18 +486,15 @@ def parse_args(argv=None):
     add("--weights", default="out/model.safetensors", help="tokenizer: a file, or uniflow-internvit, the authors' [%(default)s]")
     add("--fit", nargs="+", metavar="PATH", help="images that PCA and probe are fitted on")
     # what to measure
-    add("--inception", default=INCEPTION_URL, metavar="FILE", help="the network of rFID and IS: pytorch-fid's file or a URL, or none to "
-        "leave both out [downloaded once, 91 MB]")
+    add("--inception", default=INCEPTION_URL, metavar="FILE", help="pytorch-fid's file or a URL; none: no rFID, no IS [downloaded once, 91 MB]")
     add("--pca", action="store_true", help="add the row of a per-patch linear PCA with as many components as the latent has channels")
     add("--probe", action="store_true", help="add a linear probe and 20-NN of the encoder and its teacher, and their cosine at every layer")
     add("--teacher", metavar="NAME|FILE", help="for --probe [as the weights file says]")
     add("--teacher_weights", metavar="PATH|random", help="for --probe [as the weights file says]")
     # or
-    add("--fid", nargs="+", metavar="A", help="instead: the FID between A and B, each a folder, a .zip, or an .npz of images (arr_0) or statistics "
-        "(mu, sigma); one alone with --save_stats")
-    add("--save_stats", metavar="FILE", help="with --fid: write mu and sigma of A to this .npz")
-    add("--latent_stats", action="store_true", help="instead: mean and standard deviation of every latent channel over --data, into the weights "
-        "file (or --out), for encode and decode to normalise with")
+    add("--fid", nargs="+", metavar="A", help="instead: FID between A and B: folders, .zip, .npz of images (arr_0) or statistics (mu, sigma)")
+    add("--save_stats", metavar="FILE", help="with --fid: write mu and sigma of A to this .npz; B may be left out")
+    add("--latent_stats", action="store_true", help="instead: mean and deviation of the latent channels over --data, into the weights file or --out")
     add("--save_latents", metavar="FOLDER", help="instead: write the normalised latents of --data and their labels as safetensors; resumes")
     # how
     add("--size", type=int, help="pixels of the crops that go in, a multiple of the patch [the model's native size]")
@@ -512,24 +506,23 @@ def parse_args(argv=None):
     add("--bf16", action="store_true", help="run the tokenizer in bf16 autocast instead of fp32 without TF32; with --save_latents also store bf16")
     add("--out", metavar="FILE", help="also write the report as JSON")
     args = ap.parse_args(argv)
-    if args.batch_size < 1 or args.steps < 1:
-        ap.error(f"batch_size {args.batch_size} and steps {args.steps} must be at least 1")
-    if sum(map(bool, (args.fid, args.latent_stats, args.save_latents))) > 1:
-        ap.error("--fid, --latent_stats and --save_latents are jobs of their own: give one")
-    if args.fid and len(args.fid) != (1 if args.save_stats and len(args.fid) == 1 else 2):
-        ap.error(f"--fid compares A and B, got {len(args.fid)}; --fid A --save_stats FILE.npz only saves")
-    if args.save_stats and not args.fid:
-        ap.error("--save_stats goes with --fid")
-    if (args.pca or args.probe) and (args.fid or args.latent_stats or args.save_latents):
-        ap.error("--pca and --probe measure a tokenizer: leave them out of --fid, --latent_stats and --save_latents")
-    if args.out and args.out.endswith(".safetensors") != args.latent_stats:
-        ap.error(f"--out {args.out}: with --latent_stats it is a weights file, .safetensors, and else a report, .json")
-    if args.fid and args.inception == "none":
-        ap.error("--fid needs --inception")
-    if not args.fid and not args.data:
-        ap.error("--data PATH is needed: the images to measure")
-    if (args.pca or args.probe) and not args.fit:
-        ap.error("--pca and --probe need --fit PATH, images that they are fitted on (not those they are measured on)")
+    others = [bool(x) for x in (args.fid, args.latent_stats, args.save_latents)]
+    refusals = {
+        f"batch_size {args.batch_size} and steps {args.steps} must be at least 1": min(args.batch_size, args.steps) < 1,
+        "--fid, --latent_stats and --save_latents are jobs of their own: give one": sum(others) > 1,
+        f"--fid compares A and B, got {len(args.fid or ())}; --fid A --save_stats FILE.npz only saves":
+            args.fid and len(args.fid) != 2 and not (args.save_stats and len(args.fid) == 1),
+        "--save_stats goes with --fid": args.save_stats and not args.fid,
+        "--pca and --probe measure a tokenizer: leave them out of --fid, --latent_stats and --save_latents": (args.pca or args.probe) and any(others),
+        f"--out {args.out}: with --latent_stats it is a weights file, .safetensors, and else a report, .json":
+            args.out and args.out.endswith(".safetensors") != args.latent_stats,
+        "--fid needs --inception": args.fid and args.inception == "none",
+        "--data PATH is needed: the images to measure": not args.fid and not args.data,
+        "--pca and --probe need --fit PATH, images that they are fitted on (not those they are measured on)": (args.pca or args.probe) and not args.fit,
+    }
+    for why, refused in refusals.items():
+        if refused:
+            ap.error(why)
     for path in filter(None, (args.out, args.save_stats)):
         if not os.path.isdir(os.path.dirname(path) or ".") or os.path.isdir(path):
             ap.error(f"{path}: there is no folder {os.path.dirname(path)}, or this is one")
@@ -541,10 +534,7 @@ class Job:
 
     def __init__(self, args):
         self.args, self.start = args, time.time()
-        self.rank, self.ranks, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        self.device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        if self.device.type == "cuda" and local_rank >= torch.cuda.device_count():
-            raise ValueError(f"rank {local_rank} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node")
+        self.rank, self.ranks, self.device = rank_and_device()
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16)
         self.precision = "bf16 autocast" if args.bf16 else "fp32 without TF32"
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
@@ -633,9 +623,25 @@ class Job:
         return report
 
 
-def at_least_two(data, name):
-    if len(data) < 2:
-        raise ValueError(f"{name} holds {len(data)} image; a covariance, and so an FID, needs at least 2 (or --inception none)")
+class Rated:
+    """What FID and the Inception score need of the `total` images of `name`, added in any order, on any rank."""
+
+    def __init__(self, network, total, name):
+        if total < 2:
+            raise ValueError(f"{name} holds {total} image; a covariance, and so an FID, needs at least 2 (or --inception none)")
+        self.network, self.total, self.splits = network, total, min(10, total)
+        self.pools, self.sums = Moments(), torch.zeros(self.splits, 1010, dtype=torch.float64)
+
+    def add(self, img, numbers):
+        """Images (b, 3, H, W) in [0, 1] and their numbers among all."""
+        pool, logits = self.network(img)
+        self.pools.add(pool)
+        self.sums += split_sums(logits, torch.tensor(numbers) * self.splits // self.total, self.splits).cpu()
+
+    def over_ranks(self, job):
+        """(mean, covariance) of the pool features and (mean, deviation) of the Inception score, of all ranks' images."""
+        pools = job.together(self.pools)
+        return (pools.mean, pools.covariance), score_of_sums(sum(job.gather(self.sums)))
 
 
 def warn_of_few(n):
@@ -658,18 +664,15 @@ def between_sets(job):
             found.append(data)
             table.append(f"{which}: statistics of {path}")
             continue
-        at_least_two(data, path)
-        pools, splits, start = Moments(), min(10, len(data)), time.time()
-        sums = torch.zeros(splits, 1010, dtype=torch.float64)
+        rated, start = Rated(network, len(data), path), time.time()
         for n, img, _ in job.images(f"features of {which}", data):
-            pool, logits = network(img)
-            pools.add(pool)
-            sums += split_sums(logits, torch.tensor(n) * splits // len(data), splits).cpu()
-        pools, score = job.together(pools), score_of_sums(sum(job.gather(sums)))
-        found.append((pools.mean, pools.covariance))
+            rated.add(img, n)
+        statistics, score = rated.over_ranks(job)
+        found.append(statistics)
         counts.append(len(data))
         table.append(f"{which}: {len(data):,} images of {path}, IS {score[0]:.2f} +- {score[1]:.2f}, {len(data) / (time.time() - start):.0f} img/s")
-    report = {"fid": frechet_distance(*found[0], *found[1]) if len(found) == 2 and job.rank == 0 else None, "sets": table, "warning": warn_of_few(min(counts, default=2048)),
+    report = {"fid": frechet_distance(*found[0], *found[1]) if len(found) == 2 and job.rank == 0 else None,
+              "sets": table, "warning": warn_of_few(min(counts, default=2048)),
               "protocol": f"{name}; " + ("images as they are" if args.resolution == "native" else "folders and archives in ADM crops of 256 px")}
     if report["fid"] is not None:
         table.append(f"FID {report['fid']:.3f}")
@@ -753,17 +756,17 @@ def save_latents(job, enc, inputs, info, about, shard=1024):
 
 
 @torch.no_grad()
-def reconstruction(job, enc, dec, inputs, fit, results):
-    """PSNR, both SSIMs, rFID and IS of the tokenizer, and of the PCA beside it, into results[row]; returns the protocol."""
+def reconstruction(job, enc, dec, inputs, fit):
+    """({row: PSNR, both SSIMs, rFID and IS} of the tokenizer, and of the PCA beside it, on rank 0; the protocol)."""
     from PIL import Image
 
     from data import to_tensor
 
     args, p, C, native = job.args, dec.config.patch, dec.config.latent_dim, inputs.size
     size = native if args.resolution == "native" else int(args.resolution)
+    rows, results = ["tokenizer"] + [f"PCA, {C} per patch"] * args.pca, {}
     network, name = job.inception()
-    if network:
-        at_least_two(inputs, " ".join(args.data))
+    rated = {row: Rated(network, len(inputs), " ".join(args.data)) for row in ("reference", *rows)} if network else {}
 
     def compare_at(rec):  # (b, 3, native, native) -> (b, 3, size, size), rounded to uint8 before and after the resize
         rec = (rec * 255).round().to(torch.uint8).cpu()
@@ -772,13 +775,9 @@ def reconstruction(job, enc, dec, inputs, fit, results):
             rec = torch.stack([to_tensor(Image.fromarray(r.permute(1, 2, 0).numpy()).resize(shape, how)) for r in rec])
         return rec.to(job.device) / 255
 
-    rows, total, splits = ["tokenizer"], len(inputs), min(10, len(inputs))
     if args.pca:
-        rows.append(f"PCA, {C} per patch")
         mean, basis = (x.to(job.device) for x in fit_patch_pca((img for _, img, _ in job.images("fit PCA", fit)), p, C, job.together))
     scores = {row: torch.zeros(3, dtype=torch.float64) for row in rows}  # sums over images: PSNR, ssim, ssim_paper
-    sums = {row: torch.zeros(splits, 1010, dtype=torch.float64) for row in rows}
-    pools = {row: Moments() for row in ("reference", *rows)}
     for n, img, *ref, _ in job.images("reconstruct", inputs, *([job.crops(args.data, size)] if size != native else [])):
         ref = ref[0] if ref else img  # the ADM crop of the original at the size of comparison
         noise = image_noise(n, (native // p) ** 2, 3 * p * p, args.seed).to(job.device)
@@ -787,26 +786,24 @@ def reconstruction(job, enc, dec, inputs, fit, results):
         if args.pca:
             recs.append(patch_pca(img, mean, basis, p))
         if network:
-            pools["reference"].add(network(ref)[0])
+            rated["reference"].add(ref, n)
         for row, rec in zip(rows, map(compare_at, recs)):
             scores[row] += torch.stack([x.sum() for x in (psnr(ref, rec), ssim(ref, rec), ssim(ref, rec, "uniform", 2.0))]).cpu()
             if network:
-                pool, logits = network(rec)
-                pools[row].add(pool)
-                sums[row] += split_sums(logits, torch.tensor(n) * splits // total, splits).cpu()
-    scores, sums = ({row: sum(job.gather(x[row])) for row in rows} for x in (scores, sums))
-    pools = {row: job.together(x) for row, x in pools.items()}
+                rated[row].add(rec, n)
+    scores = {row: sum(job.gather(x)) / len(inputs) for row, x in scores.items()}
+    rated = {row: x.over_ranks(job) for row, x in rated.items()}
     for row in rows if job.rank == 0 else ():
-        results[row] = dict(zip(("psnr", "ssim", "ssim_paper"), (scores[row] / total).tolist()))
+        results[row] = dict(zip(("psnr", "ssim", "ssim_paper"), scores[row].tolist()))
         if network:
-            a, b = pools["reference"], pools[row]
-            results[row]["rfid"] = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
-            results[row]["is"], results[row]["is_std"] = score_of_sums(sums[row])
-    return (f"ADM centre crop to {native} px in; compared at {size} px as uint8" + (", PIL bicubic," if size != native else "")
-            + f" with the ADM crop of the original; {args.steps} Euler step{'s' * (args.steps > 1)}, noise from (seed {args.seed}, image number); "
-            f"{job.precision}; PSNR per image, then averaged; ssim: Gaussian 11x11, sigma 1.5, data_range 1; ssim_paper: uniform 7x7, "
-            "data_range 2 (the released notebook's, flattering)"
-            + (f"; rFID against the same crops of the same images, IS in {splits} splits of file order; {name}" if network else ""))
+            (reference, _), (statistics, (score, deviation)) = rated["reference"], rated[row]
+            results[row].update({"rfid": frechet_distance(*reference, *statistics), "is": score, "is_std": deviation})
+    protocol = (f"ADM centre crop to {native} px in; compared at {size} px as uint8{', PIL bicubic,' if size != native else ''} with the ADM crop of the "
+                f"original; {args.steps} Euler step{'s' * (args.steps > 1)}, noise from (seed {args.seed}, image number); {job.precision}; PSNR per image, "
+                "then averaged; ssim: Gaussian 11x11, sigma 1.5, data_range 1; ssim_paper: uniform 7x7, data_range 2 (the released notebook's, flattering)")
+    if network:
+        protocol += f"; rFID against the same crops of the same images, IS in {min(10, len(inputs))} splits of file order; {name}"
+    return results, protocol
 
 
 @torch.no_grad()
@@ -885,14 +882,13 @@ def main(argv=None):
         if unknown or len(fit) < 20:
             raise ValueError(f"--fit has {len(fit)} images and lacks the classes {' '.join(unknown[:5]) or '-'}: it needs at least 20 images, and "
                              "every class of --data (the folder that an image is in)")
-    report = {**about, "fit": args.fit, "results": {}}
-    report["protocol"] = reconstruction(job, enc, dec, inputs, fit, report["results"])
+    results, protocol = reconstruction(job, enc, dec, inputs, fit)
     rated = args.inception != "none"
-    report["warning"] = warn_of_few(len(inputs)) if rated else None
+    report = {**about, "fit": args.fit, "results": results, "protocol": protocol, "warning": warn_of_few(len(inputs)) if rated else None}
     if args.fit == args.data:
         report["warning"] = "fitted on the images that are measured: PCA and probe mean little"
     table = [f"{'':18s}  PSNR dB    ssim  ssim_paper" + "      rFID             IS" * rated]
-    for row, r in report["results"].items():
+    for row, r in results.items():
         table.append(f"{row:18s}  {r['psnr']:7.2f}  {r['ssim']:.4f}      {r['ssim_paper']:.4f}"
                      + (f"  {r['rfid']:8.3f}  {r['is']:6.2f} +- {r['is_std']:.2f}" if rated else ""))
     if args.probe:

@@ -25,6 +25,7 @@ import time
 import traceback
 import uuid
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ import distill
 from data import ImageDataset, ProceduralDataset, sample_numbers, split_batch
 from decoder import Decoder, DecoderConfig, sample_t
 from encoder import TEACHERS, Encoder, ViT, fetch, load_exactly, load_teacher, read_config, teacher_config, write_atomically, write_model
-from eval import commit, ignore_signals, validate
+from eval import commit, ignore_signals, rank_and_device, validate
 
 # The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512); small
 # and tiny are ours. micro_batch: images a GPU holds at once, for 80 GB.
@@ -61,8 +62,6 @@ ON_CPU = dict(batch_size=8, micro_batch=8, steps=400, endpoint=0.5)
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165, "3090": 71}  # dense bf16
 MAY_DIFFER = {"out", "steps", "epochs", "workers", "micro_batch", "compile", "log_every", "eval_every", "save_every",
               "keep_every", "max_bad_images", "resume_anyway", "bench"}  # arguments that a resumed run may change
-
-
 STATE = "encoder decoder optimizer latent_mean latent_std step samples sums faults bad args id config".split()  # of state.pt
 TOO_MANY_SKIPPED = 10  # steps in a row with a loss or gradient that is not finite
 INTERRUPTS = []  # signals that asked the run to save and stop
@@ -265,53 +264,59 @@ def seconds(f, repeats=10):
 
 def bench(args, teacher, encoder, decoder, optimizer, autocast, ranks, say):
     """Print what the training step does in a second on random pictures: several micro-batches, modes, and its parts."""
-    device, flops = decoder.mean.device, model_flops(encoder, decoder, args.size)
-    on_gpu, n = device.type == "cuda", args.micro_batch
-    a, b = torch.randn(2, *2 * [8192 if on_gpu else 1024], device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    ceiling = 2 * len(a) ** 3 / seconds(lambda: a @ b, 50) / 1e12
-    say(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, {args.teacher} at {args.size} px, {flops / 1e12:.2f} TFLOP "
-        f"an image, {ranks} rank{'s' * (ranks > 1)}; a matrix product of {len(a)} reaches {ceiling:.3g} TFLOP/s")
+    device, n, on_gpu = decoder.mean.device, args.micro_batch, torch.cuda.is_available()
+    side, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
+    ceiling, tflop = 2 * side ** 3 / seconds(lambda: a @ b, 50) / 1e12, model_flops(encoder, decoder, args.size) / 1e12
+    say(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, {args.teacher} at {args.size} px, {tflop:.2f} TFLOP "
+        f"an image, {ranks} rank{'s' * (ranks > 1)}; a matrix product of {side} reaches {ceiling:.3g} TFLOP/s")
+
+    def row(name, images, took):
+        rate = images / took
+        say(f"{name:36s} | {rate * ranks:8,.1f} img/s | {took * 1e3:7.1f} ms | {rate * tflop:6.4g} TFLOP/s a GPU | "
+            f"{rate * tflop / ceiling:.3f} of the ceiling" + (f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""))
+
     rows = [(n, 1, False, False), (max(n // 2, 1), 1, args.compile, False), (2 * n, 1, args.compile, False),
             (max(n // 4, 1), 1, args.compile, True), (n, 1, args.compile, True), (n, 1, args.compile, False)]
-    for micro, accumulation, compiled, checkpointed in rows if ranks == 1 else [(n, 1, args.compile, False), (n, 2, args.compile, False)]:
-        torch.compiler.reset()
+    if ranks > 1:
+        rows = [(n, 1, args.compile, False), (n, 2, args.compile, False)]
+    for micro, accumulation, compiled, checkpointed in rows:
+        args.compile = compiled
         encoder.vit.checkpoint = decoder.checkpoint = checkpointed
-        mode = argparse.Namespace(**{**vars(args), "compile": compiled})
+        took = micro_step = None  # frees the last row's graph
+        optimizer.zero_grad()
+        torch.compiler.reset()
         name = f"{micro:4d} x {accumulation}{'' if compiled else ', not compiled'}{', checkpoint_activations' * checkpointed}"
-        micro_step = optimizer.zero_grad()  # frees the last row's graph and gradients
         try:
             if on_gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             img = torch.randint(256, (micro, 3, args.size, args.size), dtype=torch.uint8, device=device)
-            micro_step, update = training_step(mode, teacher, encoder, decoder, optimizer, autocast, micro, accumulation, ranks)
+            micro_step, update = training_step(args, teacher, encoder, decoder, optimizer, autocast, micro, accumulation, ranks)
             took = seconds(lambda: update(sum(micro_step(img, m == accumulation - 1) for m in range(accumulation))))
+            row(name, micro * accumulation, took)
         except torch.OutOfMemoryError:
-            optimizer.zero_grad()
             say(f"{name:36s} | out of memory")
-            continue
-        rate = micro * accumulation / took
-        say(f"{name:36s} | {rate * ranks:8,.1f} img/s | {took * 1e3:7.1f} ms | {rate * flops / 1e12:6.4g} TFLOP/s a GPU | {rate * flops / 1e12 / ceiling:.3f} "
-            "of the ceiling" + (f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""))
-    if ranks > 1 or micro_step is None:
+    if ranks > 1 or not took:
         return
 
     # the last row's parts, one after the other
-    P, updating = teacher.num_prefix, took - seconds(lambda: micro_step(img))
-    whole = args.batch_size / (args.batch_size / n * (took - updating) + updating)
-    say(f"at {args.batch_size} images a step (micro-batch x {args.batch_size / n:g}): {whole:,.1f} img/s, {whole * flops / 1e12 / ceiling:.3f} of the ceiling")
+    adding = seconds(lambda: micro_step(img))
+    row(f"{args.batch_size} images a step (micro-batch x {args.batch_size / n:g})", args.batch_size, args.batch_size / n * adding + took - adding)
     del micro_step
     with autocast:
         x = img / 255
         h_teacher, (z, h) = teacher(x), encoder(x)
         z, h = z.detach().requires_grad_(), [y.detach().requires_grad_() for y in h]
-        parts = {"teacher": lambda: teacher(x),
-                 "student": lambda: torch.autograd.backward(sum(((y, *hidden) for y, hidden in [encoder(x)]), ()), [z, *h]),
-                 "decoder": lambda: decoder(z, x).backward(),
-                 "distance": lambda: torch.autograd.grad(distill.distill_loss(h, h_teacher, args.beta, args.strategy, P)[0], h)}
-        times = {name: seconds(part) for name, part in parts.items()} | {"optimizer": updating}
+
+        def student():
+            y, hidden = encoder(x)
+            torch.autograd.backward([y, *hidden], [z, *h])
+        parts = {"teacher": lambda: teacher(x), "student": student, "decoder": lambda: decoder(z, x).backward(),
+                 "distance": lambda: torch.autograd.grad(distill.distill_loss(h, h_teacher, args.beta, args.strategy, teacher.num_prefix)[0], h)}
+        times = {name: 1e3 * seconds(part) for name, part in parts.items()} | {"optimizer": 1e3 * (took - adding)}
     optimizer.zero_grad()
-    say("parts: " + ", ".join(f"{name} {t * 1e3:.1f} ms" for name, t in times.items()) + f"; sum {sum(times.values()) * 1e3:.1f} ms of {took * 1e3:.1f}")
+    say("parts: " + ", ".join(f"{name} {t:.1f} ms" for name, t in times.items()) + f"; sum {sum(times.values()):.1f} ms of {1e3 * took:.1f}")
 
 
 def export(state, path):
@@ -334,6 +339,16 @@ def load_state(path, args):
     if changed and not args.resume_anyway:
         raise ValueError(f"{path} is of another run ({'; '.join(changed)}): use another --out, or --resume_anyway")
     return state
+
+
+def restore(state, path, encoder, decoder, optimizer):
+    """Copy a checkpoint's weights and the optimizer's moments; learning rate and weight decay are this command's, not the file's."""
+    load_exactly(encoder.state_dict(), state["encoder"], path)
+    load_exactly(decoder.state_dict(), state["decoder"], path)
+    ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
+    for group, settings in zip(optimizer.param_groups, ours):
+        group.update(settings)
 
 
 def set_aside(path):
@@ -408,15 +423,59 @@ def build_models(args):
     return teacher, encoder.train(), decoder.train()
 
 
+def save(args, config, now, encoder, decoder, optimizer):
+    """Write state.pt, which alone is enough to resume, and the tokenizer exported from it."""
+    state = {**vars(now), "encoder": encoder.state_dict(), "decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(),
+             "latent_mean": encoder.latent_mean.flatten(), "latent_std": encoder.latent_std.flatten(), "args": vars(args), "config": config}
+    path = os.path.join(args.out, "state.pt")
+    try:
+        if args.keep_every and now.step % args.keep_every == 0:  # first, as a resume from this step would not write it again
+            export(state, os.path.join(args.out, f"model_{now.step:07d}.safetensors"))
+        write_atomically(path, lambda f: torch.save(state, f))
+        export(state, os.path.join(args.out, "model.safetensors"))
+    except (OSError, RuntimeError) as e:  # the latter: torch.save on a full disk
+        raise OSError(f"step {now.step} could not be saved ({(str(e).splitlines() or [repr(e)])[0]}); {path}, if there is one, is of the last save and "
+                      "whole: make room, and run the same command again") from None
+
+
+def lock_folder(folder):
+    """A file whose lock keeps a second run out of the folder. The system lets go of it when this process ends, however it ends."""
+    lock = open(os.path.join(folder, ".lock"), "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"another run is writing to {folder}: wait for it, or use another --out") from None
+    return lock
+
+
+def stop_as_not_finite(args, data, now, finite, rank):
+    """After too many skipped steps in a row: name the last batch in a file, and say from where to go on."""
+    files = [data.path(data.index(n)) for n in range(now.samples - args.batch_size, now.samples)] if args.data else ["drawn pictures"]
+    names = os.path.join(args.out, "not_finite.txt")
+    if rank == 0:
+        write_names(names, files)
+    flow, distance, *_ = (finite / finite[-1]).tolist()  # nan if there was none since the start
+    raise ValueError(f"at step {now.step} the loss or its gradient is not finite, {int(now.faults[1])} steps in a row (the last finite one: "
+                     f"flow {flow:.4f}, distillation {distance:.4f}); the last batch is {', '.join(files[:3])} .. (all of it in {names}). "
+                     f"The last save is {os.path.join(args.out, 'state.pt')}: the same command with a lower --lr and --resume_anyway goes on from there")
+
+
+def as_text(x, steps, peak, eta):
+    """A training line of log.jsonl, to be read: alpha and w of the first, middle and last layer. peak: the GPU's TFLOP/s, or None."""
+    three = lambda layers: " ".join(f"{layers[l]:.3f}" for l in (0, len(layers) // 2, len(layers) - 1))
+    return (f"step {x['step']:6d}/{steps} | loss {x['loss']:.4f} | flow {x['loss_flow']:.4f} | dist {x['loss_dist']:.4f} "
+            f"| alpha {three(x['alpha'])} | w {three(x['weight'])} | grad {x['grad_norm']:.2f} | lr {x['lr']:.0e} "
+            f"| {x['img_s']:,.0f} img/s | {x['tflops_per_gpu']:.1f} TFLOP/s" + (f" ({x['tflops_per_gpu'] / peak:.0%} of peak)" if peak else "")
+            + (f" | {x['memory_gib']:.1f} GiB" if x["memory_gib"] else "") + (f" | {x['skipped']} steps skipped" if x["skipped"] else "")
+            + f" | eta {tqdm.format_interval(eta)}")
+
+
 def main(argv=None):
     args = parse_args(argv)
 
     # one process per GPU (torchrun), or a single process
-    rank, ranks, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    on_gpu = torch.cuda.is_available()
-    if on_gpu and local_rank >= torch.cuda.device_count():
-        raise ValueError(f"rank {local_rank} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node")
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    rank, ranks, device = rank_and_device()
+    on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -437,13 +496,15 @@ def main(argv=None):
         return dist.destroy_process_group() if ranks > 1 else None
     args.steps = args.steps or max(1, args.epochs * len(data) // args.batch_size)
     args.images = f"{len(data):,} images" + (f" ({hashlib.sha256(data.names).hexdigest()[:8]})" if args.data else "")  # a resume compares it
-    state_path, model_path = (os.path.join(args.out, name) for name in ("state.pt", "model.safetensors"))
+    L, grid = len(teacher.blocks), args.size // teacher.config.patch
+    config = {"vit": asdict(teacher.config), "decoder": asdict(decoder.config), "size": args.size, "teacher": args.teacher,
+              "teacher_weights": args.teacher_weights, "commit": commit()}  # what the exported file says of itself
+    files = "state.pt", "model.safetensors", "log.jsonl", "bad_images.txt"
+    state_path, model_path, log_path, bad_path = (os.path.join(args.out, name) for name in files)
     if rank == 0:
         os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
     state = load_state(state_path, args) if os.path.isfile(state_path) else None
-    L, grid = len(teacher.blocks), args.size // teacher.config.patch
-    say(f"data: {len(data):,} {'images' if args.data else 'procedurally drawn pictures (no --data)'} at {args.size} px; "
-        f"evaluation on {val_name}")
+    say(f"data: {len(data):,} {'images' if args.data else 'procedurally drawn pictures (no --data)'} at {args.size} px; evaluation on {val_name}")
     say(f"model: student of {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f}M and decoder of "
         f"{sum(p.numel() for p in decoder.parameters()) / 1e6:.1f}M parameters; latent {args.latent_dim}x{grid}x{grid}")
     say(f"run: {args.steps:,} steps of {args.batch_size} = micro-batch {micro_batch} x accumulation {accumulation} x {ranks} "
@@ -456,165 +517,116 @@ def main(argv=None):
     start = [here]
     if ranks > 1:
         dist.broadcast_object_list(start, device=device)
-    run_id, step = start[0]
-    if here != start[0] and (state or step):
+    now = SimpleNamespace(  # what state.pt holds beside weights, optimizer and arguments
+        id=start[0][0], step=start[0][1], samples=0,
+        bad=[],  # numbers of the images that could not be read, in the order found
+        sums=torch.zeros(4 + 2 * L, dtype=torch.float64, device=device),  # since the last log line: statistics, gradient norm, steps
+        faults=torch.zeros(2, device=device))  # steps skipped, and skipped in a row
+    if here != start[0] and (state or now.step):
         raise ValueError(f"rank {rank} sees another {state_path} than rank 0: --out must lie on a file system that all nodes share")
-    samples, bad, unread = 0, [], set()  # bad: images that could not be read, in the order found; unread: in this step, by this rank
-    sums = torch.zeros(4 + 2 * L, dtype=torch.float64, device=device)  # since the last log line: statistics, gradient norm, steps
-    faults = torch.zeros(2, device=device)  # steps skipped, and skipped in a row
     if state:
-        load_exactly(encoder, state["encoder"], state_path)
-        load_exactly(decoder, state["decoder"], state_path)
-        now = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
-        for group, settings in zip(optimizer.param_groups, now):  # this command's learning rate, not the file's
-            group.update(settings)
-        samples, bad, sums, faults = state["samples"], state["bad"], state["sums"].to(device), state["faults"].to(device)
+        restore(state, state_path, encoder, decoder, optimizer)
+        now.samples, now.bad, now.sums, now.faults = state["samples"], state["bad"], state["sums"].to(device), state["faults"].to(device)
+        say(f"resumed from {state_path} at step {now.step:,}")
         try:
             exported = read_config(model_path)
         except (OSError, ValueError):  # absent or damaged: state.pt is enough to write it again
             exported = {}
-        say(f"resumed from {state_path} at step {step:,}")
-        if rank == 0 and (exported.get("id"), exported.get("step")) != (run_id, step):
+        if rank == 0 and (exported.get("id"), exported.get("step")) != (now.id, now.step):
             say(f"{model_path} is not of that step (it is of {exported.get('step', 'none')}): written again")
             export(state, model_path)
         del state
-    if step >= args.steps:
-        longer = f"--epochs {2 * args.epochs}" if args.epochs else f"--steps {2 * step}"
+    if now.step >= args.steps:
+        longer = f"--epochs {2 * args.epochs}" if args.epochs else f"--steps {2 * now.step}"
         say(f"the run is finished: {model_path}; to extend it, the same command with {longer}")
-        if ranks > 1:
-            dist.destroy_process_group()
-        return
-    log_path, bad_path = (os.path.join(args.out, name) for name in ("log.jsonl", "bad_images.txt"))
+        return dist.destroy_process_group() if ranks > 1 else None
     if rank == 0:
-        lock = open(os.path.join(args.out, ".lock"), "w")
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when this process ends, however it ends
-        except OSError:
-            raise ValueError(f"another run is writing to {args.out}: wait for it, or use another --out") from None
-        for path in (log_path, model_path, bad_path) if step == 0 else ():
+        lock = lock_folder(args.out)
+        for path in (log_path, model_path, bad_path) if now.step == 0 else ():
             set_aside(path)
-        log = open_log(log_path, step)
-    config = {"vit": asdict(teacher.config), "decoder": asdict(decoder.config), "size": args.size, "teacher": args.teacher,
-              "teacher_weights": args.teacher_weights, "commit": commit()}
+        log = open_log(log_path, now.step)
 
     def write(**line):
         if rank == 0:
             print(json.dumps(line).replace("NaN", "null"), file=log, flush=True)
 
-    def save():
-        state = {"encoder": encoder.state_dict(), "decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(),
-                 "latent_mean": encoder.latent_mean.flatten(), "latent_std": encoder.latent_std.flatten(), "step": step,
-                 "samples": samples, "sums": sums, "faults": faults, "bad": bad, "args": vars(args), "id": run_id, "config": config}
-        try:
-            if args.keep_every and step % args.keep_every == 0:  # first, as a resume from this step would not write it again
-                export(state, os.path.join(args.out, f"model_{step:07d}.safetensors"))
-            write_atomically(state_path, lambda f: torch.save(state, f))
-            export(state, model_path)
-        except (OSError, RuntimeError) as e:  # the latter: torch.save on a full disk
-            raise OSError(f"step {step} could not be saved ({(str(e).splitlines() or [repr(e)])[0]}); {state_path}, if there is one, is of the last save and "
-                          "whole: make room, and run the same command again") from None
-
-    def note_bad_images():
-        """Add every rank's unread images to `bad`, name the first hundred in a file, and stop if there are too many."""
-        everyones = [unread] * ranks
-        if ranks > 1:
-            dist.all_gather_object(everyones, unread, group=control)
-        bad.extend(sorted(set().union(*everyones).difference(bad)))
-        if rank == 0:
-            write_names(bad_path, [data.path(i) for i in bad[:100]])
-        say(f"{len(bad)} of {len(data):,} images cannot be read, others stand in for them: see {bad_path}")
-        if len(bad) > args.max_bad_images * len(data):
-            raise ValueError(f"{len(bad)} of {len(data):,} images cannot be read, more than --max_bad_images {args.max_bad_images} allows: see {bad_path}")
-
-    def stop_as_not_finite():
-        files = [data.path(data.index(n)) for n in range(samples - args.batch_size, samples)] if args.data else ["drawn pictures"]
-        names = os.path.join(args.out, "not_finite.txt")
-        if rank == 0:
-            write_names(names, files)
-        flow, distance, *_ = (finite / finite[-1]).tolist()  # nan if there was none since the start
-        raise ValueError(f"at step {step} the loss or its gradient is not finite, {int(faults[1])} steps in a row (the last finite one: flow {flow:.4f}, "
-                         f"distillation {distance:.4f}); the last batch is {', '.join(files[:3])} .. (all of it in {names}). The last save is {state_path}: "
-                         "the same command with a lower --lr and --resume_anyway goes on from there")
-
     micro_step, update = training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_batch, accumulation, ranks)
     flops = model_flops(encoder, decoder, args.size)
     peak = next((v for k, v in PEAK_TFLOPS.items() if on_gpu and k in torch.cuda.get_device_name()), None)
     loader = iter(DataLoader(data, num_workers=args.workers, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals,
-                             batch_sampler=sample_numbers(samples, args.batch_size, micro_batch, rank, ranks, args.steps - step)))
-    bar = tqdm(total=args.steps, initial=step, desc="train", unit="step", disable=None if rank == 0 else True)
-    tick, timed, interrupted, finite = time.time(), 0, 0, sums
-    while step < args.steps and not interrupted:
+                             batch_sampler=sample_numbers(now.samples, args.batch_size, micro_batch, rank, ranks, args.steps - now.step)))
+    bar = tqdm(total=args.steps, initial=now.step, desc="train", unit="step", disable=None if rank == 0 else True)
+    tick, timed, interrupted, finite = time.time(), 0, 0, now.sums  # finite: the last step's that was
+    while now.step < args.steps and not interrupted:
         # one training step
-        stats = 0
+        stats, unread = 0, set()
         for m in range(accumulation):
             img, label = next(loader)
             unread.update(-1 - y for y in label.tolist() if y < 0)  # so data.py tells of a picture that another stands in for
-            seed_step(args.seed, step, m, rank)
+            seed_step(args.seed, now.step, m, rank)
             stats = stats + micro_step(img.to(device, non_blocking=True), m == accumulation - 1) / accumulation
         if ranks > 1:
             dist.all_reduce(stats)  # alpha and w are equal on all ranks
         row = update(stats / ranks)
         skip = ~row.isfinite().all()
-        sums += torch.where(skip, 0, row)
+        now.sums += torch.where(skip, 0, row)
         finite = torch.where(skip, finite, row)
-        faults = torch.stack([faults[0] + skip, (faults[1] + 1) * skip])
-        step, samples, timed = step + 1, samples + args.batch_size, timed + 1
+        now.faults = torch.stack([now.faults[0] + skip, (now.faults[1] + 1) * skip])
+        now.step, now.samples, timed = now.step + 1, now.samples + args.batch_size, timed + 1
         bar.update()
 
         # faults: pictures that cannot be read, losses that are not finite, signals
-        news = torch.tensor([len(INTERRUPTS), len(unread.difference(bad))])
+        news = torch.tensor([len(INTERRUPTS), len(unread.difference(now.bad))])
         if ranks > 1:
             dist.all_reduce(news, group=control)
         interrupted, found = news.tolist()
         if found:
-            note_bad_images()
-        unread.clear()
-        if (not on_gpu or step % 10 == 0) and faults[1] >= TOO_MANY_SKIPPED:
-            stop_as_not_finite()
+            everyones = [unread] * ranks
+            if ranks > 1:
+                dist.all_gather_object(everyones, unread, group=control)
+            now.bad.extend(sorted(set().union(*everyones).difference(now.bad)))
+            if rank == 0:
+                write_names(bad_path, [data.path(i) for i in now.bad[:100]])
+            say(f"{len(now.bad)} of {len(data):,} images cannot be read, others stand in for them: see {bad_path}")
+            if len(now.bad) > args.max_bad_images * len(data):
+                raise ValueError(f"{len(now.bad)} of {len(data):,} images cannot be read, more than --max_bad_images {args.max_bad_images} allows: "
+                                 f"see {bad_path}")
+        if (not on_gpu or now.step % 10 == 0) and now.faults[1] >= TOO_MANY_SKIPPED:
+            stop_as_not_finite(args, data, now, finite, rank)
 
         # log, evaluate, save; all three also at the end
-        last = step == args.steps
-        logging, evaluating, saving = (last or step % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
+        logging, evaluating, saving = (now.step == args.steps or now.step % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
         if logging:
-            loss_flow, loss_dist, *layers, grad_norm, _ = (sums / sums[-1]).tolist()
-            skipped, seconds = int(faults[0]), time.time() - tick
-            loss = args.lambda_d * loss_dist + args.lambda_f * loss_flow
-            img_s = timed * args.batch_size / seconds
-            tflops = img_s / ranks * flops / 1e12
-            memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
-            three = [0, L // 2, L - 1]
-            say(f"step {step:6d}/{args.steps} | loss {loss:.4f} | flow {loss_flow:.4f} | dist {loss_dist:.4f} | alpha "
-                + " ".join(f"{layers[i]:.3f}" for i in three) + " | w " + " ".join(f"{layers[L + i]:.3f}" for i in three)
-                + f" | grad {grad_norm:.2f} | lr {args.lr:.0e} | {img_s:,.0f} img/s | {tflops:.1f} TFLOP/s"
-                + (f" ({tflops / peak:.0%} of peak)" if peak else "") + (f" | {memory:.1f} GiB" if on_gpu else "")
-                + (f" | {skipped} steps skipped" if skipped else "")
-                + f" | eta {tqdm.format_interval((args.steps - step) * seconds / timed)}")
-            write(step=step, loss=loss, loss_flow=loss_flow, loss_dist=loss_dist, alpha=layers[:L], weight=layers[L:], grad_norm=grad_norm,
-                  lr=args.lr, skipped=skipped, img_s=img_s, tflops_per_gpu=tflops, memory_gib=memory)
-            if step % args.log_every == 0:
-                sums = torch.zeros_like(sums)
+            loss_flow, loss_dist, *layers, grad_norm, _ = (now.sums / now.sums[-1]).tolist()
+            seconds_a_step = (time.time() - tick) / timed
+            img_s = args.batch_size / seconds_a_step
+            line = dict(step=now.step, loss=args.lambda_d * loss_dist + args.lambda_f * loss_flow, loss_flow=loss_flow, loss_dist=loss_dist,
+                        alpha=layers[:L], weight=layers[L:], grad_norm=grad_norm, lr=args.lr, skipped=int(now.faults[0]), img_s=img_s,
+                        tflops_per_gpu=img_s / ranks * flops / 1e12, memory_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None)
+            say(as_text(line, args.steps, peak, (args.steps - now.step) * seconds_a_step))
+            write(**line)
+            if now.step % args.log_every == 0:
+                now.sums = torch.zeros_like(now.sums)
         if evaluating:
             try:
                 quality, flow_by_t, picture = validate(encoder, decoder, val, micro_batch, args.seed, autocast, args.workers, rank, ranks)
             except Exception:
                 if rank == 0:
-                    save()
+                    save(args, config, now, encoder, decoder, optimizer)
                 raise
-            say(f"eval {step:6d} | one-step PSNR {quality:.2f} dB on {val_name} | flow loss by tenth of t, image to noise: "
+            say(f"eval {now.step:6d} | one-step PSNR {quality:.2f} dB on {val_name} | flow loss by tenth of t, image to noise: "
                 + " ".join(f"{x:.3f}" for x in flow_by_t))
-            write(kind="eval", step=step, psnr=quality, flow_by_t=flow_by_t, on=val_name)
+            write(kind="eval", step=now.step, psnr=quality, flow_by_t=flow_by_t, on=val_name)
             if rank == 0:
-                write_atomically(os.path.join(args.out, "samples", f"step_{step:06d}.png"),
-                                 lambda f: Image.fromarray(picture).save(f, "PNG"))
+                write_atomically(os.path.join(args.out, "samples", f"step_{now.step:06d}.png"), lambda f: Image.fromarray(picture).save(f, "PNG"))
         if (saving or interrupted) and rank == 0:
-            save()
+            save(args, config, now, encoder, decoder, optimizer)
         if logging or evaluating or saving:
             tick, timed = time.time(), 0
     bar.close()
     if interrupted:
-        write(kind="interrupted", step=step)
-        say(f"interrupted and saved at step {step:,}: the same command goes on from there")
+        write(kind="interrupted", step=now.step)
+        say(f"interrupted and saved at step {now.step:,}: the same command goes on from there")
     else:
         say(f"done: {model_path}, pictures in {os.path.join(args.out, 'samples')}; try: python sample.py YOUR.png --weights {model_path}")
     if rank == 0:
