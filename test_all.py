@@ -2824,6 +2824,7 @@ def test_study_rows_are_commands():
     sys.path.insert(0, os.path.join(HERE, "experiments", "tiny_imagenet"))
     try:
         import study
+        import tables
     finally:
         sys.path.pop(0)
     with unittest.mock.patch("torch.cuda.is_available", return_value=True):  # without a GPU `small` has another recipe
@@ -2834,6 +2835,15 @@ def test_study_rows_are_commands():
     with open(study.__file__.replace("study.py", "results.jsonl")) as f:
         for line in map(json.loads, f):
             assert line["flags"] == f"{study.ALWAYS} {study.ROWS[line['row']]}".strip(), line["row"]
+            if line["row"] == "default":
+                row = f"| default | {line['psnr_seen']['3500']:.2f} | {line['psnr']:.2f} | {line['ssim']:.4f} | {line['ssim_paper']:.4f} | {line['linear']:.2f} |"
+    with contextlib.redirect_stdout(io.StringIO()) as printed, tempfile.TemporaryDirectory() as tmp:
+        for name in ("results.jsonl", "log-default.jsonl"):
+            shutil.copy(study.__file__.replace("study.py", name), tmp)
+        with unittest.mock.patch.object(tables, "HERE", tmp):
+            tables.main()
+        assert Image.open(os.path.join(tmp, "layers.png")).size == (720, 240)
+    assert printed.getvalue().count(row) == 5, "in every table"
     with tempfile.TemporaryDirectory() as tmp:
         weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=2)
         enc, dec, found = encoder.Encoder.from_pretrained(weights), decoder.Decoder.from_pretrained(weights), study.grid_artifact(weights, [folder])
