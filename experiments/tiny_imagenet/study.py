@@ -51,7 +51,7 @@ def grid_artifact(weights, val):
     border = torch.ones(p, p, dtype=torch.bool)
     border[1:-1, 1:-1] = False
     data, error = ImageDataset(val, 64, train=False), torch.zeros(p, p, dtype=torch.float64)
-    for k, (img, _) in enumerate(DataLoader(data, 500, num_workers=4)):
+    for k, (img, _) in enumerate(DataLoader(data, 500, num_workers=min(4, os.cpu_count()))):
         img = img.to(device) / 255
         noise = image_noise(range(500 * k, 500 * k + len(img)), (64 // p) ** 2, 3 * p * p, 0).to(device)
         wrong = patchify(dec.decode(enc.encode(img), noise=noise) - img, p).square()
