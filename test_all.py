@@ -441,6 +441,21 @@ def test_sample_t_distribution():
     assert abs(ends - 0.3) < 0.005 and (decoder.sample_t((100,), endpoint=1.0) == 1).all()
 
 
+def test_pixel_decoder_learns_from_its_own_initialisation():
+    """Half of what the best constant patch leaves, which is all that is learned where no gradient passes the zeros of the head."""
+    torch.manual_seed(0)
+    dec = decoder.Decoder(replace(MICRO_DECODER, objective="pixel"))
+    z, img = torch.randn(4, MICRO_DECODER.latent_dim, 4, 4), torch.rand(4, 3, 4 * MICRO_DECODER.patch, 4 * MICRO_DECODER.patch)
+    optimizer = torch.optim.AdamW(dec.parameters(), 1e-2)
+    for _ in range(80):
+        optimizer.zero_grad()
+        loss = dec(z, img)
+        loss.backward()
+        optimizer.step()
+    x = decoder.patchify((img - dec.mean) / dec.std, MICRO_DECODER.patch).flatten(0, 1)
+    assert loss.item() < 0.5 * x.var(0, correction=0).mean().item(), loss
+
+
 def test_pixel_objective_regresses_the_pixels():
     _, _, dec = micro_models(config=decoder.DecoderConfig(**{**asdict(MICRO_DECODER), "objective": "pixel"}))
     img, z = torch.rand(2, 3, 16, 16), torch.randn(2, 8, 4, 4)
