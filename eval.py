@@ -516,6 +516,7 @@ def parse_args(argv=None):
         "--pca and --probe measure a tokenizer: leave them out of --fid, --latent_stats and --save_latents": (args.pca or args.probe) and any(others),
         f"--out {args.out}: with --latent_stats it is a weights file, .safetensors, and else a report, .json":
             args.out and args.out.endswith(".safetensors") != args.latent_stats,
+        "--size is of what goes into a tokenizer: leave it out of --fid (--resolution 256 crops)": args.fid and args.size,
         "--fid needs --inception": args.fid and args.inception == "none",
         "--data PATH is needed: the images to measure": not args.fid and not args.data,
         "--pca and --probe need --fit PATH, images that they are fitted on (not those they are measured on)": (args.pca or args.probe) and not args.fit,

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data import EXTENSIONS, FORMATS, MAX_BYTES, MAX_PIXELS, is_image, load_image, to_tensor
 from decoder import Decoder, DecoderConfig
-from encoder import TEACHERS, Encoder, ViT, fetch, load_teacher, one_line, read_config, write_atomically, write_model
+from encoder import TEACHERS, Encoder, ViT, fetch, load_teacher, one_line, open_weights, read_config, write_atomically, write_model
 from eval import comparison, image_noise, psnr, sha256, ssim
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -110,8 +110,8 @@ def load_frames(file, size):
         warnings.simplefilter("ignore")  # PIL's, of odd metadata
         img = Image.open(file, formats=FORMATS)
         first = int(img.info.get("default_image", False))  # 1: an APNG has a picture before, shown where nothing moves
-        T, frames, durations = getattr(img, "n_frames", 1) - first, [], []
-        if img.format not in ("GIF", "PNG", "WEBP") or T < 2:
+        T, frames, durations = (getattr(img, "n_frames", 1) if img.format in ("GIF", "PNG", "WEBP") else 1) - first, [], []
+        if T < 2:
             return still, still.shape[2:], {"format": "PNG"}
         if T * still.numel() > 6 * MAX_PIXELS:
             raise ValueError(f"has {T} frames of {still.shape[3]}x{still.shape[2]}, more than {2 * MAX_PIXELS:,} pixels in all: give a smaller --size")
@@ -119,6 +119,7 @@ def load_frames(file, size):
         for i in range(first, first + T):
             img.seek(i)
             frame = Image.alpha_composite(white, img.convert("RGBA").crop((0, 0, *white.size))).convert("RGB")
+            frame.info = dict(img.info)  # which way is up
             frames.append(to_tensor(resize_short_side(ImageOps.exif_transpose(frame), size)))
             durations.append(img.info.get("duration", 0))  # which a WebP tells once the frame is read
         loop = {k: img.info[k] for k in ("loop",) if k in img.info}  # a GIF without it plays once
@@ -247,6 +248,9 @@ def main(argv=None):
     if args.bench:
         return bench(enc, dec, size or info["size"], device)
     print(f"weights {weights}, {'short side ' + str(size) + ' px' if size else 'original size'}, on {device.type}", file=log)
+    if args.save_latent and os.path.exists(args.save_latent):
+        if open_weights(args.save_latent)[0] != {"latent"}:
+            raise ValueError(f"--save_latent {args.save_latent} is there and is no latent: give another name")
     digest = sha256(weights) if args.save_latent or any(f.endswith(LATENT) for f in pictures) else None
     teacher = find_teacher(info, enc, device) if args.features else None
     os.makedirs(args.out if args.out not in (None, "-") else ".", exist_ok=True)
@@ -265,8 +269,12 @@ def main(argv=None):
         z, rec = reconstruct(enc, dec, x, H, W, device, args.steps, args.seed)
         seconds, (T, *chw) = time.perf_counter() - start, z.shape
         compared = ((255 * comparison(a / 255, b / 255)[:, :, :(3 if T == 1 else 2) * W]).round().to(torch.uint8) for a, b in zip(x, rec))
-        file = picture_file(rec if latent or args.out == "-" else compared, kind)
-
+        try:
+            file = picture_file(rec if latent or args.out == "-" else compared, kind)
+        except ValueError as e:
+            tqdm.write(f"sample.py: {path} {e}", file=sys.stderr)
+            unread += 1
+            continue
         stem = os.path.join(args.out or os.path.dirname(path), os.path.splitext(os.path.basename(path))[0])
         stem = next(s for k in range(len(pictures)) if (s := f"{stem}_{k + 1}" if k else stem) not in written)
         written.add(stem)

@@ -2508,6 +2508,9 @@ def test_sample_decodes_what_it_saved():
         open(torn, "wb").write(blob[:-9])
         about = json.loads(blob[8:8 + struct.unpack("<Q", blob[:8])[0]])["__metadata__"]["config"]
         encoder.write_model(wrong, {**json.loads(about), "width": 99}, load_file(z))
+        digest = evaluation.sha256(other)
+        status, _, err = sampled(path, "--weights", weights, "--save_latent", other)
+        assert status == 2 and "is no latent" in err and evaluation.sha256(other) == digest, "a latent is never written over a model"
         for file, by, words in ((z, other, "of other weights"), (torn, weights, "damaged"), (wrong, weights, "for 99x"), (weights, weights, "no picture or")):
             status, _, err = sampled(file, "--weights", by)
             assert status == 1 and len(err.splitlines()) == 1 and words in err and file in err, err
@@ -2577,6 +2580,15 @@ def test_sample_animations():
         assert status == 1 and len(err.splitlines()) == 1 and torn in err and not os.path.exists(os.path.join(out, "torn_recon.gif")), err
         assert len(pixels(os.path.join(out, "d_recon.png"))[0]) == 3 and pixels(os.path.join(out, "f_recon.gif"))[1:] == ([30, 30], None)
         assert pixels(os.path.join(out, "e_recon.webp"))[0][:, 0, 0].tolist() == [[255, 255, 255], [255, 0, 0]]
+        # one that says which way is up; one that is too wide for its format beside the original, and the next still goes on
+        turned, wide = os.path.join(tmp, "turned.webp"), os.path.join(tmp, "wide.webp")
+        exif = Image.Exif()
+        exif[0x0112] = 6  # a quarter clockwise
+        clear[0].save(turned, save_all=True, append_images=clear[1:], lossless=True, exif=exif.tobytes())
+        clear[1].resize((8200, 4)).save(wide, save_all=True, append_images=[clear[0].resize((8200, 4))])
+        status, _, err = sampled(wide, turned, "--weights", weights, "--size", 0, "--out", out)
+        assert status == 1 and len(err.splitlines()) == 1 and f"{wide} cannot be written as WEBP" in err, err
+        assert pixels(os.path.join(out, "turned_recon.webp"))[0].shape == (2, 40, 60, 3), "40 x 30, turned, and beside it the reconstruction"
         # memory: frames go to the network in batches; what does not fit together is refused
         enc, dec = encoder.Encoder(encoder.ViT(replace(MICRO_VIT, patch=16)), 8), decoder.Decoder(replace(MICRO_DECODER, patch=16))
         seen, img = [], torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
