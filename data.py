@@ -183,7 +183,8 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, n):
         i = self.index(n)
-        # in training a JPEG may be decoded smaller, to what shrink would have made of it: draws and crop do not depend on its size (but within a pixel of 16:1)
+        # in training a JPEG may be decoded smaller, to what shrink would have made of it: draws and crop do not depend on its size
+        # (but within a pixel of 16:1)
         short = int(np.ceil(self.size / self.crop_scale[0])) if self.train else None
         error, tries = None, min(len(self), 100) if self.replace else 1
         for j in range(i, i + tries):

@@ -248,22 +248,23 @@ def main(argv=None):
     if args.bench:
         return bench(enc, dec, size or info["size"], device)
     print(f"weights {weights}, {'short side ' + str(size) + ' px' if size else 'original size'}, on {device.type}", file=log)
-    if args.save_latent and os.path.exists(args.save_latent):
-        if open_weights(args.save_latent)[0] != {"latent"}:
-            raise ValueError(f"--save_latent {args.save_latent} is there and is no latent: give another name")
+    if args.save_latent and os.path.exists(args.save_latent) and open_weights(args.save_latent)[0] != {"latent"}:
+        raise ValueError(f"--save_latent {args.save_latent} is there and is no latent: give another name")
     digest = sha256(weights) if args.save_latent or any(f.endswith(LATENT) for f in pictures) else None
     teacher = find_teacher(info, enc, device) if args.features else None
     os.makedirs(args.out if args.out not in (None, "-") else ".", exist_ok=True)
 
-    written, unread = set(), 0
+    written, skipped = set(), []
+
+    def skip(path, why):  # the others go on
+        tqdm.write(f"sample.py: {path} {why}", file=sys.stderr)
+        skipped.append(path)
     for picture in tqdm(pictures, disable=None if len(pictures) > 1 else True):
         latent, path = picture.endswith(LATENT), "stdin" if picture == "-" else picture
         try:
             x, (H, W), kind = load_latent(picture, dec, digest) if latent else load_frames(picture, size)
-        except Exception as e:  # the others go on
-            why = e if isinstance(e, ValueError) else f"is damaged, or no picture or latent ({type(e).__name__}: {one_line(e)})"
-            tqdm.write(f"sample.py: {path} {why}", file=sys.stderr)
-            unread += 1
+        except Exception as e:
+            skip(path, e if isinstance(e, ValueError) else f"is damaged, or no picture or latent ({type(e).__name__}: {one_line(e)})")
             continue
         start = time.perf_counter()
         z, rec = reconstruct(enc, dec, x, H, W, device, args.steps, args.seed)
@@ -272,8 +273,7 @@ def main(argv=None):
         try:
             file = picture_file(rec if latent or args.out == "-" else compared, kind)
         except ValueError as e:
-            tqdm.write(f"sample.py: {path} {e}", file=sys.stderr)
-            unread += 1
+            skip(path, e)
             continue
         stem = os.path.join(args.out or os.path.dirname(path), os.path.splitext(os.path.basename(path))[0])
         stem = next(s for k in range(len(pictures)) if (s := f"{stem}_{k + 1}" if k else stem) not in written)
@@ -294,7 +294,7 @@ def main(argv=None):
             similarity = "n/a" if min(H, W) < 11 else f"{ssim(x[:1] / 255, rec[:1] / 255).item():.4f}"
             said += f" | {x.numel() / z.numel():.1f}x | PSNR {mean:.2f} dB" + (" on average" if T > 1 else f" | SSIM {similarity}")
         tqdm.write(f"{said} | {seconds:.2f} s", file=log)
-    return 1 if unread else 0
+    return 1 if skipped else 0
 
 
 if __name__ == "__main__":
