@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import signal
 import struct
@@ -346,25 +347,20 @@ def linear_probe(x, y, test_x, test_y, seed=0, epochs=40, batch=1024, rates=(0.0
     Softmax regression on standardised features by SGD (momentum 0.9, cosine schedule), one classifier for each learning
     rate; a tenth of x, kept back, chooses among them. Returns (accuracy, learning rate), the same for the same seed.
     """
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    x, test_x, classes = (x - mean) / std, (test_x - mean) / std, int(y.max()) + 1
+    mean, std, classes = x.mean(0), x.std(0) + 1e-6, int(y.max()) + 1
+    x, test_x = (F.pad((part - mean) / std, (0, 1), value=1.0) for part in (x, test_x))  # the last column is the bias'
     random = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=random).to(x.device)
     held, kept = order[:len(x) // 10], order[len(x) // 10:]
-    heads = [nn.Linear(x.shape[1], classes, device=x.device) for _ in rates]
-    for p in (p for head in heads for p in head.parameters()):
-        nn.init.zeros_(p)
-    optimizer = torch.optim.SGD([{"params": head.parameters(), "lr": lr} for head, lr in zip(heads, rates)], momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(kept) // batch))
-    with torch.enable_grad():
-        for _ in range(epochs):
-            for i in kept[torch.randperm(len(kept), generator=random).to(x.device)].split(batch):
-                loss = sum(F.cross_entropy(head(x[i]), y[i]) for head in heads)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-    accuracy = lambda head, x, y: 100 * (head(x).argmax(1) == y).double().mean().item()
+    heads, rate = x.new_zeros(len(rates), x.shape[1], classes), x.new_tensor(rates).view(-1, 1, 1)
+    velocity, step, steps = torch.zeros_like(heads), 0, epochs * -(-len(kept) // batch)
+    for _ in range(epochs):
+        for i in kept[torch.randperm(len(kept), generator=random).to(x.device)].split(batch):
+            error = (x[i] @ heads).softmax(-1) - F.one_hot(y[i], classes)  # the gradient of the cross-entropy with respect to the logits
+            velocity = 0.9 * velocity + x[i].T @ error / len(i)
+            heads -= rate * (0.5 + 0.5 * math.cos(math.pi * step / steps)) * velocity
+            step += 1
+    accuracy = lambda head, x, y: 100 * ((x @ head).argmax(1) == y).double().mean().item()
     best = max(range(len(rates)), key=lambda i: accuracy(heads[i], x[held], y[held]))
     return accuracy(heads[best], test_x, test_y), rates[best]
 

@@ -2062,6 +2062,19 @@ def test_optimizer_sees_clipped_gradients_and_this_runs_settings():
         raises(ValueError, train_quietly, *flags, "--out", out, "--steps", 3, words="no checkpoint of train.py")
 
 
+def test_learning_rate_decay():
+    """--lr_decay 0.5 of four steps: 1, 1, 1, 1/2 of the rate, each group of its own; the same run by hand, with another --lr for its last step."""
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], "--encoder_lr_scale", 0.25, "--log_every", 1, "--out"]
+        decayed, by_hand = os.path.join(tmp, "decayed"), os.path.join(tmp, "by_hand")
+        train_quietly(*flags, decayed, "--steps", 4, "--lr", 1e-3, "--lr_decay", 0.5)
+        assert [line["lr"] for line in log_lines(decayed) if "lr" in line] == [1e-3, 1e-3, 1e-3, 5e-4]
+        train_quietly(*flags, by_hand, "--steps", 3, "--lr", 1e-3)
+        train_quietly(*flags, by_hand, "--steps", 4, "--lr", 5e-4, "--resume_anyway")
+        a, b = (load_file(os.path.join(out, "model.safetensors")) for out in (decayed, by_hand))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_every_micro_step_draws_its_own_noise():
     with tempfile.TemporaryDirectory() as tmp:
         grey = os.path.join(tmp, "grey")

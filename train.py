@@ -101,7 +101,9 @@ def parse_args(argv=None):
     add("--micro_batch", type=int, help="images per rank and forward pass *")
     add("--steps", type=int, help="length of the run in optimizer steps *")
     add("--epochs", type=int, help="or in passes over the data *")
-    add("--lr", type=float, help="AdamW learning rate, constant *")
+    add("--lr", type=float, help="AdamW learning rate *")
+    add("--lr_decay", type=float, default=0.0, metavar="FRACTION", help="the last part of the run, over which the rate falls linearly to 0; "
+        "the paper's is constant [%(default)s]")
     add("--encoder_lr_scale", type=float, default=1.0, help="times lr for the pretrained encoder [%(default)s]")
     add("--weight_decay", type=float, default=0.0, help="of matrices; the paper is silent [%(default)s]")
     add("--clip", type=float, default=1.0, help="gradient norm limit, 0 for none; the paper is silent [%(default)s]")
@@ -136,7 +138,7 @@ def parse_args(argv=None):
         args.workers = max(1, min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if torch.cuda.is_available() else 1
     at_least_1 = "size batch_size micro_batch steps epochs latent_dim flow_depth flow_width log_every eval_every save_every keep_every"
     at_least_0 = "workers gtb_depth beta lambda_d lambda_f seed lr encoder_lr_scale weight_decay clip"
-    for low, high, names in (1, math.inf, at_least_1), (0, math.inf, at_least_0), (0, 1, "endpoint max_bad_images"), (0, 0.9, "drop_path"):
+    for low, high, names in (1, math.inf, at_least_1), (0, math.inf, at_least_0), (0, 1, "endpoint lr_decay max_bad_images"), (0, 0.9, "drop_path"):
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not low <= value <= high:  # also catches nan
@@ -556,9 +558,13 @@ def main(argv=None):
     loader = iter(DataLoader(data, num_workers=args.workers, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals,
                              batch_sampler=sample_numbers(now.samples, args.batch_size, micro_batch, rank, ranks, args.steps - now.step)))
     bar = tqdm(total=args.steps, initial=now.step, desc="train", unit="step", disable=None if rank == 0 else True)
+    rates = [group["lr"] for group in optimizer.param_groups]
     tick, timed, interrupted, finite = time.time(), 0, 0, now.sums  # finite: the last step's that was
     while now.step < args.steps and not interrupted:
         # one training step
+        decay = min(1.0, (args.steps - now.step) / max(1.0, args.lr_decay * args.steps))
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * decay
         stats, unread = 0, set()
         for m in range(accumulation):
             img, label = next(loader)
@@ -601,7 +607,7 @@ def main(argv=None):
             seconds_a_step = (time.time() - tick) / timed
             img_s = args.batch_size / seconds_a_step
             line = dict(step=now.step, loss=args.lambda_d * loss_dist + args.lambda_f * loss_flow, loss_flow=loss_flow, loss_dist=loss_dist,
-                        alpha=layers[:L], weight=layers[L:], grad_norm=grad_norm, lr=args.lr, skipped=int(now.faults[0]), img_s=img_s,
+                        alpha=layers[:L], weight=layers[L:], grad_norm=grad_norm, lr=args.lr * decay, skipped=int(now.faults[0]), img_s=img_s,
                         tflops_per_gpu=img_s / ranks * flops / 1e12, memory_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None)
             say(as_text(line, args.steps, peak, (args.steps - now.step) * seconds_a_step))
             write(**line)

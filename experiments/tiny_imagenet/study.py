@@ -27,7 +27,7 @@ from decoder import Decoder, patchify
 from encoder import Encoder
 from eval import image_noise
 
-ALWAYS = "--teacher small --batch_size 128 --micro_batch 128 --steps 3500 --eval_every 1000 --save_every 3500"
+ALWAYS = "--teacher small --steps 3000 --lr_decay 0.5 --save_every 100000"
 ROWS = {  # name -> flags of train.py
     "default": "",                                             # adaptive, beta 2, 1:1, GTB 3, latent 16, the paper's times
     "final": "--strategy final", "uniform": "--strategy uniform", "progressive": "--strategy progressive",  # Table 5a
@@ -37,9 +37,11 @@ ROWS = {  # name -> flags of train.py
     "latent-8": "--latent_dim 8",
     "endpoint-0.25": "--endpoint 0.25", "endpoint-0.5": "--endpoint 0.5", "endpoint-1": "--endpoint 1",     # ours
     "sum": "--lambda_f 192",                                   # eq. 5's norm read as a sum over the 3 x 8 x 8 elements of a patch
+    "longer": "--steps 6000",                                  # has the default flattened out?
+    "best": "--endpoint 0.9 --steps 16000",                    # for the quality, not for a table of the paper
 }
 ROWS.update({f"{name}@{seed}": f"{flags} --seed {seed}" for name, flags in list(ROWS.items()) for seed in (1, 2)})
-DECODING_STEPS = {"default": (2, 4, 25), "endpoint-0.5": (2, 4, 25), "endpoint-1": (2, 4, 25)}  # besides one
+DECODING_STEPS = {"default": (2, 4, 25), "endpoint-0.5": (2, 4, 25), "endpoint-1": (2, 4, 25), "best": (2, 4, 25)}  # besides one
 
 
 @torch.no_grad()
@@ -98,7 +100,7 @@ def main():
     ap.add_argument("--val", nargs="+", required=True, metavar="PATH")
     ap.add_argument("--teacher_weights", required=True, metavar="FILE", help="of teacher.py small")
     ap.add_argument("--gpus", nargs="+", help="run several rows side by side, one for each GPU named here; a GPU may be named more than once")
-    ap.add_argument("--workers", type=int, default=5, help="data loading processes of a run [%(default)s]")
+    ap.add_argument("--workers", type=int, default=4, help="data loading processes of a run [%(default)s]")
     ap.add_argument("--more", default="", metavar="FLAGS", help="of train.py, after the row's; they are kept in the results")
     ap.add_argument("--runs", default="out/study", metavar="FOLDER", help="where the runs live [%(default)s]")
     ap.add_argument("--results", default=os.path.join(HERE, "results.jsonl"), metavar="FILE", help="[%(default)s]")
@@ -122,7 +124,7 @@ def main():
     def one(name):
         gpu, log = free.get(), os.path.join(args.runs, name.replace(":", "-") + ".txt")
         start = time.time()
-        env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "2"}  # or the evaluations of all rows fight for the cores
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4"}  # rows share the cores
         with open(log, "w") as f:
             status = subprocess.run([sys.executable, __file__, name, *rest], stdout=f, stderr=f, env=env).returncode
         free.put(gpu)

@@ -1,9 +1,10 @@
 """Tables and plots of results.jsonl: python experiments/tiny_imagenet/tables.py
 
-Prints the tables that README.md beside this file shows, and writes layers.png (the paper's Fig. 16: weights and distances of all
-layers in training, from log-default.jsonl), beta.png (Fig. 4) and endpoint.png. Needs matplotlib.
+Writes the tables into README.md beside this file, between its two comments, and draws layers.png (the paper's Fig. 16: distances and
+weights of all layers in training, from log-default.jsonl), beta.png (Fig. 4) and endpoint.png. Needs matplotlib.
 """
 import json
+import math
 import os
 
 import matplotlib
@@ -13,59 +14,81 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-TABLES = {
-    "Table 5a, distillation strategy": ["final", "uniform", "progressive", "default", "none"],
-    "Table 5b, lambda_d : lambda_f": ["100:1", "default", "1:100", "none"],
-    "Table 5c, decoder": ["pixel", "gtb-0", "default", "gtb-6"],
-    "Fig. 4, beta and latent channels": ["progressive", "beta-0.5", "beta-1", "default", "beta-3", "beta-5", "latent-8"],
-    "Ours, times at t = 1, and the loss as a sum": ["default", "endpoint-0.25", "endpoint-0.5", "endpoint-1", "sum"],
+DEFAULT = "adaptive, beta 2, 1:1, GTB 3, latent 16 (default)"
+TABLES = {  # title -> (the paper's figures, {row: (what it is, the paper's figures for it)})
+    "Table 5a, distillation": ("paper: PSNR, rFID, MME-P", {
+        "final": ("final layer", "33.41, 0.25, 1435.6"), "uniform": ("uniform", "30.77, 0.45, 1518.2"),
+        "progressive": ("progressive (beta 0)", "31.91, 0.38, 1495.3"), "default": (DEFAULT, "33.23, 0.26, 1513.7"), "none": ("none", "–")}),
+    "Table 5b, lambda_d : lambda_f": ("paper: MME-P, PSNR", {
+        "100:1": ("100:1", "1521.4, 26.57"), "default": ("1:1 (default)", "1513.7, 32.48"), "1:100": ("1:100", "1453.0, 32.88"),
+        "none": ("0:1", "817.2, 33.69")}),
+    "Table 5c, decoder": ("paper: PSNR, rFID", {
+        "pixel": ("pixel regression, GTB 3", "25.12, 1.89"), "gtb-0": ("pixel flow, no GTB", "30.15, 0.51"),
+        "default": ("pixel flow, GTB 3 (default)", "–"), "gtb-6": ("pixel flow, GTB 6", "33.23, 0.26")}),
+    "Fig. 4, beta and latent channels": ("", {
+        "progressive": ("beta 0", ""), "beta-0.5": ("beta 0.5", ""), "beta-1": ("beta 1", ""), "default": ("beta 2, latent 16 (default)", ""),
+        "beta-3": ("beta 3", ""), "beta-5": ("beta 5", ""), "latent-8": ("latent 8", "")}),
+    "Ours: patches at t = 1 in training, the loss as a sum, longer runs": ("", {
+        "default": (DEFAULT, ""), "endpoint-0.25": ("`--endpoint 0.25`", ""), "endpoint-0.5": ("`--endpoint 0.5`", ""),
+        "endpoint-1": ("`--endpoint 1`", ""), "sum": ("eq. 5 as a sum, `--lambda_f 192`", ""), "longer": ("default, 6,000 steps", ""),
+        "best": ("`--endpoint 0.9`, 16,000 steps", "")}),
 }
+COLUMNS = {"PSNR": ("psnr", 2), "ssim": ("ssim", 4), "ssim_paper": ("ssim_paper", 4), "linear probe": ("linear", 2), "20-NN": ("knn", 2),
+           "linear, of the latent": ("linear_latent", 2), "cosine": ("cosine", 3), "grid artifact": ("grid_artifact", 3)}
 
 
 def load(path):
     """{row name without its seed: [results, one for each seed]}."""
     rows = {}
     with open(path) as f:
-        lines = {line["row"]: line for line in map(json.loads, f)}  # the last one of a row that was run again
-    for name, line in lines.items():
-        rows.setdefault(name.split("@")[0], []).append(line)
+        for line in sorted(map(json.loads, f), key=lambda line: line["row"]):
+            rows.setdefault(line["row"].split("@")[0], []).append(line)
     return rows
 
 
-def cell(lines, key, digits=2):
-    """One value for each seed, of the lines that have it; key is a name or a function of a line."""
-    value = key if callable(key) else lambda x: x[key]
-    return " / ".join(f"{value(x):.{digits}f}" for x in lines if "psnr" in x or key is seen) or "–"
+def values(lines, key):
+    """One value for each seed; of the cosines the mean over layers."""
+    return [float(np.mean(line[key])) for line in lines]
 
 
-def seen(line):
-    """What train.py itself saw last: the one-step PSNR of the first 512 validation images."""
-    return list(line["psnr_seen"].values())[-1]
+def spread(rows, key):
+    """Standard deviation between seeds, pooled over the rows that have two or more."""
+    squares = [(x - np.mean(v)) ** 2 for lines in rows.values() for v in [values(lines, key)] for x in v]
+    freedom = sum(len(lines) - 1 for lines in rows.values())
+    return math.sqrt(sum(squares) / freedom) if freedom else math.nan
 
 
-def table(rows, names):
-    yield "| row | PSNR of 512 | PSNR | ssim | ssim_paper | linear probe | 20-NN | mean cosine | linear, latent | grid artifact |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
-    for name in names:
-        if name not in rows:
-            yield f"| {name} | not run | | | | | | | | |"
-            continue
-        r = rows[name]
-        yield (f"| {name} | {cell(r, seen)} | {cell(r, 'psnr')} | {cell(r, 'ssim', 4)} | {cell(r, 'ssim_paper', 4)} | {cell(r, 'linear')} | {cell(r, 'knn')} | "
-               f"{cell(r, lambda x: np.mean(x['cosine']), 3)} | {cell(r, 'linear_latent')} | {cell(r, 'grid_artifact', 3)} |")
+def text(rows):
+    """All tables, as lines of Markdown."""
+    default = rows["default"][0]
+    for title, (of_paper, names) in TABLES.items():
+        yield from ("", f"| {title} | " + f"{of_paper} | " * bool(of_paper) + " | ".join(COLUMNS) + " |", "|---" * (1 + bool(of_paper) + len(COLUMNS)) + "|")
+        for name, (label, paper) in names.items():
+            cells = [" / ".join(f"{v:.{digits}f}" for v in values(rows[name], key)) if name in rows else "not run" for key, digits in COLUMNS.values()]
+            yield f"| {label} | " + f"{paper} | " * bool(of_paper) + " | ".join(cells) + " |"
+    pca = default["pca"]
+    yield from ("", f"Teacher: linear probe {default['linear_teacher']:.2f}, 20-NN {default['knn_teacher']:.2f}. PCA, 16 components per patch: PSNR "
+                f"{pca['psnr']:.2f}, ssim {pca['ssim']:.4f}, ssim_paper {pca['ssim_paper']:.4f}.")
+    yield (f"Standard deviation between two seeds, pooled over the rows that have both: PSNR {spread(rows, 'psnr'):.2f} dB, linear probe "
+           f"{spread(rows, 'linear'):.2f}, 20-NN {spread(rows, 'knn'):.2f} points.")
+    yield from ("", "| PSNR, decoded in | 1 step | 2 | 4 | 25 |", "|---|---|---|---|---|")
+    for name, lines in rows.items():
+        if lines[0]["psnr_steps"]:
+            yield f"| {name} | {lines[0]['psnr']:.2f} | " + " | ".join(f"{x:.2f}" for x in lines[0]["psnr_steps"].values()) + " |"
+    for name in ("default", "longer") if "longer" in rows else ("default",):
+        seen = rows[name][0]["psnr_seen"]
+        yield from ("", f"| PSNR of 512 images in training, {name}, at step | " + " | ".join(seen) + " |", "|---" * (1 + len(seen)) + "|")
+        yield "| | " + " | ".join(f"{x:.2f}" for x in seen.values()) + " |"
+    yield ""
 
 
 def curves(rows, names, xs, xlabel, path):
-    """PSNR and linear probe over a setting, a point for each seed."""
-    rows = {name: [x for x in lines if "psnr" in x] for name, lines in rows.items()}
-    if sum(bool(rows.get(name)) for name in names) < 3:
-        return print(f"{path}: fewer than three points, not drawn")
+    """PSNR and linear probe over a setting: a point for each seed, a line through their means."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3), constrained_layout=True)
     for ax, key, label in (left, "psnr", "one-step PSNR, dB"), (right, "linear", "linear probe, %"):
-        points = [(x, line[key]) for x, name in zip(xs, names) for line in rows.get(name, [])]
+        points = [(x, v) for x, name in zip(xs, names) for v in values(rows.get(name, []), key)]
         ax.plot(*zip(*points), "o")
-        means = [(x, np.mean([line[key] for line in rows[name]])) for x, name in zip(xs, names) if rows.get(name)]
-        ax.plot(*zip(*means), "-", color="C0")
+        ax.plot(*zip(*[(x, np.mean(values(rows[name], key))) for x, name in zip(xs, names) if name in rows]), "-", color="C0")
         ax.set(xlabel=xlabel, ylabel=label)
     right.axhline(rows["default"][0]["linear_teacher"], color="grey", ls="--", label="teacher")
     right.legend()
@@ -73,15 +96,15 @@ def curves(rows, names, xs, xlabel, path):
 
 
 def layers(path, out):
-    """Weights and distances of the layers over the steps of the default row (Fig. 16)."""
+    """Distances and weights of the layers over the steps of the default row (Fig. 16)."""
     with open(path) as f:
         log = [x for x in map(json.loads, f) if "alpha" in x]
     steps = [x["step"] for x in log]
     fig, axes = plt.subplots(1, 2, figsize=(9, 3), constrained_layout=True)
     for ax, key, label in (axes[0], "alpha", "distance alpha"), (axes[1], "weight", "weight w"):
-        values = np.array([x[key] for x in log])  # (steps, L)
-        for layer, colour in enumerate(plt.cm.viridis(np.linspace(0, 1, values.shape[1]))):
-            ax.plot(steps, values[:, layer], color=colour, label=f"layer {layer + 1}" if layer % 11 == 0 else None)
+        lines = np.array([x[key] for x in log])  # (steps, L)
+        for layer, colour in enumerate(plt.cm.viridis(np.linspace(0, 1, lines.shape[1]))):
+            ax.plot(steps, lines[:, layer], color=colour, label=f"layer {layer + 1}" if layer % 11 == 0 else None)
         ax.set(xlabel="step", ylabel=label)
     axes[0].set_yscale("log")
     axes[0].legend()
@@ -89,20 +112,13 @@ def layers(path, out):
 
 
 def main():
-    rows = load(os.path.join(HERE, "results.jsonl"))
-    default = rows["default"][0]
-    for title, names in TABLES.items():
-        print(f"**{title}**\n")
-        print("\n".join(table(rows, names)) + "\n")
-    pca = default["pca"]
-    print(f"teacher: linear probe {default['linear_teacher']:.2f}, 20-NN {default['knn_teacher']:.2f}; PCA of 16 components per patch: "
-          f"PSNR {pca['psnr']:.2f}, ssim {pca['ssim']:.4f}, ssim_paper {pca['ssim_paper']:.4f}\n")
-    print("| PSNR decoded in | 1 step | 2 | 4 | 25 |\n|---|---|---|---|---|")
-    for name, r in rows.items():
-        if r[0].get("psnr_steps"):
-            print(f"| {name} | {r[0]['psnr']:.2f} | " + " | ".join(f"{x:.2f}" for x in r[0]["psnr_steps"].values()) + " |")
-    print("\n| PSNR of the row 'default' at step | " + " | ".join(default["psnr_seen"]) + " |\n|---" + "|---" * len(default["psnr_seen"]) + "|")
-    print("| | " + " | ".join(f"{x:.2f}" for x in default["psnr_seen"].values()) + " |")
+    rows, readme = load(os.path.join(HERE, "results.jsonl")), os.path.join(HERE, "README.md")
+    with open(readme) as f:
+        before, _, after = f.read().partition("<!-- tables.py writes from here -->\n")
+    _, end, after = after.partition("<!-- to here -->\n")
+    assert end, f"{readme} has lost the comments that the tables stand between"
+    with open(readme, "w") as f:
+        f.write(before + "<!-- tables.py writes from here -->\n" + "\n".join(text(rows)) + "\n" + end + after)
     betas, endpoints = [0, 0.5, 1, 2, 3, 5], [0, 0.25, 0.5, 1]
     curves(rows, ["progressive", "beta-0.5", "beta-1", "default", "beta-3", "beta-5"], betas, "beta", os.path.join(HERE, "beta.png"))
     curves(rows, ["default", "endpoint-0.25", "endpoint-0.5", "endpoint-1"], endpoints, "fraction of patches at t = 1", os.path.join(HERE, "endpoint.png"))
