@@ -30,7 +30,7 @@ TABLES = {  # title -> (the paper's figures, {row: (what it is, the paper's figu
         "beta-3": ("beta 3", ""), "beta-5": ("beta 5", ""), "latent-8": ("latent 8", "")}),
     "Ours: patches at t = 1 in training, the loss as a sum, longer runs": ("", {
         "default": (DEFAULT, ""), "endpoint-0.25": ("`--endpoint 0.25`", ""), "endpoint-0.5": ("`--endpoint 0.5`", ""),
-        "endpoint-1": ("`--endpoint 1`", ""), "sum": ("eq. 5 as a sum, `--lambda_f 192`", ""), "longer": ("default, 6,000 steps", ""),
+        "endpoint-1": ("`--endpoint 1`", ""), "sum": ("eq. 5 as a sum, `--lambda_f 192`", ""), "longer": ("default, 5,000 steps", ""),
         "best": ("`--endpoint 0.9`, 16,000 steps", "")}),
 }
 COLUMNS = {"PSNR": ("psnr", 2), "ssim": ("ssim", 4), "ssim_paper": ("ssim_paper", 4), "linear probe": ("linear", 2), "20-NN": ("knn", 2),
@@ -85,11 +85,13 @@ def text(rows):
 def curves(rows, names, xs, xlabel, path):
     """PSNR and linear probe over a setting: a point for each seed, a line through their means."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3), constrained_layout=True)
-    for ax, key, label in (left, "psnr", "one-step PSNR, dB"), (right, "linear", "linear probe, %"):
+    for ax, key, label, span in (left, "psnr", "one-step PSNR, dB", 1.5), (right, "linear", "linear probe, %", 6):
         points = [(x, v) for x, name in zip(xs, names) for v in values(rows.get(name, []), key)]
         ax.plot(*zip(*points), "o")
         ax.plot(*zip(*[(x, np.mean(values(rows[name], key))) for x, name in zip(xs, names) if name in rows]), "-", color="C0")
-        ax.set(xlabel=xlabel, ylabel=label)
+        low, high = ax.get_ylim()
+        half = max(high - low, span) / 2  # or noise looks like a trend
+        ax.set(xlabel=xlabel, ylabel=label, ylim=((low + high) / 2 - half, (low + high) / 2 + half))
     right.axhline(rows["default"][0]["linear_teacher"], color="grey", ls="--", label="teacher")
     right.legend()
     fig.savefig(path, dpi=80)
