@@ -545,12 +545,12 @@ def teacher_config(name_or_path):
     return ViTConfig(**read_config(name_or_path)["vit"])
 
 
-def load_teacher(name_or_path, weights=None):
+def load_teacher(name_or_path, weights=None, offline=False):
     """A frozen foundation model in eval mode, on the CPU in fp32.
 
     name_or_path: a key of TEACHERS, or a self-describing safetensors file: a ViT's state dict with the metadata entry
     "config" = JSON {"vit": {fields of ViTConfig}}. weights: a file in any of LAYOUTS; "random", a seeded initialisation, which
-    is announced; or None, the published file, downloaded if need be. Raises ValueError or OSError with what to do.
+    is announced; or None, the published file, downloaded if need be unless `offline`. Raises ValueError or OSError with what to do.
     """
     config = teacher_config(name_or_path)
     if name_or_path not in TEACHERS:
@@ -563,7 +563,7 @@ def load_teacher(name_or_path, weights=None):
             raise FileNotFoundError(f"{shipped}: no such file; train it (experiments/tiny_imagenet/teacher.py), or give --teacher_weights FILE|random")
         weights = shipped
     elif weights is None:
-        weights = fetch(name_or_path)
+        weights = fetch(name_or_path, offline)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -579,13 +579,13 @@ HASH_IN_NAME = re.compile(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+$")  # torch.hu
 RETRIES, PATIENCE, TIMEOUT = 4, 1.0, 30.0  # tries of a download, seconds before the second (then doubled), seconds of silence
 
 
-def fetch(name_or_url):
+def fetch(name_or_url, offline=False):
     """A published file's path on this machine: a path stays as it is; a name in PUBLISHED or a URL is downloaded once.
 
     Looked for in Hugging Face's cache, then in torch.hub's, where it is downloaded to: with a progress bar, resumed where an
     earlier try broke off, once for all processes, and checked against the size and SHA-256 that the server declares
-    (or the hash in its name, as torch.hub's files have) before it is used. Honours HF_ENDPOINT, HF_TOKEN, HF_HOME
-    and HF_HUB_OFFLINE. Raises FileNotFoundError or OSError with the URL, where to put the file by hand, and what to do.
+    (or the hash in its name, as torch.hub's files have) before it is used. offline: only what is on this machine. Honours HF_ENDPOINT,
+    HF_TOKEN, HF_HOME and HF_HUB_OFFLINE. Raises FileNotFoundError or OSError with the URL, where to put the file by hand, and what to do.
     """
     if os.path.isfile(name_or_url):
         return name_or_url
@@ -608,8 +608,8 @@ def fetch(name_or_url):
     if os.path.isfile(path):
         return path
     advice = f"; or put the file at {path} by hand: curl -L -o {path} {url}"
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("0", "", "false", "no"):
-        raise FileNotFoundError(f"{url} is not on this machine and HF_HUB_OFFLINE is set: unset it{advice}")
+    if offline or os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("0", "", "false", "no"):
+        raise FileNotFoundError(f"{url} is not on this machine" + (advice if offline else f" and HF_HUB_OFFLINE is set: unset it{advice}"))
     token = os.environ.get("HF_TOKEN", "").strip() if url.startswith(endpoint + "/") else ""  # for no other host
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -168,8 +168,7 @@ def find_teacher(info, enc, device):
     try:
         if given == "random":
             raise ValueError("a random initialisation, it has no semantics to show")
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for a picture, nothing of that size is downloaded
-        teacher = Encoder(load_teacher(name, given)).eval().to(device)
+        teacher = Encoder(load_teacher(name, given, offline=True)).eval().to(device)  # for a picture, nothing of that size is downloaded
         if teacher.vit.config != enc.vit.config:
             raise ValueError("its structure is another")
         return teacher

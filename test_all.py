@@ -1188,6 +1188,7 @@ def test_downloads():
         with unittest.mock.patch.object(encoder, "TIMEOUT", 0.2):
             raises(OSError, encoder.fetch, "model", words=["timed out", "run it again"])
     with hub(content) as (seen, tmp):
+        raises(FileNotFoundError, encoder.fetch, "model", True, words=["is not on this machine", "put the file at"])
         os.environ["HF_HUB_OFFLINE"] = "1"
         raises(FileNotFoundError, encoder.fetch, "model", words="HF_HUB_OFFLINE")
         snapshot = os.path.join(tmp, "hf", "hub", "models--org--repo", "snapshots", "abc")
