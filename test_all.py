@@ -2304,8 +2304,10 @@ def test_a_full_disk_loses_nothing():
         raises(ValueError, train_quietly, *other, "--steps", 2, words="images was 10 images")
         with open(os.path.join(tmp, "out", ".lock"), "w") as lock:
             fcntl.lockf(lock, fcntl.LOCK_EX)
+            model = shutil.copy(os.path.join(tmp, "teacher.safetensors"), os.path.join(tmp, "out", "model.safetensors"))
             done = run("python", "train.py", *flags, "--steps", 5)
             assert done.returncode == 2 and "another run is writing" in done.stderr, done.stderr
+            assert same_weights(model, os.path.join(tmp, "teacher.safetensors")), "a second run must write nothing"
         os.remove(state)
         for n in (1, 2):  # without state.pt: a new run, the old one's files stay beside it
             train_quietly(*flags, "--steps", 1)

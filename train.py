@@ -505,6 +505,7 @@ def main(argv=None):
     state_path, model_path, log_path, bad_path = (os.path.join(args.out, name) for name in files)
     if rank == 0:
         os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
+        lock = lock_folder(args.out)  # before anything is read: its state.pt may be replaced meanwhile
     state = load_state(state_path, args) if os.path.isfile(state_path) else None
     say(f"data: {len(data):,} {'images' if args.data else 'procedurally drawn pictures (no --data)'} at {args.size} px; evaluation on {val_name}")
     say(f"model: student of {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f}M and decoder of "
@@ -543,7 +544,6 @@ def main(argv=None):
         say(f"the run is finished: {model_path}; to extend it, the same command with {longer}")
         return dist.destroy_process_group() if ranks > 1 else None
     if rank == 0:
-        lock = lock_folder(args.out)
         for path in (log_path, model_path, bad_path) if now.step == 0 else ():
             set_aside(path)
         log = open_log(log_path, now.step)
