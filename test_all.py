@@ -2310,10 +2310,12 @@ def test_a_full_disk_loses_nothing():
             assert same_weights(model, os.path.join(tmp, "teacher.safetensors")), "a second run must write nothing"
         os.remove(state)
         for n in (1, 2):  # without state.pt: a new run, the old one's files stay beside it
-            train_quietly(*flags, "--steps", 1)
+            train_quietly(*flags, "--steps", 1, "--keep_every", 1)
             os.remove(state)
+        assert {"step_000001.png", "step_000001.png.old"} <= set(os.listdir(os.path.join(tmp, "out", "samples")))
         names = os.listdir(os.path.join(tmp, "out"))
-        assert {"log.jsonl.old", "log.jsonl.old.old", "model.safetensors.old", "model.safetensors.old.old"} <= set(names), names
+        assert {"log.jsonl.old", "log.jsonl.old.old", "model.safetensors.old", "model.safetensors.old.old",
+                "model_0000001.safetensors", "model_0000001.safetensors.old"} <= set(names), names
         assert len(log_lines(os.path.join(tmp, "out"))) == 2 and len(open(os.path.join(tmp, "out", "log.jsonl.old")).readlines()) >= 4
 
 
@@ -2417,13 +2419,15 @@ def crash_and_resume(kills, ranks, seed=0):
     steps = 20 + 8 * kills
     with tempfile.TemporaryDirectory() as tmp:
         flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp, n=13)[1], *MICRO_RUN, "--steps", str(steps), "--drop_path", "0.1",
-                 "--save_every", "7", "--eval_every", "10", "--keep_every", "14", "--workers", "1"]
+                 "--save_every", "7", "--eval_every", "10", "--keep_every", "11", "--workers", "1"]
         whole, crashed = (os.path.join(tmp, n) for n in ("whole", "crashed"))
         for out, n in (whole, 0), (crashed, kills):
             crashing_runs(out, flags, ranks, n, np.random.default_rng(seed))
         a, b = log_lines(whole), log_lines(crashed)
         assert a == b, next((x, y) for x, y in zip(a, b) if x != y)
         assert [x["step"] for x in a if "loss" in x] == list(range(1, steps + 1)), "steps never appear twice"
+        kept = [f"model_{n:07d}.safetensors" for n in range(11, steps + 1, 11)]
+        assert sorted(n for n in os.listdir(whole) if n.startswith("model_")) == kept, "at every 11th step, whatever --save_every"
         for name in sorted(os.listdir(whole)):
             assert not name.endswith(".safetensors") or same_weights(os.path.join(whole, name), os.path.join(crashed, name)), name
         resumed = open(crashed + ".txt").read().count("resumed from")

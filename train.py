@@ -14,6 +14,7 @@ out/samples/*.png, and out/bad_images.txt if pictures could not be read. SIGTERM
 import argparse
 import copy
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -353,13 +354,14 @@ def restore(state, path, encoder, decoder, optimizer):
         group.update(settings)
 
 
-def set_aside(path):
-    """Rename what an earlier run left at `path`, so that nothing is overwritten or appended to."""
-    aside = path + ".old"
-    while os.path.exists(aside):
-        aside += ".old"
-    if os.path.exists(path):
-        os.replace(path, aside)
+def set_aside(folder):
+    """Rename what a run without state.pt has left, so that nothing is overwritten or appended to."""
+    for name in "log.jsonl", "bad_images.txt", "model.safetensors", "model_[0-9]*.safetensors", os.path.join("samples", "step_[0-9]*.png"):
+        for path in glob.glob(os.path.join(glob.escape(folder), name)):
+            aside = path + ".old"
+            while os.path.exists(aside):
+                aside += ".old"
+            os.replace(path, aside)
 
 
 def open_log(path, step):
@@ -544,8 +546,8 @@ def main(argv=None):
         say(f"the run is finished: {model_path}; to extend it, the same command with {longer}")
         return dist.destroy_process_group() if ranks > 1 else None
     if rank == 0:
-        for path in (log_path, model_path, bad_path) if now.step == 0 else ():
-            set_aside(path)
+        if now.step == 0:
+            set_aside(args.out)
         log = open_log(log_path, now.step)
 
     def write(**line):
@@ -601,7 +603,8 @@ def main(argv=None):
             stop_as_not_finite(args, data, now, finite, rank)
 
         # log, evaluate, save; all three also at the end
-        logging, evaluating, saving = (now.step == args.steps or now.step % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
+        due = lambda every: now.step == args.steps or every and now.step % every == 0
+        logging, evaluating, saving = due(args.log_every), due(args.eval_every), due(args.save_every) or due(args.keep_every)
         if logging:
             loss_flow, loss_dist, *layers, grad_norm, _ = (now.sums / now.sums[-1]).tolist()
             seconds_a_step = (time.time() - tick) / timed
