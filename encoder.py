@@ -540,7 +540,7 @@ def teacher_config(name_or_path):
     """The ViTConfig of a key of TEACHERS or of a self-describing safetensors file. Raises ValueError for neither."""
     if name_or_path in TEACHERS:
         return TEACHERS[name_or_path]
-    if not os.path.isfile(name_or_path):
+    if not os.path.isfile(str(name_or_path)):  # None where a model file names no teacher
         raise ValueError(f"teacher {name_or_path!r} is neither a file nor one of: {' '.join(TEACHERS)}")
     return ViTConfig(**read_config(name_or_path)["vit"])
 

@@ -881,9 +881,9 @@ def main(argv=None):
                              "every class of --data (the folder that an image is in)")
     results, protocol = reconstruction(job, enc, dec, inputs, fit)
     rated = args.inception != "none"
-    report = {**about, "fit": args.fit, "results": results, "protocol": protocol, "warning": warn_of_few(len(inputs)) if rated else None}
-    if args.fit == args.data:
-        report["warning"] = "fitted on the images that are measured: PCA and probe mean little"
+    warnings = [warn_of_few(len(inputs)) if rated else None,
+                "fitted on the images that are measured: PCA and probe mean little" if args.fit == args.data else None]
+    report = {**about, "fit": args.fit, "results": results, "protocol": protocol, "warning": "; ".join(filter(None, warnings)) or None}
     table = [f"{'':18s}  PSNR dB    ssim  ssim_paper" + "      rFID             IS" * rated]
     for row, r in results.items():
         table.append(f"{row:18s}  {r['psnr']:7.2f}  {r['ssim']:.4f}      {r['ssim_paper']:.4f}"
