@@ -1911,6 +1911,13 @@ def test_evaluation_refuses_before_it_begins():
             assert words in said.getvalue(), said.getvalue()
         raises(ValueError, evaluate, *base, "--probe", "--fit", os.path.join(folder, "class0"), words="class1")
         raises(ValueError, evaluate, *base, "--probe", "--fit", folder, "--teacher", "tiny", words="another width")
+        with unittest.mock.patch.object(evaluation, "InceptionV3", QuickInception):
+            _, report = evaluate(*base, "--inception", weights, "--pca", "--fit", folder)
+        assert "FID of 9 images" in report["warning"] and "fitted on the images that are measured" in report["warning"]
+        nameless, tensors = encoder.read_config(weights), load_file(weights)
+        del nameless["teacher"]
+        encoder.write_model(os.path.join(tmp, "nameless.safetensors"), nameless, tensors)
+        raises(ValueError, evaluate, *base, "--weights", os.path.join(tmp, "nameless.safetensors"), "--probe", "--fit", folder, words="teacher None is neither")
         whole = evaluation.Moments.add
 
         def meanwhile(self, x):  # train.py saves while the statistics are being computed
@@ -2893,6 +2900,10 @@ def test_study_rows_are_commands():
         assert row in shown and open(os.path.join(tmp, "README.md")).read() == shown, "README.md's tables are those of results.jsonl: run tables.py"
         assert Image.open(os.path.join(tmp, "layers.png")).size == (720, 240)
     pair = [{"psnr": [20.0, 21.0], "cosine": [[0.5, 0.7], [0.9]]}, {"psnr": [30.0, 33.0], "cosine": [[1.0], [1.0]]}]
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "results.jsonl")
+        open(path, "w").write("".join(json.dumps({"row": row, "psnr": x}) + "\n" for row, x in (("b", 1), ("a@1", 2), ("a", 3), ("a", 4))))
+        assert {name: tables.values(lines, "psnr") for name, lines in tables.load(path).items()} == {"a": [4, 2], "b": [1]}, "a row run again is no other seed"
     rows = {i: [{key: v[seed] for key, v in row.items()} for seed in (0, 1)] for i, row in enumerate(pair)}
     assert abs(tables.spread(rows, "psnr") - math.sqrt((0.5 + 4.5) / 2)) < 1e-12  # by hand
     assert abs(tables.spread(rows, "cosine") - math.sqrt(0.045 / 2)) < 1e-12

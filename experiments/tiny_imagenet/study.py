@@ -112,7 +112,7 @@ def main():
         return row(names[0], args)
     if os.path.exists(args.results):
         with open(args.results) as f:
-            done = {line["row"] for line in map(json.loads, f) if "psnr" in line}
+            done = {line["row"] for line in map(json.loads, f)}
         names = [n for n in names if n not in done]
 
     free = queue.Queue()
@@ -133,7 +133,7 @@ def main():
 
     os.makedirs(args.runs, exist_ok=True)
     with ThreadPoolExecutor(free.qsize()) as pool:
-        return max(pool.map(one, names), default=0)
+        return int(any([*pool.map(one, names)]))  # a row that a signal killed has a negative status
 
 
 if __name__ == "__main__":

@@ -41,8 +41,9 @@ def load(path):
     """{row name without its seed: [results, one for each seed]}."""
     rows = {}
     with open(path) as f:
-        for line in sorted(map(json.loads, f), key=lambda line: line["row"]):
-            rows.setdefault(line["row"].split("@")[0], []).append(line)
+        lines = {line["row"]: line for line in map(json.loads, f)}  # the last one of a row that was run again
+    for name in sorted(lines):
+        rows.setdefault(name.split("@")[0], []).append(lines[name])
     return rows
 
 
