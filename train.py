@@ -496,8 +496,7 @@ def main(argv=None):
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
         control = dist.new_group(backend="gloo")  # what the ranks must agree on, without a wait for the GPU
     if args.bench:
-        bench(args, teacher, encoder, decoder, optimizer, autocast, ranks, say)
-        return dist.destroy_process_group() if ranks > 1 else None
+        return bench(args, teacher, encoder, decoder, optimizer, autocast, ranks, say)
     args.steps = args.steps or max(1, args.epochs * len(data) // args.batch_size)
     args.images = f"{len(data):,} images" + (f" ({hashlib.sha256(data.names).hexdigest()[:8]})" if args.data else "")  # a resume compares it
     L, grid = len(teacher.blocks), args.size // teacher.config.patch
@@ -544,7 +543,7 @@ def main(argv=None):
     if now.step >= args.steps:
         longer = f"--epochs {2 * args.epochs}" if args.epochs else f"--steps {2 * now.step}"
         say(f"the run is finished: {model_path}; to extend it, the same command with {longer}")
-        return dist.destroy_process_group() if ranks > 1 else None
+        return
     if rank == 0:
         if now.step == 0:
             set_aside(args.out)
@@ -640,10 +639,6 @@ def main(argv=None):
         say(f"done: {model_path}, pictures in {os.path.join(args.out, 'samples')}; try: python sample.py YOUR.png --weights {model_path}")
     if rank == 0:
         log.close(), lock.close()
-    if ranks > 1:
-        dist.barrier()
-        del micro_step, update  # they hold the process group, which must end on all ranks together
-        dist.destroy_process_group()
 
 
 def interrupt(number, frame):
@@ -658,7 +653,11 @@ def run():
     which ignore signals, and a process group for the other ranks."""
     who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     try:
-        return main()
+        main()
+        if dist.is_initialized():  # it must end on all ranks together
+            dist.barrier()
+            dist.destroy_process_group()
+        return
     except (OSError, ValueError) as e:
         print(f"{who}train.py: {(str(e).splitlines() or [repr(e)])[-1]}", file=sys.stderr)
         status = 2
