@@ -316,16 +316,11 @@ class InceptionV3(nn.Module):
 
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path}: no such file; it is {INCEPTION_URL}")
-        shapes = lambda state: {(k, x.shape) for k, x in state.items() if not k.endswith("num_batches_tracked")}  # absent from the file
-        own = self.state_dict()
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            wrong = sorted({k for k, _ in shapes(own) ^ shapes(state)})
+            self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as e:  # torch.load raises many types; all mean that the file is another
-            raise ValueError(f"{path} is not pytorch-fid's Inception ({type(e).__name__}); it is {INCEPTION_URL}") from None
-        if wrong:
-            raise ValueError(f"{path} is not pytorch-fid's Inception: {len(wrong)} tensors missing, unknown or of another shape, {wrong[0]}")
-        self.load_state_dict({**own, **state})
+            why = " ".join(str(e).split())[:300]
+            raise ValueError(f"{path} is not pytorch-fid's Inception ({type(e).__name__}: {why}); it is {INCEPTION_URL}") from None
         self.eval().requires_grad_(False)
 
     def forward(self, img):
