@@ -653,34 +653,33 @@ def download(url, path, token=""):
             return new
 
     part = path + ".part"
-    have = os.path.getsize(part) if os.path.exists(part) else 0
+    have = max(0, os.path.getsize(part) - 1) if os.path.exists(part) else 0  # the last byte again: a server does not send none
     request = urllib.request.Request(url, headers={"User-Agent": "uniflow-minimal", **({"Range": f"bytes={have}-"} if have else {})})
     if token:
         request.add_unredirected_header("Authorization", authorization)
     try:
         response = urllib.request.build_opener(Redirect).open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as e:
-        size = int(declared.get("x-linked-size", -1))
         if e.code != 416:
             raise
-        if have != size:  # all of it is there if this is the size; otherwise the part is of something else
-            os.remove(part)
-            raise OSError("the part downloaded before does not fit the file") from None
-    else:
-        with response, open(part, "ab" if response.status == 206 else "wb") as f:
-            have = f.tell()
-            if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                raise OSError(f"asked for the bytes from {have:,} on, the server sent {response.headers.get('Content-Range')}")
-            length = response.headers.get("Content-Length")
-            declared.update({k.lower(): v for k, v in response.headers.items() if k.lower().startswith("x-linked-")})
-            size = int(declared["x-linked-size"]) if "x-linked-size" in declared else have + int(length) if length else None
-            with tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=os.path.basename(path), disable=None) as bar:
-                while chunk := response.read(1 << 20):
-                    f.write(chunk)
-                    bar.update(len(chunk))
-            f.flush()
-            os.fsync(f.fileno())
-            have = f.tell()
+        os.remove(part)
+        raise OSError("the part downloaded before is longer than the file") from None
+    with response, open(part, "ab") as f:
+        if response.status != 206:  # all of it
+            have = 0
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise OSError(f"asked for the bytes from {have:,} on, the server sent {response.headers.get('Content-Range')}")
+        f.truncate(have)
+        length = response.headers.get("Content-Length")
+        declared.update({k.lower(): v for k, v in response.headers.items() if k.lower().startswith("x-linked-")})
+        size = int(declared["x-linked-size"]) if "x-linked-size" in declared else have + int(length) if length else None
+        with tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=os.path.basename(path), disable=None) as bar:
+            while chunk := response.read(1 << 20):
+                f.write(chunk)
+                bar.update(len(chunk))
+        f.flush()
+        os.fsync(f.fileno())
+    have = os.path.getsize(part)
     if size is not None and have < size:
         raise OSError(f"the connection broke at {have:,} of {size:,} bytes")
     named = HASH_IN_NAME.search(path)
