@@ -625,13 +625,14 @@ def fetch(name_or_url, offline=False):
                 download(url, path, token)
                 return path
             except urllib.error.HTTPError as e:
-                why = {401: "you may not read it: set HF_TOKEN", 403: "you may not read it: set HF_TOKEN, accept its licence",
-                       404: "there is no such file: HF_ENDPOINT may name another mirror"}.get(e.code, "try again later")
-                if (e.code < 500 and e.code not in (408, 429)) or retry == RETRIES - 1:
-                    raise OSError(f"{url}: HTTP status {e.code}, {why}{advice}") from None
+                advised = {401: "you may not read it: set HF_TOKEN", 403: "you may not read it: set HF_TOKEN, accept its licence",
+                           404: "there is no such file: HF_ENDPOINT may name another mirror"}.get(e.code, "try again later")
+                why, hopeless = f"HTTP status {e.code}, {advised}", e.code < 500 and e.code not in (408, 429)
             except (OSError, http.client.HTTPException) as e:  # no connection, silence, a cut: the next try goes on from there
-                if retry == RETRIES - 1 or getattr(e, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-                    raise OSError(f"{url}: {e or type(e).__name__} ({retry + 1} tries): run it again to go on from there{advice}") from None
+                why = f"{one_line(e) or type(e).__name__} ({retry + 1} tries): run it again to go on from there"
+                hopeless = getattr(e, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS)
+            if hopeless or retry == RETRIES - 1:
+                raise OSError(f"{url}: {why}{advice}")
             time.sleep(PATIENCE * 2 ** retry)
 
 
