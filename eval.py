@@ -852,6 +852,8 @@ def main(argv=None):
     digest = sha256(weights) if os.path.isfile(weights) and os.path.getsize(weights) else None
     enc, dec = Encoder.from_pretrained(weights).to(job.device), Decoder.from_pretrained(weights).to(job.device)
     info = read_config(weights)
+    if sha256(weights) != digest:
+        raise ValueError(f"{weights} was written anew while it was read: run this again")
     size, p = args.size or info["size"], dec.config.patch
     if size < p or size % p:
         raise ValueError(f"--size {size} is no multiple of the patch {p} of {weights}: try --size {max(1, round(size / p)) * p}")

@@ -1918,6 +1918,13 @@ def test_evaluation_refuses_before_it_begins():
         del nameless["teacher"]
         encoder.write_model(os.path.join(tmp, "nameless.safetensors"), nameless, tensors)
         raises(ValueError, evaluate, *base, "--weights", os.path.join(tmp, "nameless.safetensors"), "--probe", "--fit", folder, words="teacher None is neither")
+        read = decoder.Decoder.from_pretrained
+
+        def saved(path):  # train.py saves between encoder and decoder
+            return read(shutil.copy(os.path.join(tmp, "nameless.safetensors"), path))
+        with unittest.mock.patch.object(decoder.Decoder, "from_pretrained", saved):
+            raises(ValueError, evaluate, *base, words="written anew while it was read")
+        open(weights, "wb").write(before)
         whole = evaluation.Moments.add
 
         def meanwhile(self, x):  # train.py saves while the statistics are being computed
