@@ -593,7 +593,7 @@ def main(argv=None):
                 dist.all_gather_object(everyones, unread, group=control)
             now.bad.extend(sorted(set().union(*everyones).difference(now.bad)))
             if rank == 0:
-                write_names(bad_path, [data.path(i) for i in now.bad[:100]])
+                write_names(bad_path, [data.path(i) for i in now.bad])
             say(f"{len(now.bad)} of {len(data):,} images cannot be read, others stand in for them: see {bad_path}")
             if len(now.bad) > args.max_bad_images * len(data):
                 raise ValueError(f"{len(now.bad)} of {len(data):,} images cannot be read, more than --max_bad_images {args.max_bad_images} allows: "
