@@ -595,9 +595,9 @@ def fetch(name_or_url, offline=False):
         url, name = f"{endpoint}/{org}/{repo}/resolve/main/{file}", f"{org}--{repo}--{file}"
         home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
         cache = os.path.expanduser(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub")))
-        cached = glob.glob(os.path.join(glob.escape(cache), f"models--{org}--{repo}", "snapshots", "*", file))
-        if any(map(os.path.isfile, cached)):
-            return max(filter(os.path.isfile, cached), key=os.path.getmtime)
+        cached = list(filter(os.path.isfile, glob.glob(os.path.join(glob.escape(cache), f"models--{org}--{repo}", "snapshots", "*", file))))
+        if cached:
+            return max(cached, key=os.path.getmtime)
     else:
         url, name = name_or_url, os.path.basename(urllib.parse.urlsplit(name_or_url).path)
         if not HASH_IN_NAME.search(name):  # then names are no more unique than model.safetensors is
