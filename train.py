@@ -468,7 +468,7 @@ def as_text(x, steps, peak, eta):
     """A training line of log.jsonl, to be read: alpha and w of the first, middle and last layer. peak: the GPU's TFLOP/s, or None."""
     three = lambda layers: " ".join(f"{layers[l]:.3f}" for l in (0, len(layers) // 2, len(layers) - 1))
     return (f"step {x['step']:6d}/{steps} | loss {x['loss']:.4f} | flow {x['loss_flow']:.4f} | dist {x['loss_dist']:.4f} "
-            f"| alpha {three(x['alpha'])} | w {three(x['weight'])} | grad {x['grad_norm']:.2f} | lr {x['lr']:.0e} "
+            f"| alpha {three(x['alpha'])} | w {three(x['weight'])} | grad {x['grad_norm']:.2f} | lr {x['lr']:.1e} "
             f"| {x['img_s']:,.0f} img/s | {x['tflops_per_gpu']:.1f} TFLOP/s" + (f" ({x['tflops_per_gpu'] / peak:.0%} of peak)" if peak else "")
             + (f" | {x['memory_gib']:.1f} GiB" if x["memory_gib"] else "") + (f" | {x['skipped']} steps skipped" if x["skipped"] else "")
             + f" | eta {tqdm.format_interval(eta)}")
