@@ -849,7 +849,7 @@ def main(argv=None):
     from encoder import Encoder, fetch, load_teacher, read_config
 
     weights = fetch(args.weights)
-    digest = sha256(weights) if os.path.isfile(weights) and os.path.getsize(weights) else None
+    digest = sha256(weights) if os.path.getsize(weights) else None
     enc, dec = Encoder.from_pretrained(weights).to(job.device), Decoder.from_pretrained(weights).to(job.device)
     info = read_config(weights)
     if sha256(weights) != digest:
