@@ -2322,6 +2322,8 @@ def test_a_full_disk_loses_nothing():
             done = run("python", "train.py", *flags, "--steps", 5)
             assert done.returncode == 2 and "another run is writing" in done.stderr, done.stderr
             assert same_weights(model, os.path.join(tmp, "teacher.safetensors")), "a second run must write nothing"
+        with unittest.mock.patch.object(train.fcntl, "lockf", side_effect=OSError(38, "Function not implemented")):  # as Lustre's without flock
+            assert "cannot be locked" in train_quietly(*flags, "--steps", 4)
         os.remove(state)
         for n in (1, 2):  # without state.pt: a new run, the old one's files stay beside it
             train_quietly(*flags, "--steps", 1, "--keep_every", 1)

@@ -447,8 +447,10 @@ def lock_folder(folder):
     lock = open(os.path.join(folder, ".lock"), "w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):  # EAGAIN, EACCES
         raise ValueError(f"another run is writing to {folder}: wait for it, or use another --out") from None
+    except OSError as e:  # a file system without locks
+        print(f"{folder} cannot be locked ({e}): nothing keeps a second run out of it")
     return lock
 
 
