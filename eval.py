@@ -731,16 +731,17 @@ def save_latents(job, enc, inputs, info, about, shard=1024):
             raise ValueError(f"{path_of(k)} is damaged ({e}): delete it and run this again") from None
         if any(have.get(key) != value for key, value in made_of.items()):
             raise ValueError(f"{path_of(k)} is of other weights, data, size or precision: use another folder")
-    z, labels, order = [], [], iter(missing)
-    span = next(order, None)
-    for n, img, y in job.images("latents", inputs, numbers=[i for span in missing for i in span]):
+    z, labels = [], []
+    for n, img, y in job.images("latents", inputs, numbers=[i for numbers in missing for i in numbers]):
         with job.autocast:
-            z += enc.encode(img).to(dtype).cpu()
-        labels += y.tolist()
-        while span and len(z) >= len(span):
-            m = len(span)
-            write_model(path_of(span[0] // shard), {**made_of, "first": span[0]}, {"latents": torch.stack(z[:m]), "labels": torch.tensor(labels[:m])})
-            z, labels, span = z[m:], labels[m:], next(order, None)
+            latents = enc.encode(img).to(dtype).cpu()
+        for i, x, label in zip(n, latents, y.tolist()):
+            z.append(x)
+            labels.append(label)
+            if (i + 1) % shard == 0 or i + 1 == len(inputs):  # the last of its file
+                k, tensors = i // shard, {"latents": torch.stack(z), "labels": torch.tensor(labels)}
+                write_model(path_of(k), {**made_of, "first": k * shard}, tensors)
+                z, labels = [], []
     if job.rank == 0:
         index = {**made_of, **about, "classes": inputs.classes, "shard": shard, "protocol": f"ADM centre crops to {inputs.size} px, {job.precision}"}
         write_atomically(os.path.join(folder, "index.json"), lambda f: f.write(json.dumps(index, indent=1).encode()))
