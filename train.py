@@ -103,8 +103,8 @@ def parse_args(argv=None):
     add("--steps", type=int, help="length of the run in optimizer steps *")
     add("--epochs", type=int, help="or in passes over the data *")
     add("--lr", type=float, help="AdamW learning rate *")
-    add("--lr_decay", type=float, default=0.0, metavar="FRACTION", help="the last part of the run, over which the rate falls linearly to 0; "
-        "the paper's is constant [%(default)s]")
+    add("--lr_decay", type=float, default=0.0, metavar="FRACTION", help="the last part of the run, over which the rate falls linearly to 0, "
+        "and rises again if --steps extend it; the paper's is constant [%(default)s]")
     add("--encoder_lr_scale", type=float, default=1.0, help="times lr for the pretrained encoder [%(default)s]")
     add("--weight_decay", type=float, default=0.0, help="of matrices; the paper is silent [%(default)s]")
     add("--clip", type=float, default=1.0, help="gradient norm limit, 0 for none; the paper is silent [%(default)s]")
