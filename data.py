@@ -46,6 +46,8 @@ def load_image(file, short=None):
             img = Image.open(file, formats=FORMATS)
             if img.width * img.height > MAX_PIXELS:  # the header says so, nothing is decoded yet
                 raise ValueError(f"{img.width}x{img.height} pixels, more than {MAX_PIXELS:,}")
+            if img.mode == "F" or img.format == "TIFF" and img.mode == "I":
+                raise ValueError("32 bits a channel, of which nothing says what white is: save it with 8 or 16")
             full, upright = img.size, img.getexif().get(274, 1) == 1
             if short and (upright or full[0] % 8 == full[1] % 8 == 0):
                 img.draft(None, (2 * short, 2 * short))

@@ -603,7 +603,8 @@ def fetch(name_or_url, offline=False):
         if not HASH_IN_NAME.search(name):  # then names are no more unique than model.safetensors is
             name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}--{name}"
     if not url.startswith(("http://", "https://")):
-        raise FileNotFoundError(f"{url}: no such file, no URL (HF_ENDPOINT must be one), nor one of: {' '.join(PUBLISHED)}")
+        raise FileNotFoundError(f"HF_ENDPOINT {endpoint} is no URL" if name_or_url in PUBLISHED else
+                                f"{url}: no such file, no URL, and none of the names {' '.join(PUBLISHED)}")
     path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
     if os.path.isfile(path):
         return path

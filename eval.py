@@ -589,7 +589,7 @@ class Job:
         try:
             path = fetch(self.args.inception)
         except OSError as e:
-            raise OSError(f"{e}; or leave rFID and IS out: --inception none") from None
+            raise OSError(f"{e}" + "; or leave rFID and IS out: --inception none" * (not self.args.fid)) from None
         network, digest = InceptionV3(path).to(self.device), sha256(path)
         known = digest.startswith("6726825d")
         return network, (f"Inception {os.path.basename(path)} (sha256 {digest[:8]}{'' if known else ', NOT that of pytorch-fid: compare with nothing'}), "
@@ -915,3 +915,5 @@ if __name__ == "__main__":
         who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         print(f"{who}eval.py: {(str(e).splitlines() or [repr(e)])[-1]}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

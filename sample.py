@@ -72,16 +72,20 @@ def find_weights(given):
 
 
 def find_pictures(files):
-    """Files as they are, folders replaced by the pictures in them (without earlier results), in sorted order; - stays."""
+    """[(picture, the folder for its results)]: beside a file, and in NAME_recon beside a folder NAME, which may be data to train or
+    measure on. Of a folder the pictures in it (not below it, and no earlier results), in sorted order; - stays."""
     pictures = []
     for f in files:
         if f != "-" and not os.path.exists(f):
             raise FileNotFoundError(f"{f}: no such picture or folder")
+        if not os.path.isdir(f):
+            pictures.append((f, os.path.dirname(f)))
+            continue
         result = lambda name: os.path.splitext(name)[0].endswith(("_recon", "_features"))
-        inside = [os.path.join(f, n) for n in sorted(os.listdir(f)) if is_image(n) and not result(n)] if os.path.isdir(f) else [f]
+        inside = [os.path.join(f, n) for n in sorted(os.listdir(f)) if is_image(n) and not result(n)]
         if not inside:
             raise ValueError(f"{f} holds no pictures ({' '.join(EXTENSIONS)})")
-        pictures += inside
+        pictures += [(path, (os.path.abspath(f) if f.strip("./") == "" else f.rstrip("/")) + "_recon") for path in inside]
     return pictures
 
 
@@ -249,22 +253,25 @@ def main(argv=None):
     print(f"weights {weights}, {'short side ' + str(size) + ' px' if size else 'original size'}, on {device.type}", file=log)
     if args.save_latent and os.path.exists(args.save_latent) and open_weights(args.save_latent)[0] != {"latent"}:
         raise ValueError(f"--save_latent {args.save_latent} is there and is no latent: give another name")
-    digest = sha256(weights) if args.save_latent or any(f.endswith(LATENT) for f in pictures) else None
+    digest = sha256(weights) if args.save_latent or any(f.endswith(LATENT) for f, _ in pictures) else None
     teacher = find_teacher(info, enc, device) if args.features else None
-    os.makedirs(args.out if args.out not in (None, "-") else ".", exist_ok=True)
+    for folder in {os.path.dirname(args.save_latent or ""), *(args.out or folder for _, folder in pictures if args.out != "-")}:
+        os.makedirs(folder or ".", exist_ok=True)
 
     written, skipped = set(), []
 
     def skip(path, why):  # the others go on
         tqdm.write(f"sample.py: {path} {why}", file=sys.stderr)
         skipped.append(path)
-    for picture in tqdm(pictures, disable=None if len(pictures) > 1 else True):
+    for picture, folder in tqdm(pictures, disable=None if len(pictures) > 1 else True):
         latent, path = picture.endswith(LATENT), "stdin" if picture == "-" else picture
         try:
             x, (H, W), kind = load_latent(picture, dec, digest) if latent else load_frames(picture, size)
         except Exception as e:
             skip(path, e if isinstance(e, ValueError) else f"is damaged, or no picture or latent ({type(e).__name__}: {one_line(e)})")
             continue
+        if (tokens := x.shape[2] * x.shape[3] // dec.config.patch ** 2) > 16_384:
+            tqdm.write(f"{path}: {tokens:,} tokens, and attention takes a time quadratic in them; a smaller --size is quicker", file=sys.stderr)
         start = time.perf_counter()
         z, rec = reconstruct(enc, dec, x, H, W, device, args.steps, args.seed)
         seconds, (T, *chw) = time.perf_counter() - start, z.shape
@@ -274,7 +281,7 @@ def main(argv=None):
         except ValueError as e:
             skip(path, e)
             continue
-        stem = os.path.join(args.out or os.path.dirname(path), os.path.splitext(os.path.basename(path))[0])
+        stem = os.path.join(args.out or folder, os.path.splitext(os.path.basename(path))[0])
         stem = next(s for k in range(len(pictures)) if (s := f"{stem}_{k + 1}" if k else stem) not in written)
         written.add(stem)
         path = "standard output" if args.out == "-" else f"{stem}_recon.{kind['format'].lower()}"
@@ -302,3 +309,5 @@ if __name__ == "__main__":
     except (OSError, ValueError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

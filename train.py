@@ -476,7 +476,8 @@ def as_text(x, steps, peak, eta):
             + f" | eta {tqdm.format_interval(eta)}")
 
 
-def main(argv=None):
+def main(argv=None, on_signal=None):
+    """Train as the command line asks. on_signal handles the signals that end a run from where there is something to save."""
     args = parse_args(argv)
 
     # one process per GPU (torchrun), or a single process
@@ -543,7 +544,7 @@ def main(argv=None):
             export(state, model_path)
         del state
     if now.step >= args.steps:
-        longer = f"--epochs {2 * args.epochs}" if args.epochs else f"--steps {2 * now.step}"
+        longer = f"--epochs {math.ceil(2 * now.samples / len(data))}" if args.epochs else f"--steps {2 * now.step}"
         say(f"the run is finished: {model_path}; to extend it, the same command with {longer}")
         return
     if rank == 0:
@@ -556,6 +557,8 @@ def main(argv=None):
             print(json.dumps(line).replace("NaN", "null"), file=log, flush=True)
 
     micro_step, update = training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_batch, accumulation, ranks)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if on_signal else ():
+        signal.signal(number, on_signal)
     flops = model_flops(encoder, decoder, args.size)
     peak = next((v for k, v in PEAK_TFLOPS.items() if on_gpu and k in torch.cuda.get_device_name()), None)
     loader = iter(DataLoader(data, num_workers=args.workers, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals,
@@ -655,7 +658,7 @@ def run():
     which ignore signals, and a process group for the other ranks."""
     who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     try:
-        main()
+        main(on_signal=interrupt)
         if dist.is_initialized():  # it must end on all ranks together
             dist.barrier()
             dist.destroy_process_group()
@@ -663,6 +666,8 @@ def run():
     except (OSError, ValueError) as e:
         print(f"{who}train.py: {(str(e).splitlines() or [repr(e)])[-1]}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:  # before the first step
+        status = 130
     except Exception:
         traceback.print_exc()
         status = 1
@@ -674,6 +679,4 @@ def run():
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, interrupt)
     run()

@@ -9,6 +9,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 from encoder import open_weights, read_config, write_model
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     source, target = sys.argv[1:]
     names, get = open_weights(source)
     tensors = {name: get(name).half() for name in sorted(names)}

@@ -2,7 +2,9 @@
 
     T="--data TRAIN-0.zip ... TRAIN-3.zip --val VAL.zip --teacher_weights teacher-small.safetensors"
     python experiments/tiny_imagenet/study.py default $T                    # one row; default@1 is the same with seed 1
-    python experiments/tiny_imagenet/study.py all $T --gpus 0 0 0 1 1 1     # what is not yet in results.jsonl, three side by side on each of two
+    python experiments/tiny_imagenet/study.py all all@1 $T --gpus 0 0 0 1 1 1 --results mine.jsonl    # three side by side on each of two
+
+Several rows skip what --results has already: to run one again, name it alone, or use another file. all@1: the second seeds.
 
 A row is train.py with ALWAYS and the row's flags, then eval.py on all of --val (probe and 20-NN fitted on --data). It appends one
 line to results.jsonl beside this file: arguments, seed, commit, device, seconds, figures. tables.py makes tables and plots of it.
@@ -95,7 +97,7 @@ def row(name, args):
 
 def main():
     ap = argparse.ArgumentParser(description="Train and measure rows of the ablation tables.", epilog="rows: " + " ".join(ROWS))
-    ap.add_argument("rows", nargs="+", metavar="ROW", help="names, or all")
+    ap.add_argument("rows", nargs="+", metavar="ROW", help="names, or all, or all@1 (the second seeds of all but longer and best)")
     ap.add_argument("--data", nargs="+", required=True, metavar="PATH", help="training archives")
     ap.add_argument("--val", nargs="+", required=True, metavar="PATH")
     ap.add_argument("--teacher_weights", required=True, metavar="FILE", help="of teacher.py small")
@@ -105,14 +107,16 @@ def main():
     ap.add_argument("--runs", default="out/study", metavar="FOLDER", help="where the runs live [%(default)s]")
     ap.add_argument("--results", default=os.path.join(HERE, "results.jsonl"), metavar="FILE", help="[%(default)s]")
     args = ap.parse_args()
-    names = [n for n in ROWS if "@" not in n] if args.rows == ["all"] else args.rows
+    every = {"all": [n for n in ROWS if "@" not in n], "all@1": [n for n in ROWS if n.endswith("@1") and n not in ("longer@1", "best@1")]}
+    names = [name for given in args.rows for name in every.get(given, [given])]
     if unknown := [n for n in names if n not in ROWS]:
         ap.error(f"no such rows: {' '.join(unknown)}; there are {' '.join(ROWS)}")
     if not args.gpus and len(names) == 1:
         return row(names[0], args)
     if os.path.exists(args.results):
         with open(args.results) as f:
-            done = {line["row"] for line in map(json.loads, f)}
+            done = {line["row"] for line in map(json.loads, f)}.intersection(names)
+        print(f"{args.results} has already: {' '.join(done) or 'none of them'}")
         names = [n for n in names if n not in done]
 
     free = queue.Queue()
