@@ -1481,7 +1481,7 @@ def sources():
     add("gif", palette, plain={}, transparent={"transparency": 3}, animated=animated)
     # no JPEG in TIFF: of a damaged one, Pillow 10.1 shows uninitialised memory, other pixels each time
     add("tif", rgb, **{c or "raw": {"compression": c} for c in (None, "tiff_lzw", "tiff_adobe_deflate", "packbits")})
-    add("tif", alpha, palette, deep, rgb.convert("CMYK"), rgb.convert("F"), plain={}, several=dict(save_all=True, append_images=[rgb]))
+    add("tif", alpha, palette, deep, rgb.convert("CMYK"), plain={}, several=dict(save_all=True, append_images=[rgb]))
     add("ppm", rgb), add("pgm", rgb.convert("L"))
     files["deep.pgm"] = b"P5 40 30 65535\n" + np.asarray(deep).astype(">u2").tobytes()
     return files
