@@ -2131,14 +2131,14 @@ def test_log_has_what_it_should():
 
 
 def test_recipes_are_the_papers():
-    """Tables 6-9, and the text where they differ on the batch; the only departure is that of a laptop's 400 steps."""
+    """Tables 6-9, and the text where they differ on the batch; small and tiny are ours, and on a laptop take 400 steps."""
     for name, size, width in (("internvit", 448, 1024), ("dinov2", 378, 1024), ("siglip2", 256, 1152), ("clip", 224, 1024)):
         args = train.parse_args(["--teacher", name])
         got = (args.size, args.flow_width, args.latent_dim, args.gtb_depth, args.flow_depth, args.lr, args.batch_size, args.epochs, args.steps)
         assert got == (size, width, 64, 6, 12, 2e-4, 512, 30, None), name
-        assert (args.beta, args.lambda_d, args.lambda_f, args.endpoint, args.weight_decay, args.drop_path) == (2, 1, 1, 0, 0, 0)
+        assert (args.beta, args.lambda_d, args.lambda_f, args.endpoint, args.lr_decay, args.weight_decay, args.drop_path) == (2, 1, 1, 0, 0, 0, 0)
     laptop = train.parse_args([])
-    assert (laptop.teacher, laptop.steps, laptop.batch_size, laptop.endpoint) == ("tiny", 400, 8, 0.5)
+    assert (laptop.teacher, laptop.steps, laptop.batch_size, laptop.endpoint, laptop.lr_decay) == ("tiny", 400, 8, 0.5, 0.5)
     assert train.parse_args(["--endpoint", "0"]).endpoint == 0 and train.parse_args(["--epochs", "2"]).steps is None
 
 
@@ -2987,7 +2987,7 @@ def test_readme_commands():
 
 
 def slow_first_command():
-    """The README's first command, as it stands: about three minutes on two cores, then a simple picture at 15 dB or more.
+    """The README's first command, as it stands: about three minutes on two cores, then a simple picture at 18 dB or more.
     By name only: python test_all.py slow_first_command"""
     with tempfile.TemporaryDirectory() as tmp:
         start = time.time()
@@ -2999,7 +2999,7 @@ def slow_first_command():
         pen.save(os.path.join(tmp, "simple.png"))
         line = run("python", os.path.join(HERE, "sample.py"), "simple.png", cwd=tmp).stdout
         print(line.splitlines()[-1])
-        assert float(re.search(r"PSNR ([\d.]+)", line)[1]) >= 15
+        assert float(re.search(r"PSNR ([\d.]+)", line)[1]) >= 18
 
 
 def main(names):
