@@ -610,7 +610,7 @@ def fetch(name_or_url, offline=False):
         return path
     advice = f"; or put the file at {path} by hand: curl -L -o {path} {url}"
     if offline or os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("0", "", "false", "no"):
-        raise FileNotFoundError(f"{url} is not on this machine" + (advice if offline else f" and HF_HUB_OFFLINE is set: unset it{advice}"))
+        raise FileNotFoundError(f"{url} is not on this machine" + " and HF_HUB_OFFLINE is set: unset it" * (not offline) + advice)
     token = os.environ.get("HF_TOKEN", "").strip() if url.startswith(endpoint + "/") else ""  # for no other host
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)

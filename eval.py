@@ -348,13 +348,13 @@ def linear_probe(x, y, test_x, test_y, seed=0, epochs=40, batch=1024, rates=(0.0
     order = torch.randperm(len(x), generator=random).to(x.device)
     held, kept = order[:len(x) // 10], order[len(x) // 10:]
     heads, rate = x.new_zeros(len(rates), x.shape[1], classes), x.new_tensor(rates).view(-1, 1, 1)
-    velocity, step, steps = torch.zeros_like(heads), 0, epochs * -(-len(kept) // batch)
-    for _ in range(epochs):
-        for i in kept[torch.randperm(len(kept), generator=random).to(x.device)].split(batch):
-            error = (x[i] @ heads).softmax(-1) - F.one_hot(y[i], classes)  # the gradient of the cross-entropy with respect to the logits
-            velocity = 0.9 * velocity + x[i].T @ error / len(i)
-            heads -= rate * (0.5 + 0.5 * math.cos(math.pi * step / steps)) * velocity
-            step += 1
+    velocity, steps = torch.zeros_like(heads), epochs * -(-len(kept) // batch)
+    batches = (i for _ in range(epochs) for i in kept[torch.randperm(len(kept), generator=random).to(x.device)].split(batch))
+    for step, i in enumerate(batches):
+        inputs = x[i]
+        error = (inputs @ heads).softmax(-1) - F.one_hot(y[i], classes)  # the gradient of the cross-entropy with respect to the logits
+        velocity = 0.9 * velocity + inputs.T @ error / len(i)
+        heads -= rate * (0.5 + 0.5 * math.cos(math.pi * step / steps)) * velocity
     accuracy = lambda head, x, y: 100 * ((x @ head).argmax(1) == y).double().mean().item()
     best = max(range(len(rates)), key=lambda i: accuracy(heads[i], x[held], y[held]))
     return accuracy(heads[best], test_x, test_y), rates[best]

@@ -1,4 +1,4 @@
-"""Reconstruct pictures with a trained tokenizer: image -> 64-channel latent -> image.
+"""Reconstruct pictures with a trained tokenizer: image -> latent -> image.
 
     python sample.py img.png                             # writes img_recon.png: original | reconstruction | error x4
     python sample.py photos/ a.jpg --out results --size 0

@@ -2919,11 +2919,11 @@ def test_study_rows_are_commands():
             tables.main()
         assert row in shown and open(os.path.join(tmp, "README.md")).read() == shown, "README.md's tables are those of results.jsonl: run tables.py"
         assert Image.open(os.path.join(tmp, "layers.png")).size == (720, 240)
-    pair = [{"psnr": [20.0, 21.0], "cosine": [[0.5, 0.7], [0.9]]}, {"psnr": [30.0, 33.0], "cosine": [[1.0], [1.0]]}]
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "results.jsonl")
         open(path, "w").write("".join(json.dumps({"row": row, "psnr": x}) + "\n" for row, x in (("b", 1), ("a@1", 2), ("a", 3), ("a", 4))))
         assert {name: tables.values(lines, "psnr") for name, lines in tables.load(path).items()} == {"a": [4, 2], "b": [1]}, "a row run again is no other seed"
+    pair = [{"psnr": [20.0, 21.0], "cosine": [[0.5, 0.7], [0.9]]}, {"psnr": [30.0, 33.0], "cosine": [[1.0], [1.0]]}]
     rows = {i: [{key: v[seed] for key, v in row.items()} for seed in (0, 1)] for i, row in enumerate(pair)}
     assert abs(tables.spread(rows, "psnr") - math.sqrt((0.5 + 4.5) / 2)) < 1e-12  # by hand
     assert abs(tables.spread(rows, "cosine") - math.sqrt(0.045 / 2)) < 1e-12

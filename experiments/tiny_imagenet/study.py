@@ -43,7 +43,7 @@ ROWS = {  # name -> flags of train.py
     "best": "--endpoint 0.9 --steps 16000",                    # for the quality, not for a table of the paper
 }
 ROWS.update({f"{name}@{seed}": f"{flags} --seed {seed}" for name, flags in list(ROWS.items()) for seed in (1, 2)})
-DECODING_STEPS = {"default": (2, 4, 25), "endpoint-0.5": (2, 4, 25), "endpoint-1": (2, 4, 25), "best": (2, 4, 25)}  # besides one
+IN_STEPS = "default", "endpoint-0.5", "endpoint-1", "best"  # decoded in 2, 4 and 25 steps besides one
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def row(name, args):
             "knn": last["student"]["knn"], "knn_teacher": last["teacher"]["knn"], "linear_latent": latent["student"]["linear"],
             "cosine": measured["cosine_to_teacher"], "pca": next((r for k, r in measured["results"].items() if k.startswith("PCA")), None),
             "grid_artifact": grid_artifact(weights, args.val), "psnr_steps": {}}
-    for n in DECODING_STEPS.get(name, ()):
+    for n in (2, 4, 25) if name in IN_STEPS else ():
         script(*measure, "--steps", str(n))
         with open(report) as f:
             line["psnr_steps"][n] = json.load(f)["results"]["tokenizer"]["psnr"]

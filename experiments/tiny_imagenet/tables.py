@@ -76,7 +76,7 @@ def text(rows):
     for name, lines in rows.items():
         if lines[0]["psnr_steps"]:
             yield f"| {name} | {lines[0]['psnr']:.2f} | " + " | ".join(f"{x:.2f}" for x in lines[0]["psnr_steps"].values()) + " |"
-    for name in ("default", "longer") if "longer" in rows else ("default",):
+    for name in filter(rows.get, ("default", "longer")):
         seen = rows[name][0]["psnr_seen"]
         yield from ("", f"| PSNR of 512 images in training, {name}, at step | " + " | ".join(seen) + " |", "|---" * (1 + len(seen)) + "|")
         yield "| | " + " | ".join(f"{x:.2f}" for x in seen.values()) + " |"
@@ -117,11 +117,11 @@ def layers(path, out):
 def main():
     rows, readme = load(os.path.join(HERE, "results.jsonl")), os.path.join(HERE, "README.md")
     with open(readme) as f:
-        before, _, after = f.read().partition("<!-- tables.py writes from here -->\n")
-    _, end, after = after.partition("<!-- to here -->\n")
+        before, begin, rest = f.read().partition("<!-- tables.py writes from here -->\n")
+    _, end, after = rest.partition("<!-- to here -->\n")
     assert end, f"{readme} has lost the comments that the tables stand between"
     with open(readme, "w") as f:
-        f.write(before + "<!-- tables.py writes from here -->\n" + "\n".join(text(rows)) + "\n" + end + after)
+        f.write(before + begin + "\n".join(text(rows)) + "\n" + end + after)
     betas, endpoints = [0, 0.5, 1, 2, 3, 5], [0, 0.25, 0.5, 1]
     curves(rows, ["progressive", "beta-0.5", "beta-1", "default", "beta-3", "beta-5"], betas, "beta", os.path.join(HERE, "beta.png"))
     curves(rows, ["default", "endpoint-0.25", "endpoint-0.5", "endpoint-1"], endpoints, "fraction of patches at t = 1", os.path.join(HERE, "endpoint.png"))
