@@ -2911,9 +2911,9 @@ def test_study_rows_are_commands():
             flags, output = vars(train.parse_args(line["flags"].split())), ("log_every", "eval_every")
             assert {k for k in flags if flags[k] != parsed[line["row"]][k]}.issubset(output), line["row"]
             if line["row"] == "longer":
-                row = "| default, 5,000 steps |" + "".join(f" {line[k]:.{d}f} |" for k, d in (("psnr", 2), ("ssim", 4), ("ssim_paper", 4), ("linear", 2)))
+                row = "| default, 20,000 steps |" + "".join(f" {line[k]:.{d}f} |" for k, d in (("psnr", 2), ("ssim", 4), ("ssim_paper", 4), ("linear", 2)))
     with tempfile.TemporaryDirectory() as tmp:
-        for name in ("results.jsonl", "log-default.jsonl", "README.md"):
+        for name in ("results.jsonl", "results-short.jsonl", "log-default.jsonl", "README.md"):
             shutil.copy(study.__file__.replace("study.py", name), tmp)
         shown = open(os.path.join(tmp, "README.md")).read()
         with unittest.mock.patch.object(tables, "HERE", tmp):

@@ -1,4 +1,4 @@
-"""Tables and plots of results.jsonl: python experiments/tiny_imagenet/tables.py
+"""Tables and plots of results.jsonl and results-short.jsonl: python experiments/tiny_imagenet/tables.py
 
 Writes the tables into README.md beside this file, between its two comments, and draws layers.png (the paper's Fig. 16: distances and
 weights of all layers in training, from log-default.jsonl), beta.png (Fig. 4) and endpoint.png. Needs matplotlib.
@@ -22,6 +22,8 @@ TABLES = {  # title -> (the paper's figures, {row: (what it is, the paper's figu
     "Table 5b, lambda_d : lambda_f": ("paper: MME-P, PSNR", {
         "100:1": ("100:1", "1521.4, 26.57"), "default": ("1:1 (default)", "1513.7, 32.48"), "1:100": ("1:100", "1453.0, 32.88"),
         "none": ("0:1", "817.2, 33.69")}),
+    "Table 5a again, at 1:100": ("", {
+        "1:100-final": ("final layer", ""), "1:100-uniform": ("uniform", ""), "1:100-progressive": ("progressive", ""), "1:100": ("adaptive", "")}),
     "Table 5c, decoder": ("paper: PSNR, rFID", {
         "pixel": ("pixel regression, GTB 3", "25.12, 1.89"), "gtb-0": ("pixel flow, no GTB", "30.15, 0.51"),
         "default": ("pixel flow, GTB 3 (default)", "–"), "gtb-6": ("pixel flow, GTB 6", "33.23, 0.26")}),
@@ -30,8 +32,8 @@ TABLES = {  # title -> (the paper's figures, {row: (what it is, the paper's figu
         "beta-3": ("beta 3", ""), "beta-5": ("beta 5", ""), "latent-8": ("latent 8", "")}),
     "Ours: patches at t = 1 in training, the loss as a sum, longer runs": ("", {
         "default": (DEFAULT, ""), "endpoint-0.25": ("`--endpoint 0.25`", ""), "endpoint-0.5": ("`--endpoint 0.5`", ""),
-        "endpoint-1": ("`--endpoint 1`", ""), "sum": ("eq. 5 as a sum, `--lambda_f 192`", ""), "longer": ("default, 5,000 steps", ""),
-        "best": ("`--endpoint 0.9`, 16,000 steps", "")}),
+        "endpoint-1": ("`--endpoint 1`", ""), "sum": ("eq. 5 as a sum, `--lambda_f 192`", ""), "1:192": ("the same as `--lambda_d 0.0052083`", ""),
+        "longer": ("default, 20,000 steps", ""), "best": ("`--endpoint 0.9`, 16,000 steps of 256", "")}),
 }
 COLUMNS = {"PSNR": ("psnr", 2), "ssim": ("ssim", 4), "ssim_paper": ("ssim_paper", 4), "linear probe": ("linear", 2), "20-NN": ("knn", 2),
            "linear, of the latent": ("linear_latent", 2), "cosine": ("cosine", 3), "grid artifact": ("grid_artifact", 3)}
@@ -59,8 +61,8 @@ def spread(rows, key):
     return math.sqrt(sum(squares) / freedom) if freedom else math.nan
 
 
-def text(rows):
-    """All tables, as lines of Markdown."""
+def text(rows, short):
+    """All tables, as lines of Markdown; short: the rows of an earlier, shorter study."""
     default = rows["default"][0]
     for title, (of_paper, names) in TABLES.items():
         yield from ("", f"| {title} | " + f"{of_paper} | " * bool(of_paper) + " | ".join(COLUMNS) + " |", "|---" * (1 + bool(of_paper) + len(COLUMNS)) + "|")
@@ -80,6 +82,11 @@ def text(rows):
         seen = rows[name][0]["psnr_seen"]
         yield from ("", f"| PSNR of 512 images in training, {name}, at step | " + " | ".join(seen) + " |", "|---" * (1 + len(seen)) + "|")
         yield "| | " + " | ".join(f"{x:.2f}" for x in seen.values()) + " |"
+    keys = "PSNR", "linear probe", "20-NN"
+    yield from ("", "| after 2,500 steps of 256 | " + " | ".join(keys) + " |", "|---|---|---|---|")
+    for name, lines in short.items():
+        cells = [" / ".join(f"{v:.2f}" for v in values(lines, COLUMNS[key][0])) for key in keys]
+        yield f"| {name} | " + " | ".join(cells) + " |"
     yield ""
 
 
@@ -115,13 +122,14 @@ def layers(path, out):
 
 
 def main():
-    rows, readme = load(os.path.join(HERE, "results.jsonl")), os.path.join(HERE, "README.md")
+    rows, short = (load(os.path.join(HERE, name)) for name in ("results.jsonl", "results-short.jsonl"))
+    readme = os.path.join(HERE, "README.md")
     with open(readme) as f:
         before, begin, rest = f.read().partition("<!-- tables.py writes from here -->\n")
     _, end, after = rest.partition("<!-- to here -->\n")
     assert end, f"{readme} has lost the comments that the tables stand between"
     with open(readme, "w") as f:
-        f.write(before + begin + "\n".join(text(rows)) + "\n" + end + after)
+        f.write(before + begin + "\n".join(text(rows, short)) + "\n" + end + after)
     betas, endpoints = [0, 0.5, 1, 2, 3, 5], [0, 0.25, 0.5, 1]
     curves(rows, ["progressive", "beta-0.5", "beta-1", "default", "beta-3", "beta-5"], betas, "beta", os.path.join(HERE, "beta.png"))
     curves(rows, ["default", "endpoint-0.25", "endpoint-0.5", "endpoint-1"], endpoints, "fraction of patches at t = 1", os.path.join(HERE, "endpoint.png"))
