@@ -157,7 +157,7 @@ class FlowHead(nn.Module):
 
 
 def sinusoid(t, dim):
-    """Transformer features of positions t (...) -> (..., dim): cosines first, then sines, longest period 10000."""
+    """Transformer features of positions t (...) -> (..., dim): cosines first, then sines, of angular frequencies from 1 down to almost 1/10000."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t.float()[..., None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -215,7 +215,7 @@ class Decoder(nn.Module):
     def init_weights(self):
         """Linear weights Xavier-uniform, biases 0; then zero: every modulation (each residual block of the flow head
         starts as the identity) and its output layer (the velocity starts at 0)."""
-        # Differs from the released code: there a later parent `apply` overwrites these zeros.
+        # Differs from the released code: there a later parent `apply` overwrites these zeros, and draws all linear weights with deviation 0.02.
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)

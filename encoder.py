@@ -247,6 +247,7 @@ class Encoder(nn.Module):
             raise ValueError(f"latent_dim is {latent_dim!r:.50}, expected an integer from 1 to 65536")
         D = vit.config.width
         self.vit, self.latent_dim, self.projector = vit, latent_dim, projector
+        self.size = vit.config.size  # pixels of a side that it was trained at; a tokenizer file says its own
         if projector == "linear":
             self.latent_down = nn.Linear(D, latent_dim)
         elif projector == "mlp":
@@ -300,6 +301,7 @@ class Encoder(nn.Module):
         load_exactly(enc.state_dict(), {k[8:]: get(k) for k in present if k.startswith("encoder.")}, path)
         stats = {"latent_mean": enc.latent_mean.flatten(), "latent_std": enc.latent_std.flatten()}  # views of the buffers
         load_exactly(stats, {k: get(k) for k in stats.keys() & present}, path)
+        enc.size = config["size"]
         return enc.eval()
 
     @classmethod
@@ -317,8 +319,9 @@ class Encoder(nn.Module):
 
     def save_hf(self, folder):
         """Write the ViT as the Hugging Face model of its family (config.json, model.safetensors, preprocessor_config.json),
-        which LLaVA or InternVL code reads as a vision tower. ValueError if it is of no such family."""
-        c = self.vit.config
+        which LLaVA or InternVL code reads as a vision tower, for images of the size that it was trained at. ValueError if
+        it is of no such family."""
+        c, size = self.vit.config, self.size
         layout, prefix, kind = "SigLIP, CLIP of transformers", "vision_model.", {}
         if c.pre_norm:
             family, model = "clip_vision_model", "CLIPVisionModel"
@@ -326,23 +329,25 @@ class Encoder(nn.Module):
             family, model, kind = "siglip_vision_model", "SiglipVisionModel", {"vision_use_head": False}
         elif not c.final_norm:
             layout, prefix, family, model = "InternVL of transformers", "", "internvl_vision", "InternVLVisionModel"
-            kind = {"attention_bias": True, "image_size": [c.size] * 2, "patch_size": [c.patch] * 2}
+            kind = {"attention_bias": True, "image_size": [size] * 2, "patch_size": [c.patch] * 2}
         elif c.layer_scale:
             layout, prefix, family, model = "DINOv2 of transformers", "", "dinov2", "Dinov2Model"
             kind = {"mlp_ratio": c.mlp_width // c.width, "use_mask_token": False}
         else:
             raise ValueError("transformers has no vision model of this structure; those of InternViT, DINOv2, SigLIP2 and CLIP can be saved")
         config = dict(model_type=family, architectures=[model], dtype="float32", hidden_size=c.width, num_hidden_layers=c.depth,
-                      num_attention_heads=c.heads, intermediate_size=c.mlp_width, layer_norm_eps=c.eps, image_size=c.size,
+                      num_attention_heads=c.heads, intermediate_size=c.mlp_width, layer_norm_eps=c.eps, image_size=size,
                       patch_size=c.patch, hidden_act=c.activation.replace("gelu_tanh", "gelu_pytorch_tanh")) | kind
         mean, std = PIXEL_STATS[c.pixel_stats]
-        square = {"height": c.size, "width": c.size}
-        preprocessor = dict(image_processor_type="CLIPImageProcessor", size={"shortest_edge": c.size}, crop_size=square, resample=3)
+        square = {"height": size, "width": size}
+        preprocessor = dict(image_processor_type="CLIPImageProcessor", size={"shortest_edge": size}, crop_size=square, resample=3)
         if family == "siglip_vision_model":  # resized to a square, bilinear
             preprocessor = dict(image_processor_type="SiglipImageProcessor", size=square, resample=2)
         preprocessor.update(image_mean=mean, image_std=std)
         tensors = {}
         for key, x in self.vit.state_dict().items():
+            if key == "pos_embed":
+                x = torch.cat([x[:, :c.num_prefix], resize_grid(x[:, c.num_prefix:], size // c.patch, size // c.patch)], dim=1)
             if prefix and key in ("cls_token", "pos_embed"):
                 x = x.squeeze((0, 1) if key == "cls_token" else 0)  # [D] and [N, D] in this layout
             names = names_in(layout, key)

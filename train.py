@@ -58,7 +58,7 @@ RECIPES = {
     "small": dict(OURS, lr=5e-4, flow_width=512),
     "tiny": dict(OURS, lr=1e-3, flow_width=384),
 }
-# small and tiny without a GPU. Differs from the paper: in 400 steps its times leave t = 1, where one-step decoding looks, almost
+# small and tiny without a GPU. Differs from the authors: in 400 steps their times leave t = 1, where one-step decoding looks, almost
 # untrained (16.6 dB on drawn pictures against 19.9), and its constant rate ends in noise (19.1 dB against 22.5).
 ON_CPU = dict(batch_size=8, micro_batch=8, steps=400, endpoint=0.5)
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165, "3090": 71}  # dense bf16
@@ -107,7 +107,7 @@ def parse_args(argv=None):
     add("--lr_decay", type=float, metavar="FRACTION", help="the last part of the run, over which the rate falls linearly to 0, and rises "
         "again if --steps extend it *")
     add("--encoder_lr_scale", type=float, default=1.0, help="times lr for the pretrained encoder [%(default)s]")
-    add("--weight_decay", type=float, default=0.0, help="of matrices; the paper is silent [%(default)s]")
+    add("--weight_decay", type=float, default=0.0, help="of linear and convolution weights; the paper is silent [%(default)s]")
     add("--clip", type=float, default=1.0, help="gradient norm limit, 0 for none; the paper is silent [%(default)s]")
     add("--drop_path", type=float, default=0.0, help="stochastic depth of the student [%(default)s]")
     add("--seed", type=int, default=0, help="of initialisation, sample order, crops, times and noise [%(default)s]")
@@ -126,7 +126,7 @@ def parse_args(argv=None):
     args = ap.parse_args(argv)
 
     config = teacher_config(args.teacher)
-    recipe = RECIPES.get(args.teacher, dict(PAPER, size=config.size))  # a teacher of one's own: the paper's recipe
+    recipe = RECIPES.get(args.teacher, dict(PAPER, size=config.size, flow_width=max(1024, config.width)))  # a teacher of one's own: the paper's recipe
     if args.teacher in ("small", "tiny") and not torch.cuda.is_available():
         recipe = {**recipe, **ON_CPU}
     if args.steps and args.epochs:
@@ -152,11 +152,11 @@ def parse_args(argv=None):
 
 
 def parameter_groups(encoder, decoder, lr, encoder_lr_scale=1.0, weight_decay=0.0):
-    """Every trainable parameter in exactly one optimizer group; only matrices decay, only the pretrained part is scaled."""
+    """Every trainable parameter in exactly one optimizer group; only linear and convolution weights decay, only the pretrained part is scaled."""
     groups = []
     for module, scale in (encoder.vit, encoder_lr_scale), (encoder.latent_down, 1.0), (decoder, 1.0):
         for decays in (True, False):
-            params = [p for p in module.parameters() if p.requires_grad and (p.ndim > 1) == decays]
+            params = [p for p in module.parameters() if p.requires_grad and (p.ndim in (2, 4)) == decays]
             groups.append(dict(params=params, lr=lr * scale, weight_decay=weight_decay * decays))
     return [g for g in groups if g["params"]]
 
@@ -423,6 +423,7 @@ def build_models(args):
             module.latent_mean.zero_()
             module.latent_std.fill_(1)
     encoder.vit.requires_grad_(not args.freeze_encoder)
+    encoder.vit.norm.requires_grad_(False)  # the distances are taken before it, so L_flow alone would move it, and features() with it
     encoder.vit.drop_path = args.drop_path
     encoder.vit.checkpoint = decoder.checkpoint = args.checkpoint_activations
     return teacher, encoder.train(), decoder.train()

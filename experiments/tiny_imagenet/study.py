@@ -31,12 +31,13 @@ from eval import image_noise
 
 ALWAYS = "--teacher small --batch_size 64 --steps 10000 --lr_decay 0.5 --log_every 100 --eval_every 2500 --save_every 100000"
 ROWS = {  # name -> flags of train.py
-    "default": "",                                             # adaptive, beta 2, 1:1, GTB 3, latent 16, the paper's times
+    "default": "",                                             # adaptive, beta 2, 1:1, GTB 3, latent 16, the authors' times
     "final": "--strategy final", "uniform": "--strategy uniform", "progressive": "--strategy progressive",  # Table 5a
     "none": "--lambda_d 0", "100:1": "--lambda_f 0.01", "1:100": "--lambda_d 0.01",  # Table 5b; a weight of 100 would meet --clip at every step
     "1:100-final": "--lambda_d 0.01 --strategy final", "1:100-uniform": "--lambda_d 0.01 --strategy uniform",
     "1:100-progressive": "--lambda_d 0.01 --strategy progressive",                     # Table 5a again, where distances are large
     "pixel": "--decoder pixel", "gtb-0": "--gtb_depth 0", "gtb-6": "--gtb_depth 6",    # Table 5c
+    "pixel-gtb-0": "--decoder pixel --gtb_depth 0",                                    # the paper's D_pixel
     "beta-0.5": "--beta 0.5", "beta-1": "--beta 1", "beta-3": "--beta 3", "beta-5": "--beta 5", "latent-8": "--latent_dim 8",  # Fig. 4
     "endpoint-0.25": "--endpoint 0.25", "endpoint-0.5": "--endpoint 0.5", "endpoint-1": "--endpoint 1",  # ours
     "sum": "--lambda_f 192",                                   # eq. 5's norm read as a sum over the 3 x 8 x 8 elements of a patch

@@ -25,7 +25,7 @@ TABLES = {  # title -> (the paper's figures, {row: (what it is, the paper's figu
     "Table 5a again, at 1:100": ("", {
         "1:100-final": ("final layer", ""), "1:100-uniform": ("uniform", ""), "1:100-progressive": ("progressive", ""), "1:100": ("adaptive", "")}),
     "Table 5c, decoder": ("paper: PSNR, rFID", {
-        "pixel": ("pixel regression, GTB 3", "25.12, 1.89"), "gtb-0": ("pixel flow, no GTB", "30.15, 0.51"),
+        "pixel-gtb-0": ("pixel regression, no GTB", "25.12, 1.89"), "pixel": ("pixel regression, GTB 3", "–"), "gtb-0": ("pixel flow, no GTB", "30.15, 0.51"),
         "default": ("pixel flow, GTB 3 (default)", "–"), "gtb-6": ("pixel flow, GTB 6", "33.23, 0.26")}),
     "Fig. 4, beta and latent channels": ("", {
         "progressive": ("beta 0", ""), "beta-0.5": ("beta 0.5", ""), "beta-1": ("beta 1", ""), "default": ("beta 2, latent 16 (default)", ""),
