@@ -270,7 +270,7 @@ def main(argv=None):
         except Exception as e:
             skip(path, e if isinstance(e, ValueError) else f"is damaged, or no picture or latent ({type(e).__name__}: {one_line(e)})")
             continue
-        if (tokens := x.shape[2] * x.shape[3] // dec.config.patch ** 2) > 16_384:
+        if (tokens := H * W // dec.config.patch ** 2) > 16_384 and not latent:
             tqdm.write(f"{path}: {tokens:,} tokens, and attention takes a time quadratic in them; a smaller --size is quicker", file=sys.stderr)
         start = time.perf_counter()
         z, rec = reconstruct(enc, dec, x, H, W, device, args.steps, args.seed)
