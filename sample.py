@@ -126,7 +126,7 @@ def load_frames(file, size):
             frame.info = dict(img.info)  # which way is up
             frames.append(to_tensor(resize_short_side(ImageOps.exif_transpose(frame), size)))
             durations.append(img.info.get("duration", 0))  # which a WebP tells once the frame is read
-        loop = {k: img.info[k] for k in ("loop",) if k in img.info}  # a GIF without it plays once
+        loop = {"loop": img.info["loop"]} if "loop" in img.info else {}  # a GIF without it plays once
         return torch.stack(frames), still.shape[2:], {"format": img.format, "duration": durations, **loop}
 
 
