@@ -328,7 +328,7 @@ def bench(roots, size, seconds):
     print(f"{len(data):,} images at {size} px; the order of an epoch of ImageNet takes {1e3 * (time.perf_counter() - start):.0f} ms "
           f"and {1_281_167 * 8 / 2**20:.0f} MiB a worker")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for workers in sorted({2 ** k for k in range(cores.bit_length()) if 2 ** k <= cores} | {cores}):
+    for workers in sorted({2 ** k for k in range(cores.bit_length())} | {cores}):
         loader = iter(DataLoader(data, num_workers=workers, pin_memory=on_gpu, prefetch_factor=4,
                                  batch_sampler=sample_numbers(0, 32, 32, 0, 1, 1_000_000)))
         for _ in range(2 * workers):  # until all are at work
