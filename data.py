@@ -279,8 +279,7 @@ class ProceduralDataset(Dataset):
         return self.length
 
     def __getitem__(self, n):
-        if not self.train and not 0 <= n < self.length:
-            raise IndexError(n)
+        n = n if self.train else range(self.length)[n]  # as ImageDataset.index
         rng = np.random.default_rng([self.seed, n, int(self.train)])
         label = int(rng.integers(4))
         return to_tensor(draw(rng, self.classes[label], self.size)), label
