@@ -233,9 +233,7 @@ class ConvBN(nn.Module):
 
     def __init__(self, c_in, c_out, kernel, stride=1, valid=False):
         super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = 0 if valid or stride == 2 else (kernel[0] // 2, kernel[1] // 2)
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, "valid" if valid or stride == 2 else "same", bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=0.001)  # TensorFlow's epsilon; PyTorch's default is 1e-5
 
     def forward(self, x):
