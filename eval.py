@@ -143,7 +143,7 @@ class Moments:
     standard deviation costs no accuracy (Chan et al. 1979). `mean` (D,), `covariance` (D, D), unbiased."""
 
     def __init__(self):
-        self.count, self.mean, self.scatter = 0, 0.0, 0.0
+        self.count, self.mean, self.scatter = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, x):
         """Rows x (n, D). Raises ValueError if one is not finite."""
@@ -544,7 +544,7 @@ class Job:
     def together(self, moments):
         """The Moments of all ranks' rows, on the CPU."""
         whole = Moments()
-        for count, mean, scatter in self.gather((moments.count, *(torch.as_tensor(x).cpu() for x in (moments.mean, moments.scatter)))):
+        for count, mean, scatter in self.gather((moments.count, moments.mean.cpu(), moments.scatter.cpu())):
             if count:
                 whole.merge(count, mean, scatter)
         return whole
