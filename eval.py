@@ -804,27 +804,26 @@ def understanding(job, enc, teacher, inputs, fit):
 
     def features(data, note):
         """({(layer, who): (n, D)}, labels (n,)) of all ranks' images in order, averaged over positions; elsewhere than on rank 0 ({}, None)."""
-        parts, order, labels = {}, [], []
+        parts = {}
         for n, img, y in job.images(note, data):
             with job.autocast:
                 z, student = enc(img)
                 hidden = {"student": student, "teacher": teacher(img)}
-                pooled = {("latent", "student"): z.flatten(2).mean(2)}
+                pooled = {"number": torch.tensor(n), "label": y, ("latent", "student"): z.flatten(2).mean(2).float()}
                 for who, vit in ("student", enc.vit), ("teacher", teacher):
-                    pooled["last layer", who] = vit.norm(hidden[who][-1])[:, P:].mean(1)
-                    pooled["second to last", who] = hidden[who][-2][:, P:].mean(1)
+                    pooled["last layer", who] = vit.norm(hidden[who][-1])[:, P:].mean(1).float()
+                    pooled["second to last", who] = hidden[who][-2][:, P:].mean(1).float()
             for name, x in pooled.items():
-                parts.setdefault(name, []).append(x.float().cpu())
-            order, labels = order + n, labels + y.tolist()
+                parts.setdefault(name, []).append(x.cpu())
             if data is inputs:
                 for l, (s, t) in enumerate(zip(*hidden.values())):
                     cosines[l] += F.cosine_similarity(s[:, P:].float(), t[:, P:].float(), dim=-1).mean(1).double().sum().item()
-        shares = [s for s in job.gather((order, labels, {name: torch.cat(x) for name, x in parts.items()}), everywhere=False) if s[0]]
+        shares = [s for s in job.gather({name: torch.cat(x) for name, x in parts.items()}, everywhere=False) if s]  # of ranks with images
         if not shares:
             return {}, None
-        order = torch.tensor(sum((s[0] for s in shares), [])).argsort()
-        return ({name: torch.cat([s[2][name] for s in shares])[order].to(job.device) for name in shares[0][2]},
-                torch.tensor(sum((s[1] for s in shares), []))[order].to(job.device))
+        whole = {name: torch.cat([s[name] for s in shares]) for name in shares[0]}
+        order, labels = whole.pop("number").argsort(), whole.pop("label")
+        return {name: x[order].to(job.device) for name, x in whole.items()}, labels[order].to(job.device)
 
     x, y = features(fit, "features of --fit")
     test_x, test_y = features(inputs, "features of --data")
