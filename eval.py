@@ -889,8 +889,8 @@ def main(argv=None):
                                "--fit; 20-NN by cosine, votes exp(cosine / 0.07)")
         table += ["", f"{'accuracy in %':18s}  linear: student  teacher   20-NN: student  teacher"]
         for layer, r in report["probe"].items():
-            cell = lambda who, kind: f"{r[who][kind]:7.2f}" if who in r else "      -"
-            table.append(f"{layer:18s}          {cell('student', 'linear')}  {cell('teacher', 'linear')}          {cell('student', 'knn')}  {cell('teacher', 'knn')}")
+            cells = [f"{r[who][kind]:7.2f}" if who in r else "      -" for kind in ("linear", "knn") for who in ("student", "teacher")]
+            table.append("{:18s}          {}  {}          {}  {}".format(layer, *cells))
         table.append("cosine to the teacher, layer by layer: " + " ".join(f"{c:.3f}" for c in report["cosine_to_teacher"]))
     return job.finish(report, table)
 
