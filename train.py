@@ -522,17 +522,17 @@ def main(argv=None, on_signal=None):
         say(f"micro_batch {args.micro_batch} does not divide a rank's share of {args.batch_size // ranks}: using {micro_batch}")
 
     # resume: rank 0 decides from where, all ranks agree
-    here = (state["id"], state["step"]) if state else (uuid.uuid4().hex[:12], 0)
-    start = [here]
+    here = [state["id"], state["step"]] if state else [None, 0]
+    start = list(here)
     if ranks > 1:
-        dist.broadcast_object_list(start, device=device)
+        dist.broadcast_object_list(start, group=control)
+    if here != start:
+        raise ValueError(f"rank {rank} sees another {state_path} than rank 0: --out must lie on a file system that all nodes share")
     now = SimpleNamespace(  # what state.pt holds beside weights, optimizer and arguments
-        id=start[0][0], step=start[0][1], samples=0,
+        id=here[0] or uuid.uuid4().hex[:12], step=here[1], samples=0,
         bad=[],  # numbers of the images that could not be read, in the order found
         sums=torch.zeros(4 + 2 * L, dtype=torch.float64, device=device),  # since the last log line: statistics, gradient norm, steps
         faults=torch.zeros(2, device=device))  # steps skipped, and skipped in a row
-    if here != start[0] and (state or now.step):
-        raise ValueError(f"rank {rank} sees another {state_path} than rank 0: --out must lie on a file system that all nodes share")
     if state:
         restore(state, state_path, encoder, decoder, optimizer)
         now.samples, now.bad, now.sums, now.faults = state["samples"], state["bad"], state["sums"].to(device), state["faults"].to(device)
