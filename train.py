@@ -470,7 +470,7 @@ def stop_as_not_finite(args, data, now, finite, rank):
 
 def as_text(x, steps, peak, eta):
     """A training line of log.jsonl, to be read: alpha and w of the first, middle and last layer. peak: the GPU's TFLOP/s, or None."""
-    three = lambda layers: " ".join(f"{layers[l]:.3f}" for l in (0, len(layers) // 2, len(layers) - 1))
+    three = lambda layers: " ".join(f"{layers[l]:.3f}" for l in (0, len(layers) // 2, -1))
     return (f"step {x['step']:6d}/{steps} | loss {x['loss']:.4f} | flow {x['loss_flow']:.4f} | dist {x['loss_dist']:.4f} "
             f"| alpha {three(x['alpha'])} | w {three(x['weight'])} | grad {x['grad_norm']:.2f} | lr {x['lr']:.1e} "
             f"| {x['img_s']:,.0f} img/s | {x['tflops_per_gpu']:.1f} TFLOP/s" + (f" ({x['tflops_per_gpu'] / peak:.0%} of peak)" if peak else "")
@@ -507,8 +507,7 @@ def main(argv=None, on_signal=None):
     L, grid = len(teacher.blocks), args.size // teacher.config.patch
     config = {"vit": asdict(teacher.config), "decoder": asdict(decoder.config), "size": args.size, "teacher": args.teacher,
               "teacher_weights": args.teacher_weights, "commit": commit()}  # what the exported file says of itself
-    files = "state.pt", "model.safetensors", "log.jsonl", "bad_images.txt"
-    state_path, model_path, log_path, bad_path = (os.path.join(args.out, name) for name in files)
+    state_path, model_path, log_path, bad_path = (os.path.join(args.out, f) for f in ("state.pt", "model.safetensors", "log.jsonl", "bad_images.txt"))
     if rank == 0:
         os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
         lock = lock_folder(args.out)  # before anything is read: its state.pt may be replaced meanwhile
