@@ -385,18 +385,15 @@ def write_names(path, names):
 
 def build_data(args):
     """(training set, evaluation set, what to call it): --val, else other drawn pictures, else the training images."""
-    if args.data:
-        data = ImageDataset(args.data, args.size, True, args.seed, tuple(args.crop_scale))
-    else:
-        data = ProceduralDataset(args.size, True, args.seed)
-    if args.val or args.data:
-        val = ImageDataset(args.val or args.data, args.size, False)
-        val.replace = not args.val  # training images that cannot be read do not stop the run, those of --val must be readable
-        if args.val and os.environ.get("RANK", "0") == "0":  # of which the first evaluation would tell much later
-            for n in range(min(len(val), 512)):
-                val[n]
-        return data, val, "--val" if args.val else "the training images"
-    return data, ProceduralDataset(args.size, False, args.seed), "other drawn pictures"
+    data = ImageDataset(args.data, args.size, True, args.seed, tuple(args.crop_scale)) if args.data else ProceduralDataset(args.size, True, args.seed)
+    if not (args.val or args.data):
+        return data, ProceduralDataset(args.size, False, args.seed), "other drawn pictures"
+    val = ImageDataset(args.val or args.data, args.size, False)
+    val.replace = not args.val  # training images that cannot be read do not stop the run, those of --val must be readable
+    if args.val and os.environ.get("RANK", "0") == "0":  # of which the first evaluation would tell much later
+        for n in range(min(len(val), 512)):
+            val[n]
+    return data, val, "--val" if args.val else "the training images"
 
 
 def build_models(args):
