@@ -101,8 +101,9 @@ def parse_args(argv=None):
     # optimization
     add("--batch_size", type=int, help="global batch *")
     add("--micro_batch", type=int, help="images per rank and forward pass *")
-    add("--steps", type=int, help="length of the run in optimizer steps *")
-    add("--epochs", type=int, help="or in passes over the data *")
+    length = ap.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="length of the run in optimizer steps *")
+    length.add_argument("--epochs", type=int, help="or in passes over the data *")
     add("--lr", type=float, help="AdamW learning rate *")
     add("--lr_decay", type=float, metavar="FRACTION", help="the last part of the run, over which the rate falls linearly to 0, and rises "
         "again if --steps extend it *")
@@ -129,8 +130,6 @@ def parse_args(argv=None):
     recipe = RECIPES.get(args.teacher, dict(PAPER, size=config.size, flow_width=max(1024, config.width)))  # a teacher of one's own: the paper's recipe
     if args.teacher in ("small", "tiny") and not torch.cuda.is_available():
         recipe = {**recipe, **ON_CPU}
-    if args.steps and args.epochs:
-        ap.error(f"--steps {args.steps} and --epochs {args.epochs}: give one")
     if args.steps or args.epochs:
         recipe = {k: v for k, v in recipe.items() if k not in ("steps", "epochs")}
     for name, value in recipe.items():
