@@ -487,8 +487,7 @@ def names_in(layout, key):
     names, parts = dict(zip(PARAMETERS, LAYOUTS[layout])), key.split(".")
     block = f"{names['blocks']}.{parts[1]}." if parts[0] == "blocks" else ""
     part, *kind = parts[2:] if block else parts
-    name = block + names[part]
-    name += "".join(kind) if name.endswith("_") else "".join("." + k for k in kind)
+    name = block + ".".join([names[part], *kind]).replace("_.", "_")  # attn.in_proj_weight
     several = re.search(r"\{(.*)\}", name)
     return [name.replace(several[0], x) for x in several[1].split(",")] if several else [name]
 
