@@ -513,10 +513,11 @@ def load_vit(vit, path, ignore=lambda name: False):
     for key, group in names.items():
         if present.issuperset(group):
             parts, shape = [get(name) for name in group], own[key].shape
-            if key in ("cls_token", "pos_embed") and 0 < parts[0].ndim < 3 and parts[0].shape == shape[-parts[0].ndim:]:
+            if key in ("cls_token", "pos_embed") and parts[0].shape == shape[-parts[0].ndim:]:
                 parts = [parts[0].reshape(shape)]  # [D] or [N, D] in some layouts
-            if any(x.shape != (shape[0] // len(parts), *shape[1:]) for x in parts):
-                wrong.append(f"{' + '.join(group)} is {tuple(parts[0].shape)}, expected {(shape[0] // len(parts), *shape[1:])}")
+            expected = (shape[0] // len(parts), *shape[1:])
+            if any(x.shape != expected for x in parts):
+                wrong.append(f"{' + '.join(group)} is {tuple(parts[0].shape)}, expected {expected}")
             else:
                 state[key] = torch.cat(parts)
     if wrong:
