@@ -307,7 +307,7 @@ class Encoder(nn.Module):
     @classmethod
     def _from_released(cls, path):
         enc = cls(ViT(TEACHERS["internvit"]))
-        used = load_vit(enc.vit, path, ignore=lambda name: True)
+        used = load_vit(enc.vit, path, others=True)
         names = {k: f"chal_proj.{'c_fc' if k[0] == '0' else 'c_proj'}{k[1:]}" for k in enc.latent_down.state_dict()}
         present, get = open_weights(path)
         load_exactly(enc.latent_down.state_dict(), {k: get(name) for k, name in names.items() if name in present}, path)
@@ -492,11 +492,11 @@ def names_in(layout, key):
     return [name.replace(several[0], x) for x in several[1].split(",")] if several else [name]
 
 
-def load_vit(vit, path, ignore=lambda name: False):
+def load_vit(vit, path, others=False):
     """Copy a file of any known layout into `vit`, converted to fp32, after comparing all names both ways and all shapes.
     Returns the set of the file's names that were used.
 
-    Names for which `ignore` is true, and KNOWN_EXTRAS, may be there besides. ValueError lists what does not fit.
+    KNOWN_EXTRAS, or with `others` any names, may be there besides. ValueError lists what does not fit.
     """
     present, get = open_weights(path)
     own, marks = vit.state_dict(), ("blocks.0.proj.weight", "blocks.0.norm1.weight", "pos_embed")
@@ -508,7 +508,7 @@ def load_vit(vit, path, ignore=lambda name: False):
     names = {key: [prefix + name for name in names_in(layout, key)] for key in own}
     wanted = {name for group in names.values() for name in group}
     wrong = [f"missing {name}" for name in wanted - present]
-    wrong += [f"unknown {name}" for name in present - wanted if not (KNOWN_EXTRAS.match(name) or ignore(name))]
+    wrong += [f"unknown {name}" for name in present - wanted if not (others or KNOWN_EXTRAS.match(name))]
     state = {}
     for key, group in names.items():
         if present.issuperset(group):
