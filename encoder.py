@@ -562,13 +562,12 @@ def load_teacher(name_or_path, weights=None, offline=False):
         if weights is not None:
             raise ValueError(f"teacher {name_or_path} is a file and brings its weights: leave out teacher_weights {weights}")
         weights = name_or_path
-    elif weights is None and name_or_path in ("tiny", "small"):
-        shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", f"teacher-{name_or_path}.safetensors")
-        if not os.path.isfile(shipped):
-            raise FileNotFoundError(f"{shipped}: no such file; train it (experiments/tiny_imagenet/teacher.py), or give --teacher_weights FILE|random")
-        weights = shipped
-    elif weights is None:
+    elif weights is None and name_or_path in PUBLISHED:
         weights = fetch(name_or_path, offline)
+    elif weights is None:
+        weights = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", f"teacher-{name_or_path}.safetensors")
+        if not os.path.isfile(weights):
+            raise FileNotFoundError(f"{weights}: no such file; train it (experiments/tiny_imagenet/teacher.py), or give --teacher_weights FILE|random")
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
