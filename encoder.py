@@ -677,7 +677,7 @@ def download(url, path, token=""):
             raise OSError(f"asked for the bytes from {have:,} on, the server sent {response.headers.get('Content-Range')}")
         f.truncate(have)
         length = response.headers.get("Content-Length")
-        declared.update({k.lower(): v for k, v in response.headers.items() if k.lower().startswith("x-linked-")})
+        declared.update({k.lower(): v for k, v in response.headers.items()})
         size = int(declared["x-linked-size"]) if "x-linked-size" in declared else have + int(length) if length else None
         with tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=os.path.basename(path), disable=None) as bar:
             while chunk := response.read(1 << 20):
