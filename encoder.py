@@ -298,7 +298,7 @@ class Encoder(nn.Module):
         except (KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{path} does not describe a UniFlow encoder ({type(e).__name__}: {one_line(e)})") from None
         present, get = open_weights(path)
-        load_exactly(enc.state_dict(), {k[8:]: get(k) for k in present if k.startswith("encoder.")}, path)
+        load_exactly(enc.state_dict(), {k.removeprefix("encoder."): get(k) for k in present if k.startswith("encoder.")}, path)
         stats = {"latent_mean": enc.latent_mean.flatten(), "latent_std": enc.latent_std.flatten()}  # views of the buffers
         load_exactly(stats, {k: get(k) for k in stats.keys() & present}, path)
         enc.size = config["size"]
