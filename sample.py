@@ -37,16 +37,17 @@ LATENT = ".safetensors"  # how the names of latents end
 
 def parse_args(argv=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("files", nargs="*", metavar="FILES", help="pictures, animations, folders of them, latents that --save_latent wrote, - for standard input")
-    ap.add_argument("--weights", metavar="FILE", help="tokenizer: a file, or uniflow-internvit, the authors' [out/model.safetensors, else the shipped weights]")
-    ap.add_argument("--size", type=int, help="short side in pixels, 0 for the picture's own; a latent has its own [the model's native size]")
-    ap.add_argument("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
-    ap.add_argument("--seed", type=int, default=0, help="of the decoding noise [%(default)s]")
-    ap.add_argument("--out", metavar="FOLDER", help="where to write; - for standard output: the reconstruction alone [beside each picture; - if FILES is -]")
-    ap.add_argument("--save_latent", metavar="FILE", help="also write the latent of the one picture given, (frames, C, h, w), normalised, as .safetensors")
-    ap.add_argument("--features", action="store_true", help="also write the tokens' first three principal components as colours, the teacher's beside them "
-                    "where it is on this machine (same colour, same direction); of an animation, the first frame's")
-    ap.add_argument("--bench", action="store_true", help="measure encoding and decoding; on a GPU without --weights, of InternViT's size at random")
+    add = ap.add_argument
+    add("files", nargs="*", metavar="FILES", help="pictures, animations, folders of them, latents that --save_latent wrote, - for standard input")
+    add("--weights", metavar="FILE", help="tokenizer: a file, or uniflow-internvit, the authors' [out/model.safetensors, else the shipped weights]")
+    add("--size", type=int, help="short side in pixels, 0 for the picture's own; a latent has its own [the model's native size]")
+    add("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
+    add("--seed", type=int, default=0, help="of the decoding noise [%(default)s]")
+    add("--out", metavar="FOLDER", help="where to write; - for standard output: the reconstruction alone [beside each picture; - if FILES is -]")
+    add("--save_latent", metavar="FILE", help="also write the latent of the one picture given, (frames, C, h, w), normalised, as .safetensors")
+    add("--features", action="store_true", help="also write the tokens' first three principal components as colours, the teacher's beside them "
+        "where it is on this machine (same colour, same direction); of an animation, the first frame's")
+    add("--bench", action="store_true", help="measure encoding and decoding; on a GPU without --weights, of InternViT's size at random")
     args = ap.parse_args(argv)
     args.out = args.out or ("-" if "-" in args.files else None)
     for wrong, why in (
