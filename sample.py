@@ -115,12 +115,12 @@ def load_frames(file, size):
         warnings.simplefilter("ignore")  # PIL's, of odd metadata
         img = Image.open(file, formats=FORMATS)
         first = int(img.info.get("default_image", False))  # 1: an APNG has a picture before, shown where nothing moves
-        T, frames, durations = (getattr(img, "n_frames", 1) if img.format in ("GIF", "PNG", "WEBP") else 1) - first, [], []
+        T = (getattr(img, "n_frames", 1) if img.format in ("GIF", "PNG", "WEBP") else 1) - first
         if T < 2:
             return still, still.shape[2:], {"format": "PNG"}
         if T * still.numel() > 6 * MAX_PIXELS:
             raise ValueError(f"has {T} frames of {still.shape[3]}x{still.shape[2]}, more than {2 * MAX_PIXELS:,} pixels in all: give a smaller --size")
-        white = Image.new("RGBA", img.size, "white")
+        white, frames, durations = Image.new("RGBA", img.size, "white"), [], []
         for i in range(first, first + T):
             img.seek(i)
             frame = Image.alpha_composite(white, img.convert("RGBA").crop((0, 0, *white.size))).convert("RGB")
