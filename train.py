@@ -452,13 +452,13 @@ def lock_folder(folder):
     return lock
 
 
-def stop_as_not_finite(args, data, now, finite, rank):
+def stop_as_not_finite(args, data, now, last_finite, rank):
     """After too many skipped steps in a row: name the last batch in a file, and say from where to go on."""
     files = [data.path(data.index(n)) for n in range(now.samples - args.batch_size, now.samples)] if args.data else ["drawn pictures"]
     names = os.path.join(args.out, "not_finite.txt")
     if rank == 0:
         write_names(names, files)
-    flow, distance, *_ = (finite / finite[-1]).tolist()  # nan if there was none since the start
+    flow, distance, *_ = (last_finite / last_finite[-1]).tolist()  # nan if there was none since the start
     raise ValueError(f"at step {now.step} the loss or its gradient is not finite, {int(now.faults[1])} steps in a row (the last finite one: "
                      f"flow {flow:.4f}, distillation {distance:.4f}); the last batch is {', '.join(files[:3])} .. (all of it in {names}). "
                      f"The last save is {os.path.join(args.out, 'state.pt')}: the same command with a lower --lr and --resume_anyway goes on from there")
@@ -562,7 +562,8 @@ def main(argv=None, on_signal=None):
                              batch_sampler=sample_numbers(now.samples, args.batch_size, micro_batch, rank, ranks, args.steps - now.step)))
     bar = tqdm(total=args.steps, initial=now.step, desc="train", unit="step", disable=None if rank == 0 else True)
     rates = [group["lr"] for group in optimizer.param_groups]
-    tick, timed, interrupted, finite = time.time(), 0, 0, now.sums  # finite: the last step's that was
+    tick, timed, interrupted = time.time(), 0, 0
+    last_finite = now.sums  # statistics of the last step that was
     while now.step < args.steps and not interrupted:
         # one training step
         decay = min(1.0, (args.steps - now.step) / max(1.0, args.lr_decay * args.steps))
@@ -579,7 +580,7 @@ def main(argv=None, on_signal=None):
         row = update(stats / ranks)
         skip = ~row.isfinite().all()
         now.sums += torch.where(skip, 0, row)
-        finite = torch.where(skip, finite, row)
+        last_finite = torch.where(skip, last_finite, row)
         now.faults = torch.stack([now.faults[0] + skip, (now.faults[1] + 1) * skip])
         now.step, now.samples, timed = now.step + 1, now.samples + args.batch_size, timed + 1
         bar.update()
@@ -601,7 +602,7 @@ def main(argv=None, on_signal=None):
                 raise ValueError(f"{len(now.bad)} of {len(data):,} images cannot be read, more than --max_bad_images {args.max_bad_images} allows: "
                                  f"see {bad_path}")
         if (not on_gpu or now.step % 10 == 0) and now.faults[1] >= TOO_MANY_SKIPPED:
-            stop_as_not_finite(args, data, now, finite, rank)
+            stop_as_not_finite(args, data, now, last_finite, rank)
 
         # log, evaluate, save; all three also at the end
         due = lambda every: now.step == args.steps or every and now.step % every == 0
