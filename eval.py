@@ -246,7 +246,8 @@ class Mixed(nn.Module):
 
     def __init__(self, c_in, pooling, branches):
         super().__init__()
-        self.pooling, self.branches, self.channels = pooling, {}, 0  # of each branch the names of its layers' convolutions
+        self.pooling, self.channels = pooling, 0
+        self.branches = {}  # for each branch its layers, each the names of one convolution or of two side by side
         for name, layers in branches.items():
             c, self.branches[name] = c_in, []
             for i, layer in enumerate(layers, 1):
