@@ -289,8 +289,9 @@ class InceptionV3(nn.Module):
 
     def __init__(self, path):
         super().__init__()
-        stem = {"Conv2d_1a_3x3": (3, 32, 3, 2), "Conv2d_2a_3x3": (32, 32, 3, 1, True), "Conv2d_2b_3x3": (32, 64, 3),
-                "Conv2d_3b_1x1": (64, 80, 1), "Conv2d_4a_3x3": (80, 192, 3, 1, True)}
+        stem = {"Conv2d_1a_3x3": ConvBN(3, 32, 3, 2), "Conv2d_2a_3x3": ConvBN(32, 32, 3, valid=True), "Conv2d_2b_3x3": ConvBN(32, 64, 3),
+                "maxpool1": nn.MaxPool2d(3, 2), "Conv2d_3b_1x1": ConvBN(64, 80, 1), "Conv2d_4a_3x3": ConvBN(80, 192, 3, valid=True),
+                "maxpool2": nn.MaxPool2d(3, 2)}
         average = nn.AvgPool2d(3, 1, 1, count_include_pad=False)  # TensorFlow leaves the padding out of the count; PyTorch's default does not
         maximum, halved = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
         fork = [(384, (1, 3)), (384, (3, 1))]
@@ -305,8 +306,8 @@ class InceptionV3(nn.Module):
             # the 2015 graph pools by maximum in its last block, where the published architecture averages
             "Mixed_7b": (average, mixed_7), "Mixed_7c": (maximum, mixed_7),
         }
-        for name, spec in stem.items():
-            self.add_module(name, ConvBN(*spec))
+        for name, module in stem.items():
+            self.add_module(name, module)
         channels = 192
         for name, spec in blocks.items():
             self.add_module(name, Mixed(channels, *spec))
@@ -326,13 +327,11 @@ class InceptionV3(nn.Module):
         # bilinear, half-pixel centres, no antialiasing: pytorch-fid's resize, part of what makes FIDs comparable
         x = F.interpolate(img.float(), size=(299, 299), mode="bilinear", align_corners=False)
         x = 2 * x - 1  # the 2015 graph takes [-1, 1], torchvision's network ImageNet's mean and deviation
-        for name, block in self.named_children():
-            if name in ("Conv2d_3b_1x1", "Mixed_5b"):
-                x = F.max_pool2d(x, 3, 2)
-            if name != "fc":
-                x = block(x)
+        *blocks, fc = self.children()
+        for block in blocks:
+            x = block(x)
         pool = x.mean(dim=(2, 3))  # (B, 2048)
-        return pool, pool @ self.fc.weight.T  # IS was defined on TensorFlow's logits before their bias
+        return pool, pool @ fc.weight.T  # IS was defined on TensorFlow's logits before their bias
 
 
 def linear_probe(x, y, test_x, test_y, seed=0, epochs=40, batch=1024, rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3)):
