@@ -769,8 +769,8 @@ def reconstruction(job, enc, dec, inputs, fit):
     if args.pca:
         mean, basis = (x.to(job.device) for x in fit_patch_pca((img for _, img, _ in job.images("fit PCA", fit)), p, C, job.together))
     scores = {row: torch.zeros(3, dtype=torch.float64) for row in rows}  # sums over images: PSNR, ssim, ssim_paper
-    for n, img, *ref, _ in job.images("reconstruct", inputs, *([job.crops(args.data, size)] if size != native else [])):
-        ref = ref[0] if ref else img  # the ADM crop of the original at the size of comparison
+    for n, *imgs, _ in job.images("reconstruct", inputs, *([job.crops(args.data, size)] if size != native else [])):
+        img, ref = imgs[0], imgs[-1]  # what goes in, and the ADM crop of the original at the size of comparison
         noise = image_noise(n, (native // p) ** 2, 3 * p * p, args.seed).to(job.device)
         with job.autocast:
             recs = [dec.decode(enc.encode(img), args.steps, noise).float()]
