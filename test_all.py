@@ -1997,10 +1997,10 @@ def test_each_parameter_in_one_optimizer_group_and_teacher_in_none():
     ids = [id(p) for g in groups for p in g["params"]]
     everything = {id(p): p for m in (enc, dec) for p in m.parameters()}
     assert len(ids) == len(set(ids)) and set(ids) == set(everything)
+    weights = {id(m.weight) for part in (enc, dec) for m in part.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
     for g in groups:
         for p in g["params"]:
-            weight = any(p is m.weight for part in (enc, dec) for m in part.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)))
-            assert (g["weight_decay"] == 0.05) == weight
+            assert (g["weight_decay"] == 0.05) == (id(p) in weights)
             assert math.isclose(g["lr"], 1e-3 if any(p is q for q in enc.vit.parameters()) else 1e-2)
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     optimizer = torch.optim.AdamW(groups)

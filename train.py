@@ -59,7 +59,7 @@ RECIPES = {
     "tiny": dict(OURS, lr=1e-3, flow_width=384),
 }
 # small and tiny without a GPU. Differs from the authors: in 400 steps their times leave t = 1, where one-step decoding looks, almost
-# untrained (16.6 dB on drawn pictures against 19.9), and its constant rate ends in noise (19.1 dB against 22.5).
+# untrained (16.6 dB on drawn pictures against 19.9), and a constant rate ends in noise (19.1 dB against 22.5).
 ON_CPU = dict(batch_size=8, micro_batch=8, steps=400, endpoint=0.5)
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165, "3090": 71}  # dense bf16
 MAY_DIFFER = {"out", "steps", "epochs", "workers", "micro_batch", "compile", "log_every", "eval_every", "save_every",
@@ -127,7 +127,8 @@ def parse_args(argv=None):
     args = ap.parse_args(argv)
 
     config = teacher_config(args.teacher)
-    recipe = RECIPES.get(args.teacher, dict(PAPER, size=config.size, flow_width=max(1024, config.width)))  # a teacher of one's own: the paper's recipe
+    own = dict(PAPER, size=config.size, flow_width=max(1024, config.width))  # a teacher of one's own: the paper's recipe
+    recipe = RECIPES.get(args.teacher, own)
     if args.teacher in ("small", "tiny") and not torch.cuda.is_available():
         recipe = {**recipe, **ON_CPU}
     if args.steps or args.epochs:
@@ -151,7 +152,8 @@ def parse_args(argv=None):
 
 
 def parameter_groups(encoder, decoder, lr, encoder_lr_scale=1.0, weight_decay=0.0):
-    """Every trainable parameter in exactly one optimizer group; only linear and convolution weights decay, only the pretrained part is scaled."""
+    """Every trainable parameter in exactly one optimizer group; only weights of linear layers and convolutions decay, only the
+    pretrained part is scaled."""
     groups = []
     for module, scale in (encoder.vit, encoder_lr_scale), (encoder.latent_down, 1.0), (decoder, 1.0):
         for decays in (True, False):

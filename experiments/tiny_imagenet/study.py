@@ -2,7 +2,7 @@
 
     T="--data TRAIN-0.zip ... TRAIN-3.zip --val VAL.zip --teacher_weights teacher-small.safetensors"
     python experiments/tiny_imagenet/study.py default $T                    # one row; default@1 is the same with seed 1
-    python experiments/tiny_imagenet/study.py all all@1 $T --gpus 0 0 0 0 1 1 1 1 --workers 2 --results mine.jsonl    # four side by side on each of two
+    python experiments/tiny_imagenet/study.py all all@1 $T --gpus 0 0 0 0 1 1 1 1 --workers 2 --results mine.jsonl    # four a GPU
 
 Several rows skip what --results has already: to run one again, name it alone, or use another file. all@1: the second seeds.
 

@@ -25,8 +25,8 @@ TABLES = {  # title -> (the paper's figures, {row: (what it is, the paper's figu
     "Table 5a again, at 1:100": ("", {
         "1:100-final": ("final layer", ""), "1:100-uniform": ("uniform", ""), "1:100-progressive": ("progressive", ""), "1:100": ("adaptive", "")}),
     "Table 5c, decoder": ("paper: PSNR, rFID", {
-        "pixel-gtb-0": ("pixel regression, no GTB", "25.12, 1.89"), "pixel": ("pixel regression, GTB 3", "–"), "gtb-0": ("pixel flow, no GTB", "30.15, 0.51"),
-        "default": ("pixel flow, GTB 3 (default)", "–"), "gtb-6": ("pixel flow, GTB 6", "33.23, 0.26")}),
+        "pixel-gtb-0": ("pixel regression, no GTB", "25.12, 1.89"), "pixel": ("pixel regression, GTB 3", "–"),
+        "gtb-0": ("pixel flow, no GTB", "30.15, 0.51"), "default": ("pixel flow, GTB 3 (default)", "–"), "gtb-6": ("pixel flow, GTB 6", "33.23, 0.26")}),
     "Fig. 4, beta and latent channels": ("", {
         "progressive": ("beta 0", ""), "beta-0.5": ("beta 0.5", ""), "beta-1": ("beta 1", ""), "default": ("beta 2, latent 16 (default)", ""),
         "beta-3": ("beta 3", ""), "beta-5": ("beta 5", ""), "latent-8": ("latent 8", "")}),
@@ -61,13 +61,19 @@ def spread(rows, key):
     return math.sqrt(sum(squares) / freedom) if freedom else math.nan
 
 
+def cell(lines, column):
+    """A column's value for each seed, as text."""
+    key, digits = COLUMNS[column]
+    return " / ".join(f"{v:.{digits}f}" for v in values(lines, key))
+
+
 def text(rows, short):
     """All tables, as lines of Markdown; short: the rows of an earlier, shorter study."""
     default = rows["default"][0]
     for title, (of_paper, names) in TABLES.items():
         yield from ("", f"| {title} | " + f"{of_paper} | " * bool(of_paper) + " | ".join(COLUMNS) + " |", "|---" * (1 + bool(of_paper) + len(COLUMNS)) + "|")
         for name, (label, paper) in names.items():
-            cells = [" / ".join(f"{v:.{digits}f}" for v in values(rows[name], key)) if name in rows else "not run" for key, digits in COLUMNS.values()]
+            cells = [cell(rows[name], column) if name in rows else "not run" for column in COLUMNS]
             yield f"| {label} | " + f"{paper} | " * bool(of_paper) + " | ".join(cells) + " |"
     pca = default["pca"]
     yield from ("", f"Teacher: linear probe {default['linear_teacher']:.2f}, 20-NN {default['knn_teacher']:.2f}. PCA, 16 components per patch: PSNR "
@@ -82,11 +88,10 @@ def text(rows, short):
         seen = rows[name][0]["psnr_seen"]
         yield from ("", f"| PSNR of 512 images in training, {name}, at step | " + " | ".join(seen) + " |", "|---" * (1 + len(seen)) + "|")
         yield "| | " + " | ".join(f"{x:.2f}" for x in seen.values()) + " |"
-    keys = "PSNR", "linear probe", "20-NN"
-    yield from ("", "| after 2,500 steps of 256 | " + " | ".join(keys) + " |", "|---|---|---|---|")
+    columns = "PSNR", "linear probe", "20-NN"
+    yield from ("", "| after 2,500 steps of 256 | " + " | ".join(columns) + " |", "|---|---|---|---|")
     for name, lines in short.items():
-        cells = [" / ".join(f"{v:.2f}" for v in values(lines, COLUMNS[key][0])) for key in keys]
-        yield f"| {name} | " + " | ".join(cells) + " |"
+        yield f"| {name} | " + " | ".join(cell(lines, column) for column in columns) + " |"
     yield ""
 
 
