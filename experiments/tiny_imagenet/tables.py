@@ -33,7 +33,8 @@ TABLES = {  # title -> (the paper's figures, {row: (what it is, the paper's figu
     "Ours: patches at t = 1 in training, the loss as a sum, longer runs": ("", {
         "default": (DEFAULT, ""), "endpoint-0.25": ("`--endpoint 0.25`", ""), "endpoint-0.5": ("`--endpoint 0.5`", ""),
         "endpoint-1": ("`--endpoint 1`", ""), "sum": ("eq. 5 as a sum, `--lambda_f 192`", ""), "1:192": ("the same as `--lambda_d 0.0052083`", ""),
-        "longer": ("default, 20,000 steps", ""), "best": ("`--endpoint 0.9`, 16,000 steps of 256", "")}),
+        "longer": ("default, 20,000 steps", ""), "best": ("`--endpoint 0.9`, 16,000 steps of 256", ""),
+        "best-20": ("`--endpoint 0.9`, 80,000 steps of 128", "")}),
 }
 COLUMNS = {"PSNR": ("psnr", 2), "ssim": ("ssim", 4), "ssim_paper": ("ssim_paper", 4), "linear probe": ("linear", 2), "20-NN": ("knn", 2),
            "linear, of the latent": ("linear_latent", 2), "cosine": ("cosine", 3), "grid artifact": ("grid_artifact", 3)}
