@@ -70,7 +70,7 @@ def cell(lines, column):
 
 def text(rows, short):
     """All tables, as lines of Markdown; short: the rows of an earlier, shorter study."""
-    default = rows["default"][0]
+    default, label_of = rows["default"][0], {name: label for _, names in TABLES.values() for name, (label, _) in names.items()}
     for title, (of_paper, names) in TABLES.items():
         yield from ("", f"| {title} | " + f"{of_paper} | " * bool(of_paper) + " | ".join(COLUMNS) + " |", "|---" * (1 + bool(of_paper) + len(COLUMNS)) + "|")
         for name, (label, paper) in names.items():
@@ -83,13 +83,13 @@ def text(rows, short):
     yield (f"Standard deviation between two seeds, pooled over the rows that have both: PSNR {spread(rows, 'psnr'):.2f} dB; linear probe "
            f"{spread(keep, 'linear'):.2f}, 20-NN {spread(keep, 'knn'):.2f} points where the probe stays above 50%, "
            f"{spread(lose, 'linear'):.2f} and {spread(lose, 'knn'):.2f} below.")
-    yield from ("", "| PSNR, decoded in | 1 step | 2 | 4 | 25 |", "|---|---|---|---|---|")
+    yield from ("", "| PSNR, seed 0, decoded in | 1 step | 2 | 4 | 25 |", "|---|---|---|---|---|")
     for name, lines in rows.items():
         if lines[0]["psnr_steps"]:
-            yield f"| {name} | {lines[0]['psnr']:.2f} | " + " | ".join(f"{x:.2f}" for x in lines[0]["psnr_steps"].values()) + " |"
+            yield f"| {label_of[name]} | {lines[0]['psnr']:.2f} | " + " | ".join(f"{x:.2f}" for x in lines[0]["psnr_steps"].values()) + " |"
     for name in filter(rows.get, ("default", "longer")):
         seen = rows[name][0]["psnr_seen"]
-        yield from ("", f"| PSNR of 512 images in training, {name}, at step | " + " | ".join(seen) + " |", "|---" * (1 + len(seen)) + "|")
+        yield from ("", f"| PSNR of 512 images in training, {label_of[name]}, at step | " + " | ".join(seen) + " |", "|---" * (1 + len(seen)) + "|")
         yield "| | " + " | ".join(f"{x:.2f}" for x in seen.values()) + " |"
     columns = "PSNR", "linear probe", "20-NN"
     yield from ("", "| after 2,500 steps of 256 | " + " | ".join(columns) + " |", "|---|---|---|---|")
