@@ -26,13 +26,14 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from tqdm import tqdm
 
-from data import EXTENSIONS, FORMATS, MAX_BYTES, MAX_PIXELS, is_image, load_image, to_tensor
+from data import EXTENSIONS, FORMATS, MAX_BYTES, MAX_PIXELS, list_folder, load_image, to_tensor
 from decoder import Decoder, DecoderConfig
 from encoder import TEACHERS, Encoder, ViT, fetch, load_teacher, one_line, open_weights, read_config, write_atomically, write_model
 from eval import comparison, image_noise, psnr, sha256, ssim
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 LATENT = ".safetensors"  # how the names of latents end
+MAX_TOKENS = 2 ** 17  # of a picture: 3840 x 2160 pixels in patches of 8 are as many, a strip of 3 x 500 enlarged would be more
 
 
 def parse_args(argv=None):
@@ -52,9 +53,12 @@ def parse_args(argv=None):
     args.out = args.out or ("-" if "-" in args.files else None)
     for wrong, why in (
             (not args.files and not args.bench, "no FILES: pictures or folders of pictures, or --bench"),
-            (args.steps < 1 or min(args.seed, args.size or 0) < 0, f"--steps is {args.steps}, at least 1; --seed {args.seed}, --size {args.size}, at least 0"),
+            (args.steps < 1, f"--steps is {args.steps}, it must be at least 1"),
+            (args.seed < 0, f"--seed is {args.seed}, it must be at least 0"),
+            ((args.size or 0) < 0, f"--size is {args.size}, it must be at least 0"),
             (not (args.save_latent or LATENT).endswith(LATENT), f"--save_latent is {args.save_latent}: its name must end in {LATENT}"),
-            ((args.save_latent or args.features) and any(f.endswith(LATENT) for f in args.files), "--save_latent, --features: of pictures, not latents"),
+            ((args.save_latent or args.features or args.size is not None) and any(f.endswith(LATENT) for f in args.files),
+                "--save_latent, --features, --size: of pictures, not latents"),
             (args.features and args.out == "-", "--features writes a file beside the reconstruction's: give --out FOLDER"),
             (args.out == "-" and sys.stdout.isatty(), "standard output is a terminal: redirect it (> rec.png), or give --out FOLDER")):
         if wrong:
@@ -74,7 +78,7 @@ def find_weights(given):
 
 def find_pictures(files):
     """[(picture, the folder for its results)]: beside a file, and in NAME_recon beside a folder NAME, which may be data to train or
-    measure on. Of a folder the pictures in it (not below it, and no earlier results), in sorted order; - stays."""
+    measure on. Of a folder the pictures in it and below it (but no earlier results), in sorted order; - stays."""
     pictures = []
     for f in files:
         if f != "-" and not os.path.exists(f):
@@ -83,10 +87,11 @@ def find_pictures(files):
             pictures.append((f, os.path.dirname(f)))
             continue
         result = lambda name: os.path.splitext(name)[0].endswith(("_recon", "_features"))
-        inside = [os.path.join(f, n) for n in sorted(os.listdir(f)) if is_image(n) and not result(n)]
+        inside = sorted(name for name, *_ in list_folder(f) if not result(name))
         if not inside:
             raise ValueError(f"{f} holds no pictures ({' '.join(EXTENSIONS)})")
-        pictures += [(path, (os.path.abspath(f) if f.strip("./") == "" else f.rstrip("/")) + "_recon") for path in inside]
+        results = (os.path.abspath(f) if f.strip("./") == "" else f.rstrip("/")) + "_recon"
+        pictures += [(os.path.join(f, name), os.path.join(results, os.path.dirname(name))) for name in inside]
     return pictures
 
 
@@ -271,7 +276,10 @@ def main(argv=None):
         except Exception as e:
             skip(path, e if isinstance(e, ValueError) else f"is damaged, or no picture or latent ({type(e).__name__}: {one_line(e)})")
             continue
-        if (tokens := H * W // dec.config.patch ** 2) > 16_384 and not latent:
+        if (tokens := H * W // dec.config.patch ** 2) > MAX_TOKENS and not latent:
+            skip(path, f"has {tokens:,} tokens at {W}x{H} pixels, more than {MAX_TOKENS:,}: crop it, or give a smaller --size")
+            continue
+        if tokens > 16_384 and not latent:
             tqdm.write(f"{path}: {tokens:,} tokens, and attention takes a time quadratic in them; a smaller --size is quicker", file=sys.stderr)
         start = time.perf_counter()
         z, rec = reconstruct(enc, dec, x, H, W, device, args.steps, args.seed)
