@@ -97,7 +97,7 @@ def image_noise(numbers, N, channels, seed=0):
 
 def ignore_signals(worker):
     """For workers that load data: what the main process does on a signal needs them. A scheduler signals all processes."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -514,8 +514,9 @@ def parse_args(argv=None):
         if refused:
             ap.error(why)
     for path in filter(None, (args.out, args.save_stats)):
-        if not os.path.isdir(os.path.dirname(path) or ".") or os.path.isdir(path):
-            ap.error(f"{path}: there is no folder {os.path.dirname(path)}, or this is one")
+        folder = os.path.dirname(path) or "."
+        if not os.access(folder, os.W_OK) or os.path.isdir(path):
+            ap.error(f"{path}: there is no folder {folder} that can be written to, or this is one")
     return args
 
 
@@ -645,10 +646,11 @@ def between_sets(job):
     from encoder import write_atomically
 
     args, table, found, counts = job.args, [], [], []
-    network, name = job.inception()
-    for which, path in zip("AB", args.fid):
+    for path in args.fid:
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path}: no such folder, .zip or .npz")
+    network, name = job.inception()
+    for which, path in zip("AB", args.fid):
         data = read_npz(path) if path.endswith(".npz") else job.crops([path], None if args.resolution == "native" else 256)
         if isinstance(data, tuple):
             found.append(data)

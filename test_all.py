@@ -2274,15 +2274,23 @@ def test_signals_save_and_stop():
             early = f"import os, signal, sys, train; train.build_models = lambda args: os.kill(os.getpid(), signal.{name}); train.run()"
             done = run("python", "-c", early, *flags, "--out", out, cwd=HERE)
             assert done.returncode == status and "Traceback" not in done.stderr and not os.path.exists(os.path.join(out, "state.pt")), done
-        for at, name in ((3, "SIGTERM"), (4, "SIGUSR1"), (2, "SIGINT")):  # in the middle of the step, to the process alone or to its group
+        for at, name in ((3, "SIGTERM"), (4, "SIGUSR1"), (2, "SIGINT"), (1, "SIGHUP")):  # in the middle of the step, to the process alone or to its group
             script = faulty_training(tmp, f"    if step == {at}: os.{'killpg(0' if name == 'SIGTERM' else 'kill(os.getpid()'}, signal.{name})")
             done = run("python", script, *flags, "--workers", 1, "--out", out)
             assert done.returncode == 0 and "interrupted and saved" in done.stdout, done.stdout + done.stderr
-        assert [x["step"] for x in log_lines(out) if x.get("kind") == "interrupted"] == [3, 7, 9]
+        assert [x["step"] for x in log_lines(out) if x.get("kind") == "interrupted"] == [3, 7, 9, 10]
         train_quietly(*flags[2:], "--teacher", flags[1], "--out", out)
         whole = log_lines(os.path.join(tmp, "whole"))
         assert [x for x in log_lines(out) if x.get("kind") != "interrupted"] == whole, "an interrupted step must be finished, once"
         assert same_weights(os.path.join(out, "model.safetensors"), os.path.join(tmp, "whole", "model.safetensors"))
+        # a terminal that closes, under nohup; an output that nobody reads any more
+        flags = " ".join(map(str, flags))
+        done = run("bash", "-c", f"trap '' HUP; exec {sys.executable} {script} {flags} --out {tmp}/nohup")
+        assert done.returncode == 0 and "SIGHUP" in open(script).read() and "done: " in done.stdout, done.stdout + done.stderr
+        done = run("bash", "-c", f"set -o pipefail; {sys.executable} train.py {flags} --steps 1000 --out {tmp}/head | head -1", cwd=HERE)
+        *_, last = log_lines(os.path.join(tmp, "head"))
+        assert done.returncode == 0 and not done.stderr and last["kind"] == "interrupted" and last["step"] < 100, (done, last)
+        assert torch.load(os.path.join(tmp, "head", "state.pt"), weights_only=True)["step"] == last["step"]
 
 
 def test_numbers_that_go_wrong():
@@ -2630,6 +2638,9 @@ def test_sample_animations():
         picture(0, 520, 516).save(os.path.join(tmp, "large.png"))
         status, _, err = sampled(os.path.join(tmp, "large.png"), "--weights", weights, "--size", 0, "--out", out)
         assert status == 0 and "large.png: 16,770 tokens" in err and "smaller --size" in err, err
+        picture(0, 4, 300).save(os.path.join(tmp, "strip.png"))
+        status, said, err = sampled(*(os.path.join(tmp, n) for n in ("strip.png", "large.png")), "--weights", weights, "--size", 256, "--out", out)
+        assert status == 1 and "strip.png has 307,200 tokens at 256x19200 pixels" in err and "large_recon.png" in said, err
         status, _, err = sampled(torn, *(os.path.join(tmp, n) for n in ("d.png", "e.webp", "f.gif")), "--weights", weights, "--size", 0, "--out", out)
         assert status == 1 and len(err.splitlines()) == 1 and torn in err and not os.path.exists(os.path.join(out, "torn_recon.gif")), err
         assert len(pixels(os.path.join(out, "d_recon.png"))[0]) == 3 and pixels(os.path.join(out, "f_recon.gif"))[1:] == ([30, 30], None)
@@ -2670,7 +2681,7 @@ def test_sample_in_a_pipe():
         assert bad.returncode == 1 and not bad.stdout and bad.stderr.splitlines()[-1].startswith(b"sample.py: stdin cannot be read"), bad.stderr
         for flags, words in ((["-", "--features"], "give --out FOLDER"), ([still, "--save_latent", still], "must end in .safetensors"),
                              ([z, "--features"], "not latents"), ([still, moving, "--save_latent", z], "2 pictures"), (["-", still], "2 pictures"),
-                             ([still, "--seed", -1], "--seed -1"), ([z, "--weights", still], "img.png")):
+                             ([still, "--seed", -1], "--seed is -1"), ([z, "--weights", still], "img.png")):
             status, out, err = sampled(*flags)
             assert status == 2 and not out and words in err and "Traceback" not in err, (flags, err)
         assert not [n for n in os.listdir(tmp) if "tmp" in n or "stdin" in n]
@@ -2707,6 +2718,11 @@ def test_train_sample_eval_end_to_end():
             picture(k).save(os.path.join(tmp, f"s{k}", "same.png"))
         run("python", script("sample.py"), "s0", "s1", "s2", "s3", "--out", "same", cwd=tmp)
         assert len(os.listdir(os.path.join(tmp, "same"))) == 4, "pictures of one name must not overwrite each other"
+        os.renames(os.path.join(tmp, "s0"), os.path.join(tmp, "nested", "deep"))
+        for _ in range(2):  # the second time beside the first one's results
+            found = sample.find_pictures([os.path.join(tmp, "nested")])
+            assert found == [(os.path.join(tmp, "nested", "deep", "same.png"), os.path.join(tmp, "nested_recon", "deep"))], found
+            picture(0).save(os.path.join(tmp, "nested", "deep", "same_recon.png"))
         # eval: whatever the batch size, and equal to sample.py's own figure on the same picture
         folder, _ = picture_folder(tmp, n=7)
         flags = ["--inception", "none", "--weights", os.path.join(tmp, "out", "model.safetensors"), "--data"]
@@ -2760,6 +2776,9 @@ def test_bad_input_is_one_line_and_status_2():
             (["eval.py", "--data", folder, "--weights", good], "--inception none"),
             (["eval.py", "--data", folder, "--weights", os.path.join(tmp, "junk.safetensors")], "junk.safetensors"),
             (["eval.py", "--data", folder, "--weights", good, "--pca"], "--fit"),
+            (["eval.py", "--fid", folder, "/misspelt"], "/misspelt: no such folder"),
+            (["sample.py", folder, "--steps", "0", "--weights", good], "--steps is 0"),
+            (["sample.py", "z.safetensors", "--size", "64", "--weights", good], "--size: of pictures, not latents"),
             (["data.py", "/nonexistent"], "/nonexistent"),
         ]
         results = side_by_side(*(functools.partial(run, "python", *flags, HF_HUB_OFFLINE="1", TORCH_HOME=tmp, HF_HOME=tmp) for flags, _ in cases))

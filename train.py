@@ -9,7 +9,7 @@
     python train.py --teacher internvit --bench      # only measure speed and memory, without data
 
 The same command again resumes from out/state.pt, to the same result. Leaves out/model.safetensors, out/log.jsonl,
-out/samples/*.png, and out/bad_images.txt if pictures could not be read. SIGTERM, SIGINT and SIGUSR1 save and stop.
+out/samples/*.png, and out/bad_images.txt if pictures could not be read. SIGTERM, SIGINT, SIGHUP, SIGUSR1 save and stop.
 """
 import argparse
 import copy
@@ -487,7 +487,15 @@ def main(argv=None, on_signal=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu)  # losses and ODE state stay fp32
-    say = tqdm.write if rank == 0 else lambda text: None
+
+    def say(text):
+        if rank == 0:
+            try:
+                tqdm.write(text)
+                sys.stdout.flush()
+            except OSError:  # nobody reads any more: head, a tee that died
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                INTERRUPTS.append(signal.SIGPIPE)
 
     # data (a wrong path is said before anything is downloaded), teacher, student, decoder, optimizer
     micro_batch, accumulation = split_batch(args.batch_size, args.micro_batch, ranks)
@@ -556,8 +564,9 @@ def main(argv=None, on_signal=None):
             print(json.dumps(line).replace("NaN", "null"), file=log, flush=True)
 
     micro_step, update = training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_batch, accumulation, ranks)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if on_signal else ():
-        signal.signal(number, on_signal)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1) if on_signal else ():
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # of nohup
+            signal.signal(number, on_signal)
     flops = model_flops(encoder, decoder, args.size)
     peak = next((v for k, v in PEAK_TFLOPS.items() if on_gpu and k in torch.cuda.get_device_name()), None)
     loader = iter(DataLoader(data, num_workers=args.workers, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals,
