@@ -37,6 +37,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+SAVE_AND_STOP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1  # the signals on which train.py does so
 
 
 def psnr(a, b):
@@ -97,7 +98,7 @@ def image_noise(numbers, N, channels, seed=0):
 
 def ignore_signals(worker):
     """For workers that load data: what the main process does on a signal needs them. A scheduler signals all processes."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in SAVE_AND_STOP:
         signal.signal(number, signal.SIG_IGN)
 
 

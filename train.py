@@ -41,7 +41,7 @@ import distill
 from data import ImageDataset, ProceduralDataset, sample_numbers, split_batch
 from decoder import Decoder, DecoderConfig, sample_t
 from encoder import TEACHERS, Encoder, ViT, fetch, load_exactly, load_teacher, read_config, teacher_config, write_atomically, write_model
-from eval import commit, ignore_signals, rank_and_device, validate
+from eval import SAVE_AND_STOP, commit, ignore_signals, rank_and_device, validate
 
 # The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512); small
 # and tiny are ours. micro_batch: images a GPU holds at once, for 80 GB.
@@ -564,7 +564,7 @@ def main(argv=None, on_signal=None):
             print(json.dumps(line).replace("NaN", "null"), file=log, flush=True)
 
     micro_step, update = training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_batch, accumulation, ranks)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1) if on_signal else ():
+    for number in SAVE_AND_STOP if on_signal else ():
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # of nohup
             signal.signal(number, on_signal)
     flops = model_flops(encoder, decoder, args.size)
