@@ -273,11 +273,10 @@ def main(argv=None):
         latent, path = picture.endswith(LATENT), "stdin" if picture == "-" else picture
         try:
             x, (H, W), kind = load_latent(picture, dec, digest) if latent else load_frames(picture, size)
+            if (tokens := H * W // dec.config.patch ** 2) > MAX_TOKENS and not latent:
+                raise ValueError(f"has {tokens:,} tokens at {W}x{H} pixels, more than {MAX_TOKENS:,}: crop it, or give a smaller --size")
         except Exception as e:
             skip(path, e if isinstance(e, ValueError) else f"is damaged, or no picture or latent ({type(e).__name__}: {one_line(e)})")
-            continue
-        if (tokens := H * W // dec.config.patch ** 2) > MAX_TOKENS and not latent:
-            skip(path, f"has {tokens:,} tokens at {W}x{H} pixels, more than {MAX_TOKENS:,}: crop it, or give a smaller --size")
             continue
         if tokens > 16_384 and not latent:
             tqdm.write(f"{path}: {tokens:,} tokens, and attention takes a time quadratic in them; a smaller --size is quicker", file=sys.stderr)
