@@ -150,6 +150,7 @@ def load_latent(path, dec, digest):
     return z, (H, W), {"format": kind["format"], **{k: kind[k] for k in ("duration", "loop") if k in kind}}
 
 
+@torch.no_grad()
 def reconstruct(enc, dec, x, H, W, device, steps=1, seed=0):
     """Frames uint8 (T, 3, H, W), any H and W, or their latent -> latent (T, C, h, w), reconstruction uint8 (T, 3, H, W), on the CPU:
     all from one noise, the seed's, and so many at a time as make a million pixels."""
@@ -186,6 +187,7 @@ def find_teacher(info, enc, device):
         print(f"--features: without the teacher {one_line(name)} ({'not on this machine' if isinstance(e, FileNotFoundError) else one_line(e)})")
 
 
+@torch.no_grad()
 def feature_picture(enc, teacher, frame, device):
     """frame uint8 (3, H, W) -> uint8 (3, H, 2W or 3W): it | the student's tokens | the teacher's, if there is one. Red, green, blue:
     the first three principal components of the last one's tokens, from their 2nd to their 98th percentile."""
@@ -208,7 +210,7 @@ def fast(enc, dec, img, steps=1):
     Without a GPU there is nothing to gain: then they are enc.encode and dec.decode.
     """
     if img.device.type != "cuda":
-        return enc.encode, lambda z: dec.decode(z, steps)
+        return torch.no_grad()(enc.encode), torch.no_grad()(lambda latent: dec.decode(latent, steps))
     for x in (*enc.parameters(), *dec.parameters()):
         if x.ndim in (2, 4):
             x.data = x.data.bfloat16()
@@ -219,6 +221,7 @@ def fast(enc, dec, img, steps=1):
         return torch.cuda.make_graphed_callables((enc.encode, lambda z: dec.decode(z, steps)), ((img,), (z,)))
 
 
+@torch.no_grad()
 def bench(enc, dec, size, device):
     """Print how many random pictures a second are encoded and decoded: batches of 32 and 1; several steps."""
     name = f"{torch.cuda.get_device_name()}, bf16, compiled, CUDA graphs" if device.type == "cuda" else "CPU, fp32, not compiled"

@@ -40,7 +40,8 @@ from tqdm import tqdm
 import distill
 from data import ImageDataset, ProceduralDataset, sample_numbers, split_batch
 from decoder import Decoder, DecoderConfig, sample_t
-from encoder import TEACHERS, Encoder, ViT, fetch, load_exactly, load_teacher, read_config, teacher_config, write_atomically, write_model
+from encoder import (TEACHERS, Encoder, ViT, fetch, load_exactly, load_teacher, parameter_groups, read_config, teacher_config,
+                     write_atomically, write_model)
 from eval import SAVE_AND_STOP, commit, ignore_signals, rank_and_device, validate
 
 # The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512); small
@@ -52,6 +53,7 @@ RECIPES = {
     "internvit": dict(PAPER, size=448),
     "internvit-v2_5": dict(PAPER, size=448),
     "dinov2": dict(PAPER, size=378),
+    "dinov2-reg": dict(PAPER, size=378),
     "siglip2": dict(PAPER, size=256, micro_batch=64, flow_width=1152),
     "siglip2-l": dict(PAPER, size=256, micro_batch=64),
     "clip": dict(PAPER, size=224, micro_batch=128),
@@ -149,17 +151,6 @@ def parse_args(argv=None):
         near = max(1, round(args.size / config.patch)) * config.patch
         ap.error(f"--size {args.size} is no multiple of the patch {config.patch} of teacher {args.teacher}: try --size {near}")
     return args
-
-
-def parameter_groups(encoder, decoder, lr, encoder_lr_scale=1.0, weight_decay=0.0):
-    """Every trainable parameter in exactly one optimizer group; only weights of linear layers and convolutions decay, only the
-    pretrained part is scaled."""
-    groups = []
-    for module, scale in (encoder.vit, encoder_lr_scale), (encoder.latent_down, 1.0), (decoder, 1.0):
-        for decays in (True, False):
-            params = [p for p in module.parameters() if p.requires_grad and (p.ndim in (2, 4)) == decays]
-            groups.append(dict(params=params, lr=lr * scale, weight_decay=weight_decay * decays))
-    return [g for g in groups if g["params"]]
 
 
 def losses(teacher, encoder, decoder, img, args, t=None, noise=None):
@@ -348,8 +339,8 @@ def load_state(path, args):
 
 def restore(state, path, encoder, decoder, optimizer):
     """Copy a checkpoint's weights and the optimizer's moments; learning rate and weight decay are this command's, not the file's."""
-    load_exactly(encoder.state_dict(), state["encoder"], path)
-    load_exactly(decoder.state_dict(), state["decoder"], path)
+    load_exactly(dict(encoder.named_parameters()), state["encoder"], path)
+    load_exactly(dict(decoder.named_parameters()), state["decoder"], path)
     ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
     for group, settings in zip(optimizer.param_groups, ours):
@@ -429,7 +420,8 @@ def build_models(args):
 
 def save(args, config, now, encoder, decoder, optimizer):
     """Write state.pt, which alone is enough to resume, and the tokenizer exported from it."""
-    state = {**vars(now), "encoder": encoder.state_dict(), "decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(),
+    weights = lambda module: {k: p.detach() for k, p in module.named_parameters()}
+    state = {**vars(now), "encoder": weights(encoder), "decoder": weights(decoder), "optimizer": optimizer.state_dict(),
              "latent_mean": encoder.latent_mean.flatten(), "latent_std": encoder.latent_std.flatten(), "args": vars(args), "config": config}
     path = os.path.join(args.out, "state.pt")
     try:
@@ -501,8 +493,9 @@ def main(argv=None, on_signal=None):
     micro_batch, accumulation = split_batch(args.batch_size, args.micro_batch, ranks)
     data, val, val_name = (None, None, None) if args.bench else build_data(args)
     teacher, encoder, decoder = (m.to(device) for m in build_models(args))
-    optimizer = torch.optim.AdamW(parameter_groups(encoder, decoder, args.lr, args.encoder_lr_scale, args.weight_decay),
-                                  betas=(0.5, 0.95), fused=True)
+    groups = [parameter_groups(module, args.lr * scale, args.weight_decay) for module, scale in
+              ((encoder.vit, args.encoder_lr_scale), (encoder.latent_down, 1.0), (decoder, 1.0))]
+    optimizer = torch.optim.AdamW(sum(groups, []), betas=(0.5, 0.95), fused=True)
     if ranks > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
         control = dist.new_group(backend="gloo")  # what the ranks must agree on, without a wait for the GPU

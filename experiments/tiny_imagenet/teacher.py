@@ -143,7 +143,7 @@ def main():
             print(f"step {step:6d}/{steps} | loss {loss.item():.3f} | top-1 {accuracy:.2f}% | {time.time() - start:.0f} s", flush=True)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     about = {"vit": asdict(config), "classes": classes, "top1": accuracy, "epochs": args.epochs, "seed": args.seed, "commit": commit()}
-    write_model(args.out, about, {k: v.half() for k, v in model.vit.state_dict().items()})
+    write_model(args.out, about, {k: v.half() for k, v in model.vit.named_parameters()})
     print(f"{args.out}: top-1 {accuracy:.2f}% on {len(val_x):,} validation images")
 
 
