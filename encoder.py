@@ -14,7 +14,6 @@ C latent channels, H = h*p and W = w*p pixels. Images are (B, 3, H, W) in [0, 1]
 `python encoder.py` prints the shapes. Needs torch, safetensors (and tqdm to download); no other file of this project.
 Structure of the ViT: Dosovitskiy et al. 2021, with the differences of InternViT, DINOv2, SigLIP2 and CLIP as flags.
 """
-import errno
 import glob
 import hashlib
 import http.client
@@ -22,7 +21,6 @@ import json
 import os
 import re
 import sys
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -698,16 +696,15 @@ def load_teacher(name_or_path, weights=None, offline=False):
 
 
 HASH_IN_NAME = re.compile(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+$")  # torch.hub's files carry the start of their SHA-256
-RETRIES, PATIENCE, TIMEOUT = 4, 1.0, 30.0  # tries of a download, seconds before the second (then doubled), seconds of silence
 
 
 def fetch(name_or_url, offline=False):
     """A published file's path on this machine: a path stays as it is; a name in PUBLISHED or a URL is downloaded once.
 
-    Looked for in Hugging Face's cache, then in torch.hub's, where it is downloaded to: with a progress bar, resumed where an
-    earlier try broke off, once for all processes, and checked against the size and SHA-256 that the server declares
-    (or the hash in its name, as torch.hub's files have) before it is used. offline: only what is on this machine. Honours HF_ENDPOINT,
-    HF_TOKEN, HF_HOME and HF_HUB_OFFLINE. Raises MissingFile with the URL, where to put the file by hand, and what to do.
+    Looked for in Hugging Face's cache, then in torch.hub's, where it is downloaded to: once for all processes, with a
+    progress bar, and checked against the SHA-256 or the size that the server declares, or the hash in its name. offline:
+    only what is on this machine. Honours HF_ENDPOINT (a mirror), HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE. Raises
+    MissingFile with the URL and where to put the file by hand.
     """
     if os.path.isfile(name_or_url):
         return name_or_url
@@ -716,8 +713,8 @@ def fetch(name_or_url, offline=False):
         org, repo, file = PUBLISHED[name_or_url].split("/")
         url, name = f"{endpoint}/{org}/{repo}/resolve/main/{file}", f"{org}--{repo}--{file}"
         home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
-        cache = os.path.expanduser(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub")))
-        cached = list(filter(os.path.isfile, glob.glob(os.path.join(glob.escape(cache), f"models--{org}--{repo}", "snapshots", "*", file))))
+        cache = glob.escape(os.path.expanduser(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))))
+        cached = glob.glob(os.path.join(cache, f"models--{org}--{repo}", "snapshots", "*", file))
         if cached:
             return max(cached, key=os.path.getmtime)
     else:
@@ -725,100 +722,52 @@ def fetch(name_or_url, offline=False):
         if not HASH_IN_NAME.search(name):  # then names are no more unique than model.safetensors is
             name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}--{name}"
     if not url.startswith(("http://", "https://")):
-        raise MissingFile(f"HF_ENDPOINT {endpoint} is no URL" if name_or_url in PUBLISHED else
-                                f"{url}: no such file, no URL, and none of the names {' '.join(PUBLISHED)}")
+        raise MissingFile(f"{url}: no such file, no URL, and none of the names {' '.join(PUBLISHED)}")
     path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
+    advice = f"; or put the file at {path} by hand: curl -L -o {path} {url}"
     if os.path.isfile(path):
         return path
-    advice = f"; or put the file at {path} by hand: curl -L -o {path} {url}"
     if offline or os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("0", "", "false", "no"):
         raise MissingFile(f"{url} is not on this machine" + " and HF_HUB_OFFLINE is set: unset it" * (not offline) + advice)
-    token = os.environ.get("HF_TOKEN", "").strip() if url.startswith(endpoint + "/") else ""  # for no other host
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        lock = open(path + ".lock", "w")
-        if os.name == "posix":  # one process downloads, the others wait here; a dead process lets go
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as e:
-        raise MissingFile(f"{path} cannot be written ({e}): set TORCH_HOME to another folder{advice}") from None
-    with lock:
-        if os.path.isfile(path):
-            return path
-        for retry in range(RETRIES):
-            try:
-                download(url, path, token)
-                return path
-            except urllib.error.HTTPError as e:
-                advised = {401: "you may not read it: set HF_TOKEN", 403: "you may not read it: set HF_TOKEN, accept its licence",
-                           404: "there is no such file: HF_ENDPOINT may name another mirror"}.get(e.code, "try again later")
-                why, hopeless = f"HTTP status {e.code}, {advised}", e.code < 500 and e.code not in (408, 429)
-            except (OSError, http.client.HTTPException) as e:  # no connection, silence, a cut: the next try goes on from there
-                why = f"{one_line(e) or type(e).__name__} ({retry + 1} tries): run it again to go on from there"
-                hopeless = getattr(e, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS)
-            if hopeless or retry == RETRIES - 1:
-                raise MissingFile(f"{url}: {why}{advice}")
-            time.sleep(PATIENCE * 2 ** retry)
+        with open(path + ".lock", "w") as lock:
+            if os.name == "posix":  # one process downloads, the others wait here; a dead process lets go
+                import fcntl
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not os.path.isfile(path):
+                download(url, path)
+    except (OSError, RuntimeError, http.client.HTTPException) as e:  # RuntimeError: torch.hub's, of a wrong hash
+        raise MissingFile(f"{url} could not be fetched ({one_line(e) or type(e).__name__}): run it again; another mirror: "
+                          f"HF_ENDPOINT; another folder: TORCH_HOME{advice}") from None
+    return path
 
 
-def download(url, path, token=""):
-    """One try of fetch: append what is missing to path.part, check it, and give it its name. UserError if it is not what
-    the server declared."""
-    from tqdm import tqdm
+def download(url, path):
+    """Download by torch.hub, after asking what the server declares of the file: the hub does so before it redirects."""
+    class Stay(urllib.request.HTTPRedirectHandler):
+        redirect_request = lambda *args: None
 
-    declared, authorization = {}, f"Bearer {token}"
-
-    class Redirect(urllib.request.HTTPRedirectHandler):
-        http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python follows it from 3.11 on
-
-        def redirect_request(self, request, fp, code, msg, headers, newurl):
-            declared.update({k.lower(): v for k, v in headers.items()})  # the hub declares size and hash here
-            new = super().redirect_request(request, fp, 307, msg, headers, newurl)
-            if token and urllib.parse.urlsplit(newurl)[:2] == urllib.parse.urlsplit(url)[:2]:  # the storage's host must not see it
-                new.add_unredirected_header("Authorization", authorization)
-            return new
-
-    part = path + (".part" if os.name == "posix" else f".{os.getpid()}.part")  # where nothing is locked, each has its own
-    have = max(0, os.path.getsize(part) - 1) if os.path.exists(part) else 0  # the last byte again: a server does not send none
-    request = urllib.request.Request(url, headers={"User-Agent": "uniflow-minimal", **({"Range": f"bytes={have}-"} if have else {})})
-    if token:
-        request.add_unredirected_header("Authorization", authorization)
     try:
-        response = urllib.request.build_opener(Redirect).open(request, timeout=TIMEOUT)
+        asked = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "torch.hub"})
+        declared = urllib.request.build_opener(Stay).open(asked, timeout=30).headers
     except urllib.error.HTTPError as e:
-        if e.code != 416:
+        if e.code // 100 != 3:
             raise
-        os.remove(part)
-        raise OSError("the part downloaded before is longer than the file") from None
-    with response, open(part, "ab") as f:
-        if response.status != 206:  # all of it
-            have = 0
-        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            raise OSError(f"asked for the bytes from {have:,} on, the server sent {response.headers.get('Content-Range')}")
-        f.truncate(have)
-        length = response.headers.get("Content-Length")
-        declared.update({k.lower(): v for k, v in response.headers.items()})
-        size = int(declared["x-linked-size"]) if "x-linked-size" in declared else have + int(length) if length else None
-        with tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=os.path.basename(path), disable=None) as bar:
-            while chunk := response.read(1 << 20):
-                f.write(chunk)
-                bar.update(len(chunk))
-        f.flush()
-        os.fsync(f.fileno())
-    have = os.path.getsize(part)
-    if size is not None and have < size:
-        raise OSError(f"the connection broke at {have:,} of {size:,} bytes")
-    named = HASH_IN_NAME.search(path)
-    etag = declared.get("x-linked-etag", "").strip('"')
-    expected = etag if re.fullmatch("[0-9a-f]{64}", etag) else named[1] if named else None
-    digest = file_sha256(part)
-    if (size is not None and have != size) or (expected and not digest.startswith(expected)):
-        os.remove(part)
-        raise UserError(f"{url}: what came is not what the server declared ({have:,} bytes, SHA-256 {digest[:12]}..., expected "
-                         f"{size or 0:,} bytes, {expected}); it was deleted, run it again")
-    if not expected:
+        declared = e.headers
+    sha = re.fullmatch('"?([0-9a-f]{64})"?', declared.get("X-Linked-ETag", "")) or HASH_IN_NAME.search(path)
+    size = declared.get("X-Linked-Size") or (None if "Location" in declared else declared.get("Content-Length"))
+    part = f"{path}.{uuid.uuid4().hex[:8]}.part"
+    try:
+        torch.hub.download_url_to_file(url, part, sha and sha[1])
+        if size and int(size) != os.path.getsize(part):
+            raise OSError(f"{os.path.getsize(part):,} bytes came, {int(size):,} were declared")
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+    if not sha:
         print(f"{url}: the server declares no SHA-256, only the size was checked", file=sys.stderr)
-    os.replace(part, path)
 
 
 if __name__ == "__main__":
