@@ -21,6 +21,7 @@ import errno
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -150,7 +151,8 @@ def validate(encoder, decoder, dataset, batch, seed, autocast, workers=0, rank=0
     _, H, W = dataset[0][0].shape
     triples = torch.zeros(len(shown) + len(shown) % 2, 3, H, 3 * W, dtype=torch.uint8, device=device)
     encoder.eval(), decoder.eval()
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=pixels, worker_init_fn=ignore_signals)
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=pixels, num_workers=workers,
+                        worker_init_fn=ignore_signals)
     for i, (n, img) in enumerate(zip(batches, loader)):
         img = torch.from_numpy(img).to(device) / 255
         N = H * W // p ** 2
@@ -413,9 +415,9 @@ def linear_probe(x, y, test_x, test_y, seed=0, epochs=40, batch=1024, rates=(0.0
 
 
 def nearest_neighbours(x, y, test_x, test_y, k=20, temperature=0.07):
-    """Accuracy in % of k-NN by cosine on features x (n, D), labels y (n,): votes weigh exp(cosine / temperature), DINO's.
+    """Accuracy in % of k-NN by cosine on features x (n, D), labels y (n,): votes weigh exp(cosine / temperature).
 
-    Raises UserError for features that are not finite.
+    The weights of the votes are DINO's. Raises UserError for features that are not finite.
     """
     refuse_unless_finite(x), refuse_unless_finite(test_x)
     x, right = F.normalize(x.float(), dim=1), 0
@@ -684,11 +686,12 @@ class Job:
         threaded = self.device.type == "cuda"  # pin_memory's thread receives the batches; arrays it does not pin
         loader = DataLoader(Subset(Readable(*datasets), numbers), self.args.batch_size, num_workers=self.args.workers,
                             collate_fn=collate, pin_memory=threaded)
-        try:
-            loader = iter(loader)
-        except OSError as e:  # their locks are files in /dev/shm
-            raise UserError(f"{self.args.workers} processes that load images could not be started ({e}): make room in "
-                            "/dev/shm (docker run --shm-size 1g), or give --workers 0") from None
+        if self.args.workers:
+            try:
+                multiprocessing.Lock()  # a file in /dev/shm, of which they need some
+            except OSError as e:
+                raise UserError(f"the processes that load images need locks ({e}): make room in /dev/shm (docker run "
+                                "--shm-size 1g), or give --workers 0") from None
         bad = []
         with tqdm(total=len(numbers), desc=note, unit="img", disable=None if self.rank == 0 else True, leave=False) as bar:
             for n, batch, labels, reasons in loader:
@@ -811,7 +814,7 @@ def between_sets(job):
     report = {"fid": frechet_distance(*found[0], *found[1]) if len(found) == 2 and job.rank == 0 else None,
               "sets": table, "warning": warn_of_few(min(counts, default=2048)),
               "protocol": f"{name}; {crops}"
-                          + "; IS in 10 splits (of fewer images in as many), drawn by a fixed permutation" * bool(counts)}
+                          + "; IS in 10 splits (of fewer images in as many) by a fixed permutation" * bool(counts)}
     if report["fid"] is not None:
         table.append(f"FID {report['fid']:.3f}")
     return job.finish(report, table)
