@@ -23,6 +23,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import struct
@@ -438,13 +439,15 @@ def user_errors():
 
 
 def machines_trouble(e):
-    return isinstance(e, OSError) and e.errno in MACHINES_TROUBLE
+    """Whether an exception is the machine's or its disk's. DataLoader keeps a worker's as text, without its errno."""
+    number = re.search(r"\[Errno (\d+)\][^\n]*$", str(e))
+    return isinstance(e, OSError) and (int(number[1]) if number else e.errno) in MACHINES_TROUBLE
 
 
 class Readable(Dataset):
     """Items of datasets of the same files: (number, images, label, None), or (number, None, None, why) for a file that
     cannot be used, so that an evaluation can name them all. An image of another size than the first that can be read is
-    one of these, as a batch has one size. The machine's trouble is kept as it is: DataLoader would drop its errno."""
+    one of these, as a batch has one size."""
 
     def __init__(self, *datasets):
         self.datasets, self.shape = datasets, None
@@ -461,10 +464,6 @@ class Readable(Dataset):
             images, labels = zip(*(d[n] for d in self.datasets))
         except user_errors() as e:
             return n, None, None, str(e)
-        except OSError as e:
-            if machines_trouble(e):
-                return n, None, None, e
-            raise
         if images[0].shape != self.shape:
             sizes = [f"{s[2]}x{s[1]}" for s in (images[0].shape, self.shape)]
             return n, None, None, f"{self.datasets[0].path(n)} is {sizes[0]}, the first is {sizes[1]}: --resolution 256 crops all to 256x256"
@@ -695,9 +694,6 @@ class Job:
         bad = []
         with tqdm(total=len(numbers), desc=note, unit="img", disable=None if self.rank == 0 else True, leave=False) as bar:
             for n, batch, labels, reasons in loader:
-                for e in reasons:
-                    if isinstance(e, OSError):
-                        raise e
                 bad += reasons
                 bar.update(len(n) + len(reasons))
                 if n and not bad:
@@ -731,21 +727,23 @@ class Job:
                       device=torch.cuda.get_device_name() if on_gpu else "cpu",
                       memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None)
         if self.rank == 0:
-            if self.args.out and not self.args.latent_stats:
-                finite = json.loads(json.dumps(report), parse_constant=lambda name: None)  # no NaN, no Infinity
-                text = json.dumps(finite, indent=1, allow_nan=False)
-                write_atomically(self.args.out, lambda f: f.write(text.encode()))
             lines = []
             for key in ("weights", "step", "teacher", "data", "fit", "images", "protocol", "warning"):
                 if report.get(key) is not None:
                     lines.append(f"{key:9s} {' '.join(report[key]) if isinstance(report[key], list) else report[key]}")
             text = "\n".join([*lines, "", *table])
+            finite = json.loads(json.dumps(report), parse_constant=lambda name: None)  # JSON knows no NaN
+            content = json.dumps(finite, indent=1, allow_nan=False).encode()
             try:
-                print(text, file=sys.stdout or sys.stderr, flush=True)  # None where it was closed
-            except (OSError, ValueError) as e:
-                print(text, file=sys.stderr)
-                raise UserError(f"standard output cannot be written ({e}): the report is above"
-                                + f" and in {self.args.out}" * bool(self.args.out)) from None
+                if self.args.out and not self.args.latent_stats:
+                    write_atomically(self.args.out, lambda f: f.write(content))
+            finally:  # one of them may fail
+                try:
+                    print(text, file=sys.stdout or sys.stderr, flush=True)  # None where it was closed
+                except (OSError, ValueError) as e:
+                    print(text, file=sys.stderr)
+                    raise UserError(f"standard output cannot be written ({e}): the report is above"
+                                    + f" and in {self.args.out}" * bool(self.args.out)) from None
         if self.ranks > 1:
             dist.barrier()
         return report
