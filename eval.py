@@ -148,15 +148,16 @@ def validate(encoder, decoder, dataset, batch, seed, autocast, workers=0, rank=0
     numbers = numbers[rank::ranks]
     count = -(-len(numbers) // batch)
     batches = [numbers[k::count] for k in range(count)]  # each is spread over all of them, too
+    if rank == 0:  # which decodes the eight once more, whoever had them
+        batches += [shown[k:k + batch] for k in range(0, len(shown), batch)]
     total = torch.zeros(12, dtype=torch.float64, device=device)  # PSNR, images, flow loss of ten tenths: sums over images
-    _, H, W = dataset[0][0].shape
-    triples = torch.zeros(len(shown) + len(shown) % 2, 3, H, 3 * W, dtype=torch.uint8, device=device)
+    triples = []
     encoder.eval(), decoder.eval()
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=pixels, num_workers=workers,
                         worker_init_fn=ignore_signals)
     for i, (n, img) in enumerate(zip(batches, loader)):
         img = torch.from_numpy(img).to(device) / 255
-        N = H * W // p ** 2
+        N = img.shape[2] * img.shape[3] // p ** 2
         noise = image_noise(n, N, 3 * p * p, seed).to(device)
         with autocast:
             z = encoder.encode(img)  # in training its statistics are the identity
@@ -164,18 +165,20 @@ def validate(encoder, decoder, dataset, batch, seed, autocast, workers=0, rank=0
             for k in range(10) if i == 0 else ():
                 t = (k + torch.rand(len(img), N, generator=torch.Generator().manual_seed(k)).to(device)) / 10
                 total[2 + k] = decoder.loss(z, img, t, noise) * len(numbers)
+        if i >= count:
+            triples += [comparison(*pair) for pair in zip(img, rec)]
+            continue
         total[0] += psnr(img, rec).clamp(max=PERFECT).sum()
         total[1] += len(img)
-        for k in set(n).intersection(shown):
-            triple = comparison(img[n.index(k)], rec[n.index(k)])
-            triples[shown.index(k)] = (triple * 255).round().to(torch.uint8)
     encoder.train(), decoder.train()
     if ranks > 1:
         dist.all_reduce(total)
-        dist.all_reduce(triples)  # each was filled in by one rank
     psnr_mean, _, *flow_by_t = (total / total[1]).tolist()
-    grid = torch.cat([torch.cat([*triples[i::2]], dim=1) for i in (0, 1)], dim=2)  # (3, H, W)
-    return psnr_mean, flow_by_t, grid.permute(1, 2, 0).cpu().numpy() if rank == 0 else None
+    if rank > 0:
+        return psnr_mean, flow_by_t, None
+    triples += [torch.zeros_like(triples[0])] * (len(triples) % 2)
+    grid = torch.cat([torch.cat(triples[i::2], dim=1) for i in (0, 1)], dim=2)  # (3, H, W)
+    return psnr_mean, flow_by_t, (grid * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
 def refuse_unless_finite(x):

@@ -125,22 +125,21 @@ def test_validation_strides_through_the_whole_set():
     _, enc, dec = micro_models()
     whole, expected = Colours(), [math.floor(i * 1500 / 512) for i in range(512)]
     plain, _, grid = evaluation.validate(enc, dec, whole, 100, 0, contextlib.nullcontext())
-    assert sorted(whole.read[1:]) == expected and expected[-1] == 1497, "512 of 1,500, from the first to near the last"
-    assert np.ptp(whole.read[1:101]) > 1400, "the first batch, of the flow loss, strides through it too"
+    assert sorted(whole.read[:512]) == expected and expected[-1] == 1497, "512 of 1,500, to near the last"
+    assert np.ptp(whole.read[:86]) > 1400, "the first batch, of the flow loss, strides through it too"
     assert grid.shape == (4 * 16, 2 * 3 * 16, 3)
     tiles = [grid[16 * (j // 2), 48 * (j % 2)] for j in range(8)]
     assert [256 * int(r) + int(g) for r, g, b in tiles] == [expected[64 * j] for j in range(8)], "so do the pictures"
-    parts = []
-    with patch.object(dist, "all_reduce", lambda x: parts.append(x.clone())):
-        for rank in range(3):
-            evaluation.validate(enc, dec, Colours(), 100, 0, contextlib.nullcontext(), rank=rank, ranks=3)
-    total, triples = sum(parts[0::2]), sum(parts[1::2])
+    totals = []
+    with patch.object(dist, "all_reduce", lambda x: totals.append(x.clone())):
+        rank = lambda r: evaluation.validate(enc, dec, Colours(), 100, 0, contextlib.nullcontext(), rank=r, ranks=3)
+        shares = [rank(r) for r in range(3)]
+    total = sum(totals)
     assert total[1] == 512 and abs((total[0] / total[1]).item() - plain) < 1e-4, "any number of ranks"
-    again = torch.cat([torch.cat([*triples[i::2]], dim=1) for i in (0, 1)], dim=2).permute(1, 2, 0).numpy()
-    assert np.abs(again.astype(int) - grid).max() <= 1
+    assert np.abs(shares[0][2].astype(int) - grid).max() <= 4 and shares[1][2] is None, "the same pictures on any"
     assert evaluation.spread(3) == [0, 1, 2] and evaluation.spread(0) == [] and evaluation.spread(1024)[:3] == [0, 2, 4]
-    dec.decode = lambda latent, noise: torch.stack([whole.image(n) for n in expected[i.pop(0)::6]]) / 255
-    i = list(range(6))
+    batches = [expected[k::6] for k in range(6)] + [expected[::64]]
+    dec.decode = lambda latent, noise: torch.stack([whole.image(n) for n in batches.pop(0)]) / 255
     plain, *_ = evaluation.validate(enc, dec, whole, 100, 0, contextlib.nullcontext())
     assert plain == 100, "perfect pictures: 100 dB, not inf"
 
