@@ -17,15 +17,21 @@ Structure of the Inception network: Szegedy et al. 2015, with the differences of
 """
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import math
+import multiprocessing
 import os
+import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
+import weakref
 import zipfile
 from datetime import timedelta
 
@@ -37,11 +43,26 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-SAVE_AND_STOP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1  # the signals on which train.py does so
+# the signals on which train.py saves and stops; Windows lacks two of them
+SAVE_AND_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+MACHINES_TROUBLE = {getattr(errno, name) for name in  # of the machine or its disk: neither a bug nor the user's mistake
+                    "ENOSPC EDQUOT EROFS EACCES EPERM EIO EMFILE ENFILE ESTALE ENOMEM".split() if hasattr(errno, name)}
+PERFECT = 100.0  # dB, the most that a picture counts with, as in x264, libvpx and libaom
+
+
+class UserError(ValueError):
+    """What the user gave is wrong (an argument, a path, a file): scripts print it as one line and exit with 2."""
+
+
+class MissingFile(UserError, FileNotFoundError):
+    """A file that the user named is not there."""
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio of each image in dB: a, b (B, 3, H, W) in [0, 1] -> (B,), float64; equal images give inf."""
+    """Peak signal-to-noise ratio of each image in dB: a, b (B, 3, H, W) in [0, 1] -> (B,), float64.
+
+    Equal images give inf; the means of this file count them with PERFECT = 100 dB.
+    """
     return -10 * (a.double() - b.double()).square().mean(dim=(1, 2, 3)).log10()
 
 
@@ -102,32 +123,53 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
+def pixels(items):
+    """Pairs of a uint8 image (3, H, W) and a label -> the images as an array (b, 3, H, W): see `collate`."""
+    return torch.stack([img for img, _ in items]).numpy()
+
+
+def spread(n, images=512):
+    """Numbers of at most `images` of n images, at even distances, the first is 0: what `validate` looks at."""
+    count = min(n, images)
+    return [i * n // count for i in range(count)]
+
+
 @torch.no_grad()
-def validate(encoder, decoder, dataset, batch, seed, autocast, workers=0, rank=0, ranks=1, images=512):
-    """What train.py looks at while it runs, over the first `images` of `dataset` (pairs of uint8 (3, S, S) and a label).
+def validate(encoder, decoder, dataset, batch, seed, autocast, workers=0, rank=0, ranks=1):
+    """What train.py looks at while it runs, on 512 images spread over `dataset`: pairs of uint8 (3, S, S) and a label.
 
     Returns the one-step PSNR in dB, the flow loss in each tenth of t (on the first batch), and on rank 0 a uint8 picture
-    (H, W, 3) of eight images, original | reconstruction | error x4, two triples a row. The images are shared out over the
-    ranks, and the decoding noise is a function of (seed, image number).
+    (H, W, 3) of eight of the images, again spread evenly: original | reconstruction | error x4, two triples a row. The
+    images are shared out over the ranks, and the decoding noise is a function of (seed, image number).
     """
     device, p = decoder.mean.device, decoder.config.patch
-    numbers = range(rank, min(len(dataset), images), ranks)
+    numbers = spread(len(dataset))
+    shown = [numbers[k] for k in spread(len(numbers), 8)]
+    numbers = numbers[rank::ranks]
+    count = -(-len(numbers) // batch)
+    batches = [numbers[k::count] for k in range(count)]  # each is spread over all of them, too
+    if rank == 0:  # which decodes the eight once more, whoever had them
+        batches += [shown[k:k + batch] for k in range(0, len(shown), batch)]
     total = torch.zeros(12, dtype=torch.float64, device=device)  # PSNR, images, flow loss of ten tenths: sums over images
     triples = []
     encoder.eval(), decoder.eval()
-    for i, (img, _) in enumerate(DataLoader(Subset(dataset, numbers), batch, num_workers=workers, worker_init_fn=ignore_signals)):
-        img = img.to(device) / 255
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=pixels, num_workers=workers,
+                        worker_init_fn=ignore_signals)
+    for i, (n, img) in enumerate(zip(batches, loader)):
+        img = torch.from_numpy(img).to(device) / 255
         N = img.shape[2] * img.shape[3] // p ** 2
-        noise = image_noise(numbers[i * batch:i * batch + len(img)], N, 3 * p * p, seed).to(device)
+        noise = image_noise(n, N, 3 * p * p, seed).to(device)
         with autocast:
             z = encoder.encode(img)  # in training its statistics are the identity
             rec = round_uint8(decoder.decode(z, noise=noise))
             for k in range(10) if i == 0 else ():
                 t = (k + torch.rand(len(img), N, generator=torch.Generator().manual_seed(k)).to(device)) / 10
                 total[2 + k] = decoder.loss(z, img, t, noise) * len(numbers)
-        total[0] += psnr(img, rec).sum()
+        if i >= count:
+            triples += [comparison(*pair) for pair in zip(img, rec)]
+            continue
+        total[0] += psnr(img, rec).clamp(max=PERFECT).sum()
         total[1] += len(img)
-        triples += [comparison(*pair) for pair in zip(img, rec)][:8 - len(triples)]
     encoder.train(), decoder.train()
     if ranks > 1:
         dist.all_reduce(total)
@@ -139,6 +181,13 @@ def validate(encoder, decoder, dataset, batch, seed, autocast, workers=0, rank=0
     return psnr_mean, flow_by_t, (grid * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
+def refuse_unless_finite(x):
+    """UserError if a row of the features x (n, D) is not finite."""
+    if not x.isfinite().all():
+        rows = (~x.isfinite()).any(1).sum()
+        raise UserError(f"features are not finite in {rows} of {len(x)} rows: the weights are damaged")
+
+
 class Moments:
     """Mean and covariance of the rows seen so far, in float64. The rows are not kept, and a mean that is large beside the
     standard deviation costs no accuracy (Chan et al. 1979). `mean` (D,), `covariance` (D, D), unbiased."""
@@ -147,10 +196,9 @@ class Moments:
         self.count, self.mean, self.scatter = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, x):
-        """Rows x (n, D). Raises ValueError if one is not finite."""
+        """Rows x (n, D). Raises UserError if one is not finite."""
         x = x.double()
-        if not x.isfinite().all():
-            raise ValueError(f"features are not finite in {(~x.isfinite()).any(1).sum()} of {len(x)} rows: the weights are damaged")
+        refuse_unless_finite(x)
         mean = x.mean(0)
         self.merge(len(x), mean, (x - mean).T @ (x - mean))
 
@@ -222,11 +270,17 @@ def score_of_sums(sums):
     return score.mean().item(), score.std(correction=0).item()
 
 
+def draw_splits(n, splits):
+    """The split of each of n images, (n,), by a permutation that is a function of n alone: files in the order of their
+    classes would give each split a few classes, and a low score."""
+    return torch.from_numpy(np.random.default_rng(n).permutation(n)) * splits // n
+
+
 def inception_score(logits, splits=10):
-    """Inception score of N images from their bias-free logits (N, K): (mean, standard deviation) over `splits` consecutive
-    parts (fewer if there are fewer images). It depends on the order of the images through the parts."""
+    """Inception score of N images from their bias-free logits (N, K): (mean, standard deviation) over `splits` parts of
+    equal size (fewer if there are fewer images), drawn by a permutation that is a function of N alone."""
     splits = min(splits, len(logits))
-    return score_of_sums(split_sums(logits, torch.arange(len(logits)) * splits // len(logits), splits))
+    return score_of_sums(split_sums(logits, draw_splits(len(logits), splits), splits))
 
 
 class ConvBN(nn.Module):
@@ -285,7 +339,7 @@ class InceptionV3(nn.Module):
     """The network of FID and IS: img (B, 3, H, W) in [0, 1], any size -> pool features (B, 2048), bias-free logits (B, 1008).
 
     path: pytorch-fid's pt_inception-2015-12-05-6726825d.pth (INCEPTION_URL), a port of TensorFlow's 2015 graph. Raises
-    FileNotFoundError, and ValueError for another file. In eval mode on the CPU, without gradients.
+    MissingFile, and UserError for another file. In eval mode on the CPU, without gradients.
     """
 
     def __init__(self, path):
@@ -316,12 +370,15 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(channels, 1008)  # TensorFlow's 1008 classes, of which 1000 are ImageNet's
 
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: no such file; it is {INCEPTION_URL}")
+            raise MissingFile(f"{path}: no such file; it is {INCEPTION_URL}")
         try:
             self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as e:  # torch.load raises many types; all mean that the file is another
+        except Exception as e:  # torch.load raises many types; all others mean that the file is another
+            if machines_trouble(e):
+                raise
             why = " ".join(str(e).split())[:300]
-            raise ValueError(f"{path} is not pytorch-fid's Inception ({type(e).__name__}: {why}); it is {INCEPTION_URL}") from None
+            raise UserError(f"{path} is not pytorch-fid's Inception ({type(e).__name__}: {why}); "
+                            f"it is {INCEPTION_URL}") from None
         self.eval().requires_grad_(False)
 
     def forward(self, img):
@@ -340,7 +397,9 @@ def linear_probe(x, y, test_x, test_y, seed=0, epochs=40, batch=1024, rates=(0.0
 
     Softmax regression on standardised features by SGD (momentum 0.9, cosine schedule), one classifier for each learning
     rate; a tenth of x, kept back, chooses among them. Returns (accuracy, learning rate), the same for the same seed.
+    Raises UserError for features that are not finite.
     """
+    refuse_unless_finite(x), refuse_unless_finite(test_x)
     mean, std, classes = x.mean(0), x.std(0) + 1e-6, int(y.max()) + 1
     x, test_x = (F.pad((part - mean) / std, (0, 1), value=1.0) for part in (x, test_x))  # the last column is the bias'
     random = torch.Generator().manual_seed(seed)
@@ -360,7 +419,11 @@ def linear_probe(x, y, test_x, test_y, seed=0, epochs=40, batch=1024, rates=(0.0
 
 
 def nearest_neighbours(x, y, test_x, test_y, k=20, temperature=0.07):
-    """Accuracy in % of k-NN by cosine on features x (n, D), labels y (n,): votes weigh exp(cosine / temperature), as DINO's."""
+    """Accuracy in % of k-NN by cosine on features x (n, D), labels y (n,): votes weigh exp(cosine / temperature).
+
+    The weights of the votes are DINO's. Raises UserError for features that are not finite.
+    """
+    refuse_unless_finite(x), refuse_unless_finite(test_x)
     x, right = F.normalize(x.float(), dim=1), 0
     for i in range(0, len(test_x), 512):
         cosine, nearest = (F.normalize(test_x[i:i + 512].float(), dim=1) @ x.T).topk(min(k, len(x)))  # (b, k)
@@ -369,14 +432,30 @@ def nearest_neighbours(x, y, test_x, test_y, k=20, temperature=0.07):
     return 100 * right / len(test_x)
 
 
+def user_errors():
+    """The errors of the leaves that say: what the user gave is wrong."""
+    import data
+    import decoder
+    import encoder
+
+    return UserError, data.UserError, decoder.UserError, encoder.UserError
+
+
+def machines_trouble(e):
+    """Whether an exception is the machine's or its disk's. DataLoader keeps a worker's as text, without its errno."""
+    number = re.search(r"\[Errno (\d+)\][^\n]*$", str(e))
+    return isinstance(e, OSError) and (int(number[1]) if number else e.errno) in MACHINES_TROUBLE
+
+
 class Readable(Dataset):
-    """Items of datasets of the same files: (number, images, label, None), or (number, None, None, why) for a file that cannot be
-    used, so that an evaluation can name them all. An image of another size than the first that can be read is one: a batch has one size."""
+    """Items of datasets of the same files: (number, images, label, None), or (number, None, None, why) for a file that
+    cannot be used, so that an evaluation can name them all. An image of another size than the first that can be read is
+    one of these, as a batch has one size."""
 
     def __init__(self, *datasets):
         self.datasets, self.shape = datasets, None
         for n in range(len(self)):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(*user_errors()):
                 self.shape = datasets[0][n][0].shape
                 break
 
@@ -386,7 +465,7 @@ class Readable(Dataset):
     def __getitem__(self, n):
         try:
             images, labels = zip(*(d[n] for d in self.datasets))
-        except ValueError as e:
+        except user_errors() as e:
             return n, None, None, str(e)
         if images[0].shape != self.shape:
             sizes = [f"{s[2]}x{s[1]}" for s in (images[0].shape, self.shape)]
@@ -395,59 +474,93 @@ class Readable(Dataset):
 
 
 def collate(items):
-    """Items of Readable -> (numbers, tuple of batches (b, 3, H, W), labels (b,)) of what can be used, and the reasons of the rest."""
+    """Items of Readable -> (numbers, batches uint8 (b, 3, H, W), labels) of what can be used, and reasons of the rest.
+
+    Workers send arrays through a pipe. They would send tensors through /dev/shm, by a thread that loses its errors:
+    where /dev/shm is small (64 MB in Docker), or descriptors run out, the main process would wait for ever.
+    """
     bad, good = [x[3] for x in items if x[3]], [x for x in items if not x[3]]
     numbers, images, labels, _ = zip(*good) if good else ((), (), (), ())
-    return list(numbers), tuple(map(torch.stack, zip(*images))), torch.tensor(labels), bad
+    return list(numbers), [torch.stack(x).numpy() for x in zip(*images)], list(labels), bad
 
 
 class NpzImages(Dataset):
-    """Images of an .npz in the layout of ADM's sample batches: `arr_0`, uint8 (N, H, W, 3); read in place if not compressed."""
+    """Images of an .npz in the layout of ADM's sample batches: `arr_0`, uint8 (N, H, W, 3), read where they lie.
+
+    Each rank first unpacks a compressed one into the temporary folder, which takes 3 bytes a pixel there.
+    """
 
     def __init__(self, path):
-        with zipfile.ZipFile(path) as z, z.open("arr_0.npy") as f:
+        self.name = self.file = path
+        with zipfile.ZipFile(path) as z:
             entry = z.getinfo("arr_0.npy")
-            np.lib.format.read_magic(f)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)  # later versions are for lists of columns
-            start = f.tell()
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or fortran:
-            raise ValueError(f"arr_0 is {dtype} {shape}; it must be uint8 (N, H, W, 3)")
-        if entry.compress_type == zipfile.ZIP_STORED:
-            with open(path, "rb") as f:
-                f.seek(entry.header_offset)
-                start += entry.header_offset + 30 + sum(struct.unpack("<26xHH", f.read(30)))  # the entry's local header
-            self.images = np.memmap(path, np.uint8, "r", start, shape)
-        else:
-            self.images = np.load(path)["arr_0"]
-        self.file = path
+            with z.open(entry) as f:
+                np.lib.format.read_magic(f)
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)  # later versions: lists of columns
+                start = f.tell()
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or fortran:
+                raise UserError(f"arr_0 is {dtype} {shape}; it must be uint8 (N, H, W, 3)")
+            if entry.compress_type == zipfile.ZIP_STORED:
+                with open(path, "rb") as f:  # the entry's local header
+                    f.seek(entry.header_offset)
+                    start += entry.header_offset + 30 + sum(struct.unpack("<26xHH", f.read(30)))
+            else:
+                folder = tempfile.mkdtemp()
+                weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+                self.file = z.extract(entry, folder)
+        self.start, self.shape = start, shape
+        if start + math.prod(shape) > os.path.getsize(self.file):
+            raise UserError(f"arr_0 of {shape} is cut off: {self.file} is too short")
 
     def __len__(self):
-        return len(self.images)
+        return self.shape[0]
 
     def __getitem__(self, n):
-        return torch.from_numpy(np.array(self.images[n])).permute(2, 0, 1), 0  # uint8 (3, H, W)
+        size = math.prod(self.shape[1:])
+        img = np.fromfile(self.file, np.uint8, size, offset=self.start + range(len(self))[n] * size)
+        return torch.from_numpy(img.reshape(self.shape[1:])).permute(2, 0, 1), 0  # uint8 (3, H, W)
 
     def path(self, n):
-        return f"{self.file}[{n}]"
+        return f"{self.name}[{n}]"
 
 
 def read_npz(path):
-    """(mu (D,), sigma (D, D)) of an .npz of statistics, or the NpzImages of one of images. ValueError for another."""
+    """(mu (D,), sigma (D, D)) of an .npz of statistics, or the NpzImages of one of images. UserError for another."""
     try:
         with np.load(path) as f:
             if {"mu", "sigma"} <= set(f.files):
                 mu, sigma = (np.asarray(f[key], np.float64) for key in ("mu", "sigma"))
-                if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-                    raise ValueError(f"mu is {mu.shape}, sigma {sigma.shape}; they must be (D,) and (D, D)")
+                if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(mu.sum() + sigma.sum()):
+                    raise UserError(f"mu is {mu.shape}, sigma {sigma.shape}; they must be (D,) and (D, D), and finite")
                 return mu, sigma
         return NpzImages(path)
     except Exception as e:  # damage makes zipfile, zlib and numpy raise nearly any type
-        raise ValueError(f"{path} is neither images nor statistics ({type(e).__name__}: {e}): an .npz holds arr_0, or mu and sigma") from None
+        if machines_trouble(e):
+            raise
+        raise UserError(f"{path} is neither images nor statistics ({type(e).__name__}: {e}): an .npz holds arr_0, "
+                        "or mu and sigma") from None
 
 
 def sha256(path):
     """SHA-256 of a file, in hex."""
-    return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def find_weights(given):
+    """The tokenizer file to use: the one given (a path, a name or a URL), else that in out/, else the shipped one."""
+    from encoder import fetch
+
+    if given:
+        return fetch(given)
+    here = os.path.dirname(os.path.abspath(__file__))
+    choices = ["out/model.safetensors", os.path.join(here, "weights", "uniflow-tiny.safetensors")]
+    for path in filter(os.path.isfile, choices):
+        return path
+    raise MissingFile(f"no tokenizer at {' or '.join(choices)}: train one with `python train.py`, or give --weights")
 
 
 def commit():
@@ -455,7 +568,7 @@ def commit():
     command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    except FileNotFoundError:
+    except OSError:
         return "unknown"
 
 
@@ -465,7 +578,7 @@ def rank_and_device():
     if not torch.cuda.is_available():
         return rank, ranks, torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(f"rank {local_rank} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node")
+        raise UserError(f"rank {local_rank} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node")
     return rank, ranks, torch.device("cuda", local_rank)
 
 
@@ -473,7 +586,8 @@ def parse_args(argv=None):
     ap = argparse.ArgumentParser(description="How good is a tokenizer? Runs the same under torchrun. Every report says its protocol.")
     add = ap.add_argument
     add("--data", nargs="+", metavar="PATH", help="images to measure: folders or .zip archives")
-    add("--weights", default="out/model.safetensors", help="tokenizer: a file, or uniflow-internvit, the authors' [%(default)s]")
+    add("--weights", metavar="FILE",
+        help="tokenizer: a file, or uniflow-internvit, the authors' [out/model.safetensors, else the shipped weights]")
     add("--fit", nargs="+", metavar="PATH", help="images that PCA and probe are fitted on")
     # what to measure
     add("--inception", default=INCEPTION_URL, metavar="FILE", help="pytorch-fid's file or a URL; none: no rFID, no IS [downloaded once, 91 MB]")
@@ -493,12 +607,16 @@ def parse_args(argv=None):
     add("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
     add("--seed", type=int, default=0, help="of the decoding noise and of the probe [%(default)s]")
     add("--batch_size", type=int, default=32, help="images at a time, on each rank [%(default)s]")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add("--workers", type=int, default=max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
+        help="processes that load images, on each rank; 0: none [%(default)s: CPU cores / ranks, at most 8]")
     add("--bf16", action="store_true", help="run the tokenizer in bf16 autocast instead of fp32 without TF32; with --save_latents also store bf16")
     add("--out", metavar="FILE", help="also write the report as JSON")
     args = ap.parse_args(argv)
     others = [bool(x) for x in (args.fid, args.latent_stats, args.save_latents)]
     refusals = {
         f"batch_size {args.batch_size} and steps {args.steps} must be at least 1": min(args.batch_size, args.steps) < 1,
+        f"workers {args.workers} must be at least 0": args.workers < 0,
         "--fid, --latent_stats and --save_latents are jobs of their own: give one": sum(others) > 1,
         f"--fid compares A and B, got {len(args.fid or ())}; --fid A --save_stats FILE.npz only saves":
             args.fid and len(args.fid) != 2 and not (args.save_stats and len(args.fid) == 1),
@@ -507,6 +625,8 @@ def parse_args(argv=None):
         f"--out {args.out}: with --latent_stats it is a weights file, .safetensors, and else a report, .json":
             args.out and args.out.endswith(".safetensors") != args.latent_stats,
         "--size is of what goes into a tokenizer: leave it out of --fid (--resolution 256 crops)": args.fid and args.size,
+        "--latent_stats writes into the weights file: give --weights FILE, or --out NEW.safetensors":
+            args.latent_stats and not (args.weights or args.out),
         "--fid needs --inception": args.fid and args.inception == "none",
         "--data PATH is needed: the images to measure": not args.fid and not args.data,
         "--pca and --probe need --fit PATH, images that they are fitted on (not those they are measured on)": (args.pca or args.probe) and not args.fit,
@@ -560,25 +680,31 @@ class Job:
         """Yields this rank's images: (numbers, one batch (b, 3, H, W) in [0, 1] of each dataset, labels). All ranks must exhaust it.
 
         An image that cannot be used is never left out: the others are then read only to find out how many there are, and
-        ValueError names them.
+        UserError names them.
         """
         from tqdm import tqdm
 
         numbers = range(self.rank, len(datasets[0]), self.ranks) if numbers is None else numbers
-        workers = min(8, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        loader = DataLoader(Subset(Readable(*datasets), numbers), self.args.batch_size, num_workers=workers, collate_fn=collate,
-                            pin_memory=self.device.type == "cuda")
+        threaded = self.device.type == "cuda"  # pin_memory's thread receives the batches; arrays it does not pin
+        loader = DataLoader(Subset(Readable(*datasets), numbers), self.args.batch_size, num_workers=self.args.workers,
+                            collate_fn=collate, pin_memory=threaded)
+        if self.args.workers:
+            try:
+                multiprocessing.Lock()  # a file in /dev/shm, of which they need some
+            except OSError as e:
+                raise UserError(f"the processes that load images need locks ({e}): make room in /dev/shm (docker run "
+                                "--shm-size 1g), or give --workers 0") from None
         bad = []
         with tqdm(total=len(numbers), desc=note, unit="img", disable=None if self.rank == 0 else True, leave=False) as bar:
             for n, batch, labels, reasons in loader:
                 bad += reasons
                 bar.update(len(n) + len(reasons))
                 if n and not bad:
-                    yield n, *(img.to(self.device, non_blocking=True) / 255 for img in batch), labels
+                    yield n, *(torch.from_numpy(img).to(self.device) / 255 for img in batch), torch.tensor(labels)
         bad = sum(self.gather(bad), [])
         if bad:
-            raise ValueError(f"{len(bad)} of {len(datasets[0])} images cannot be used, so there are no figures: {'; '.join(bad[:10])}"
-                             + "; ..." * (len(bad) > 10))
+            raise UserError(f"{len(bad)} of {len(datasets[0])} images cannot be used, so there are no figures: "
+                            + "; ".join(bad[:10]) + "; ..." * (len(bad) > 10))
 
     def inception(self):
         """(network, what to call it) as --inception says, (None, None) for none."""
@@ -588,15 +714,15 @@ class Job:
             return None, None
         try:
             path = fetch(self.args.inception)
-        except OSError as e:
-            raise OSError(f"{e}" + "; or leave rFID and IS out: --inception none" * (not self.args.fid)) from None
+        except user_errors() as e:
+            raise UserError(f"{e}" + "; or leave rFID and IS out: --inception none" * (not self.args.fid)) from None
         network, digest = InceptionV3(path).to(self.device), sha256(path)
         known = digest.startswith("6726825d")
         return network, (f"Inception {os.path.basename(path)} (sha256 {digest[:8]}{'' if known else ', NOT that of pytorch-fid: compare with nothing'}), "
                          "bilinear resize to 299 without antialiasing, float64 statistics")
 
     def finish(self, report, table):
-        """Print the report on rank 0, write it to --out as JSON, and return it."""
+        """On rank 0 write the report to --out as JSON and print it, if need be to stderr. Returns it."""
         from encoder import write_atomically
 
         on_gpu = self.device.type == "cuda"
@@ -604,12 +730,23 @@ class Job:
                       device=torch.cuda.get_device_name() if on_gpu else "cpu",
                       memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None)
         if self.rank == 0:
+            lines = []
             for key in ("weights", "step", "teacher", "data", "fit", "images", "protocol", "warning"):
                 if report.get(key) is not None:
-                    print(f"{key:9s} {' '.join(report[key]) if isinstance(report[key], list) else report[key]}")
-            print("\n" + "\n".join(table))
-            if self.args.out and not self.args.latent_stats:
-                write_atomically(self.args.out, lambda f: f.write(json.dumps(report, indent=1).encode()))
+                    lines.append(f"{key:9s} {' '.join(report[key]) if isinstance(report[key], list) else report[key]}")
+            text = "\n".join([*lines, "", *table])
+            finite = json.loads(json.dumps(report), parse_constant=lambda name: None)  # JSON knows no NaN
+            content = json.dumps(finite, indent=1, allow_nan=False).encode()
+            try:
+                if self.args.out and not self.args.latent_stats:
+                    write_atomically(self.args.out, lambda f: f.write(content))
+            finally:  # one of them may fail
+                try:
+                    print(text, file=sys.stdout or sys.stderr, flush=True)  # None where it was closed
+                except (OSError, ValueError) as e:
+                    print(text, file=sys.stderr)
+                    raise UserError(f"standard output cannot be written ({e}): the report is above"
+                                    + f" and in {self.args.out}" * bool(self.args.out)) from None
         if self.ranks > 1:
             dist.barrier()
         return report
@@ -620,15 +757,16 @@ class Rated:
 
     def __init__(self, network, total, name):
         if total < 2:
-            raise ValueError(f"{name} holds {total} image; a covariance, and so an FID, needs at least 2 (or --inception none)")
-        self.network, self.total, self.splits = network, total, min(10, total)
-        self.pools, self.sums = Moments(), torch.zeros(self.splits, 1010, dtype=torch.float64)
+            raise UserError(f"{name} holds {total} image; a covariance, and so an FID, needs at least 2 "
+                            "(or --inception none)")
+        self.network, self.pools, splits = network, Moments(), min(10, total)
+        self.split, self.sums = draw_splits(total, splits), torch.zeros(splits, 1010, dtype=torch.float64)
 
     def add(self, img, numbers):
         """Images (b, 3, H, W) in [0, 1] and their numbers among all."""
         pool, logits = self.network(img)
         self.pools.add(pool)
-        self.sums += split_sums(logits, torch.tensor(numbers) * self.splits // self.total, self.splits).cpu()
+        self.sums += split_sums(logits, self.split[numbers], len(self.sums)).cpu()
 
     def over_ranks(self, job):
         """(mean, covariance) of the pool features and (mean, deviation) of the Inception score, of all ranks' images."""
@@ -649,10 +787,11 @@ def between_sets(job):
     args, table, found, counts = job.args, [], [], []
     for path in args.fid:
         if not os.path.exists(path):
-            raise FileNotFoundError(f"{path}: no such folder, .zip or .npz")
+            raise MissingFile(f"{path}: no such folder, .zip or .npz")
+    sets = [read_npz(path) if path.endswith(".npz") else job.crops([path], None if args.resolution == "native" else 256)
+            for path in args.fid]
     network, name = job.inception()
-    for which, path in zip("AB", args.fid):
-        data = read_npz(path) if path.endswith(".npz") else job.crops([path], None if args.resolution == "native" else 256)
+    for which, path, data in zip("AB", args.fid, sets):
         if isinstance(data, tuple):
             found.append(data)
             table.append(f"{which}: statistics of {path}")
@@ -664,14 +803,21 @@ def between_sets(job):
         found.append(statistics)
         counts.append(len(data))
         table.append(f"{which}: {len(data):,} images of {path}, IS {score[0]:.2f} +- {score[1]:.2f}, {len(data) / (time.time() - start):.0f} img/s")
+    if args.save_stats and job.rank == 0:
+        mu, sigma = map(np.asarray, found[0])
+        write_atomically(args.save_stats, lambda f: np.savez(f, mu=mu, sigma=sigma))
+        table.append(f"statistics of A in {args.save_stats}")
+    shapes = [tuple(sigma.shape) for _, sigma in found]
+    if len(set(shapes)) > 1:
+        raise UserError(f"{' and '.join(args.fid)} have no distance: covariances of {shapes[0]} and {shapes[1]}; "
+                        "take the features of one network")
+    crops = "images as they are" if args.resolution == "native" else "folders and archives in ADM crops of 256 px"
     report = {"fid": frechet_distance(*found[0], *found[1]) if len(found) == 2 and job.rank == 0 else None,
               "sets": table, "warning": warn_of_few(min(counts, default=2048)),
-              "protocol": f"{name}; " + ("images as they are" if args.resolution == "native" else "folders and archives in ADM crops of 256 px")}
+              "protocol": f"{name}; {crops}"
+                          + "; IS in 10 splits (of fewer images in as many) by a fixed permutation" * bool(counts)}
     if report["fid"] is not None:
         table.append(f"FID {report['fid']:.3f}")
-    if args.save_stats and job.rank == 0:
-        write_atomically(args.save_stats, lambda f: np.savez(f, mu=np.asarray(found[0][0]), sigma=np.asarray(found[0][1])))
-        table.append(f"statistics of A in {args.save_stats}")
     return job.finish(report, table)
 
 
@@ -683,18 +829,19 @@ def latent_statistics(job, enc, dec, inputs, info, about):
 
     weights, latents = about["weights"], Moments()
     if "released" in info and not job.args.out:
-        raise ValueError(f"{weights} is the authors' file and stays as it is: give --out NEW.safetensors")
+        raise UserError(f"{weights} is the authors' file and stays as it is: give --out NEW.safetensors")
     for _, img, _ in job.images("latents", inputs):
         with job.autocast:
             latents.add(enc(img)[0].transpose(0, 1).flatten(1).T)  # (b*h*w, C), not normalised
     latents = job.together(latents)
     mean, std = latents.mean.float(), (latents.scatter.diagonal() / latents.count).sqrt().float()
     if not (std > 0).all():
-        raise ValueError(f"latent channels {torch.nonzero(std <= 0).flatten().tolist()} are constant, nothing to normalise by: train longer")
+        constant = torch.nonzero(std <= 0).flatten().tolist()
+        raise UserError(f"latent channels {constant} are constant, nothing to normalise by: train longer")
     target = job.args.out or weights
     if job.rank == 0:
         if sha256(weights) != about["weights_sha256"]:
-            raise ValueError(f"{weights} was written anew meanwhile: run this again when its training is over, or on a copy")
+            raise UserError(f"{weights} was written anew meanwhile: run this again on a copy, or after its training")
         if "released" in info:
             tensors = {f"{part}.{k}": x for part, module in (("encoder", enc), ("decoder", dec)) for k, x in module.cpu().state_dict().items()}
             info = {**{k: v for k, v in info.items() if k != "released"}, "decoder": vars(dec.config)}
@@ -715,7 +862,8 @@ def save_latents(job, enc, inputs, info, about, shard=1024):
 
     folder, dtype = job.args.save_latents, torch.bfloat16 if job.args.bf16 else torch.float32
     if not (enc.latent_mean.any() or (enc.latent_std != 1).any()):
-        raise ValueError(f"{about['weights']} has no latent statistics yet: python eval.py --latent_stats --data TRAIN --weights {about['weights']}")
+        raise UserError(f"{about['weights']} has no latent statistics yet: "
+                        f"python eval.py --latent_stats --data TRAIN --weights {about['weights']}")
     identity = hashlib.sha256(json.dumps([os.path.abspath(r) for r in inputs.roots]).encode() + inputs.names)
     identity.update(inputs.name_ends.tobytes() + inputs.spans.tobytes())  # of archives: lengths and CRC-32
     made_of = {"weights_sha256": about["weights_sha256"], "data_sha256": identity.hexdigest(), "images": len(inputs), "size": inputs.size, "dtype": str(dtype)}
@@ -729,9 +877,9 @@ def save_latents(job, enc, inputs, info, about, shard=1024):
             with safe_open(path_of(k), "pt") as f:
                 have = json.loads(f.metadata()["config"])
         except (SafetensorError, KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{path_of(k)} is damaged ({e}): delete it and run this again") from None
+            raise UserError(f"{path_of(k)} is damaged ({e}): delete it and run this again") from None
         if any(have.get(key) != value for key, value in made_of.items()):
-            raise ValueError(f"{path_of(k)} is of other weights, data, size or precision: use another folder")
+            raise UserError(f"{path_of(k)} is of other weights, data, size or precision: use another folder")
     z, labels = [], []
     for n, img, y in job.images("latents", inputs, numbers=[i for numbers in missing for i in numbers]):
         with job.autocast:
@@ -751,13 +899,15 @@ def save_latents(job, enc, inputs, info, about, shard=1024):
 
 @torch.no_grad()
 def reconstruction(job, enc, dec, inputs, fit):
-    """({row: PSNR, both SSIMs, rFID and IS} of the tokenizer, and of the PCA beside it, on rank 0; the protocol)."""
+    """({row: figures} of the tokenizer and of the PCA beside it, on rank 0; the protocol)."""
     from PIL import Image
 
     from data import to_tensor
 
     args, p, C, native = job.args, dec.config.patch, dec.config.latent_dim, inputs.size
     size = native if args.resolution == "native" else int(args.resolution)
+    if size < 11:
+        raise UserError(f"pictures of {size}x{size} are smaller than SSIM's window of 11x11: give a larger --size")
     rows, results = ["tokenizer"] + [f"PCA, {C} per patch"] * args.pca, {}
     network, name = job.inception()
     rated = {row: Rated(network, len(inputs), " ".join(args.data)) for row in ("reference", *rows)} if network else {}
@@ -771,7 +921,7 @@ def reconstruction(job, enc, dec, inputs, fit):
 
     if args.pca:
         mean, basis = (x.to(job.device) for x in fit_patch_pca((img for _, img, _ in job.images("fit PCA", fit)), p, C, job.together))
-    scores = {row: torch.zeros(3, dtype=torch.float64) for row in rows}  # sums over images: PSNR, ssim, ssim_paper
+    scores = {row: torch.zeros(4, dtype=torch.float64) for row in rows}  # sums: PSNR, ssim, ssim_paper, perfect
     for n, *imgs, _ in job.images("reconstruct", inputs, *([job.crops(args.data, size)] if size != native else [])):
         img, ref = imgs[0], imgs[-1]  # what goes in, and the ADM crop of the original at the size of comparison
         noise = image_noise(n, (native // p) ** 2, 3 * p * p, args.seed).to(job.device)
@@ -782,21 +932,26 @@ def reconstruction(job, enc, dec, inputs, fit):
         if network:
             rated["reference"].add(ref, n)
         for row, rec in zip(rows, map(compare_at, recs)):
-            scores[row] += torch.stack([x.sum() for x in (psnr(ref, rec), ssim(ref, rec), ssim(ref, rec, "uniform", 2.0))]).cpu()
+            decibels = psnr(ref, rec)
+            measures = decibels.clamp(max=PERFECT), ssim(ref, rec), ssim(ref, rec, "uniform", 2.0), decibels.isposinf()
+            scores[row] += torch.stack([x.double().sum() for x in measures]).cpu()
             if network:
                 rated[row].add(rec, n)
     scores = {row: sum(job.gather(x)) / len(inputs) for row, x in scores.items()}
     rated = {row: x.over_ranks(job) for row, x in rated.items()}
     for row in rows if job.rank == 0 else ():
-        results[row] = dict(zip(("psnr", "ssim", "ssim_paper"), scores[row].tolist()))
+        *means, perfect = scores[row].tolist()
+        results[row] = {**dict(zip(("psnr", "ssim", "ssim_paper"), means)), "perfect": round(perfect * len(inputs))}
         if network:
             (reference, _), (statistics, (score, deviation)) = rated["reference"], rated[row]
             results[row].update({"rfid": frechet_distance(*reference, *statistics), "is": score, "is_std": deviation})
     protocol = (f"ADM centre crop to {native} px in; compared at {size} px as uint8{', PIL bicubic,' if size != native else ''} with the ADM crop of the "
                 f"original; {args.steps} Euler step{'s' * (args.steps > 1)}, noise from (seed {args.seed}, image number); {job.precision}; PSNR per image, "
-                "then averaged; ssim: Gaussian 11x11, sigma 1.5, data_range 1; ssim_paper: uniform 7x7, data_range 2 (the released notebook's, flattering)")
+                f"at most {PERFECT:.0f} dB, then averaged; ssim: Gaussian 11x11, sigma 1.5, data_range 1; "
+                "ssim_paper: uniform 7x7, data_range 2 (the released notebook's, flattering)")
     if network:
-        protocol += f"; rFID against the same crops of the same images, IS in {min(10, len(inputs))} splits of file order; {name}"
+        protocol += (f"; rFID against the same crops of the same images, IS in {min(10, len(inputs))} splits, "
+                     f"drawn by a fixed permutation; {name}")
     return results, protocol
 
 
@@ -847,17 +1002,18 @@ def main(argv=None):
     if args.fid:
         return between_sets(job)
     from decoder import Decoder
-    from encoder import Encoder, fetch, load_teacher, read_config
+    from encoder import Encoder, load_teacher, read_config
 
-    weights = fetch(args.weights)
-    digest = sha256(weights) if os.path.getsize(weights) else None
+    weights = find_weights(args.weights)
+    digest = sha256(weights)
     enc, dec = Encoder.from_pretrained(weights).to(job.device), Decoder.from_pretrained(weights).to(job.device)
     info = read_config(weights)
     if sha256(weights) != digest:
-        raise ValueError(f"{weights} was written anew while it was read: run this again")
+        raise UserError(f"{weights} was written anew while it was read: run this again")
     size, p = args.size or info["size"], dec.config.patch
     if size < p or size % p:
-        raise ValueError(f"--size {size} is no multiple of the patch {p} of {weights}: try --size {max(1, round(size / p)) * p}")
+        nearest = max(1, round(size / p)) * p
+        raise UserError(f"--size {size} is no multiple of the patch {p} of {weights}: try --size {nearest}")
     inputs = job.crops(args.data, size)
     about = {"weights": weights, "weights_sha256": digest, "step": info.get("step"), "teacher": info.get("teacher"),
              "commit": info.get("commit"), "data": args.data, "images": len(inputs)}
@@ -872,14 +1028,17 @@ def main(argv=None):
         teacher = load_teacher(*named).to(job.device)
         shape = lambda c: (c.width, c.depth, c.patch, c.num_prefix)
         if shape(teacher.config) != shape(enc.vit.config):
-            raise ValueError(f"teacher {named[0]} has another width, depth or patch than {weights}: give its own with --teacher")
+            raise UserError(f"teacher {named[0]} has another width, depth or patch than {weights}: "
+                            "give its own with --teacher")
         unknown = sorted(set(inputs.classes) - set(fit.classes))
         if unknown or len(fit) < 20:
-            raise ValueError(f"--fit has {len(fit)} images and lacks the classes {' '.join(unknown[:5]) or '-'}: it needs at least 20 images, and "
-                             "every class of --data (the folder that an image is in)")
+            raise UserError(f"--fit has {len(fit)} images and lacks the classes {' '.join(unknown[:5]) or '-'}: it "
+                            "needs at least 20 images, and every class of --data (the folder that an image is in)")
     results, protocol = reconstruction(job, enc, dec, inputs, fit)
     rated = args.inception != "none"
-    warnings = [warn_of_few(len(inputs)) if rated else None,
+    perfect = [f"{row}: {r['perfect']} of {len(inputs)} pictures equal the original, and count with {PERFECT:.0f} dB"
+               for row, r in results.items() if r["perfect"]]
+    warnings = [*perfect, warn_of_few(len(inputs)) if rated else None,
                 "fitted on the images that are measured: PCA and probe mean little" if args.fit == args.data else None]
     report = {**about, "fit": args.fit, "results": results, "protocol": protocol, "warning": "; ".join(filter(None, warnings)) or None}
     table = [f"{'':18s}  PSNR dB    ssim  ssim_paper" + "      rFID             IS" * rated]
@@ -908,12 +1067,23 @@ def demo():
     print("to measure a tokenizer: python eval.py --data VAL --weights out/model.safetensors")
 
 
-if __name__ == "__main__":
+def run():
+    """main() for the command line. What the user gave, and the machine's trouble, is one line and status 2."""
+    known = user_errors()
+    if sys.stdout:  # names that no encoding holds are printed with backslashes
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        main() if sys.argv[1:] else demo()
-    except (OSError, ValueError) as e:
-        who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{who}eval.py: {(str(e).splitlines() or [repr(e)])[-1]}", file=sys.stderr)
-        sys.exit(2)
+        main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as e:
+        if not (isinstance(e, known) or machines_trouble(e)):
+            raise
+        who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{who}eval.py: {(str(e).splitlines() or [repr(e)])[-1]}", file=sys.stderr)
+        sys.stdout = None  # if it cannot be written, Python would try again at its end, and change the status
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run() if sys.argv[1:] else demo()

@@ -28,10 +28,9 @@ from tqdm import tqdm
 
 from data import EXTENSIONS, FORMATS, MAX_BYTES, MAX_PIXELS, list_folder, load_image, to_tensor
 from decoder import Decoder, DecoderConfig
-from encoder import TEACHERS, Encoder, ViT, fetch, load_teacher, one_line, open_weights, read_config, write_atomically, write_model
-from eval import comparison, image_noise, psnr, sha256, ssim
+from encoder import TEACHERS, Encoder, ViT, load_teacher, one_line, open_weights, read_config, write_atomically, write_model
+from eval import comparison, find_weights, image_noise, psnr, sha256, ssim
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 LATENT = ".safetensors"  # how the names of latents end
 MAX_TOKENS = 2 ** 17  # of a picture: 3840 x 2160 pixels in patches of 8 are as many, a strip of 3 x 500 enlarged would be more
 
@@ -64,16 +63,6 @@ def parse_args(argv=None):
         if wrong:
             ap.error(why)
     return args
-
-
-def find_weights(given):
-    """The tokenizer file to use: the one given (a path, a name or a URL), or the first there is of out/ and the shipped one."""
-    if given:
-        return fetch(given)
-    choices = ["out/model.safetensors", os.path.join(HERE, "weights", "uniflow-tiny.safetensors")]
-    for path in filter(os.path.isfile, choices):
-        return path
-    raise FileNotFoundError(f"no tokenizer at {' or '.join(choices)}: train one with `python train.py`, or give --weights")
 
 
 def find_pictures(files):

@@ -42,7 +42,7 @@ from data import ImageDataset, ProceduralDataset, sample_numbers, split_batch
 from decoder import Decoder, DecoderConfig, sample_t
 from encoder import (TEACHERS, Encoder, ViT, fetch, load_exactly, load_teacher, parameter_groups, read_config, teacher_config,
                      write_atomically, write_model)
-from eval import SAVE_AND_STOP, commit, ignore_signals, rank_and_device, validate
+from eval import SAVE_AND_STOP, commit, ignore_signals, rank_and_device, spread, validate
 
 # The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512); small
 # and tiny are ours. micro_batch: images a GPU holds at once, for 80 GB.
@@ -383,7 +383,7 @@ def build_data(args):
     val = ImageDataset(args.val or args.data, args.size, False)
     val.replace = not args.val  # training images that cannot be read do not stop the run, those of --val must be readable
     if args.val and os.environ.get("RANK", "0") == "0":  # of which the first evaluation would tell much later
-        for n in range(min(len(val), 512)):
+        for n in spread(len(val)):
             val[n]
     return data, val, "--val" if args.val else "the training images"
 

@@ -1,0 +1,379 @@
+"""eval.py: measures that do not depend on the order of files, figures that are never lost, workers that never hang."""
+from tests.helpers import (
+    HERE, QuickInception, evaluate, micro_models, picture, picture_folder, raises, tokenizer_file)
+
+import contextlib
+import errno
+import gc
+import importlib.util
+import io
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import sys
+import tempfile
+import unittest.mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+import data
+import decoder
+import encoder
+import eval as evaluation
+
+patch = unittest.mock.patch
+
+
+@contextlib.contextmanager
+def no_longer_than(seconds):
+    """TimeoutError if the block takes longer: a hang must fail, not wait."""
+    def stop(number, frame):
+        raise TimeoutError(f"still at work after {seconds} s")
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """No file of this process and its children can become longer. Shared memory is such a file: this needs no root."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def as_command(*flags, stdout=None):
+    """(exit status, stdout, stderr) of eval.run, the command line, in this process."""
+    out, err = stdout or io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
+    status = 0
+    argv = ["eval.py", *map(str, flags)]
+    with patch.object(sys, "argv", argv), patch.object(sys, "stdout", out), patch.object(sys, "stderr", err):
+        try:
+            evaluation.run()
+        except SystemExit as e:
+            status = e.code
+    return status, b"" if stdout else out.buffer.getvalue(), err.getvalue()
+
+
+def strict_json(path):
+    """A JSON file, read as the standard has it: without NaN and Infinity."""
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+    return json.load(open(path), parse_constant=refuse)
+
+
+def test_inception_score_of_any_order():
+    """Perfect predictions: the score of a split is exp of the entropy of its class counts, which are hypergeometric."""
+    from scipy.stats import hypergeom
+    n, classes, splits = 50_000, 100, 10
+    counts = np.arange(1, 501)  # of one class among the 5,000 images of a split
+    share = counts / 5000
+    expected = math.exp(-classes * (hypergeom(n, 500, 5000).pmf(counts) * share * np.log(share)).sum())
+    assert 99.0 < expected < 99.2  # near 100: ln 100 - 0.9 * 99 / 10,000
+    in_order = torch.arange(n) * classes // n
+    shuffled = in_order[torch.randperm(n, generator=torch.Generator().manual_seed(1))]
+    for labels in in_order, shuffled, torch.arange(n) % classes:
+        logits = 1000.0 * torch.nn.functional.one_hot(labels, classes)
+        score, deviation = evaluation.inception_score(logits)
+        assert abs(score - expected) < 0.1 and deviation < 0.2, (score, deviation, expected)
+    assert evaluation.inception_score(logits[:100], splits=1)[0] > 99.999, "one split holds each class once"
+    # streamed: any batches, on any ranks
+    logits = 5 * torch.randn(301, 1008, generator=torch.Generator().manual_seed(0))
+    network, shares = lambda n: (torch.zeros(len(n), 4), logits[n]), []
+    for ranks, batch in ((1, 301), (3, 7)):
+        rated = [evaluation.Rated(network, 301, "these") for _ in range(ranks)]
+        for rank in range(ranks):
+            mine = list(range(rank, 301, ranks))
+            for i in range(0, len(mine), batch):
+                rated[rank].add(mine[i:i + batch], mine[i:i + batch])
+        shares.append(evaluation.score_of_sums(sum(r.sums for r in rated)))
+    assert np.allclose(shares, [evaluation.inception_score(logits)] * 2, rtol=1e-12), shares
+    sizes = torch.bincount(evaluation.draw_splits(301, 10))
+    assert sorted(sizes.tolist()) == [30] * 9 + [31], "parts of equal size"
+    assert torch.equal(evaluation.draw_splits(301, 10), evaluation.draw_splits(301, 10))
+
+
+def test_validation_strides_through_the_whole_set():
+    class Colours:  # image n is one colour that tells n, and says that it was read
+        def __init__(self):
+            self.read = []
+
+        def __len__(self):
+            return 1500
+
+        def __getitem__(self, n):
+            self.read.append(n)
+            return self.image(n), 0
+
+        def image(self, n):
+            return torch.tensor([n // 256, n % 256, 7], dtype=torch.uint8).view(3, 1, 1).expand(3, 16, 16).contiguous()
+
+    _, enc, dec = micro_models()
+    whole, expected = Colours(), [math.floor(i * 1500 / 512) for i in range(512)]
+    plain, _, grid = evaluation.validate(enc, dec, whole, 100, 0, contextlib.nullcontext())
+    assert sorted(whole.read[:512]) == expected and expected[-1] == 1497, "512 of 1,500, to near the last"
+    assert np.ptp(whole.read[:86]) > 1400, "the first batch, of the flow loss, strides through it too"
+    assert grid.shape == (4 * 16, 2 * 3 * 16, 3)
+    tiles = [grid[16 * (j // 2), 48 * (j % 2)] for j in range(8)]
+    assert [256 * int(r) + int(g) for r, g, b in tiles] == [expected[64 * j] for j in range(8)], "so do the pictures"
+    totals = []
+    with patch.object(dist, "all_reduce", lambda x: totals.append(x.clone())):
+        rank = lambda r: evaluation.validate(enc, dec, Colours(), 100, 0, contextlib.nullcontext(), rank=r, ranks=3)
+        shares = [rank(r) for r in range(3)]
+    total = sum(totals)
+    assert total[1] == 512 and abs((total[0] / total[1]).item() - plain) < 1e-4, "any number of ranks"
+    assert np.abs(shares[0][2].astype(int) - grid).max() <= 4 and shares[1][2] is None, "the same pictures on any"
+    assert evaluation.spread(3) == [0, 1, 2] and evaluation.spread(0) == [] and evaluation.spread(1024)[:3] == [0, 2, 4]
+    batches = [expected[k::6] for k in range(6)] + [expected[::64]]
+    dec.decode = lambda latent, noise: torch.stack([whole.image(n) for n in batches.pop(0)]) / 255
+    plain, *_ = evaluation.validate(enc, dec, whole, 100, 0, contextlib.nullcontext())
+    assert plain == 100, "perfect pictures: 100 dB, not inf"
+
+
+def test_perfect_pictures_count_with_100_dB():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, report = tokenizer_file(tmp), os.path.join(tmp, "report.json")
+        for name, grey in (("a", 128), ("b", 118), ("c", 128)):
+            Image.new("RGB", (16, 16), (grey,) * 3).save(os.path.join(tmp, name + ".png"))
+        flags = ["--data", tmp, "--weights", weights, "--inception", "none", "--out", report]
+        grey = lambda self, latent, steps, noise: torch.full((len(latent), 3, 16, 16), 128 / 255)
+        with patch.object(decoder.Decoder, "decode", grey):
+            said, _ = evaluate(*flags)
+            result = strict_json(report)["results"]["tokenizer"]
+            # b is off by 10 everywhere: 20 log10(25.5) = 28.1308 dB
+            assert abs(result["psnr"] - (100 + 28.1308 + 100) / 3) < 1e-4 and result["perfect"] == 2
+            assert "2 of 3 pictures equal the original" in said and "at most 100 dB" in said and "   76.04 " in said
+            os.remove(os.path.join(tmp, "b.png"))
+            evaluate(*flags)
+            assert strict_json(report)["results"]["tokenizer"]["psnr"] == 100
+            with patch.object(evaluation, "psnr", lambda a, b: torch.full((len(a),), math.nan)):
+                evaluate(*flags)
+            assert strict_json(report)["results"]["tokenizer"]["psnr"] is None, "what is not finite is null"
+        equal = torch.rand(2, 3, 4, 4)
+        assert evaluation.psnr(equal, equal).tolist() == [math.inf] * 2
+
+
+def test_no_console_loses_the_report():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, report = tokenizer_file(tmp), os.path.join(tmp, "report.json")
+        folder = os.path.join(tmp, os.fsdecode(b"caf\xc3\xa9\xff"))  # the last byte is no UTF-8
+        os.makedirs(folder)
+        picture(0).save(os.path.join(folder, "0.png"))
+        flags = ["--data", folder, "--weights", weights, "--inception", "none", "--workers", "0"]
+        console = io.TextIOWrapper(io.BytesIO(), "ascii")
+        status, _, err = as_command(*flags, stdout=console)
+        out = console.buffer.getvalue()
+        assert status == 0 and rb"caf\xe9\udcff" in out and b"PSNR dB" in out, err
+        _, expected = evaluate(*flags, "--out", report)
+        for broken in "pipe", "closed":
+            os.remove(report)
+            read, write = os.pipe()
+            os.close(read)
+            with open(write, "w") as nobody:
+                if broken == "closed":
+                    nobody.close()
+                console = nobody if broken == "pipe" else ClosedLater(nobody)
+                status, _, err = as_command(*flags, "--out", report, stdout=console)
+                with contextlib.suppress(OSError):
+                    nobody.close()
+            assert status == 2 and "standard output cannot be written" in err.splitlines()[-1] and report in err, err
+            assert f"{expected['results']['tokenizer']['psnr']:.2f}" in err, "the figures are on stderr"
+            assert strict_json(report)["results"] == expected["results"]
+        full = unittest.mock.Mock(side_effect=OSError(errno.ENOSPC, "disk full"))
+        with patch.object(encoder, "write_atomically", full):
+            status, out, err = as_command(*flags, "--out", report)
+        assert status == 2 and b"PSNR dB" in out and "disk full" in err, "nor does a full disk"
+        with patch.object(sys, "stderr", io.StringIO()) as err, patch.object(sys, "stdout", None):  # python eval.py >&-
+            evaluation.main(list(map(str, flags)))
+        assert "PSNR dB" in err.getvalue()
+
+
+class ClosedLater:
+    """A closed text file whose encoding can be set."""
+    def __init__(self, file):
+        self.write, self.flush, self.reconfigure = file.write, file.flush, lambda errors: None
+
+
+def test_a_bug_shows_its_traceback():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=2)
+        flags = ["--data", folder, "--weights", weights, "--inception", "none", "--workers", "0"]
+
+        def unpack(self, img):
+            z, h, extra = 1, 2
+        with patch.object(encoder.Encoder, "encode", unpack):
+            raises(ValueError, as_command, *flags, words="not enough values to unpack")
+        fails = lambda e: patch.object(evaluation, "main", unittest.mock.Mock(side_effect=e))
+        for e in OSError("x"), FileNotFoundError(errno.ENOENT, "x"), BrokenPipeError(errno.EPIPE, "x"), KeyError():
+            with fails(e):
+                raises(type(e), as_command, "--data", "x")
+        for e in (evaluation.UserError("first\nlast"), evaluation.MissingFile("last"), data.UserError("last"),
+                  encoder.UserError("last"), decoder.UserError("last"), OSError(errno.ENOSPC, "last"),
+                  PermissionError(errno.EACCES, "last")):
+            with fails(e):
+                status, out, err = as_command("--data", "x")
+            assert status == 2 and not out and err in ("eval.py: last\n", f"eval.py: {e}\n"), err
+        one_class = os.path.join(folder, "class0")
+        for wrong in (["--weights", "missing.safetensors"], ["--data", "missing"], ["--size", 8], ["--size", 17],
+                      ["--inception", "missing.pth"], ["--inception", os.path.join(one_class, "0.png")],
+                      ["--inception", weights, "--fid", folder, weights], ["--probe", "--fit", one_class]):
+            status, _, err = as_command(*flags, *wrong)
+            assert status == 2 and err.startswith("eval.py: ") and err.count("\n") == 1, (wrong, err)
+
+
+def test_workers_need_no_shared_memory():
+    """With 50 KB a shared memory object, and with none at all, for the semaphores of the workers' queues."""
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=8)  # a batch at 64 px has 98 KB
+        flags = ["--data", folder, "--weights", weights, "--inception", "none", "--size", 64, "--batch_size", 8]
+        _, alone = evaluate(*flags, "--workers", 0)
+        with no_longer_than(60):
+            with file_size_limit(50_000):
+                raises(RuntimeError, torch.zeros(98_304, dtype=torch.uint8).share_memory_)  # what a worker would do
+                _, report = evaluate(*flags, "--workers", 1)
+            assert report["results"] == alone["results"]
+            with file_size_limit(0):
+                raises(evaluation.UserError, evaluate, *flags, "--workers", 1, words=["/dev/shm", "--workers 0"])
+                assert evaluate(*flags, "--workers", 0)[1]["results"] == alone["results"]
+
+
+def test_workers_follow_the_affinity():
+    default = lambda: evaluation.parse_args(["--data", "x"]).workers
+    for cores, ranks, expected in ((3, 1, 3), (64, 1, 8), (64, 16, 4), (1, 1, 1), (2, 8, 1)):
+        affinity = patch.object(os, "sched_getaffinity", lambda pid: set(range(cores)), create=True)
+        with affinity, patch.dict(os.environ, LOCAL_WORLD_SIZE=str(ranks)):
+            assert default() == expected, (cores, ranks, default())
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        raises(SystemExit, evaluation.main, ["--data", "x", "--workers", "-1"], words="2")
+    assert "at least 0" in said.getvalue()
+
+
+class Troubled:
+    """Three images, of which one raises."""
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, n):
+        if n == 1:
+            raise self.error
+        return torch.zeros(3, 16, 16, dtype=torch.uint8), 0
+
+
+def test_trouble_in_a_worker_keeps_its_kind():
+    def look(error, workers):
+        job = evaluation.Job(evaluation.parse_args(["--data", "x", "--workers", str(workers)]))
+        try:
+            return list(job.images("look", Troubled(error)))
+        except Exception as e:
+            for loader in filter(lambda x: hasattr(type(x), "_shutdown_workers"), gc.get_objects()):
+                loader._shutdown_workers()  # else it takes 5 s, once the exception is gone
+            return e
+    disk = OSError(errno.EIO, "Input/output error", "1.png")
+    for workers in 0, 1:
+        e = look(data.UserError("1.png is bad"), workers)
+        assert isinstance(e, evaluation.UserError) and "1 of 3 images" in str(e) and "1.png is bad" in str(e)
+        e = look(disk, workers)
+        assert evaluation.machines_trouble(e), "a disk that fails, though DataLoader drops the errno"
+        assert str(e).splitlines()[-1].endswith("[Errno 5] Input/output error: '1.png'")
+    e = look(FileNotFoundError(errno.ENOENT, "No such file", "1.png"), 1)
+    assert isinstance(e, FileNotFoundError) and not evaluation.machines_trouble(e), "a bug"
+    e = look(ValueError("not enough values"), 1)
+    assert not isinstance(e, evaluation.user_errors()) and "not enough values" in str(e), "a bug is no bad picture"
+
+
+def test_features_that_are_not_finite_are_refused():
+    good, y = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 2
+    for value in math.nan, math.inf:
+        bad = good.clone()
+        bad[7, 2] = bad[9, 1] = value
+        for measure in evaluation.linear_probe, evaluation.nearest_neighbours:
+            for x, test_x in ((bad, good), (good, bad)):
+                raises(evaluation.UserError, measure, x, y, test_x, y, words="not finite in 2 of 40 rows: the weights")
+
+
+@patch.object(evaluation, "InceptionV3", QuickInception)
+def test_npz_travels_to_workers_as_a_path():
+    """Under forkserver, as under spawn, what a worker gets is pickled."""
+    with tempfile.TemporaryDirectory() as tmp:
+        inception = tokenizer_file(tmp)
+        pictures = np.random.default_rng(0).integers(0, 256, (50, 24, 20, 3), np.uint8)
+        stored, packed = os.path.join(tmp, "stored.npz"), os.path.join(tmp, "packed.npz")
+        np.savez(stored, pictures), np.savez_compressed(packed, pictures)
+        for path in stored, packed:
+            images = evaluation.read_npz(path)
+            unpacked = images.file
+            assert len(pickle.dumps(images)) < 500, "not its 72,000 pixels"
+            copy = pickle.loads(pickle.dumps(images))
+            assert len(copy) == 50 and copy.path(3) == f"{path}[3]"
+            assert all(np.array_equal(copy[n][0].permute(1, 2, 0), pictures[n]) for n in (0, 1, 49))
+            raises(IndexError, copy.__getitem__, 50)
+            del images
+            assert os.path.exists(unpacked) == (path == stored), "the temporary file goes with the images"
+        cut = open(stored, "rb").read()
+        open(os.path.join(tmp, "cut.npz"), "wb").write(cut[:20_000] + cut[-500:])
+        raises(evaluation.UserError, evaluation.read_npz, os.path.join(tmp, "cut.npz"), words="neither")
+        fid = lambda *flags: evaluate("--fid", stored, packed, "--inception", inception, *flags)[1]
+        method, plain = multiprocessing.get_start_method(), fid("--workers", 0)
+        multiprocessing.set_start_method("forkserver", force=True)
+        try:
+            with no_longer_than(60):
+                forked = fid("--workers", 1)
+        finally:
+            multiprocessing.set_start_method(method, force=True)
+        scores = lambda report: [line.rsplit(", ", 1)[0] for line in report["sets"][:2]]
+        assert forked["fid"] == plain["fid"] and scores(forked) == scores(plain)
+
+
+def test_imports_where_posix_is_missing():
+    """As on Windows: no fcntl, SIGHUP, SIGUSR1, affinity; the metrics work."""
+    hidden = [(signal, "SIGHUP"), (signal, "SIGUSR1"), (os, "sched_getaffinity"), (os, "pread"), (os, "fork"),
+              (errno, "EDQUOT"), (errno, "ESTALE")]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.dict(sys.modules, dict.fromkeys(("fcntl", "resource", "pwd", "grp", "termios"))))
+        for module, name in hidden:
+            if hasattr(module, name):
+                stack.enter_context(patch.object(module, name))  # puts it back at the end
+                delattr(module, name)
+        spec = importlib.util.spec_from_file_location("eval_elsewhere", os.path.join(HERE, "eval.py"))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert list(module.SAVE_AND_STOP) == [signal.SIGTERM, signal.SIGINT] and errno.ENOSPC in module.MACHINES_TROUBLE
+        assert abs(module.psnr(torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), 0.1)).item() - 20) < 1e-5
+        assert module.parse_args(["--data", "x"]).workers in range(1, 9)
+        before = [signal.getsignal(n) for n in module.SAVE_AND_STOP]
+        module.ignore_signals(0)
+        for number, handler in zip(module.SAVE_AND_STOP, before):
+            assert signal.signal(number, handler) == signal.SIG_IGN
+    with tempfile.NamedTemporaryFile() as empty:
+        assert evaluation.sha256(empty.name).startswith("e3b0c44298fc1c14"), "SHA-256 of nothing"
+
+
+def test_weights_that_are_not_given():
+    with tempfile.TemporaryDirectory() as tmp, contextlib.chdir(tmp):
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=2)
+        shipped = os.path.join(HERE, "weights", "uniflow-tiny.safetensors")
+        flags = ["--data", folder, "--inception", "none", "--workers", 0]
+        said, report = evaluate(*flags)
+        assert report["weights"] == shipped and shipped in said
+        os.makedirs("out"), os.rename(weights, "out/model.safetensors")
+        assert evaluate(*flags)[1]["weights"] == "out/model.safetensors"
+        with contextlib.redirect_stderr(io.StringIO()) as err:  # which would change the file
+            raises(SystemExit, evaluation.main, ["--data", folder, "--latent_stats"], words="2")
+        assert "--weights FILE" in err.getvalue()
