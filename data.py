@@ -34,6 +34,14 @@ MAX_PIXELS = 2 ** 27  # of a picture, and MAX_BYTES of its file: what a hostile 
 MAX_BYTES = 4 * MAX_PIXELS
 
 
+class UserError(ValueError):
+    """What the user gave is wrong (an argument, a path, a file): scripts print it as one line and exit with 2."""
+
+
+class MissingFile(UserError, FileNotFoundError):
+    """A UserError of a file that is not there."""
+
+
 def load_image(file, short=None):
     """A path or binary file -> PIL image in RGB, turned as its EXIF says, transparency over white.
 
@@ -45,9 +53,9 @@ def load_image(file, short=None):
             warnings.simplefilter("ignore")  # PIL's, of odd metadata
             img = Image.open(file, formats=FORMATS)
             if img.width * img.height > MAX_PIXELS:  # the header says so, nothing is decoded yet
-                raise ValueError(f"{img.width}x{img.height} pixels, more than {MAX_PIXELS:,}")
+                raise UserError(f"{img.width}x{img.height} pixels, more than {MAX_PIXELS:,}")
             if img.mode == "F" or img.format == "TIFF" and img.mode == "I":
-                raise ValueError("32 bits a channel, of which nothing says what white is: save it with 8 or 16")
+                raise UserError("32 bits a channel, of which nothing says what white is: save it with 8 or 16")
             full, upright = img.size, img.getexif().get(274, 1) == 1
             if short and (upright or full[0] % 8 == full[1] % 8 == 0):
                 img.draft(None, (2 * short, 2 * short))
@@ -63,7 +71,7 @@ def load_image(file, short=None):
         return img.convert("RGB")
     except Exception as e:  # damage makes PIL raise nearly any type; all mean that no picture can be read from the file
         why = f"none of {', '.join(FORMATS)}" if isinstance(e, Image.UnidentifiedImageError) else f"{type(e).__name__}: {e}"
-        raise ValueError(f"cannot be read as an image ({' '.join(why.split())[:200]})") from None
+        raise UserError(f"cannot be read as an image ({' '.join(why.split())[:200]})") from None
 
 
 def cut(img, where):
@@ -118,7 +126,7 @@ class ImageDataset(Dataset):
 
     def __init__(self, roots, size, train, seed=0, crop_scale=(0.8, 1.0)):
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale is {crop_scale}; it is two fractions in (0, 1], the smaller first")
+            raise UserError(f"crop_scale is {crop_scale}; it is two fractions in (0, 1], the smaller first")
         self.roots = [os.fspath(r) for r in ([roots] if isinstance(roots, (str, os.PathLike)) else roots)]
         self.size, self.train, self.seed, self.crop_scale = size, train, seed, crop_scale
         self.replace = train  # by the next, an image that cannot be read
@@ -126,7 +134,7 @@ class ImageDataset(Dataset):
         for r, root in enumerate(self.roots):
             found = sorted(list_folder(root) if os.path.isdir(root) else list_archive(root))
             if not found:
-                raise ValueError(f"{root} holds no images ({' '.join(EXTENSIONS)})")
+                raise UserError(f"{root} holds no images ({' '.join(EXTENSIONS)})")
             names += [name for name, *_ in found]
             spans += [span for _, *span in found]
             root_of += [r] * len(found)
@@ -157,11 +165,11 @@ class ImageDataset(Dataset):
         if length < 0:
             path = self.path(i)
             if not os.path.isfile(path) or os.path.getsize(path) > MAX_BYTES:  # a pipe or a device could be read for ever
-                raise ValueError(f"is gone, no plain file, or longer than {MAX_BYTES:,} bytes")
+                raise UserError(f"is gone, no plain file, or longer than {MAX_BYTES:,} bytes")
             with open(path, "rb") as f:
                 return f.read()
         if max(length, size) > MAX_BYTES:
-            raise ValueError(f"is {max(length, size):,} bytes long, at most {MAX_BYTES:,} are read")
+            raise UserError(f"is {max(length, size):,} bytes long, at most {MAX_BYTES:,} are read")
         root = self.roots[self.root_of[i]]
         if root not in self.files:
             self.files[root] = open(root, "rb")
@@ -171,7 +179,7 @@ class ImageDataset(Dataset):
         if method == zipfile.ZIP_DEFLATED:
             data = zlib.decompressobj(-15).decompress(data, size + 1)  # no more than that, whatever is in it
         if len(data) != size or zlib.crc32(data) != crc:
-            raise ValueError("damaged in the archive, or the archive was changed meanwhile (CRC-32)")
+            raise UserError("damaged in the archive, or the archive was changed meanwhile (CRC-32)")
         return data
 
     def index(self, n):
@@ -196,7 +204,7 @@ class ImageDataset(Dataset):
             except (OSError, ValueError, struct.error, zlib.error) as e:
                 error = error or f"{self.path(i)}: {e}"
         else:
-            raise ValueError(error + f", nor can the {tries - 1} after it" * (tries > 1))
+            raise UserError(error + f", nor can the {tries - 1} after it" * (tries > 1))
         if self.train:  # the 1 sets this stream apart from the permutations'
             img = random_crop(img, self.size, np.random.default_rng([self.seed, n, 1]), self.crop_scale)
         elif self.size:
@@ -226,18 +234,18 @@ def is_image(name):
 def list_archive(path):
     """(name, offset of the local header, compressed length, method, length, CRC-32) of every image in a zip archive."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such folder or .zip archive")
+        raise MissingFile(f"{path}: no such folder or .zip archive")
     try:
         with zipfile.ZipFile(path) as z:
             entries, end = z.infolist(), os.path.getsize(path)
     except Exception as e:  # zipfile, too, raises many types
-        raise ValueError(f"{path} is no folder, and no .zip archive or a damaged one ({e})") from None
+        raise UserError(f"{path} is no folder, and no .zip archive or a damaged one ({e})") from None
     for e in entries:
         if is_image(e.filename) and not e.is_dir():
             if e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or e.flag_bits & 1:
-                raise ValueError(f"{path}: {e.filename} is encrypted or compressed by an unknown method; repack the archive")
+                raise UserError(f"{path}: {e.filename} is encrypted or compressed by an unknown method; repack the archive")
             if not 0 <= e.header_offset <= end - e.compress_size:
-                raise ValueError(f"{path} is a damaged .zip archive: {e.filename} is said to lie outside of it")
+                raise UserError(f"{path} is a damaged .zip archive: {e.filename} is said to lie outside of it")
             yield e.filename, e.header_offset, e.compress_size, e.compress_type, min(e.file_size, MAX_BYTES + 1), e.CRC
 
 
@@ -249,7 +257,7 @@ def split_batch(batch, micro_batch, ranks):
     if batch % ranks:
         low = batch // ranks * ranks
         near = " or ".join(str(b) for b in (low, low + ranks) if b)
-        raise ValueError(f"batch_size {batch} does not divide among {ranks} ranks: try {near}")
+        raise UserError(f"batch_size {batch} does not divide among {ranks} ranks: try {near}")
     share = batch // ranks
     micro_batch = next(m for m in range(min(micro_batch, share), 0, -1) if share % m == 0)
     return micro_batch, share // micro_batch

@@ -42,6 +42,14 @@ RELEASED_NAMES = [  # the authors' file -> ours, replaced one after the other
 ]
 
 
+class UserError(ValueError):
+    """What the user gave is wrong (an argument, a path, a file): scripts print it as one line and exit with 2."""
+
+
+class MissingFile(UserError, FileNotFoundError):
+    """A UserError of a file that is not there."""
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     latent_dim: int = 64           # C
@@ -60,13 +68,13 @@ class DecoderConfig:
         for f in fields(self):  # which may come from a file
             x = getattr(self, f.name)
             if type(x) is not f.type or f.type is int and not 0 <= x <= 65536:
-                raise ValueError(f"{f.name} is {x!r:.50}, expected {f.type.__name__}" + " from 0 to 65536" * (f.type is int))
+                raise UserError(f"{f.name} is {x!r:.50}, expected {f.type.__name__}" + " from 0 to 65536" * (f.type is int))
         if (min(self.latent_dim, self.width, self.heads, self.flow_width, self.patch, self.grid) < 1 or self.width % self.heads
                 or self.width % 4 or max(self.gtb_depth, self.flow_depth) > 1000):
-            raise ValueError(f"decoder width {self.width} must be a multiple of 4 and of heads {self.heads}, all sizes positive, and "
+            raise UserError(f"decoder width {self.width} must be a multiple of 4 and of heads {self.heads}, all sizes positive, and "
                              f"depths at most 1000: {self}")
         if self.pixel_stats not in PIXEL_STATS or self.projector not in ("mlp", "linear") or self.objective not in ("flow", "pixel"):
-            raise ValueError(f"projector {self.projector!r} must be mlp or linear, decoder {self.objective!r} flow or pixel, "
+            raise UserError(f"projector {self.projector!r} must be mlp or linear, decoder {self.objective!r} flow or pixel, "
                              f"pixel_stats {self.pixel_stats!r} one of {' '.join(PIXEL_STATS)}")
 
 
@@ -291,7 +299,7 @@ class Decoder(nn.Module):
         configuration.
         """
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: no such file")
+            raise MissingFile(f"{path}: no such file")
         stats = {"latent_mean", "latent_std"}
         try:
             with safe_open(path, "pt") as f:
@@ -300,14 +308,14 @@ class Decoder(nn.Module):
                 D, W, mlp = c.width, c.flow_width, c.projector == "mlp"
                 numbers = D * ((12 * c.gtb_depth + mlp) * D + W + 2 * c.grid ** 2) + W * ((5 * c.flow_depth + 3) * W + 6 * c.patch ** 2)
                 if 2 * numbers > os.path.getsize(path):  # said before they are allocated
-                    raise ValueError(f"it asks for {numbers:,} weights, and has {os.path.getsize(path):,} bytes")
+                    raise UserError(f"it asks for {numbers:,} weights, and has {os.path.getsize(path):,} bytes")
                 if released:  # the defaults of DecoderConfig, no statistics
                     parts = ("chal_unproj.", "global_block", "decoder_pos_embed", "flow_head.net.")
                     state = {released_name(k): f.get_tensor(k) for k in f.keys() if k.startswith(parts)}
                 else:
                     state = {k.removeprefix("decoder."): f.get_tensor(k) for k in f.keys() if k.startswith("decoder.") or k in stats}
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, AttributeError) as e:
-            raise ValueError(f"{path} does not hold a UniFlow decoder ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from None
+            raise UserError(f"{path} does not hold a UniFlow decoder ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from None
         dec = cls(c)
         own = dec.state_dict() if released else {**dec.state_dict(), **{k: getattr(dec, k).flatten() for k in stats}}
         if released and state.keys() - own.keys():
@@ -317,7 +325,7 @@ class Decoder(nn.Module):
                             and state[k].float().isfinite().all() and not (k == "latent_std" and state[k].float().min() <= 0))
         wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if not usable(k))
         if wrong:
-            raise ValueError(f"{path} does not fit its configuration; missing, unknown, of another shape or type, not finite, or "
+            raise UserError(f"{path} does not fit its configuration; missing, unknown, of another shape or type, not finite, or "
                              f"a standard deviation not positive: {wrong[:3]!s:.300}")
         for k, x in own.items():
             x.copy_(state[k])

@@ -43,6 +43,14 @@ PIXEL_STATS = {  # per-channel mean and standard deviation that a network expect
 }
 
 
+class UserError(ValueError):
+    """What the user gave is wrong (an argument, a path, a file): scripts print it as one line and exit with 2."""
+
+
+class MissingFile(UserError, FileNotFoundError):
+    """A UserError of a file that is not there."""
+
+
 def normal(x):
     """Distribution function and density of the standard normal at x, in fp32, to 3e-7 (Abramowitz & Stegun 26.2.17)."""
     x = x.float()
@@ -99,15 +107,15 @@ class ViTConfig:
         for f in fields(self):  # which may come from a file
             x = getattr(self, f.name)
             if type(x) is not f.type or f.type is int and not 0 <= x <= 65536:
-                raise ValueError(f"{f.name} is {x!r:.50}, expected {f.type.__name__}" + " from 0 to 65536" * (f.type is int))
+                raise UserError(f"{f.name} is {x!r:.50}, expected {f.type.__name__}" + " from 0 to 65536" * (f.type is int))
         if min(self.width, self.depth, self.heads, self.mlp_width, self.patch, self.size) < 1 or self.width % self.heads or self.size % self.patch:
-            raise ValueError(f"ViT width {self.width} must be a multiple of heads {self.heads}, size {self.size} of patch {self.patch}, "
+            raise UserError(f"ViT width {self.width} must be a multiple of heads {self.heads}, size {self.size} of patch {self.patch}, "
                              "and all of them positive")
         if self.depth > 1000 or self.num_prefix > 1 or not 0 < self.eps < 1 or not 0 <= self.layer_scale < 1e6:
-            raise ValueError(f"ViT depth {self.depth} is at most 1000, num_prefix {self.num_prefix} 0 or 1, eps {self.eps} in (0, 1), "
+            raise UserError(f"ViT depth {self.depth} is at most 1000, num_prefix {self.num_prefix} 0 or 1, eps {self.eps} in (0, 1), "
                              f"layer_scale {self.layer_scale} at least 0")
         if self.activation not in ACTIVATIONS or self.pixel_stats not in PIXEL_STATS:
-            raise ValueError(f"activation {self.activation!r} must be one of {' '.join(ACTIVATIONS)}, "
+            raise UserError(f"activation {self.activation!r} must be one of {' '.join(ACTIVATIONS)}, "
                              f"pixel_stats {self.pixel_stats!r} of {' '.join(PIXEL_STATS)}")
 
 
@@ -244,7 +252,7 @@ class Encoder(nn.Module):
     def __init__(self, vit, latent_dim=64, projector="mlp"):
         super().__init__()
         if type(latent_dim) is not int or not 0 < latent_dim <= 65536:
-            raise ValueError(f"latent_dim is {latent_dim!r:.50}, expected an integer from 1 to 65536")
+            raise UserError(f"latent_dim is {latent_dim!r:.50}, expected an integer from 1 to 65536")
         D = vit.config.width
         self.vit, self.latent_dim, self.projector = vit, latent_dim, projector
         self.size = vit.config.size  # pixels of a side that it was trained at; a tokenizer file says its own
@@ -253,7 +261,7 @@ class Encoder(nn.Module):
         elif projector == "mlp":
             self.latent_down = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, latent_dim))
         else:
-            raise ValueError(f"projector {projector!r:.50} is unknown; it is mlp or linear")
+            raise UserError(f"projector {projector!r:.50} is unknown; it is mlp or linear")
         # statistics of the latent, identity until computed; one copy in the file serves encoder and decoder
         self.register_buffer("latent_mean", torch.zeros(latent_dim, 1, 1), persistent=False)
         self.register_buffer("latent_std", torch.ones(latent_dim, 1, 1), persistent=False)
@@ -292,11 +300,11 @@ class Encoder(nn.Module):
         if "released" in config:
             return cls._from_released(path).eval()
         if not {"decoder", "size"} <= config.keys():
-            raise ValueError(f"{path} is a model file, but no tokenizer; train.py writes out/model.safetensors")
+            raise UserError(f"{path} is a model file, but no tokenizer; train.py writes out/model.safetensors")
         try:
             enc = cls(ViT(ViTConfig(**config["vit"])), config["decoder"]["latent_dim"], config["decoder"]["projector"])
         except (KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{path} does not describe a UniFlow encoder ({type(e).__name__}: {one_line(e)})") from None
+            raise UserError(f"{path} does not describe a UniFlow encoder ({type(e).__name__}: {one_line(e)})") from None
         present, get = open_weights(path)
         load_exactly(enc.state_dict(), {k.removeprefix("encoder."): get(k) for k in present if k.startswith("encoder.")}, path)
         stats = {"latent_mean": enc.latent_mean.flatten(), "latent_std": enc.latent_std.flatten()}  # views of the buffers
@@ -334,7 +342,7 @@ class Encoder(nn.Module):
             layout, prefix, family, model = "DINOv2 of transformers", "", "dinov2", "Dinov2Model"
             kind = {"mlp_ratio": c.mlp_width // c.width, "use_mask_token": False}
         else:
-            raise ValueError("transformers has no vision model of this structure; those of InternViT, DINOv2, SigLIP2 and CLIP can be saved")
+            raise UserError("transformers has no vision model of this structure; those of InternViT, DINOv2, SigLIP2 and CLIP can be saved")
         config = dict(model_type=family, architectures=[model], dtype="float32", hidden_size=c.width, num_hidden_layers=c.depth,
                       num_attention_heads=c.heads, intermediate_size=c.mlp_width, layer_norm_eps=c.eps, image_size=size,
                       patch_size=c.patch, hidden_act=c.activation.replace("gelu_tanh", "gelu_pytorch_tanh")) | kind
@@ -405,7 +413,7 @@ def read_config(path):
     """What a model file of this project says of itself: the JSON of its metadata entry "config", whose "vit" and "size" are
     checked. The authors' released file has none, and is known by its names."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
+        raise MissingFile(f"{path}: no such file")
     try:
         with safe_open(path, "pt") as f:
             released = {"vit": asdict(TEACHERS["internvit"]), "size": 448, "teacher": "internvit", "released": True}
@@ -413,13 +421,13 @@ def read_config(path):
         c = ViTConfig(**config["vit"])
         size = config.get("size", c.size)
         if type(size) is not int or not 0 < size <= 65536 or size % c.patch:
-            raise ValueError(f"size is {size!r:.50}, expected a multiple of the patch {c.patch}")
+            raise UserError(f"size is {size!r:.50}, expected a multiple of the patch {c.patch}")
         numbers = c.width * (c.depth * (4 * c.width + 2 * c.mlp_width) + 3 * c.patch ** 2 + (c.size // c.patch) ** 2)
         if 2 * numbers > os.path.getsize(path):  # said before anybody allocates them
-            raise ValueError(f"it asks for {numbers:,} weights, and has {os.path.getsize(path):,} bytes")
+            raise UserError(f"it asks for {numbers:,} weights, and has {os.path.getsize(path):,} bytes")
         return config
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is damaged or no model file of this project, whose metadata has config = {{\"vit\": ...}} "
+        raise UserError(f"{path} is damaged or no model file of this project, whose metadata has config = {{\"vit\": ...}} "
                          f"({type(e).__name__}: {one_line(e)})") from None
 
 
@@ -431,7 +439,7 @@ def write_model(path, config, tensors):
 
 def write_atomically(path, write):
     """Call write(binary file) on a temporary file beside `path`, which takes its name when it is safely on disk."""
-    temporary = path + ".tmp"
+    temporary = os.path.join(os.path.dirname(path), f".{os.getpid():x}-{time.monotonic_ns() % 2**32:08x}.tmp")
     try:
         with open(temporary, "wb") as f:
             write(f)
@@ -453,13 +461,13 @@ def open_weights(path):
     """(set of names, function name -> tensor of floating-point numbers) of a .safetensors file, or of a .pth or .bin of
     tensors, which runs no code from it."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
+        raise MissingFile(f"{path}: no such file")
     try:
         f = safe_open(path, "pt")
         names, read = set(f.keys()), f.get_tensor
     except SafetensorError as e:
         if path.endswith(".safetensors"):
-            raise ValueError(f"{path} is damaged or no safetensors file ({one_line(e)}): delete it, and fetch it again") from None
+            raise UserError(f"{path} is damaged or no safetensors file ({one_line(e)}): delete it, and fetch it again") from None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the pickle's version
@@ -468,7 +476,7 @@ def open_weights(path):
             tensors = {k.removeprefix("module."): x for k, x in tensors.items()
                        if isinstance(x, torch.Tensor) and x.layout == torch.strided and x.device.type == "cpu"}
         except Exception as e:  # torch.load raises many types; all mean that this is no plain file of tensors
-            raise ValueError(f"{path} is not a file of tensors ({type(e).__name__}); it was not executed") from None
+            raise UserError(f"{path} is not a file of tensors ({type(e).__name__}); it was not executed") from None
         names, read = set(tensors), tensors.__getitem__
 
     def get(name):
@@ -477,7 +485,7 @@ def open_weights(path):
             if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
                 raise TypeError(x.dtype)
         except (SafetensorError, AttributeError, TypeError) as e:  # the first two: types that this torch does not have
-            raise ValueError(f"{path}: {one_line(name)} is {one_line(e)}, expected float32, bfloat16, float16 or float64") from None
+            raise UserError(f"{path}: {one_line(name)} is {one_line(e)}, expected float32, bfloat16, float16 or float64") from None
         return x
     return names, get
 
@@ -503,7 +511,7 @@ def load_vit(vit, path, others=False):
     found = [(prefix, layout) for prefix in PREFIXES for layout in LAYOUTS
              if {prefix + name for key in marks for name in names_in(layout, key)} <= present]
     if not found:
-        raise ValueError(f"{path} is of no known layout ({', '.join(LAYOUTS)}); it holds {one_line(', '.join(sorted(present)[:3]))} ...")
+        raise UserError(f"{path} is of no known layout ({', '.join(LAYOUTS)}); it holds {one_line(', '.join(sorted(present)[:3]))} ...")
     prefix, layout = found[0]
     names = {key: [prefix + name for name in names_in(layout, key)] for key in own}
     wanted = {name for group in names.values() for name in group}
@@ -521,7 +529,7 @@ def load_vit(vit, path, others=False):
             else:
                 state[key] = torch.cat(parts)
     if wrong:
-        raise ValueError(f"{path} ({layout} layout) does not fit, {len(wrong)} names: " + one_line("; ".join(sorted(wrong)[:4])))
+        raise UserError(f"{path} ({layout} layout) does not fit, {len(wrong)} names: " + one_line("; ".join(sorted(wrong)[:4])))
     load_exactly(own, state, path)
     return wanted
 
@@ -536,7 +544,7 @@ def load_exactly(own, state, path):
         elif not state[k].float().isfinite().all() or k == "latent_std" and state[k].float().min() <= 0:
             wrong.append(f"{k} holds NaN, infinity, or a standard deviation that is not positive")
     if wrong:
-        raise ValueError(f"{path} does not fit the configuration ({len(wrong)} tensors): " + one_line("; ".join(sorted(wrong)[:3])))
+        raise UserError(f"{path} does not fit the configuration ({len(wrong)} tensors): " + one_line("; ".join(sorted(wrong)[:3])))
     for k, x in own.items():
         x.copy_(state[k])
 
@@ -546,7 +554,7 @@ def teacher_config(name_or_path):
     if name_or_path in TEACHERS:
         return TEACHERS[name_or_path]
     if not os.path.isfile(str(name_or_path)):  # None where a model file names no teacher
-        raise ValueError(f"teacher {name_or_path!r} is neither a file nor one of: {' '.join(TEACHERS)}")
+        raise UserError(f"teacher {name_or_path!r} is neither a file nor one of: {' '.join(TEACHERS)}")
     return ViTConfig(**read_config(name_or_path)["vit"])
 
 
@@ -560,14 +568,14 @@ def load_teacher(name_or_path, weights=None, offline=False):
     config = teacher_config(name_or_path)
     if name_or_path not in TEACHERS:
         if weights is not None:
-            raise ValueError(f"teacher {name_or_path} is a file and brings its weights: leave out teacher_weights {weights}")
+            raise UserError(f"teacher {name_or_path} is a file and brings its weights: leave out teacher_weights {weights}")
         weights = name_or_path
     elif weights is None and name_or_path in PUBLISHED:
         weights = fetch(name_or_path, offline)
     elif weights is None:
         weights = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", f"teacher-{name_or_path}.safetensors")
         if not os.path.isfile(weights):
-            raise FileNotFoundError(f"{weights}: no such file; train it (experiments/tiny_imagenet/teacher.py), or give --teacher_weights FILE|random")
+            raise MissingFile(f"{weights}: no such file; train it (experiments/tiny_imagenet/teacher.py), or give --teacher_weights FILE|random")
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -607,21 +615,21 @@ def fetch(name_or_url, offline=False):
         if not HASH_IN_NAME.search(name):  # then names are no more unique than model.safetensors is
             name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}--{name}"
     if not url.startswith(("http://", "https://")):
-        raise FileNotFoundError(f"HF_ENDPOINT {endpoint} is no URL" if name_or_url in PUBLISHED else
+        raise MissingFile(f"HF_ENDPOINT {endpoint} is no URL" if name_or_url in PUBLISHED else
                                 f"{url}: no such file, no URL, and none of the names {' '.join(PUBLISHED)}")
     path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
     if os.path.isfile(path):
         return path
     advice = f"; or put the file at {path} by hand: curl -L -o {path} {url}"
     if offline or os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("0", "", "false", "no"):
-        raise FileNotFoundError(f"{url} is not on this machine" + " and HF_HUB_OFFLINE is set: unset it" * (not offline) + advice)
+        raise MissingFile(f"{url} is not on this machine" + " and HF_HUB_OFFLINE is set: unset it" * (not offline) + advice)
     token = os.environ.get("HF_TOKEN", "").strip() if url.startswith(endpoint + "/") else ""  # for no other host
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         lock = open(path + ".lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait here; a dead process lets go
     except OSError as e:
-        raise OSError(f"{path} cannot be written ({e}): set TORCH_HOME to another folder{advice}") from None
+        raise MissingFile(f"{path} cannot be written ({e}): set TORCH_HOME to another folder{advice}") from None
     with lock:
         if os.path.isfile(path):
             return path
@@ -637,7 +645,7 @@ def fetch(name_or_url, offline=False):
                 why = f"{one_line(e) or type(e).__name__} ({retry + 1} tries): run it again to go on from there"
                 hopeless = getattr(e, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS)
             if hopeless or retry == RETRIES - 1:
-                raise OSError(f"{url}: {why}{advice}")
+                raise MissingFile(f"{url}: {why}{advice}")
             time.sleep(PATIENCE * 2 ** retry)
 
 
@@ -698,7 +706,7 @@ def download(url, path, token=""):
     digest = sha.hexdigest()
     if (size is not None and have != size) or (expected and not digest.startswith(expected)):
         os.remove(part)
-        raise ValueError(f"{url}: what came is not what the server declared ({have:,} bytes, SHA-256 {digest[:12]}..., expected "
+        raise UserError(f"{url}: what came is not what the server declared ({have:,} bytes, SHA-256 {digest[:12]}..., expected "
                          f"{size or 0:,} bytes, {expected}); it was deleted, run it again")
     if not expected:
         print(f"{url}: the server declares no SHA-256, only the size was checked", file=sys.stderr)

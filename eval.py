@@ -40,6 +40,14 @@ INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_w
 SAVE_AND_STOP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1  # the signals on which train.py does so
 
 
+class UserError(ValueError):
+    """What the user gave is wrong (an argument, a path, a file): scripts print it as one line and exit with 2."""
+
+
+class MissingFile(UserError, FileNotFoundError):
+    """A UserError of a file that is not there."""
+
+
 def psnr(a, b):
     """Peak signal-to-noise ratio of each image in dB: a, b (B, 3, H, W) in [0, 1] -> (B,), float64; equal images give inf."""
     return -10 * (a.double() - b.double()).square().mean(dim=(1, 2, 3)).log10()
@@ -316,7 +324,7 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(channels, 1008)  # TensorFlow's 1008 classes, of which 1000 are ImageNet's
 
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: no such file; it is {INCEPTION_URL}")
+            raise MissingFile(f"{path}: no such file; it is {INCEPTION_URL}")
         try:
             self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as e:  # torch.load raises many types; all mean that the file is another
@@ -465,7 +473,7 @@ def rank_and_device():
     if not torch.cuda.is_available():
         return rank, ranks, torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(f"rank {local_rank} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node")
+        raise UserError(f"rank {local_rank} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node")
     return rank, ranks, torch.device("cuda", local_rank)
 
 
@@ -577,7 +585,7 @@ class Job:
                     yield n, *(img.to(self.device, non_blocking=True) / 255 for img in batch), labels
         bad = sum(self.gather(bad), [])
         if bad:
-            raise ValueError(f"{len(bad)} of {len(datasets[0])} images cannot be used, so there are no figures: {'; '.join(bad[:10])}"
+            raise UserError(f"{len(bad)} of {len(datasets[0])} images cannot be used, so there are no figures: {'; '.join(bad[:10])}"
                              + "; ..." * (len(bad) > 10))
 
     def inception(self):
@@ -620,7 +628,7 @@ class Rated:
 
     def __init__(self, network, total, name):
         if total < 2:
-            raise ValueError(f"{name} holds {total} image; a covariance, and so an FID, needs at least 2 (or --inception none)")
+            raise UserError(f"{name} holds {total} image; a covariance, and so an FID, needs at least 2 (or --inception none)")
         self.network, self.total, self.splits = network, total, min(10, total)
         self.pools, self.sums = Moments(), torch.zeros(self.splits, 1010, dtype=torch.float64)
 
@@ -649,7 +657,7 @@ def between_sets(job):
     args, table, found, counts = job.args, [], [], []
     for path in args.fid:
         if not os.path.exists(path):
-            raise FileNotFoundError(f"{path}: no such folder, .zip or .npz")
+            raise MissingFile(f"{path}: no such folder, .zip or .npz")
     network, name = job.inception()
     for which, path in zip("AB", args.fid):
         data = read_npz(path) if path.endswith(".npz") else job.crops([path], None if args.resolution == "native" else 256)
@@ -683,18 +691,18 @@ def latent_statistics(job, enc, dec, inputs, info, about):
 
     weights, latents = about["weights"], Moments()
     if "released" in info and not job.args.out:
-        raise ValueError(f"{weights} is the authors' file and stays as it is: give --out NEW.safetensors")
+        raise UserError(f"{weights} is the authors' file and stays as it is: give --out NEW.safetensors")
     for _, img, _ in job.images("latents", inputs):
         with job.autocast:
             latents.add(enc(img)[0].transpose(0, 1).flatten(1).T)  # (b*h*w, C), not normalised
     latents = job.together(latents)
     mean, std = latents.mean.float(), (latents.scatter.diagonal() / latents.count).sqrt().float()
     if not (std > 0).all():
-        raise ValueError(f"latent channels {torch.nonzero(std <= 0).flatten().tolist()} are constant, nothing to normalise by: train longer")
+        raise UserError(f"latent channels {torch.nonzero(std <= 0).flatten().tolist()} are constant, nothing to normalise by: train longer")
     target = job.args.out or weights
     if job.rank == 0:
         if sha256(weights) != about["weights_sha256"]:
-            raise ValueError(f"{weights} was written anew meanwhile: run this again when its training is over, or on a copy")
+            raise UserError(f"{weights} was written anew meanwhile: run this again when its training is over, or on a copy")
         if "released" in info:
             tensors = {f"{part}.{k}": x for part, module in (("encoder", enc), ("decoder", dec)) for k, x in module.cpu().state_dict().items()}
             info = {**{k: v for k, v in info.items() if k != "released"}, "decoder": vars(dec.config)}
@@ -715,7 +723,7 @@ def save_latents(job, enc, inputs, info, about, shard=1024):
 
     folder, dtype = job.args.save_latents, torch.bfloat16 if job.args.bf16 else torch.float32
     if not (enc.latent_mean.any() or (enc.latent_std != 1).any()):
-        raise ValueError(f"{about['weights']} has no latent statistics yet: python eval.py --latent_stats --data TRAIN --weights {about['weights']}")
+        raise UserError(f"{about['weights']} has no latent statistics yet: python eval.py --latent_stats --data TRAIN --weights {about['weights']}")
     identity = hashlib.sha256(json.dumps([os.path.abspath(r) for r in inputs.roots]).encode() + inputs.names)
     identity.update(inputs.name_ends.tobytes() + inputs.spans.tobytes())  # of archives: lengths and CRC-32
     made_of = {"weights_sha256": about["weights_sha256"], "data_sha256": identity.hexdigest(), "images": len(inputs), "size": inputs.size, "dtype": str(dtype)}
@@ -729,9 +737,9 @@ def save_latents(job, enc, inputs, info, about, shard=1024):
             with safe_open(path_of(k), "pt") as f:
                 have = json.loads(f.metadata()["config"])
         except (SafetensorError, KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{path_of(k)} is damaged ({e}): delete it and run this again") from None
+            raise UserError(f"{path_of(k)} is damaged ({e}): delete it and run this again") from None
         if any(have.get(key) != value for key, value in made_of.items()):
-            raise ValueError(f"{path_of(k)} is of other weights, data, size or precision: use another folder")
+            raise UserError(f"{path_of(k)} is of other weights, data, size or precision: use another folder")
     z, labels = [], []
     for n, img, y in job.images("latents", inputs, numbers=[i for numbers in missing for i in numbers]):
         with job.autocast:
@@ -854,10 +862,10 @@ def main(argv=None):
     enc, dec = Encoder.from_pretrained(weights).to(job.device), Decoder.from_pretrained(weights).to(job.device)
     info = read_config(weights)
     if sha256(weights) != digest:
-        raise ValueError(f"{weights} was written anew while it was read: run this again")
+        raise UserError(f"{weights} was written anew while it was read: run this again")
     size, p = args.size or info["size"], dec.config.patch
     if size < p or size % p:
-        raise ValueError(f"--size {size} is no multiple of the patch {p} of {weights}: try --size {max(1, round(size / p)) * p}")
+        raise UserError(f"--size {size} is no multiple of the patch {p} of {weights}: try --size {max(1, round(size / p)) * p}")
     inputs = job.crops(args.data, size)
     about = {"weights": weights, "weights_sha256": digest, "step": info.get("step"), "teacher": info.get("teacher"),
              "commit": info.get("commit"), "data": args.data, "images": len(inputs)}
@@ -872,10 +880,10 @@ def main(argv=None):
         teacher = load_teacher(*named).to(job.device)
         shape = lambda c: (c.width, c.depth, c.patch, c.num_prefix)
         if shape(teacher.config) != shape(enc.vit.config):
-            raise ValueError(f"teacher {named[0]} has another width, depth or patch than {weights}: give its own with --teacher")
+            raise UserError(f"teacher {named[0]} has another width, depth or patch than {weights}: give its own with --teacher")
         unknown = sorted(set(inputs.classes) - set(fit.classes))
         if unknown or len(fit) < 20:
-            raise ValueError(f"--fit has {len(fit)} images and lacks the classes {' '.join(unknown[:5]) or '-'}: it needs at least 20 images, and "
+            raise UserError(f"--fit has {len(fit)} images and lacks the classes {' '.join(unknown[:5]) or '-'}: it needs at least 20 images, and "
                              "every class of --data (the folder that an image is in)")
     results, protocol = reconstruction(job, enc, dec, inputs, fit)
     rated = args.inception != "none"
