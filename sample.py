@@ -11,8 +11,8 @@
     python sample.py --bench                             # how many pictures a second
 
 Weights: --weights, else out/model.safetensors, else the file that ships in weights/. Any size and aspect ratio goes in, and
-one noise, the seed's, for all frames. A picture that cannot be read, or whose result cannot be written, is named, the others
-go on, and the exit status is 1.
+one noise, the seed's, for all frames. A picture that cannot be read, or whose result cannot be written, is named,
+the others go on, and the exit status is 1.
 """
 import argparse
 import errno
@@ -48,8 +48,8 @@ MAX_TOKENS = 2 ** 17  # of a picture: 3840 x 2160 pixels in patches of 8 are as 
 
 
 def user_message(error):
-    """The line to print for an error that is no bug (what the user gave is wrong, or the machine or the disk has trouble);
-    else None. An error of a DataLoader's worker comes as a text that holds its traceback, and without its errno."""
+    """The line to print for an error that is no bug (what the user gave, or trouble of the machine or the disk); else None.
+    An error of a DataLoader's worker comes as a text that holds its traceback, and without its errno."""
     text = str(error)
     if "in DataLoader worker process" in text:
         text = re.split(r"^[\w.]+: ", text, flags=re.M)[-1]
@@ -68,8 +68,8 @@ def parse_args(argv=None):
     add("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
     add("--seed", type=int, default=0, help="of the decoding noise [%(default)s]")
     add("--out", metavar="FOLDER", help="where to write; - for standard output: the reconstruction alone [beside each picture; - if FILES is -]")
-    add("--reconstruction", action="store_true", help="write the reconstruction alone, as PNG (an animation as an animated "
-        "one), under the picture's own name: into --out, where the folders of a folder are kept, else into "
+    add("--reconstruction", action="store_true", help="write the reconstruction alone, as PNG (an animation as an "
+        "animated one), under the picture's own name: into --out, where the folders of a folder are kept, else into "
         "NAME_reconstruction beside a folder NAME")
     add("--save_latent", metavar="FILE", help="also write the latent of the one picture given, (frames, C, h, w), normalised, as .safetensors")
     add("--features", action="store_true", help="also write the tokens' first three principal components as colours, the teacher's beside them "
@@ -109,16 +109,17 @@ def within(path, folder):
 
 
 def find_pictures(files, out=None, alone=False):
-    """[(picture, the folder for its results)]: `out`, else beside a file, and in NAME_recon beside a folder NAME, which may be
-    data to train or measure on. Of a folder the pictures in it and below it (but no earlier results), in sorted order; - stays.
-    alone: for reconstructions under the pictures' own names, which must overwrite none; `out` keeps the folders of a folder."""
+    """[(picture, the folder for its results)]: `out`, else beside a file, and in NAME_recon beside a folder NAME, which
+    may be data to train or measure on. Of a folder the pictures in it and below it (but no earlier results), in sorted
+    order; - stays. alone: for reconstructions under the pictures' own names; `out` keeps the folders of a folder, and
+    no picture may be overwritten."""
     pictures = []
     for f in files:
         if f != "-" and not os.path.exists(f):
             raise MissingFile(f"{f}: no such picture or folder")
         if alone and "-" not in (f, out) and out and (within(f, out) or os.path.isdir(f) and within(out, f)):
-            raise UserError(f"--reconstruction keeps the names of the pictures, so it would overwrite some: {f} and --out {out} "
-                            "lie in each other; give another --out")
+            raise UserError(f"--reconstruction keeps the names of the pictures and would overwrite some: {f} and --out "
+                            f"{out} lie in each other; give another --out")
         if f == "-" or not os.path.isdir(f):
             pictures.append((f, out or os.path.dirname(f)))
             continue
@@ -133,7 +134,7 @@ def find_pictures(files, out=None, alone=False):
 
 
 def beside(folder, ending):
-    """The path of a folder for results: of that name with the ending, and not in the folder itself, however it was given."""
+    """The path of a folder for results: of that name and ending, and not in the folder itself, however it was given."""
     plain, real = folder.rstrip(os.sep + (os.altsep or "")), os.path.realpath(folder)
     named = os.path.basename(plain) not in ("", ".", "..")
     for path in [plain] * named + [real]:  # the second if the first is a link that leads upwards
@@ -175,13 +176,13 @@ def load_frames(file, size):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's, of odd metadata
             img = Image.open(file, formats=FORMATS)
-            first = int(img.info.get("default_image", False))  # 1: an APNG begins with a picture for where nothing moves
+            first = int(img.info.get("default_image", False))  # 1: an APNG begins with one for where nothing moves
             T = (getattr(img, "n_frames", 1) if img.format in ("GIF", "PNG", "WEBP") else 1) - first
             if T < 2:
                 return still, still.shape[2:], {"format": "PNG"}
             if T * still.numel() > 6 * MAX_PIXELS:
-                raise UserError(f"has {T} frames of {still.shape[3]}x{still.shape[2]}, more than {2 * MAX_PIXELS:,} pixels "
-                                "in all: give a smaller --size")
+                raise UserError(f"has {T} frames of {still.shape[3]}x{still.shape[2]}, more than {2 * MAX_PIXELS:,} "
+                                "pixels in all: give a smaller --size")
             white, frames, durations = Image.new("RGBA", img.size, "white"), [], []
             for i in range(first, first + T):
                 img.seek(i)
@@ -198,8 +199,8 @@ def load_frames(file, size):
 
 
 def load_latent(path, dec, digest):
-    """A file of --save_latent -> latent (T, C, h, w), and the rest that load_frames told of the picture. UserError if it is
-    damaged, or of other weights than those of `dec`, whose SHA-256 is `digest`."""
+    """A file of --save_latent -> latent (T, C, h, w), and the rest that load_frames told of the picture. UserError if
+    it is damaged, or of other weights than those of `dec`, whose SHA-256 is `digest`."""
     try:
         with safe_open(path, "pt") as f:
             about, z = json.loads(f.metadata()["config"]), f.get_tensor("latent")
@@ -208,12 +209,12 @@ def load_latent(path, dec, digest):
     except Exception as e:  # damage raises nearly any type
         raise UserError(f"is damaged, or no picture or latent ({type(e).__name__}: {one_line(e)})") from None
     if theirs != digest:
-        raise UserError(f"is a latent of other weights (SHA-256 {theirs!s:.12}..., these are {digest:.12}...): give those with "
-                        "--weights")
+        raise UserError(f"is a latent of other weights (SHA-256 {theirs!s:.12}..., these are {digest:.12}...): give "
+                        "those with --weights")
     shape = (dec.config.latent_dim, -(-H // dec.config.patch), -(-W // dec.config.patch))
     if z.dtype != torch.float32 or not z.isfinite().all() or z.shape[1:] != shape or not 0 < len(z) * H * W <= 2 * MAX_PIXELS:
-        raise UserError(f"holds {z.dtype} {tuple(z.shape)}, expected finite float32 (frames, {str(shape)[1:]} for {W}x{H} "
-                        "pixels")
+        raise UserError(f"holds {z.dtype} {tuple(z.shape)}, expected finite float32 (frames, {str(shape)[1:]} for "
+                        f"{W}x{H} pixels")
     return z, (H, W), kind
 
 
@@ -245,7 +246,7 @@ def find_teacher(info, enc, device):
     try:
         if given == "random":
             raise UserError("a random initialisation, it has no semantics to show")
-        vit = load_teacher(name, given and str(given), offline=True)  # for a picture, nothing of that size is downloaded
+        vit = load_teacher(name, given and str(given), offline=True)  # for a picture nothing is downloaded
         teacher = Encoder(vit).eval().to(device)
         if teacher.vit.config != enc.vit.config:
             raise UserError("its structure is another")
@@ -313,8 +314,8 @@ def main(argv=None):
     args = parse_args(argv)
     pictures = find_pictures(args.files, args.out, args.reconstruction)
     if len(pictures) > 1 and (args.save_latent or args.out == "-"):
-        raise UserError(f"{len(pictures)} pictures, and --save_latent or -, which are for one (eval.py --save_latents is for "
-                        "data sets)")
+        raise UserError(f"{len(pictures)} pictures, and --save_latent or -, which are for one (eval.py --save_latents "
+                        "is for data sets)")
     device, log = torch.device("cuda" if torch.cuda.is_available() else "cpu"), sys.stderr if args.out == "-" else sys.stdout
     if args.bench and not args.weights and device.type == "cuda":
         print("RANDOM weights of the InternViT tokenizer's size, for measuring")
@@ -345,10 +346,11 @@ def main(argv=None):
         x, (H, W), kind = load_latent(picture, dec, digest) if latent else load_frames(picture, size)
         tokens = 0 if latent else H * W // dec.config.patch ** 2
         if tokens > MAX_TOKENS:
-            raise UserError(f"has {tokens:,} tokens at {W}x{H} pixels, more than {MAX_TOKENS:,}: crop it, or give a smaller --size")
+            raise UserError(f"has {tokens:,} tokens at {W}x{H} pixels, more than {MAX_TOKENS:,}: crop it, or give a "
+                            "smaller --size")
         if tokens > 16_384:
-            tqdm.write(f"{path}: {tokens:,} tokens, and attention takes a time quadratic in them; a smaller --size is quicker",
-                       file=sys.stderr)
+            tqdm.write(f"{path}: {tokens:,} tokens, and attention takes a time quadratic in them; a smaller --size is "
+                       "quicker", file=sys.stderr)
         start = time.perf_counter()
         z, rec = reconstruct(enc, dec, x, H, W, device, args.steps, args.seed)
         seconds, (T, *chw) = time.perf_counter() - start, z.shape
@@ -369,7 +371,8 @@ def main(argv=None):
                 f.write(file)
         else:
             if not os.path.basename(stem).startswith(name):
-                tqdm.write(f"{path}: with {longest} its name is too long for a file, so results are called {stem}", file=sys.stderr)
+                tqdm.write(f"{path}: with {longest} its name is too long for a file, so results are called {stem}",
+                           file=sys.stderr)
             os.makedirs(folder or ".", exist_ok=True)
             write_atomically(stem + ending, lambda f: f.write(file))
         if args.save_latent:

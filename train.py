@@ -68,8 +68,8 @@ RECIPES = {
 # untrained (16.6 dB on drawn pictures against 19.9), and a constant rate ends in noise (19.1 dB against 22.5).
 ON_CPU = dict(batch_size=8, micro_batch=8, steps=400, endpoint=0.5)
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165, "3090": 71}  # dense bf16
-MAY_DIFFER = set("data val out steps epochs workers micro_batch compile log_every eval_every save_every keep_every max_bad_images "
-                 "resume_anyway bench".split())  # arguments that a resumed run may change; images and val_images it may not
+MAY_DIFFER = set("data val out steps epochs workers micro_batch compile log_every eval_every save_every keep_every "
+                 "max_bad_images resume_anyway bench".split())  # when a run is resumed; not images, val_images
 STATE = "encoder decoder optimizer latent_mean latent_std step samples sums faults bad args id config".split()  # of state.pt
 TOO_MANY_SKIPPED = 10  # steps in a row with a loss or gradient that is not finite
 INTERRUPTS = []  # signals that asked the run to save and stop
@@ -103,8 +103,8 @@ def parse_args(argv=None):
     add("--beta", type=float, default=2.0, help="temperature of eq. 1 [%(default)s]")
     add("--lambda_d", type=float, default=1.0, help="weight of the distillation loss [%(default)s]")
     add("--lambda_f", type=float, default=1.0, help="weight of the flow loss [%(default)s]")
-    add("--endpoint", type=float, help="fraction of patches trained at exactly t = 1, where one-step decoding evaluates "
-        "[%(default)s]")
+    add("--endpoint", type=float, help="fraction of patches trained at exactly t = 1, where one-step decoding "
+        "evaluates [%(default)s]")
     add("--freeze_encoder", action="store_true", help="train only the projection and the decoder")
     add = ap.add_argument_group("optimization").add_argument
     add("--batch_size", type=int, help="global batch [%(default)s]")
@@ -127,10 +127,10 @@ def parse_args(argv=None):
     add = ap.add_argument_group("output").add_argument
     add("--out", default="out", metavar="FOLDER", help="where the run lives [%(default)s]")
     add("--log_every", type=int, default=50, metavar="STEPS", help="[%(default)s]")
-    add("--eval_every", type=int, default=1000, metavar="STEPS", help="evaluation and sample grid, also at the end; 0: only "
-        "there [%(default)s]")
-    add("--save_every", type=int, default=1000, metavar="STEPS", help="state.pt and model.safetensors, also at the end; "
+    add("--eval_every", type=int, default=1000, metavar="STEPS", help="evaluation and sample grid, also at the end; "
         "0: only there [%(default)s]")
+    add("--save_every", type=int, default=1000, metavar="STEPS", help="state.pt and model.safetensors, also at the "
+        "end; 0: only there [%(default)s]")
     add("--keep_every", type=int, metavar="STEPS", help="keep a copy of the model for good [never]")
     add("--resume_anyway", action="store_true", help="resume although arguments differ")
     add("--bench", action="store_true", help="only measure the speed and memory of the step, without data")
@@ -154,8 +154,8 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     at_least_1 = "size batch_size micro_batch steps epochs latent_dim flow_depth flow_width log_every"
-    at_least_0 = ("workers gtb_depth beta lambda_d lambda_f lr encoder_lr_scale weight_decay clip eval_every save_every "
-                  "keep_every")
+    at_least_0 = ("workers gtb_depth beta lambda_d lambda_f lr encoder_lr_scale weight_decay clip eval_every "
+                  "save_every keep_every")
     for low, high, names in (
             (1, math.inf, at_least_1), (0, math.inf, at_least_0), (0, 1, "endpoint lr_decay max_bad_images"),
             (0, 0.9, "drop_path"), (0, 2 ** 63 - 1, "seed")):
@@ -477,8 +477,8 @@ def save(args, config, now, encoder, decoder, optimizer):
 
 
 def lock_folder(folder):
-    """Make the folder, and in it a file whose lock keeps a second run out. The system lets go of it when this process ends,
-    however it ends."""
+    """Make the folder, and in it a file whose lock keeps a second run out. The system lets go of it when this process
+    ends, however it ends."""
     try:
         os.makedirs(os.path.join(folder, "samples"), exist_ok=True)
         lock = open(os.path.join(folder, ".lock"), "w")
@@ -500,10 +500,11 @@ def stop_as_not_finite(args, data, now, last_finite, rank):
     if rank == 0:
         write_names(names, files)
     flow, distance, *_ = (last_finite / last_finite[-1]).tolist()  # nan if there was none since the start
-    raise UserError(f"at step {now.step} the loss or its gradient is not finite, {int(now.faults[1])} steps in a row (the last "
-                    f"finite one: flow {flow:.4f}, distillation {distance:.4f}); the last batch is {', '.join(files[:3])} .. "
-                    f"(all of it in {names}). The last save is {os.path.join(args.out, 'state.pt')}: the same command with a "
-                    "lower --lr and --resume_anyway goes on from there")
+    raise UserError(f"at step {now.step} the loss or its gradient is not finite, {int(now.faults[1])} steps in a row "
+                    f"(the last finite one: flow {flow:.4f}, distillation {distance:.4f}); the last batch is "
+                    f"{', '.join(files[:3])} .. (all of it in {names}). The last save is "
+                    f"{os.path.join(args.out, 'state.pt')}: the same command with a lower --lr and "
+                    "--resume_anyway goes on from there")
 
 
 def as_text(x, steps, peak, eta):
@@ -521,7 +522,7 @@ def main(argv=None, on_signal=None):
     """Train as the command line asks. on_signal handles the signals that end a run from where there is something to save."""
     args = parse_args(argv)
     if fcntl is None:
-        raise UserError("this system lacks POSIX's file locks, which keep a second run out of --out: use Linux, macOS or WSL")
+        raise UserError("it needs a POSIX system, whose locks keep a second run out of --out: use Linux, macOS or WSL")
 
     # one process per GPU (torchrun), or a single process
     rank, ranks, device = rank_and_device()
@@ -576,8 +577,8 @@ def main(argv=None, on_signal=None):
     if ranks > 1:
         dist.broadcast_object_list(start, group=control)
     if here != start:
-        raise UserError(f"rank {rank} sees another {state_path} than rank 0: --out must lie on a file system that all nodes "
-                        "share")
+        raise UserError(f"rank {rank} sees another {state_path} than rank 0: --out must lie on a file system that all "
+                        "nodes share")
     now = SimpleNamespace(  # what state.pt holds beside weights, optimizer and arguments
         id=here[0] or uuid.uuid4().hex[:12], step=here[1], samples=0,
         bad=[],  # numbers of the images that could not be read, in the order found
