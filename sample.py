@@ -48,8 +48,8 @@ MAX_TOKENS = 2 ** 17  # of a picture: 3840 x 2160 pixels in patches of 8 are as 
 
 
 def user_message(error):
-    """The line to print for an error that is no bug (what the user gave, or trouble of the machine or the disk); else None.
-    An error of a DataLoader's worker comes as a text that holds its traceback, and without its errno."""
+    """The line to print for an error that is no bug (what the user gave, or trouble of machine or disk); else None. One
+    of a DataLoader's worker comes as a text that holds its traceback, and without its errno."""
     text = str(error)
     if "in DataLoader worker process" in text:
         text = re.split(r"^[\w.]+: ", text, flags=re.M)[-1]
