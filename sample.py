@@ -401,8 +401,10 @@ def main(argv=None):
         except (MemoryError, torch.OutOfMemoryError):
             skip(path, "takes more memory than there is: give a smaller --size")
         except OSError as e:
-            if args.out == "-" or e.errno in (errno.ENOSPC, errno.EDQUOT):  # nor would the others be written
+            if args.out == "-":
                 raise
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"{path} and what follows it is left out, the disk is full ({e})") from None
             skip(path, f"is left out ({e})")
         else:
             tqdm.write(said, file=log)

@@ -358,6 +358,8 @@ def load_state(path, args):
         if set(state) != set(STATE):
             raise KeyError("not what train.py saves")
     except Exception as e:  # torch.load raises many types; all mean that the file is not what train.py wrote
+        if user_message(e):  # but not a disk's trouble
+            raise
         raise UserError(f"{path} is damaged or no checkpoint of train.py ({type(e).__name__}); move it away to start "
                         "afresh") from None
     changed = [f"{k} was {v}, is now {getattr(args, k, None)}" for k, v in state["args"].items()

@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import errno
+import functools
 import hashlib
 import importlib.util
 import io
@@ -138,6 +139,11 @@ def test_data_that_moved_resume():
                              ([val2, "--val", val2], "images was 10 images"),
                              ([*other_order, "--val", val2], "images was 10 images")):
             raises(encoder.UserError, train_quietly, *flags, parts, "--steps", 4, "--data", *paths, words=words)
+        again = *flags, parts, "--data", second, "--val", val2, "--steps", 4
+        with patch.object(torch, "load", side_effect=OSError(errno.ESTALE, "Stale file handle")):
+            raises(OSError, train_quietly, *again, words="Stale")  # it is not damaged, to be moved away
+        refused = functools.partial(raises, encoder.UserError, train_quietly, *again, words="other parameters")
+        refused("--freeze_encoder", "--resume_anyway")
 
 
 def name_hash(folder):
@@ -264,7 +270,7 @@ def test_names_that_are_no_text_and_pictures_that_fail():
         plain_reconstruct = sample.reconstruct
         for error, expected in ((data.UserError("is odd"), 1), (OSError(errno.EIO, "Input/output error"), 1),
                                 (MemoryError(), 1), (torch.OutOfMemoryError(), 1),
-                                (ValueError("a bug"), ValueError), (OSError(errno.ENOSPC, "full"), OSError)):
+                                (ValueError("a bug"), ValueError), (OSError(errno.ENOSPC, "full"), encoder.UserError)):
             def reconstruct(enc, dec, x, *args):
                 if x.shape[3] == 21:  # of 40 x 30
                     raise error
