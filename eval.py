@@ -45,8 +45,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 # the signals on which train.py saves and stops; Windows lacks two of them
 SAVE_AND_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-MACHINES_TROUBLE = {getattr(errno, name) for name in  # of the machine or its disk: neither a bug nor the user's mistake
-                    "ENOSPC EDQUOT EROFS EACCES EPERM EIO EMFILE ENFILE ESTALE ENOMEM".split() if hasattr(errno, name)}
+MACHINES_TROUBLE = {getattr(errno, name, None) for name in (  # of the machine or its disk: no bug, nor the user's mistake
+    "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO EMFILE ENFILE ENOMEM EAGAIN EBUSY ESTALE ENOLCK ENODEV ENXIO ENOTCONN "
+    "ETIMEDOUT EHOSTDOWN EREMOTEIO EPIPE").split()} - {None}
 PERFECT = 100.0  # dB, the most that a picture counts with, as in x264, libvpx and libaom
 
 
@@ -445,6 +446,16 @@ def machines_trouble(e):
     """Whether an exception is the machine's or its disk's. DataLoader keeps a worker's as text, without its errno."""
     number = re.search(r"\[Errno (\d+)\][^\n]*$", str(e))
     return isinstance(e, OSError) and (int(number[1]) if number else e.errno) in MACHINES_TROUBLE
+
+
+def user_message(error):
+    """What a script prints, in one line, of an error that is no bug: the user's or the machine's. None for a bug."""
+    if not isinstance(error, user_errors()) and not machines_trouble(error):
+        return None
+    text = str(error)
+    if "in DataLoader worker process" in text:  # then it holds the worker's traceback
+        text = re.split(r"^[\w.]+: ", text, flags=re.M)[-1]
+    return " ".join(text.splitlines()) or repr(error)
 
 
 class Readable(Dataset):
@@ -1069,7 +1080,6 @@ def demo():
 
 def run():
     """main() for the command line. What the user gave, and the machine's trouble, is one line and status 2."""
-    known = user_errors()
     if sys.stdout:  # names that no encoding holds are printed with backslashes
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -1077,10 +1087,10 @@ def run():
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as e:
-        if not (isinstance(e, known) or machines_trouble(e)):
+        if not (said := user_message(e)):
             raise
         who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{who}eval.py: {(str(e).splitlines() or [repr(e)])[-1]}", file=sys.stderr)
+        print(f"{who}eval.py: {said}", file=sys.stderr)
         sys.stdout = None  # if it cannot be written, Python would try again at its end, and change the status
         sys.exit(2)
 

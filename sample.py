@@ -7,12 +7,16 @@
     python sample.py z.safetensors                       # ... which decodes, in as many --steps as you like: z_recon.png
     python sample.py img.png --features                  # img_features.png: picture | student's tokens | teacher's, as colours
     cat img.png | python sample.py - > rec.png           # in a pipe: the reconstruction alone
+    python sample.py photos/ --reconstruction --out recs # files of it alone, as eval.py --fid reads them
     python sample.py --bench                             # how many pictures a second
 
 Weights: --weights, else out/model.safetensors, else the file that ships in weights/. Any size and aspect ratio goes in, and
-one noise, the seed's, for all frames. A picture that cannot be read is named, the others go on, and the exit status is 1.
+one noise, the seed's, for all frames. A picture that cannot be read, or whose result cannot be written, is named,
+the others go on, and the exit status is 1.
 """
 import argparse
+import errno
+import hashlib
 import io
 import json
 import os
@@ -28,10 +32,12 @@ from tqdm import tqdm
 
 from data import EXTENSIONS, FORMATS, MAX_BYTES, MAX_PIXELS, list_folder, load_image, to_tensor
 from decoder import Decoder, DecoderConfig
-from encoder import TEACHERS, Encoder, ViT, load_teacher, one_line, open_weights, read_config, write_atomically, write_model
-from eval import comparison, find_weights, image_noise, psnr, sha256, ssim
+from encoder import (TEACHERS, Encoder, MissingFile, UserError, ViT, load_teacher, one_line, open_weights, read_config,
+                     write_atomically, write_model)
+from eval import comparison, find_weights, image_noise, psnr, sha256, ssim, user_errors, user_message
 
 LATENT = ".safetensors"  # how the names of latents end
+MAX_NAME = 255  # bytes, what file systems allow
 MAX_TOKENS = 2 ** 17  # of a picture: 3840 x 2160 pixels in patches of 8 are as many, a strip of 3 x 500 enlarged would be more
 
 
@@ -44,6 +50,9 @@ def parse_args(argv=None):
     add("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
     add("--seed", type=int, default=0, help="of the decoding noise [%(default)s]")
     add("--out", metavar="FOLDER", help="where to write; - for standard output: the reconstruction alone [beside each picture; - if FILES is -]")
+    add("--reconstruction", action="store_true", help="write the reconstruction alone, as PNG (an animation as an "
+        "animated one), under the picture's own name: into --out, where the folders of a folder are kept, else into "
+        "NAME_reconstruction beside a folder NAME")
     add("--save_latent", metavar="FILE", help="also write the latent of the one picture given, (frames, C, h, w), normalised, as .safetensors")
     add("--features", action="store_true", help="also write the tokens' first three principal components as colours, the teacher's beside them "
         "where it is on this machine (same colour, same direction); of an animation, the first frame's")
@@ -58,6 +67,7 @@ def parse_args(argv=None):
             (not (args.save_latent or LATENT).endswith(LATENT), f"--save_latent is {args.save_latent}: its name must end in {LATENT}"),
             ((args.save_latent or args.features or args.size is not None) and any(f.endswith(LATENT) for f in args.files),
                 "--save_latent, --features, --size: of pictures, not latents"),
+            (args.features and args.reconstruction, "--features would lie among the reconstructions: in two runs"),
             (args.features and args.out == "-", "--features writes a file beside the reconstruction's: give --out FOLDER"),
             (args.out == "-" and sys.stdout.isatty(), "standard output is a terminal: redirect it (> rec.png), or give --out FOLDER")):
         if wrong:
@@ -65,23 +75,52 @@ def parse_args(argv=None):
     return args
 
 
-def find_pictures(files):
-    """[(picture, the folder for its results)]: beside a file, and in NAME_recon beside a folder NAME, which may be data to train or
-    measure on. Of a folder the pictures in it and below it (but no earlier results), in sorted order; - stays."""
+def within(path, folder):
+    """Whether a path is a folder or lies in it, links resolved."""
+    return os.path.join(os.path.realpath(path), "").startswith(os.path.join(os.path.realpath(folder), ""))
+
+
+def find_pictures(files, out=None, alone=False):
+    """[(picture, the folder for its results)]: `out`, else beside a file, and in NAME_recon beside a folder NAME, which
+    may be data to train or measure on. Of a folder the pictures in it and below it (but no earlier results), in sorted
+    order; - stays. alone: for reconstructions under the pictures' own names; `out` keeps the folders of a folder, and
+    no picture may be overwritten."""
     pictures = []
     for f in files:
         if f != "-" and not os.path.exists(f):
-            raise FileNotFoundError(f"{f}: no such picture or folder")
-        if not os.path.isdir(f):
-            pictures.append((f, os.path.dirname(f)))
+            raise MissingFile(f"{f}: no such picture or folder")
+        if alone and "-" not in (f, out) and out and (within(f, out) or os.path.isdir(f) and within(out, f)):
+            raise UserError(f"--reconstruction keeps the names of the pictures and would overwrite some: {f} and --out "
+                            f"{out} lie in each other; give another --out")
+        if f == "-" or not os.path.isdir(f):
+            pictures.append((f, out or os.path.dirname(f)))
             continue
         result = lambda name: os.path.splitext(name)[0].endswith(("_recon", "_features"))
         inside = sorted(name for name, *_ in list_folder(f) if not result(name))
         if not inside:
-            raise ValueError(f"{f} holds no pictures ({' '.join(EXTENSIONS)})")
-        results = (os.path.abspath(f) if f.strip("./") == "" else f.rstrip("/")) + "_recon"
-        pictures += [(os.path.join(f, name), os.path.join(results, os.path.dirname(name))) for name in inside]
+            raise UserError(f"{f} holds no pictures ({' '.join(EXTENSIONS)})")
+        keep = lambda name: os.path.dirname(name) if alone or not out else ""
+        results = out or beside(f, "_reconstruction" if alone else "_recon")
+        pictures += [(os.path.join(f, name), os.path.join(results, keep(name))) for name in inside]
     return pictures
+
+
+def beside(folder, ending):
+    """The path of a folder for results: of that name and ending, and not in the folder itself, however it was given."""
+    plain, real = folder.rstrip(os.sep + (os.altsep or "")), os.path.realpath(folder)
+    named = os.path.basename(plain) not in ("", ".", "..")
+    for path in [plain] * named + [real]:  # the second if the first is a link that leads upwards
+        if not within(path + ending, folder):
+            return path + ending
+    raise UserError(f"{folder} has nothing beside it, and results are not put among the pictures: give --out FOLDER")
+
+
+def result_name(name, ending):
+    """The name, or where a file system would not take name + ending, its beginning and eight digits of its SHA-256."""
+    name_bytes, room = os.fsencode(name), MAX_NAME - len(ending)
+    if len(name_bytes) <= room:
+        return name
+    return name_bytes[:room - 9].decode(errors="ignore") + "-" + hashlib.sha256(name_bytes).hexdigest()[:8]
 
 
 def resize_short_side(img, short):
@@ -90,7 +129,7 @@ def resize_short_side(img, short):
         return img
     W, H = (max(1, round(s * short / min(img.size))) for s in img.size)
     if W * H > MAX_PIXELS:
-        raise ValueError(f"would grow from {img.width}x{img.height} to {W}x{H} pixels: give a smaller --size, or 0")
+        raise UserError(f"would grow from {img.width}x{img.height} to {W}x{H} pixels: give a smaller --size, or 0")
     return img.resize((W, H), Image.Resampling.BICUBIC)
 
 
@@ -102,41 +141,53 @@ def pad_to_patches(img, p):
 
 def load_frames(file, size):
     """A path, or - for standard input -> frames uint8 (T, 3, H, W), their (H, W), and what PIL is to be told when it writes such a
-    file: the format, and an animation's durations in ms and loops. Of a still, T = 1. Damage makes PIL raise nearly any type."""
+    file: the format, and an animation's durations in ms and loops. Of a still, T = 1. UserError if it is damaged."""
     file = io.BytesIO(sys.stdin.buffer.read(MAX_BYTES)) if file == "-" else file
     still = to_tensor(resize_short_side(load_image(file), size))[None]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL's, of odd metadata
-        img = Image.open(file, formats=FORMATS)
-        first = int(img.info.get("default_image", False))  # 1: an APNG has a picture before, shown where nothing moves
-        T = (getattr(img, "n_frames", 1) if img.format in ("GIF", "PNG", "WEBP") else 1) - first
-        if T < 2:
-            return still, still.shape[2:], {"format": "PNG"}
-        if T * still.numel() > 6 * MAX_PIXELS:
-            raise ValueError(f"has {T} frames of {still.shape[3]}x{still.shape[2]}, more than {2 * MAX_PIXELS:,} pixels in all: give a smaller --size")
-        white, frames, durations = Image.new("RGBA", img.size, "white"), [], []
-        for i in range(first, first + T):
-            img.seek(i)
-            frame = Image.alpha_composite(white, img.convert("RGBA").crop((0, 0, *white.size))).convert("RGB")
-            frame.info = dict(img.info)  # which way is up
-            frames.append(to_tensor(resize_short_side(ImageOps.exif_transpose(frame), size)))
-            durations.append(img.info.get("duration", 0))  # which a WebP tells once the frame is read
-        loop = {"loop": img.info["loop"]} if "loop" in img.info else {}  # a GIF without it plays once
-        return torch.stack(frames), still.shape[2:], {"format": img.format, "duration": durations, **loop}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, of odd metadata
+            img = Image.open(file, formats=FORMATS)
+            first = int(img.info.get("default_image", False))  # 1: an APNG begins with one for where nothing moves
+            T = (getattr(img, "n_frames", 1) if img.format in ("GIF", "PNG", "WEBP") else 1) - first
+            if T < 2:
+                return still, still.shape[2:], {"format": "PNG"}
+            if T * still.numel() > 6 * MAX_PIXELS:
+                raise UserError(f"has {T} frames of {still.shape[3]}x{still.shape[2]}, more than {2 * MAX_PIXELS:,} "
+                                "pixels in all: give a smaller --size")
+            white, frames, durations = Image.new("RGBA", img.size, "white"), [], []
+            for i in range(first, first + T):
+                img.seek(i)
+                frame = Image.alpha_composite(white, img.convert("RGBA").crop((0, 0, *white.size))).convert("RGB")
+                frame.info = dict(img.info)  # which way is up
+                frames.append(to_tensor(resize_short_side(ImageOps.exif_transpose(frame), size)))
+                durations.append(img.info.get("duration", 0))  # which a WebP tells once the frame is read
+            loop = {"loop": img.info["loop"]} if "loop" in img.info else {}  # a GIF without it plays once
+            return torch.stack(frames), still.shape[2:], {"format": img.format, "duration": durations, **loop}
+    except user_errors():
+        raise
+    except Exception as e:  # damage makes PIL raise nearly any type
+        raise UserError(f"is a damaged animation ({type(e).__name__}: {one_line(e)})") from None
 
 
 def load_latent(path, dec, digest):
-    """A file of --save_latent -> latent (T, C, h, w), and the rest that load_frames told of the picture. Raises nearly any type if it is
-    damaged, ValueError if it is of other weights than those of `dec`, whose SHA-256 is `digest`."""
-    with safe_open(path, "pt") as f:
-        about, z = json.loads(f.metadata()["config"]), f.get_tensor("latent")
-    theirs, H, W, kind = about["weights_sha256"], int(about["height"]), int(about["width"]), about["file"]
+    """A file of --save_latent -> latent (T, C, h, w), and the rest that load_frames told of the picture. UserError if
+    it is damaged, or of other weights than those of `dec`, whose SHA-256 is `digest`."""
+    try:
+        with safe_open(path, "pt") as f:
+            about, z = json.loads(f.metadata()["config"]), f.get_tensor("latent")
+        theirs, H, W, kind = about["weights_sha256"], int(about["height"]), int(about["width"]), about["file"]
+        kind = {"format": kind["format"], **{k: kind[k] for k in ("duration", "loop") if k in kind}}
+    except Exception as e:  # damage raises nearly any type
+        raise UserError(f"is damaged, or no picture or latent ({type(e).__name__}: {one_line(e)})") from None
     if theirs != digest:
-        raise ValueError(f"is a latent of other weights (SHA-256 {theirs!s:.12}..., these are {digest:.12}...): give those with --weights")
+        raise UserError(f"is a latent of other weights (SHA-256 {theirs!s:.12}..., these are {digest:.12}...): give "
+                        "those with --weights")
     shape = (dec.config.latent_dim, -(-H // dec.config.patch), -(-W // dec.config.patch))
     if z.dtype != torch.float32 or not z.isfinite().all() or z.shape[1:] != shape or not 0 < len(z) * H * W <= 2 * MAX_PIXELS:
-        raise ValueError(f"holds {z.dtype} {tuple(z.shape)}, expected finite float32 (frames, {str(shape)[1:]} for {W}x{H} pixels")
-    return z, (H, W), {"format": kind["format"], **{k: kind[k] for k in ("duration", "loop") if k in kind}}
+        raise UserError(f"holds {z.dtype} {tuple(z.shape)}, expected finite float32 (frames, {str(shape)[1:]} for "
+                        f"{W}x{H} pixels")
+    return z, (H, W), kind
 
 
 @torch.no_grad()
@@ -158,21 +209,22 @@ def picture_file(frames, kind):
     try:
         first.save(file := io.BytesIO(), save_all=bool(others), append_images=others, lossless=True, **kind)
     except Exception as e:  # sides or durations that the format cannot hold
-        raise ValueError(f"cannot be written as {kind['format']} ({type(e).__name__}: {one_line(e)})") from None
+        raise UserError(f"cannot be written as {kind['format']} ({type(e).__name__}: {one_line(e)})") from None
     return file.getvalue()
 
 
 def find_teacher(info, enc, device):
     """The teacher of the tokenizer, as an Encoder for its `features`, if its weights are on this machine; else None, saying why."""
-    name, given = info.get("teacher"), info.get("teacher_weights")
+    name, given = str(info.get("teacher")), info.get("teacher_weights")
     try:
         if given == "random":
-            raise ValueError("a random initialisation, it has no semantics to show")
-        teacher = Encoder(load_teacher(name, given, offline=True)).eval().to(device)  # for a picture, nothing of that size is downloaded
+            raise UserError("a random initialisation, it has no semantics to show")
+        vit = load_teacher(name, given and str(given), offline=True)  # for a picture nothing is downloaded
+        teacher = Encoder(vit).eval().to(device)
         if teacher.vit.config != enc.vit.config:
-            raise ValueError("its structure is another")
+            raise UserError("its structure is another")
         return teacher
-    except (OSError, TypeError, ValueError) as e:
+    except (*user_errors(), OSError) as e:
         print(f"--features: without the teacher {one_line(name)} ({'not on this machine' if isinstance(e, FileNotFoundError) else one_line(e)})")
 
 
@@ -235,9 +287,10 @@ def bench(enc, dec, size, device):
 
 def main(argv=None):
     args = parse_args(argv)
-    pictures = find_pictures(args.files)
+    pictures = find_pictures(args.files, args.out, args.reconstruction)
     if len(pictures) > 1 and (args.save_latent or args.out == "-"):
-        raise ValueError(f"{len(pictures)} pictures, and --save_latent or -, which are for one (eval.py --save_latents is for data sets)")
+        raise UserError(f"{len(pictures)} pictures, and --save_latent or -, which are for one (eval.py --save_latents "
+                        "is for data sets)")
     device, log = torch.device("cuda" if torch.cuda.is_available() else "cpu"), sys.stderr if args.out == "-" else sys.stdout
     if args.bench and not args.weights and device.type == "cuda":
         print("RANDOM weights of the InternViT tokenizer's size, for measuring")
@@ -250,64 +303,102 @@ def main(argv=None):
         return bench(enc, dec, size or info["size"], device)
     print(f"weights {weights}, {'short side ' + str(size) + ' px' if size else 'original size'}, on {device.type}", file=log)
     if args.save_latent and os.path.exists(args.save_latent) and open_weights(args.save_latent)[0] != {"latent"}:
-        raise ValueError(f"--save_latent {args.save_latent} is there and is no latent: give another name")
+        raise UserError(f"--save_latent {args.save_latent} is there and is no latent: give another name")
     digest = sha256(weights) if args.save_latent or any(f.endswith(LATENT) for f, _ in pictures) else None
     teacher = find_teacher(info, enc, device) if args.features else None
-    for folder in {os.path.dirname(args.save_latent or ""), *(args.out or folder for _, folder in pictures if args.out != "-")}:
-        os.makedirs(folder or ".", exist_ok=True)
+    try:  # the folders that were given; those beside the pictures one by one
+        for folder in os.path.dirname(args.save_latent or ""), args.out:
+            os.makedirs("." if folder in (None, "", "-") else folder, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{folder} is no folder to write to ({e})") from None
 
     written, skipped = set(), []
+    as_key = str.casefold if sys.platform in ("win32", "darwin") else str  # where A.png is a.png
 
-    def skip(path, why):  # the others go on
-        tqdm.write(f"sample.py: {path} {why}", file=sys.stderr)
-        skipped.append(path)
-    for picture, folder in tqdm(pictures, disable=None if len(pictures) > 1 else True):
-        latent, path = picture.endswith(LATENT), "stdin" if picture == "-" else picture
-        try:
-            x, (H, W), kind = load_latent(picture, dec, digest) if latent else load_frames(picture, size)
-            if (tokens := H * W // dec.config.patch ** 2) > MAX_TOKENS and not latent:
-                raise ValueError(f"has {tokens:,} tokens at {W}x{H} pixels, more than {MAX_TOKENS:,}: crop it, or give a smaller --size")
-        except Exception as e:
-            skip(path, e if isinstance(e, ValueError) else f"is damaged, or no picture or latent ({type(e).__name__}: {one_line(e)})")
-            continue
-        if tokens > 16_384 and not latent:
-            tqdm.write(f"{path}: {tokens:,} tokens, and attention takes a time quadratic in them; a smaller --size is quicker", file=sys.stderr)
+    def convert(picture, path, folder):
+        """Read a picture (called `path`), an animation or a latent, write its results; what to print of it."""
+        latent = picture.endswith(LATENT)
+        x, (H, W), kind = load_latent(picture, dec, digest) if latent else load_frames(picture, size)
+        tokens = 0 if latent else H * W // dec.config.patch ** 2
+        if tokens > MAX_TOKENS:
+            raise UserError(f"has {tokens:,} tokens at {W}x{H} pixels, more than {MAX_TOKENS:,}: crop it, or give a "
+                            "smaller --size")
+        if tokens > 16_384:
+            tqdm.write(f"{path}: {tokens:,} tokens, and attention takes a time quadratic in them; a smaller --size is "
+                       "quicker", file=sys.stderr)
         start = time.perf_counter()
         z, rec = reconstruct(enc, dec, x, H, W, device, args.steps, args.seed)
         seconds, (T, *chw) = time.perf_counter() - start, z.shape
-        compared = ((255 * comparison(a / 255, b / 255)[:, :, :(3 if T == 1 else 2) * W]).round().to(torch.uint8) for a, b in zip(x, rec))
-        try:
-            file = picture_file(rec if latent or args.out == "-" else compared, kind)
-        except ValueError as e:
-            skip(path, e)
-            continue
-        stem = os.path.join(args.out or folder, os.path.splitext(os.path.basename(path))[0])
-        stem = next(s for k in range(len(pictures)) if (s := f"{stem}_{k + 1}" if k else stem) not in written)
-        written.add(stem)
-        path = "standard output" if args.out == "-" else f"{stem}_recon.{kind['format'].lower()}"
+        if args.reconstruction:
+            kind = {"loop": 1, **kind, "format": "PNG"}  # of several frames an animated one: no loss, and in its timing
+        panels = (comparison(a / 255, b / 255)[:, :, :(3 if T == 1 else 2) * W] for a, b in zip(x, rec))
+        alone = latent or args.reconstruction or args.out == "-"
+        file = picture_file(rec if alone else ((255 * c).round().to(torch.uint8) for c in panels), kind)
+        name, ending = os.path.splitext(os.path.basename(path))[0], "." + kind["format"].lower()
+        if not args.reconstruction or folder == os.path.dirname(picture):
+            ending = "_recon" + ending
+        longest = "_features.png" if args.features else ending
+        names = (result_name(f"{name}_{k + 1}" if k else name, longest) for k in range(len(pictures)))
+        stem = next(s for s in (os.path.join(folder, n) for n in names) if as_key(s) not in written)
+        written.add(as_key(stem))
         if args.out == "-":
             with open(1, "wb", closefd=False) as f:  # not sys.stdout, which at exit would try again where nobody reads
                 f.write(file)
         else:
-            write_atomically(path, lambda f: f.write(file))
+            if not os.path.basename(stem).startswith(name):
+                tqdm.write(f"{path}: with {longest} its name is too long for a file, so results are called {stem}",
+                           file=sys.stderr)
+            os.makedirs(folder or ".", exist_ok=True)
+            write_atomically(stem + ending, lambda f: f.write(file))
         if args.save_latent:
             write_model(args.save_latent, {"weights_sha256": digest, "height": H, "width": W, "file": kind}, {"latent": z})
         if args.features:
-            write_atomically(stem + "_features.png", lambda f: f.write(picture_file([feature_picture(enc, teacher, x[0], device)], {"format": "PNG"})))
-        said = f"{path}: " + f"{T} frames, " * (T > 1) + "latent " + "x".join(map(str, chw))
+            colours = picture_file([feature_picture(enc, teacher, x[0], device)], {"format": "PNG"})
+            write_atomically(stem + "_features.png", lambda f: f.write(colours))
+        said = "standard output" if args.out == "-" else stem + ending
+        said += ": " + f"{T} frames, " * (T > 1) + "latent " + "x".join(map(str, chw))
         if not latent:
             mean = sum(psnr(a[None] / 255, b[None] / 255).item() for a, b in zip(x, rec)) / T
             similarity = "n/a" if min(H, W) < 11 else f"{ssim(x[:1] / 255, rec[:1] / 255).item():.4f}"
-            said += f" | {x.numel() / z.numel():.1f}x | PSNR {mean:.2f} dB" + (" on average" if T > 1 else f" | SSIM {similarity}")
-        tqdm.write(f"{said} | {seconds:.2f} s", file=log)
+            said += f" | {x.numel() / z.numel():.1f}x | PSNR {mean:.2f} dB"
+            said += " on average" if T > 1 else f" | SSIM {similarity}"
+        return f"{said} | {seconds:.2f} s"
+
+    def skip(path, why):
+        tqdm.write(f"sample.py: {path} {why}", file=sys.stderr)
+        skipped.append(path)
+    for picture, folder in tqdm(pictures, disable=None if len(pictures) > 1 else True):
+        path = "stdin" if picture == "-" else picture
+        try:
+            said = convert(picture, path, folder)
+        except user_errors() as e:
+            skip(path, " ".join(str(e).splitlines()))
+        except (MemoryError, torch.OutOfMemoryError):
+            skip(path, "takes more memory than there is: give a smaller --size")
+        except OSError as e:
+            if args.out == "-":
+                raise
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"{path} and what follows it is left out, the disk is full ({e})") from None
+            skip(path, f"is left out ({e})")
+        else:
+            tqdm.write(said, file=log)
     return 1 if skipped else 0
 
 
-if __name__ == "__main__":
+def run():
+    """main() for the command line: its exit status."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text; that of stderr is so
     try:
-        sys.exit(main())
-    except (OSError, ValueError) as e:
-        print(f"sample.py: {e}", file=sys.stderr)
-        sys.exit(2)
+        return main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    except Exception as e:
+        if not (said := user_message(e)):
+            raise
+        print(f"sample.py: {said}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -13,7 +13,6 @@ out/samples/*.png, and out/bad_images.txt if pictures could not be read. SIGTERM
 """
 import argparse
 import copy
-import fcntl
 import glob
 import hashlib
 import json
@@ -40,9 +39,14 @@ from tqdm import tqdm
 import distill
 from data import ImageDataset, ProceduralDataset, sample_numbers, split_batch
 from decoder import Decoder, DecoderConfig, sample_t
-from encoder import (TEACHERS, Encoder, ViT, fetch, load_exactly, load_teacher, parameter_groups, read_config, teacher_config,
-                     write_atomically, write_model)
-from eval import SAVE_AND_STOP, commit, ignore_signals, rank_and_device, spread, validate
+from encoder import (TEACHERS, Encoder, UserError, ViT, fetch, load_exactly, load_teacher, parameter_groups, read_config,
+                     teacher_config, write_atomically, write_model)
+from eval import SAVE_AND_STOP, commit, ignore_signals, rank_and_device, spread, user_message, validate
+
+try:
+    import fcntl
+except ImportError:  # Windows: what this file defines can be imported, main says that it cannot run
+    fcntl = None
 
 # The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512); small
 # and tiny are ours. micro_batch: images a GPU holds at once, for 80 GB.
@@ -64,8 +68,8 @@ RECIPES = {
 # untrained (16.6 dB on drawn pictures against 19.9), and a constant rate ends in noise (19.1 dB against 22.5).
 ON_CPU = dict(batch_size=8, micro_batch=8, steps=400, endpoint=0.5)
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165, "3090": 71}  # dense bf16
-MAY_DIFFER = {"out", "steps", "epochs", "workers", "micro_batch", "compile", "log_every", "eval_every", "save_every",
-              "keep_every", "max_bad_images", "resume_anyway", "bench"}  # arguments that a resumed run may change
+MAY_DIFFER = set("data val out steps epochs workers micro_batch compile log_every eval_every save_every keep_every "
+                 "max_bad_images resume_anyway bench".split())  # when a run is resumed; not images, val_images
 STATE = "encoder decoder optimizer latent_mean latent_std step samples sums faults bad args id config".split()  # of state.pt
 TOO_MANY_SKIPPED = 10  # steps in a row with a loss or gradient that is not finite
 INTERRUPTS = []  # signals that asked the run to save and stop
@@ -73,56 +77,60 @@ INTERRUPTS = []  # signals that asked the run to save and stop
 
 def parse_args(argv=None):
     """The command line, completed by the teacher's recipe: everything that decides a run is in the result."""
-    ap = argparse.ArgumentParser(description="Train a UniFlow tokenizer. Defaults marked * come from the teacher's recipe.",
-                                 epilog="Run the same command again to resume.")
-    add = ap.add_argument
-    # data
+    ap = argparse.ArgumentParser(add_help=False, epilog="Run the same command again to resume.")
+    ap.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS,
+                    help="show this, with the defaults of the teacher that --teacher names")
+    add = ap.add_argument_group("data").add_argument
     add("--data", nargs="+", metavar="PATH", help="training images: folders or .zip archives [drawn pictures]")
     add("--val", nargs="+", metavar="PATH", help="images to evaluate on during training")
-    add("--size", type=int, help="training size in pixels, a multiple of the patch *")
+    add("--size", type=int, help="training size in pixels, a multiple of the patch [%(default)s]")
     add("--crop_scale", type=float, nargs=2, default=[0.8, 1.0], metavar=("MIN", "MAX"), help="random crop, fractions of the short side %(default)s")
     add("--max_bad_images", type=float, default=0.01, metavar="FRACTION", help="stop if more of the training images cannot be read [%(default)s]")
-    add("--workers", type=int, help="data loading processes per rank [CPU cores / ranks, at most 16; 1 without a GPU]")
-    # model
+    add("--workers", type=int, help="data loading processes per rank "
+        "[%(default)s: cores / ranks, at most 16; 1 without a GPU]")
+    add = ap.add_argument_group("model").add_argument
     add("--teacher", default="tiny", help=f"{' '.join(TEACHERS)}, or a self-describing .safetensors file [%(default)s]")
     add("--teacher_weights", metavar="PATH|random", help="its weights in any published layout, or random [the published file, downloaded]")
     add("--init", metavar="FILE", help="start from this tokenizer (a file, or uniflow-internvit) instead of a copy of the teacher")
-    add("--latent_dim", type=int, help="latent channels *")
+    add("--latent_dim", type=int, help="latent channels [%(default)s]")
     add("--projector", default="mlp", choices=["mlp", "linear"], help="latent projections [%(default)s]")
-    add("--gtb_depth", type=int, help="global transformer blocks, 0 for none *")
-    add("--flow_depth", type=int, help="residual blocks of the flow head *")
-    add("--flow_width", type=int, help="width of the flow head *")
+    add("--gtb_depth", type=int, help="global transformer blocks, 0 for none [%(default)s]")
+    add("--flow_depth", type=int, help="residual blocks of the flow head [%(default)s]")
+    add("--flow_width", type=int, help="width of the flow head [%(default)s]")
     add("--decoder", default="flow", choices=["flow", "pixel"], help="pixel regresses the pixels, Table 5c [%(default)s]")
-    # method
+    add = ap.add_argument_group("method").add_argument
     add("--strategy", default="adaptive", choices=distill.STRATEGIES, help="layer weights, Table 5a [%(default)s]")
     add("--beta", type=float, default=2.0, help="temperature of eq. 1 [%(default)s]")
     add("--lambda_d", type=float, default=1.0, help="weight of the distillation loss [%(default)s]")
     add("--lambda_f", type=float, default=1.0, help="weight of the flow loss [%(default)s]")
-    add("--endpoint", type=float, help="fraction of patches trained at exactly t = 1, where one-step decoding evaluates *")
+    add("--endpoint", type=float, help="fraction of patches trained at exactly t = 1, where one-step decoding "
+        "evaluates [%(default)s]")
     add("--freeze_encoder", action="store_true", help="train only the projection and the decoder")
-    # optimization
-    add("--batch_size", type=int, help="global batch *")
-    add("--micro_batch", type=int, help="images per rank and forward pass *")
-    length = ap.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="length of the run in optimizer steps *")
-    length.add_argument("--epochs", type=int, help="or in passes over the data *")
-    add("--lr", type=float, help="AdamW learning rate *")
+    add = ap.add_argument_group("optimization").add_argument
+    add("--batch_size", type=int, help="global batch [%(default)s]")
+    add("--micro_batch", type=int, help="images per rank and forward pass [%(default)s]")
+    length = ap.add_argument_group("length of the run").add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="in optimizer steps [%(default)s]")
+    length.add_argument("--epochs", type=int, help="or in passes over the data [%(default)s]")
+    add("--lr", type=float, help="AdamW learning rate [%(default)s]")
     add("--lr_decay", type=float, metavar="FRACTION", help="the last part of the run, over which the rate falls linearly to 0, and rises "
-        "again if --steps extend it *")
+        "again if --steps extend it [%(default)s]")
     add("--encoder_lr_scale", type=float, default=1.0, help="times lr for the pretrained encoder [%(default)s]")
     add("--weight_decay", type=float, default=0.0, help="of linear and convolution weights; the paper is silent [%(default)s]")
     add("--clip", type=float, default=1.0, help="gradient norm limit, 0 for none; the paper is silent [%(default)s]")
     add("--drop_path", type=float, default=0.0, help="stochastic depth of the student [%(default)s]")
     add("--seed", type=int, default=0, help="of initialisation, sample order, crops, times and noise [%(default)s]")
-    # machine
+    add = ap.add_argument_group("machine").add_argument
     add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="compile the blocks, and on "
-        "a single GPU replay the step as a CUDA graph [with a GPU]")
+        "a single GPU replay the step as a CUDA graph [%(default)s: with a GPU]")
     add("--checkpoint_activations", action="store_true", help="recompute blocks in the backward pass: less memory, slower")
-    # output
+    add = ap.add_argument_group("output").add_argument
     add("--out", default="out", metavar="FOLDER", help="where the run lives [%(default)s]")
     add("--log_every", type=int, default=50, metavar="STEPS", help="[%(default)s]")
-    add("--eval_every", type=int, default=1000, metavar="STEPS", help="evaluation and sample grid; also at the end [%(default)s]")
-    add("--save_every", type=int, default=1000, metavar="STEPS", help="state.pt and model.safetensors; also at the end [%(default)s]")
+    add("--eval_every", type=int, default=1000, metavar="STEPS", help="evaluation and sample grid, also at the end; "
+        "0: only there [%(default)s]")
+    add("--save_every", type=int, default=1000, metavar="STEPS", help="state.pt and model.safetensors, also at the "
+        "end; 0: only there [%(default)s]")
     add("--keep_every", type=int, metavar="STEPS", help="keep a copy of the model for good [never]")
     add("--resume_anyway", action="store_true", help="resume although arguments differ")
     add("--bench", action="store_true", help="only measure the speed and memory of the step, without data")
@@ -130,23 +138,33 @@ def parse_args(argv=None):
 
     config = teacher_config(args.teacher)
     own = dict(PAPER, size=config.size, flow_width=max(1024, config.width))  # a teacher of one's own: the paper's recipe
-    recipe = RECIPES.get(args.teacher, own)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that it may use
+    workers = max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if torch.cuda.is_available() else 1
+    recipe = {**RECIPES.get(args.teacher, own), "workers": workers}
     if args.teacher in ("small", "tiny") and not torch.cuda.is_available():
-        recipe = {**recipe, **ON_CPU}
+        recipe.update(ON_CPU)
+    if hasattr(args, "help"):
+        ap.description = f"Train a UniFlow tokenizer. In brackets: the defaults, here of --teacher {args.teacher}."
+        ap.set_defaults(**{"steps": "-", "epochs": "-", **recipe})
+        ap.print_help()
+        sys.exit()
     if args.steps or args.epochs:
         recipe = {k: v for k, v in recipe.items() if k not in ("steps", "epochs")}
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.workers is None:
-        args.workers = max(1, min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if torch.cuda.is_available() else 1
-    at_least_1 = "size batch_size micro_batch steps epochs latent_dim flow_depth flow_width log_every eval_every save_every keep_every"
-    at_least_0 = "workers gtb_depth beta lambda_d lambda_f seed lr encoder_lr_scale weight_decay clip"
-    for low, high, names in (1, math.inf, at_least_1), (0, math.inf, at_least_0), (0, 1, "endpoint lr_decay max_bad_images"), (0, 0.9, "drop_path"):
+    at_least_1 = "size batch_size micro_batch steps epochs latent_dim flow_depth flow_width log_every"
+    at_least_0 = ("workers gtb_depth beta lambda_d lambda_f lr encoder_lr_scale weight_decay clip eval_every "
+                  "save_every keep_every")
+    for low, high, names in (
+            (1, math.inf, at_least_1), (0, math.inf, at_least_0), (0, 1, "endpoint lr_decay max_bad_images"),
+            (0, 0.9, "drop_path"), (0, 2 ** 63 - 1, "seed")):
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not low <= value <= high:  # also catches nan
                 ap.error(f"--{name} is {value}; it must be at least {low}" + f" and at most {high}" * (high < math.inf))
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
+        ap.error(f"--crop_scale is {args.crop_scale}; it is two fractions above 0, at most 1, the smaller first")
     if args.size % config.patch:
         near = max(1, round(args.size / config.patch)) * config.patch
         ap.error(f"--size {args.size} is no multiple of the patch {config.patch} of teacher {args.teacher}: try --size {near}")
@@ -323,17 +341,20 @@ def export(state, path):
 
 
 def load_state(path, args):
-    """The checkpoint of an earlier run in the same folder, after comparing the arguments; ValueError names those that differ."""
+    """The checkpoint of an earlier run in the same folder. UserError names the arguments that differ."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if set(state) != set(STATE):
             raise KeyError("not what train.py saves")
     except Exception as e:  # torch.load raises many types; all mean that the file is not what train.py wrote
-        raise ValueError(f"{path} is damaged or no checkpoint of train.py ({type(e).__name__}); move it away to start afresh") from None
+        if user_message(e):  # but not a disk's trouble
+            raise
+        raise UserError(f"{path} is damaged or no checkpoint of train.py ({type(e).__name__}); move it away to start "
+                        "afresh") from None
     changed = [f"{k} was {v}, is now {getattr(args, k, None)}" for k, v in state["args"].items()
                if k not in MAY_DIFFER and v != getattr(args, k, None)]
     if changed and not args.resume_anyway:
-        raise ValueError(f"{path} is of another run ({'; '.join(changed)}): use another --out, or --resume_anyway")
+        raise UserError(f"{path} is of another run ({'; '.join(changed)}): use another --out, or --resume_anyway")
     return state
 
 
@@ -342,7 +363,10 @@ def restore(state, path, encoder, decoder, optimizer):
     load_exactly(dict(encoder.named_parameters()), state["encoder"], path)
     load_exactly(dict(decoder.named_parameters()), state["decoder"], path)
     ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except ValueError as e:  # of --resume_anyway with another --freeze_encoder
+        raise UserError(f"{path} has the optimizer of other parameters ({e}): use another --out") from None
     for group, settings in zip(optimizer.param_groups, ours):
         group.update(settings)
 
@@ -371,6 +395,13 @@ def open_log(path, step):
     return open(path, "a")
 
 
+def finite(x):
+    """x with None for each number in it that JSON has no word for."""
+    if isinstance(x, (dict, list)):
+        return {k: finite(v) for k, v in x.items()} if isinstance(x, dict) else [finite(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
 def write_names(path, names):
     write_atomically(path, lambda f: f.write("".join(name + "\n" for name in names).encode(errors="surrogateescape")))
 
@@ -385,7 +416,7 @@ def build_data(args):
     if args.val and os.environ.get("RANK", "0") == "0":  # of which the first evaluation would tell much later
         for n in spread(len(val)):
             val[n]
-    return data, val, "--val" if args.val else "the training images"
+    return data, val, " ".join(args.val) if args.val else "the training images"
 
 
 def build_models(args):
@@ -405,7 +436,7 @@ def build_models(args):
         have = {**asdict(encoder.vit.config), **asdict(decoder.config)}
         differ = [f"{k} {have[k]}, not {wanted[k]}" for k in have if have[k] != wanted[k] and k != "grid"]  # grids are resized
         if differ:
-            raise ValueError(f"{args.init} has {', '.join(differ)}: pass what it was trained with")
+            raise UserError(f"{args.init} has {', '.join(differ)}: pass what it was trained with")
         if (encoder.latent_mean.any() or (encoder.latent_std != 1).any()) and os.environ.get("RANK", "0") == "0":
             print(f"{args.init} has latent statistics: set back, as training moves the latent; afterwards run eval.py --latent_stats again")
         for module in (encoder, decoder):
@@ -429,18 +460,26 @@ def save(args, config, now, encoder, decoder, optimizer):
             export(state, os.path.join(args.out, f"model_{now.step:07d}.safetensors"))
         write_atomically(path, lambda f: torch.save(state, f))
         export(state, os.path.join(args.out, "model.safetensors"))
-    except (OSError, RuntimeError) as e:  # the latter: torch.save on a full disk
-        raise OSError(f"step {now.step} could not be saved ({(str(e).splitlines() or [repr(e)])[0]}); {path}, if there is one, is of the last save and "
-                      "whole: make room, and run the same command again") from None
+    except (OSError, RuntimeError) as e:
+        why = e if isinstance(e, OSError) else e.__context__  # torch.save on a full disk raises its own
+        if not isinstance(why, OSError):
+            raise
+        raise UserError(f"step {now.step} could not be saved ({why}); {path}, if there is one, is of the last save and "
+                        "whole: make room, and run the same command again") from None
 
 
 def lock_folder(folder):
-    """A file whose lock keeps a second run out of the folder. The system lets go of it when this process ends, however it ends."""
-    lock = open(os.path.join(folder, ".lock"), "w")
+    """Make the folder, and in it a file whose lock keeps a second run out. The system lets go of it when this process
+    ends, however it ends."""
+    try:
+        os.makedirs(os.path.join(folder, "samples"), exist_ok=True)
+        lock = open(os.path.join(folder, ".lock"), "w")
+    except OSError as e:
+        raise UserError(f"--out {folder} is no folder to write to ({e})") from None
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # EAGAIN, EACCES
-        raise ValueError(f"another run is writing to {folder}: wait for it, or use another --out") from None
+        raise UserError(f"another run is writing to {folder}: wait for it, or use another --out") from None
     except OSError as e:  # a file system without locks
         print(f"{folder} cannot be locked ({e}): nothing keeps a second run out of it")
     return lock
@@ -453,9 +492,11 @@ def stop_as_not_finite(args, data, now, last_finite, rank):
     if rank == 0:
         write_names(names, files)
     flow, distance, *_ = (last_finite / last_finite[-1]).tolist()  # nan if there was none since the start
-    raise ValueError(f"at step {now.step} the loss or its gradient is not finite, {int(now.faults[1])} steps in a row (the last finite one: "
-                     f"flow {flow:.4f}, distillation {distance:.4f}); the last batch is {', '.join(files[:3])} .. (all of it in {names}). "
-                     f"The last save is {os.path.join(args.out, 'state.pt')}: the same command with a lower --lr and --resume_anyway goes on from there")
+    raise UserError(f"at step {now.step} the loss or its gradient is not finite, {int(now.faults[1])} steps in a row "
+                    f"(the last finite one: flow {flow:.4f}, distillation {distance:.4f}); the last batch is "
+                    f"{', '.join(files[:3])} .. (all of it in {names}). The last save is "
+                    f"{os.path.join(args.out, 'state.pt')}: the same command with a lower --lr and "
+                    "--resume_anyway goes on from there")
 
 
 def as_text(x, steps, peak, eta):
@@ -463,7 +504,8 @@ def as_text(x, steps, peak, eta):
     three = lambda layers: " ".join(f"{layers[l]:.3f}" for l in (0, len(layers) // 2, -1))
     return (f"step {x['step']:6d}/{steps} | loss {x['loss']:.4f} | flow {x['loss_flow']:.4f} | dist {x['loss_dist']:.4f} "
             f"| alpha {three(x['alpha'])} | w {three(x['weight'])} | grad {x['grad_norm']:.2f} | lr {x['lr']:.1e} "
-            f"| {x['img_s']:,.0f} img/s | {x['tflops_per_gpu']:.1f} TFLOP/s" + (f" ({x['tflops_per_gpu'] / peak:.0%} of peak)" if peak else "")
+            f"| {x['img_s']:,.{int(x['img_s'] < 100)}f} img/s | {x['tflops_per_gpu']:.1f} TFLOP/s"
+            + (f" ({x['tflops_per_gpu'] / peak:.0%} of peak)" if peak else "")
             + (f" | {x['memory_gib']:.1f} GiB" if x["memory_gib"] else "") + (f" | {x['skipped']} steps skipped" if x["skipped"] else "")
             + f" | eta {tqdm.format_interval(eta)}")
 
@@ -471,6 +513,8 @@ def as_text(x, steps, peak, eta):
 def main(argv=None, on_signal=None):
     """Train as the command line asks. on_signal handles the signals that end a run from where there is something to save."""
     args = parse_args(argv)
+    if fcntl is None:
+        raise UserError("it needs a POSIX system, whose locks keep a second run out of --out: use Linux, macOS or WSL")
 
     # one process per GPU (torchrun), or a single process
     rank, ranks, device = rank_and_device()
@@ -502,13 +546,14 @@ def main(argv=None, on_signal=None):
     if args.bench:
         return bench(args, teacher, encoder, decoder, optimizer, autocast, ranks, say)
     args.steps = args.steps or max(1, args.epochs * len(data) // args.batch_size)
-    args.images = f"{len(data):,} images" + (f" ({hashlib.sha256(data.names).hexdigest()[:8]})" if args.data else "")  # a resume compares it
+    args.images, args.val_images = (  # a resume compares them: how many, and their names below --data and --val
+        f"{len(x):,} images" + (f" ({hashlib.sha256(x.names).hexdigest()[:8]})" if paths else "")
+        for x, paths in ((data, args.data), (val, args.val)))
     L, grid = len(teacher.blocks), args.size // teacher.config.patch
     config = {"vit": asdict(teacher.config), "decoder": asdict(decoder.config), "size": args.size, "teacher": args.teacher,
               "teacher_weights": args.teacher_weights, "commit": commit()}  # what the exported file says of itself
     state_path, model_path, log_path, bad_path = (os.path.join(args.out, f) for f in ("state.pt", "model.safetensors", "log.jsonl", "bad_images.txt"))
     if rank == 0:
-        os.makedirs(os.path.join(args.out, "samples"), exist_ok=True)
         lock = lock_folder(args.out)  # before anything is read: its state.pt may be replaced meanwhile
     state = load_state(state_path, args) if os.path.isfile(state_path) else None
     say(f"data: {len(data):,} {'images' if args.data else 'procedurally drawn pictures (no --data)'} at {args.size} px; evaluation on {val_name}")
@@ -525,7 +570,8 @@ def main(argv=None, on_signal=None):
     if ranks > 1:
         dist.broadcast_object_list(start, group=control)
     if here != start:
-        raise ValueError(f"rank {rank} sees another {state_path} than rank 0: --out must lie on a file system that all nodes share")
+        raise UserError(f"rank {rank} sees another {state_path} than rank 0: --out must lie on a file system that all "
+                        "nodes share")
     now = SimpleNamespace(  # what state.pt holds beside weights, optimizer and arguments
         id=here[0] or uuid.uuid4().hex[:12], step=here[1], samples=0,
         bad=[],  # numbers of the images that could not be read, in the order found
@@ -537,7 +583,7 @@ def main(argv=None, on_signal=None):
         say(f"resumed from {state_path} at step {now.step:,}")
         try:
             exported = read_config(model_path)
-        except (OSError, ValueError):  # absent or damaged: state.pt is enough to write it again
+        except UserError:  # absent or damaged: state.pt is enough to write it again
             exported = {}
         if rank == 0 and (exported.get("id"), exported.get("step")) != (now.id, now.step):
             say(f"{model_path} is not of that step (it is of {exported.get('step', 'none')}): written again")
@@ -554,7 +600,7 @@ def main(argv=None, on_signal=None):
 
     def write(**line):
         if rank == 0:
-            print(json.dumps(line).replace("NaN", "null"), file=log, flush=True)
+            print(json.dumps(finite(line), allow_nan=False), file=log, flush=True)
 
     micro_step, update = training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_batch, accumulation, ranks)
     for number in SAVE_AND_STOP if on_signal else ():
@@ -603,8 +649,8 @@ def main(argv=None, on_signal=None):
                 write_names(bad_path, [data.path(i) for i in now.bad])
             say(f"{len(now.bad)} of {len(data):,} images cannot be read, others stand in for them: see {bad_path}")
             if len(now.bad) > args.max_bad_images * len(data):
-                raise ValueError(f"{len(now.bad)} of {len(data):,} images cannot be read, more than --max_bad_images {args.max_bad_images} allows: "
-                                 f"see {bad_path}")
+                raise UserError(f"{len(now.bad)} of {len(data):,} images cannot be read, more than --max_bad_images "
+                                f"{args.max_bad_images} allows: see {bad_path}")
         if (not on_gpu or now.step % 10 == 0) and now.faults[1] >= TOO_MANY_SKIPPED:
             stop_as_not_finite(args, data, now, last_finite, rank)
 
@@ -658,6 +704,8 @@ def interrupt(number, frame):
 def run():
     """main() for the command line, which ends the process. After an exception at once: Python would wait for the loader's workers,
     which ignore signals, and a process group for the other ranks."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text; that of stderr is so
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & has children ignore
     who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     try:
         main(on_signal=interrupt)
@@ -665,16 +713,17 @@ def run():
             dist.barrier()
             dist.destroy_process_group()
         return
-    except (OSError, ValueError) as e:
-        print(f"{who}train.py: {(str(e).splitlines() or [repr(e)])[-1]}", file=sys.stderr)
-        status = 2
     except KeyboardInterrupt:  # before the first step
         status = 130
-    except Exception:
-        traceback.print_exc()
-        status = 1
+    except Exception as e:
+        if said := user_message(e):
+            print(f"{who}train.py: {said}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        status = 2 if said else 1
     sys.stdout.flush(), sys.stderr.flush()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's, which would complain
+    if fcntl:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's, which would complain
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(status)

@@ -1,0 +1,372 @@
+"""train.py and sample.py at their boundaries: a user's error and a bug, names, targets, data that moved."""
+import argparse
+import contextlib
+import errno
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import unittest.mock
+
+from tests.helpers import (
+    HERE, MICRO_RUN, QuickInception, clip, evaluate, faulty_training, log_lines, micro_teacher, picture, picture_folder,
+    pixels, raises, run, same_weights, sampled, side_by_side, tokenizer_file, train_quietly)
+
+import numpy as np
+import torch
+from PIL import Image
+from torch._utils import ExceptionWrapper
+
+import data
+import decoder
+import encoder
+import eval as evaluation
+import sample
+import train
+
+patch = unittest.mock.patch
+
+
+def test_a_bug_is_no_users_error():
+    """By kind, and as torch hands on what a worker raises: the type, the traceback as its text, and no errno."""
+    def from_worker(error):
+        try:
+            raise error
+        except Exception:
+            wrapper = ExceptionWrapper(where="in DataLoader worker process 3")
+        try:
+            wrapper.reraise()
+        except Exception as e:
+            return e
+    lost, full = FileNotFoundError(errno.ENOENT, "No such file", "x"), OSError(errno.ENOSPC, "No space left", "x")
+    for error in ValueError("too many values to unpack"), TypeError("t"), lost, OSError("no number"), KeyError("User"):
+        assert evaluation.user_message(error) is None and evaluation.user_message(from_worker(error)) is None, error
+    for module in encoder, decoder, data, evaluation:
+        for e in (module.UserError("a.png: none\nof PNG"), from_worker(module.UserError("a.png: none\nof PNG"))):
+            assert evaluation.user_message(e) == "a.png: none of PNG", evaluation.user_message(e)
+    for e in (full, from_worker(full)):
+        assert evaluation.user_message(e) == "[Errno 28] No space left: 'x'"
+    assert evaluation.user_message(PermissionError(errno.EACCES, "Permission denied", "x"))
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        for error, status in (data.UserError("of the user"), 2), (full, 2), (KeyboardInterrupt(), 130):
+            with patch.object(sample, "main", side_effect=error), patch.object(sys, "stdout"):
+                assert sample.run() == status
+        with patch.object(sample, "main", side_effect=lost), patch.object(sys, "stdout"):
+            with contextlib.suppress(FileNotFoundError):
+                assert not sample.run(), "a bug passes through, for Python to show"
+    assert err.getvalue().splitlines() == ["sample.py: of the user", "sample.py: [Errno 28] No space left: 'x'"]
+
+
+def test_training_tells_a_bug_from_a_users_error():
+    with tempfile.TemporaryDirectory() as tmp:
+        folder, _ = picture_folder(tmp)
+        val = shutil.copytree(folder, os.path.join(tmp, "val"))
+        flags = ["--teacher", micro_teacher(tmp), *MICRO_RUN, "--data", folder, "--steps", 3, "--out"]
+        scripts, damaging = [], f"open({val + '/class0/0.png'!r}, 'wb').close()"
+        for k, code in enumerate(("z, h, extra = args[1](args[3])", "open('/no/such/file')", damaging)):
+            os.makedirs(os.path.join(tmp, f"s{k}"))
+            scripts.append(faulty_training(os.path.join(tmp, f"s{k}"), f"    if step == 2: {code}"))
+        start = lambda k, *more: lambda: run("python", scripts[k], *flags, os.path.join(tmp, f"out{k}"), *more)
+        evaluating = start(2, "--val", val, "--eval_every", 2, "--workers", 1)
+        unpack, lost, damaged = side_by_side(start(0), start(1), evaluating)
+        for done, words in (unpack, "ValueError: not enough values to unpack"), (lost, "FileNotFoundError: [Errno 2]"):
+            assert done.returncode == 1 and "Traceback" in done.stderr and words in done.stderr, done.stderr
+        one_line = rf"train.py: {re.escape(val)}/class0/0.png\b.*\n"
+        assert damaged.returncode == 2 and re.fullmatch(one_line, damaged.stderr), damaged.stderr
+        state = torch.load(os.path.join(tmp, "out2", "state.pt"), weights_only=True)
+        assert state["step"] == 2, "saved before the evaluation stopped it"
+        # what torch.save says of a full disk is the user's, what it says of a bug is none
+        now = argparse.Namespace(step=1)
+        args, part = argparse.Namespace(keep_every=None, out=tmp), torch.nn.Linear(1, 1)
+        part.latent_mean = part.latent_std = torch.zeros(1)
+        for cause, kind, words in ((OSError(errno.EFBIG, "File too large"), encoder.UserError, "File too large"),
+                                   (TypeError("bug"), RuntimeError, "unexpected pos")):
+            def save(state, f):
+                try:
+                    raise cause
+                except Exception:
+                    raise RuntimeError("unexpected pos 704 vs 598")
+            with patch.object(torch, "save", save):
+                raises(kind, train.save, args, {}, now, part, part, part, words=words)
+
+
+def test_the_log_is_json():
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+    given = {"a": float("nan"), "b": [1.5, float("-inf")], "c": "NaN", "d": None}
+    assert train.finite(given) == {"a": None, "b": [1.5, None], "c": "NaN", "d": None}
+    with tempfile.TemporaryDirectory() as tmp:
+        folder, out = os.path.join(tmp, "NaN, -Infinity"), os.path.join(tmp, "out")
+        shutil.move(picture_folder(tmp)[0], folder)
+        plain = train.losses
+
+        def losses(*args):
+            loss_dist, loss_flow, weight, alpha = plain(*args)
+            return loss_dist, loss_flow * float("inf"), weight, alpha
+        with patch.object(train, "losses", losses):
+            flags = "--data", folder, "--val", folder, "--steps", 1, "--out", out
+            said = train_quietly("--teacher", micro_teacher(tmp), *flags)
+        training, judged = (json.loads(line, parse_constant=refuse) for line in open(os.path.join(out, "log.jsonl")))
+        assert training["loss_flow"] is None and training["alpha"] == [None] * 3 and training["skipped"] == 1
+        assert judged["on"] == folder and f"evaluation on {folder}" in said and f"dB on {folder}" in said
+
+
+def test_data_that_moved_resume():
+    with tempfile.TemporaryDirectory() as tmp:
+        first, archive = picture_folder(os.path.join(tmp, "job1"))
+        val, _ = picture_folder(os.path.join(tmp, "val1"), n=5)
+        flags = ["--teacher", micro_teacher(tmp), "--eval_every", 1, "--out"]
+        whole, parts = os.path.join(tmp, "whole"), os.path.join(tmp, "parts")
+        train_quietly(*flags, whole, "--data", first, "--val", val, "--steps", 3)
+        train_quietly(*flags, parts, "--data", first, "--val", val, "--steps", 1)
+        second, val2 = (shutil.move(x, os.path.join(tmp, name)) for x, name in ((first, "job2"), (val, "val2")))
+        assert "resumed" in train_quietly(*flags, parts, "--data", second, "--val", val2, "--steps", 2)
+        said = train_quietly(*flags, parts, "--data", archive, "--val", val2, "--steps", 3)
+        assert "resumed" in said, "the same names in an archive"
+        a, b = ([{k: v for k, v in x.items() if k != "on"} for x in log_lines(out)] for out in (whole, parts))
+        assert a == b and same_weights(*(os.path.join(out, "model.safetensors") for out in (whole, parts)))
+        assert [x["on"] for x in log_lines(parts) if "on" in x] == [val, val2, val2]
+        differ = f"val_images was 5 images ({name_hash(val2)}), is now 10 images ({name_hash(second)})"
+        other_order = [os.path.join(second, f"class{k}") for k in (1, 0)]
+        for paths, words in (([second, "--val", second], differ), ([second], "val_images was 5 images"),
+                             ([val2, "--val", val2], "images was 10 images"),
+                             ([*other_order, "--val", val2], "images was 10 images")):
+            raises(encoder.UserError, train_quietly, *flags, parts, "--steps", 4, "--data", *paths, words=words)
+        again = *flags, parts, "--data", second, "--val", val2, "--steps", 4
+        with patch.object(torch, "load", side_effect=OSError(errno.ESTALE, "Stale file handle")):
+            raises(OSError, train_quietly, *again, words="Stale")  # it is not damaged, to be moved away
+        refused = functools.partial(raises, encoder.UserError, train_quietly, *again, words="other parameters")
+        refused("--freeze_encoder", "--resume_anyway")
+
+
+def name_hash(folder):
+    """Of the files' names below the folder, in sorted order."""
+    names = sorted(os.path.relpath(os.path.join(f, name), folder) for f, _, names in os.walk(folder) for name in names)
+    return hashlib.sha256("".join(names).encode()).hexdigest()[:8]
+
+
+def test_never_but_at_the_end():
+    with tempfile.TemporaryDirectory() as tmp:
+        out = os.path.join(tmp, "out")
+        with patch.object(train, "save", side_effect=train.save) as save:
+            never = "--eval_every", 0, "--save_every", 0, "--keep_every", 0
+            train_quietly("--teacher", micro_teacher(tmp), "--steps", 3, *never, "--out", out)
+        assert [call.args[2].step for call in save.call_args_list] == [3]
+        assert not [n for n in os.listdir(out) if n.startswith("model_")]
+        assert [x["step"] for x in log_lines(out) if x.get("kind") == "eval"] == [3]
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            for flags in (["--log_every", "0"], ["--crop_scale", "0.9", "0.8"], ["--seed", str(2 ** 63)]):
+                raises(SystemExit, train.parse_args, flags, words="2")
+                assert f"{flags[0]} is" in err.getvalue()
+    line = dict.fromkeys("step loss loss_flow loss_dist grad_norm lr tflops_per_gpu memory_gib skipped".split(), 0)
+    line.update(alpha=[0], weight=[1])
+    for rate, words in (0.26, "0.3"), (42.04, "42.0"), (1234.5, "1,234"):
+        assert f"| {words} img/s |" in train.as_text({**line, "img_s": rate}, 2, None, 0)
+
+
+def test_help_shows_the_defaults_of_the_teacher():
+    with patch.dict(os.environ, COLUMNS="500"):
+        for teacher in "internvit", "siglip2", "tiny":
+            text, args = show(["--teacher", teacher, "--help"]), train.parse_args(["--teacher", teacher])
+            for name in ("size latent_dim gtb_depth flow_depth flow_width batch_size micro_batch lr lr_decay endpoint "
+                         "beta steps epochs").split():
+                shown, = re.findall(rf"^  --{name} [^\[]*\[([^\[]*)\]$", text, re.M)
+                value = getattr(args, name)
+                assert shown == ("-" if value is None else str(value)), (teacher, name, shown, value)
+            assert f"--teacher {teacher}." in text
+            groups = ["options", "data", "model", "method", "optimization", "length of the run", "machine", "output"]
+            assert re.findall(r"^(\w[\w ]*):$", text, re.M) == groups
+    assert not hasattr(args, "help"), "or a resume would compare it"
+
+
+def show(flags):
+    """What train.py prints before it ends with 0."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            raise AssertionError(f"it goes on with {train.parse_args(flags)}")
+        except SystemExit as e:
+            assert not e.code
+    return out.getvalue()
+
+
+def test_workers_follow_the_affinity():
+    with patch.object(torch.cuda, "is_available", return_value=True), patch.object(os, "cpu_count", return_value=64):
+        for cores, ranks, expected in (6, 2, 3), (1, 8, 1), (40, 1, 16):
+            affinity = patch.object(os, "sched_getaffinity", create=True, return_value=set(range(cores)))
+            with affinity, patch.dict(os.environ, LOCAL_WORLD_SIZE=str(ranks)):
+                assert train.parse_args([]).workers == expected
+        with patch.object(os, "sched_getaffinity", create=True), patch.dict(os.environ, LOCAL_WORLD_SIZE="8"):
+            del os.sched_getaffinity  # macOS and Windows
+            assert train.parse_args([]).workers == 8
+
+
+def test_train_imports_where_there_is_no_posix():
+    spec = importlib.util.spec_from_file_location("train_on_windows", os.path.join(HERE, "train.py"))
+    elsewhere = importlib.util.module_from_spec(spec)
+    said = contextlib.redirect_stderr(io.StringIO())
+    with patch.dict(sys.modules, fcntl=None), patch.dict(signal.__dict__), said as err:
+        for name in "SIGHUP", "SIGUSR1", "SIGCHLD", "SIGPIPE":
+            delattr(signal, name)
+        spec.loader.exec_module(elsewhere)
+        handler = signal.getsignal(signal.SIGINT)
+        with patch.object(os, "_exit") as end, patch.object(sys, "argv", ["train.py"]), patch.object(sys, "stdout"):
+            elsewhere.run()
+            end.assert_called_once_with(2)
+        signal.signal(signal.SIGINT, handler)
+    assert len(err.getvalue().splitlines()) == 1 and "POSIX" in err.getvalue(), err.getvalue()
+    assert elsewhere.parse_args([]).teacher == "tiny", "its functions serve there"
+
+
+def test_signals_of_a_run_in_the_background():
+    """A shell without job control has `&` ignore SIGINT: here it still means stop, at once before the first step."""
+    with tempfile.TemporaryDirectory() as tmp:
+        stop = "os.kill(os.getpid(), signal.SIGINT)"
+        early = f"import os, signal, train; train.build_models = lambda args: {stop}; train.run()"
+        flags = f"--teacher {micro_teacher(tmp)} --out {tmp}/out"
+        done = run("bash", "-c", f"trap '' INT; exec {sys.executable} -c '{early}' {flags}")
+        assert done.returncode == 130 and not done.stderr, done
+
+
+def test_names_that_are_no_text_and_pictures_that_fail():
+    """The results are those of the same pictures under plain names; who fails is named, the others go on."""
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, photos, plain = tokenizer_file(tmp), os.path.join(tmp, "photos"), os.path.join(tmp, "plain")
+        os.makedirs(photos), os.makedirs(plain)
+        long = ["n" * 245 + "é" + x for x in "ab"]  # 248 bytes: with _recon.png they are 258
+        names = [os.fsdecode(b"caf\xe9"), *long, "taken", "torn", "z" * 245, "zz"]
+        for k, name in enumerate(names):
+            picture(k).save(os.path.join(plain, f"{k}.png"))
+            shutil.copy(os.path.join(plain, f"{k}.png"), os.path.join(photos, name + ".png"))
+        open(os.path.join(photos, "torn.png"), "wb").write(b"no picture")
+        os.makedirs(os.path.join(tmp, "photos_recon", "taken_recon.png"))
+        flags = ["--weights", weights]
+        done, (status, _, err) = side_by_side(
+            lambda: run(sys.executable, "sample.py", photos, *flags, PYTHONIOENCODING="utf-8:strict"),
+            lambda: sampled(plain, *flags))
+        assert status == 0 and done.returncode == 1 and "Traceback" not in done.stderr, done.stderr + err
+        digests = [hashlib.sha256(name.encode()).hexdigest()[:8] for name in long]
+        short = [f"{'n' * 236}-{digest}" for digest in digests]  # 255 - 10 - 9: 236 bytes
+        assert short[0] != short[1]
+        expected = {k: name for k, name in enumerate([names[0], *short, None, None, *names[5:]]) if name}
+        for k, name in expected.items():
+            result = os.path.join(tmp, "photos_recon", name + "_recon.png")
+            alike = os.path.join(tmp, "plain_recon", f"{k}_recon.png")
+            assert open(result, "rb").read() == open(alike, "rb").read(), name
+        assert len(os.listdir(os.path.join(tmp, "photos_recon"))) == len(expected) + 1, "and nothing half-written"
+        told = [line for line in done.stderr.splitlines() if line.startswith("sample.py: ")]
+        assert len(told) == 2 and "taken.png is left out ([Errno 21]" in told[0], done.stderr
+        assert "torn.png cannot be read" in told[1], done.stderr
+        assert all(f"called {os.path.join(tmp, 'photos_recon', s)}\n" in done.stderr for s in short), done.stderr
+        assert r"caf\udce9_recon.png: latent" in done.stdout, done.stdout
+        assert done.stdout.count(": latent ") == len(expected)
+        # a failure in the middle, by kind; out of memory is one picture's, a full disk everyone's, a bug nobody's
+        plain_reconstruct = sample.reconstruct
+        for error, expected in ((data.UserError("is odd"), 1), (OSError(errno.EIO, "Input/output error"), 1),
+                                (MemoryError(), 1), (torch.OutOfMemoryError(), 1),
+                                (ValueError("a bug"), ValueError), (OSError(errno.ENOSPC, "full"), encoder.UserError)):
+            def reconstruct(enc, dec, x, *args):
+                if x.shape[3] == 21:  # of 40 x 30
+                    raise error
+                return plain_reconstruct(enc, dec, x, *args)
+            picture(7, 30, 30).save(os.path.join(plain, "square.png"))
+            files = [os.path.join(plain, name) for name in ("0.png", "square.png")]
+            with patch.object(sample, "reconstruct", reconstruct), contextlib.redirect_stderr(io.StringIO()) as err:
+                if expected != 1:
+                    raises(expected, sample.main, [*files, *flags])
+                    continue
+                status, said, err = sampled(*files, *flags)
+            assert status == 1 and "square_recon.png" in said and len(err.splitlines()) == 1 and files[0] in err, err
+
+
+def test_training_with_names_that_are_no_text():
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = os.path.join(tmp, os.fsdecode(b"daten-\xff"))
+        shutil.move(picture_folder(tmp)[0], folder)
+        bad = os.path.join(os.fsencode(folder), b"class0", b"\xe9.png")
+        open(bad, "wb").write(b"no picture")
+        out = folder + "-out"
+        flags = ["--teacher", micro_teacher(tmp), "--data", folder, "--max_bad_images", 1, "--out", out, "--steps"]
+        done = run("python", "train.py", *MICRO_RUN, *flags, 3)
+        assert done.returncode == 0 and r"daten-\udcff-out" in done.stdout, done.stderr
+        assert open(os.path.join(out, "bad_images.txt"), "rb").read() == bad + b"\n"
+        assert "resumed" in train_quietly(*flags, 4)
+        assert torch.load(os.path.join(out, "state.pt"), weights_only=True)["args"]["data"] == [folder]
+
+
+def test_results_are_not_put_into_the_data():
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = os.path.realpath(tmp)
+        photos, before = os.path.join(tmp, "photos"), os.getcwd()
+        os.makedirs(os.path.join(photos, "deep")), os.makedirs(os.path.join(tmp, "links"))
+        picture(0).save(os.path.join(photos, "deep", "a.png"))
+        os.symlink(photos, os.path.join(tmp, "links", "link")), os.symlink("..", os.path.join(photos, "deep", "up"))
+        given = {"photos": "photos_recon", "photos/": "photos_recon", "photos//": "photos_recon",
+                 "links/link": "links/link_recon", "links/link/": "links/link_recon",
+                 "photos/deep": "photos/deep_recon",
+                 "photos/deep/../../photos": "photos/deep/../../photos_recon"}
+        upwards = "photos/.", "photos/././/", "photos/deep/..", "links/link/.", "photos/deep/up"
+        cases = {**given, **dict.fromkeys(upwards, f"{tmp}/photos_recon")}
+        try:
+            os.chdir(tmp)
+            for given, expected in cases.items():
+                (_, folder), = sample.find_pictures([given])
+                assert folder == os.path.join(expected, "" if given.endswith("deep") else "deep"), (given, folder)
+            for where, given in (photos, "."), (os.path.join(photos, "deep"), ".."):
+                os.chdir(where)
+                found = sample.find_pictures([given])
+                assert found == [(os.path.join(given, "deep", "a.png"), f"{tmp}/photos_recon/deep")], found
+        finally:
+            os.chdir(before)
+        with patch.object(sample, "list_folder", lambda f: [("a.png",)]):
+            raises(encoder.UserError, sample.find_pictures, ["/"], words="give --out")
+            assert sample.find_pictures(["/"], "out") == [("/a.png", "out/")]
+
+
+def test_reconstructions_alone():
+    """The middle panel of the usual result, in files of the originals' names and folders, which eval.py reads."""
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, _), recs = tokenizer_file(tmp), picture_folder(tmp, n=4), os.path.join(tmp, "recs")
+        clip(os.path.join(folder, "class1", "moving.webp"))
+        picture(9, 30, 50).save(os.path.join(folder, "class1", "1.jpg"))
+        flags = ["--weights", weights]
+        assert sampled(folder, *flags)[0] == 0
+        for again, target in (["--out", recs], recs), ([], folder + "_reconstruction"):
+            status, said, err = sampled(folder, *flags, "--reconstruction", *again)
+            assert status == 0 and not err and target in said, err
+            a, b = (data.ImageDataset(root, None, train=False) for root in (folder, target))
+            names = [os.path.relpath(b.path(i), target) for i in range(len(b))]
+            assert names == ["class0/0.png", "class0/2.png", "class1/1.png", "class1/1_2.png", "class1/3.png",
+                             "class1/moving.png"], "1.jpg and 1.png"
+            assert b.labels.tolist() == a.labels.tolist()
+            for i in range(len(b)):
+                usual = os.path.splitext(names[i])[0] + ("_recon.webp" if i == 5 else "_recon.png")
+                triple, rec = pixels(os.path.join(folder + "_recon", usual)), pixels(b.path(i))
+                W = rec[0].shape[2]
+                assert np.array_equal(triple[0][:, :, W:2 * W], rec[0]), usual
+                assert triple[0].shape[2] == (3 if i < 5 else 2) * W
+                first = torch.from_numpy(rec[0][0]).permute(2, 0, 1)
+                assert torch.equal(b[i][0], first), "eval.py reads an animation's first frame"
+            assert rec[1:] == ([100, 50, 70, 200], 2), "an animation keeps its timing"
+        with patch.object(evaluation, "InceptionV3", QuickInception):
+            report = evaluate("--fid", folder, recs, "--inception", weights, "--resolution", 256)[1]
+        assert "fid" in json.dumps(report).lower()
+        class0 = os.path.join(folder, "class0")
+        one, new = os.path.join(class0, "0.png"), os.path.join(folder, "new")
+        before = {name: open(os.path.join(class0, name), "rb").read() for name in os.listdir(class0)}
+        for files, out in (folder, folder), (folder, new), (folder, tmp), (one, class0), (one, folder):
+            status, _, err = sampled(files, *flags, "--reconstruction", "--out", out)
+            assert status == 2 and "lie in each other" in err, err
+        with contextlib.redirect_stderr(io.StringIO()):
+            raises(SystemExit, sample.main, [one, "--reconstruction", "--features"])
+        for target in [], ["--out", recs]:
+            assert sampled(one, *flags, "--reconstruction", *target)[0] == 0
+        alone = pixels(os.path.join(folder, "class0", "0_recon.png"))[0]  # beside a picture its own name is taken
+        assert np.array_equal(alone, pixels(os.path.join(recs, "0.png"))[0])
+        assert all(open(os.path.join(class0, name), "rb").read() == content for name, content in before.items())
