@@ -93,7 +93,7 @@ def load_image(file, short=None):
         scale = round(full[0] / img.width)
         if scale > 1 and turn is None:  # an odd last row or column is dropped, as shrink does
             img = img.crop((0, 0, full[0] // scale, full[1] // scale))
-        if img.mode.startswith("I") or img.format == "TIFF" and img.tag_v2.get(339) == (2,):
+        if img.mode.startswith("I") or img.info.get("signed"):
             img = upper_bits(img)
         if turn is not None:
             img = img.transpose(turn)
@@ -127,20 +127,20 @@ def open_image(file):
     PIL is given the file without its metadata, much of which makes it refuse a picture whose pixels are sound.
     """
     blob, exif = read_file(file), b""
-    strip = {b"\xff\xd8": strip_jpeg, b"\x89P": strip_png, b"II": strip_tiff, b"MM": strip_tiff}.get(blob[:2])
-    if blob[4:8] == b"ftyp":  # AVIF tells in its own way how it is turned, and PIL makes EXIF of that
-        head, mdat, rest = blob.partition(b"mdat")
-        blob = head.replace(b"Exif", b"skip") + mdat + rest
+    kinds = {b"\xff\xd8": strip_jpeg, b"\x89P": strip_png, b"II": strip_tiff, b"MM": strip_tiff}
+    strip = strip_avif if blob[4:8] == b"ftyp" else kinds.get(blob[:2])
     if strip:
         with contextlib.suppress(struct.error, LookupError, ValueError):  # damaged: PIL says how
             blob, exif = strip(blob)
     img = Image.open(io.BytesIO(blob), formats=FORMATS)
     if img.width * img.height > MAX_PIXELS:  # the header says so, nothing is decoded yet
         raise UserError(f"{img.width}x{img.height} pixels, more than {MAX_PIXELS:,}")
-    if img.mode == "F" or img.format == "TIFF" and img.mode == "I" and img.tag_v2[258] != (16,):
+    if img.mode == "F" or img.format == "TIFF" and img.mode == "I":
         raise UserError("32 bits a channel, of which nothing says what white is: save it with 8 or 16")
-    tags = directory(exif or img.info.get("exif", b""))[1]
-    img.info.update(orientation=tags.get(274, (1,))[0], white_is_zero=tags.get(262, (1,))[0] == 0)
+    tags = {tag: value for tag, (value, _) in directory(exif or img.info.get("exif", b""))[1].items()}
+    img.info["orientation"] = tags.get(274)
+    if img.format == "TIFF":  # what the file says, not what strip_tiff left of it
+        img.info.update(white_is_zero=tags.get(262, img.tag_v2.get(262)) == 0, signed=tags.get(339) == 2)
     if clear := img.info.get("transparency"):  # PIL compares it with pixels that it has made 8 bits deep
         scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(img.tile[0][3])
         if scale:
@@ -151,45 +151,53 @@ def open_image(file):
 
 def upper_bits(img):
     """A grey PIL image of 12 or 16 bits, or of signed numbers -> the upper 8 bits (black is the least number)."""
-    tags = img.tag_v2 if img.format == "TIFF" else {}
-    bits, deep = tags.get(258, (16,))[0], np.asarray(img)
-    if tags.get(339) == (2,):
-        deep = deep.astype(f"int{bits}").astype(np.int32) + 2 ** (bits - 1)
+    bits, deep = img.tag_v2[258][0] if img.format == "TIFF" else 16, np.asarray(img)
+    if img.info.get("signed"):
+        deep = deep ^ (1 << bits - 1)
     grey = (deep >> bits - 8).clip(0, 255).astype(np.uint8)
-    if tags and img.info["white_is_zero"]:
+    if img.info.get("white_is_zero"):
         grey = 255 - grey
     if "transparency" in img.info:
-        alpha = np.where(deep == img.info["transparency"], 0, 255).astype(np.uint8)
-        grey = np.stack([grey, alpha], -1)
+        grey = np.stack([grey, np.where(deep == img.info["transparency"], 0, 255).astype(np.uint8)], -1)
     return Image.fromarray(grey)
 
 
 def directory(tiff):
-    """(where the first directory of a TIFF file lies, {tag: (its value if it is one integer, its entry)}); EXIF is one.
-    It ends where it is cut off: odd entries cost nothing but themselves."""
-    tiff, tags = tiff.removeprefix(b"Exif\0\0"), {}
-    order, big = "<" if tiff[:2] == b"II" else ">", tiff[2:4] in (b"+\0", b"\0+")  # a BigTIFF has numbers of 8 bytes
+    """(where the first directory of a TIFF file lies, {tag: (its value if that is one integer, its entry)}). EXIF data
+    are such a file. An odd entry costs no other; the directory may be cut off."""
+    tiff, start, tags = tiff.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0"), 0, {}
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None or 42 not in tiff[2:4]:  # 43 is a BigTIFF, which PIL gets as it is
+        return start, tags
     with contextlib.suppress(struct.error):
-        start, = struct.unpack_from(order + ("Q" if big else "I"), tiff, 8 if big else 4)
-        count, = struct.unpack_from(order + ("Q" if big else "H"), tiff, start)
-        first, size = (start + 8, 20) if big else (start + 2, 12)
-        for at in range(first, first + size * min(count, 2 ** 16), size):
+        start, = struct.unpack_from(order + "I", tiff, 4)
+        count, = struct.unpack_from(order + "H", tiff, start)
+        for at in range(start + 2, start + 2 + 12 * count, 12):
             tag, kind = struct.unpack_from(order + "HH", tiff, at)
-            value, = struct.unpack_from(order + {1: "B", 4: "I"}.get(kind, "H"), tiff, at + size - (8 if big else 4))
-            tags[tag] = value, tiff[at:at + size]
-    return start if tags else 0, tags
+            form = {1: "B", 3: "H", 4: "I"}.get(kind)
+            value = struct.unpack_from(order + form, tiff, at + 8)[0] if form else None
+            tags[tag] = value, tiff[at:at + 12]
+    return start, tags
 
 
 def strip_tiff(blob):
-    """(the first picture of a TIFF file without metadata, the file). PIL knows white at 0 up to 8 bits: above, that too
-    is left to upper_bits."""
-    order, big = "<" if blob[:2] == b"II" else ">", blob[2:4] in (b"+\0", b"\0+")
-    start, tags = directory(blob)
-    entries = {tag: entry for tag, (_, entry) in tags.items() if tag in TIFF_PIXELS}
-    if tags[262][0] == 0 and tags[258][0] in (12, 16):
-        entries[262] = struct.pack(order + ("HHQHHI" if big else "HHIHH"), 262, 3, 1, 1, *[0] * (1 + big))
-    new = struct.pack(order + ("Q" if big else "H"), len(entries)) + b"".join(entries.values()) + bytes(8 if big else 4)
+    """(the first picture of a TIFF file without metadata, the file). PIL knows white at 0 and signed numbers only of some
+    kinds: deep ones are declared usual, and upper_bits does the rest."""
+    order, (start, tags) = "<" if blob[:2] == b"II" else ">", directory(blob)
+    kept = {tag: entry for tag, (_, entry) in tags.items() if tag in TIFF_PIXELS}
+    if tags[258][0] in (12, 16) and tags[262][0] in (0, 1):
+        kept[262] = struct.pack(order + "HHIHH", 262, 3, 1, 1, 0)
+        if tags.get(339, (1,))[0] == 2:
+            del kept[339]
+    new = struct.pack(order + "H", len(kept)) + b"".join(kept.values()) + bytes(4)  # no picture after it
     return blob[:start] + new + blob[start + len(new):], blob
+
+
+def strip_avif(blob):
+    """(an AVIF file with its EXIF hidden, none). Such a file tells otherwise how it is turned; PIL makes EXIF of it."""
+    at = blob.index(b"meta")
+    end = at - 4 + struct.unpack_from(">I", blob, at - 4)[0]
+    return blob[:at] + blob[at:end].replace(b"Exif", b"skip") + blob[end:], b""
 
 
 def strip_jpeg(blob):
