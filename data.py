@@ -109,16 +109,20 @@ def load_image(file, short=None):
 
 
 def read_file(file):
-    """The bytes of a path or of a binary file, at most MAX_BYTES."""
+    """The bytes of a path, or of a binary file. UserError for a fault of the file, OSError for one of the machine."""
     if hasattr(file, "read"):
         file.seek(0)
-        blob = file.read(MAX_BYTES + 1)
-    else:
+        return file.read()
+    try:
+        about = os.stat(file)
+        if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_BYTES:  # a pipe or a device could be read for ever
+            raise UserError(f"is no plain file, or longer than {MAX_BYTES:,} bytes")
         with open(file, "rb") as f:
-            blob = f.read(MAX_BYTES + 1)
-    if len(blob) > MAX_BYTES:
-        raise UserError(f"is longer than {MAX_BYTES:,} bytes")
-    return blob
+            return f.read()
+    except OSError as e:
+        if e.errno in FILE_FAULTS:
+            raise UserError(f"cannot be opened ({e.strerror})") from None
+        raise
 
 
 def open_image(file):
@@ -181,8 +185,8 @@ def directory(tiff):
 
 
 def strip_tiff(blob):
-    """(the first picture of a TIFF file without metadata, the file). PIL knows white at 0 and signed numbers only of some
-    kinds: deep ones are declared usual, and upper_bits does the rest."""
+    """(the first picture of a TIFF file without metadata, the file). PIL does not read all that have white at 0 or
+    signed numbers: the deep ones are declared to be plain, and upper_bits does the rest."""
     order, (start, tags) = "<" if blob[:2] == b"II" else ">", directory(blob)
     kept = {tag: entry for tag, (_, entry) in tags.items() if tag in TIFF_PIXELS}
     if tags[258][0] in (12, 16) and tags[262][0] in (0, 1):
@@ -323,7 +327,7 @@ class ImageDataset(Dataset):
         """The bytes of image file i. Archives are opened once and read by position, which forked workers can share."""
         offset, length, method, size, crc = self.spans[i].tolist()
         if length < 0:
-            return read_plain(self.path(i))
+            return read_file(self.path(i))
         if max(length, size) > MAX_BYTES:
             raise UserError(f"is {max(length, size):,} bytes long, at most {MAX_BYTES:,} are read")
         root = self.roots[self.root_of[i]]
@@ -392,19 +396,6 @@ class ImageDataset(Dataset):
         return to_tensor(img), -1 - i if error else int(self.labels[i])
 
 
-def read_plain(path):
-    """The bytes of a picture file in a folder."""
-    try:
-        about = os.stat(path)
-        if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_BYTES:  # a pipe or a device could be read for ever
-            raise UserError(f"is no plain file, or longer than {MAX_BYTES:,} bytes")
-        return read_file(path)
-    except OSError as e:
-        if e.errno in FILE_FAULTS:
-            raise UserError(f"cannot be opened ({e.strerror})") from None
-        raise
-
-
 def read_at(file, length, offset):
     """Bytes of an open archive. Forked processes share the handle and its position, which pread does not move."""
     if hasattr(os, "pread"):
@@ -438,18 +429,14 @@ def list_folder(root):
             continue
         seen.add(os.path.realpath(folder))
         subfolders[:] = sorted(filter(is_visible, subfolders), key=os.fsencode)  # one order on all nodes
-        for name in sorted(filter(is_image, files)):
-            yield os.path.relpath(os.path.join(folder, name), root), *[-1] * 5
+        for name in sorted(filter(is_visible, files)):
+            if name.lower().endswith(EXTENSIONS):
+                yield os.path.relpath(os.path.join(folder, name), root), *[-1] * 5
 
 
 def is_visible(name):
     """Whether a file or folder of that name is the user's own: not hidden, nor what systems keep beside pictures."""
     return not name.startswith(".") and name not in SYSTEM_FOLDERS
-
-
-def is_image(name):
-    """Whether a file's name is that of a picture."""
-    return name.lower().endswith(EXTENSIONS) and is_visible(name)
 
 
 def list_archive(path):
@@ -465,10 +452,12 @@ def list_archive(path):
         raise UserError(f"{path} is no folder, and no .zip archive or a damaged one ({e})") from None
     found = {}
     for e in entries:
-        name = posixpath.normpath(e.filename.replace("\\", "/")).lstrip("/")  # some tools of Windows write backslashes
-        if not e.is_dir() and all(map(is_visible, name.split("/"))) and is_image(posixpath.basename(name)):
-            found[name] = e  # of several with one name the last, as unzip does
+        name = e.filename.replace("\\", "/")  # some tools of Windows write backslashes
+        if name.lower().endswith(EXTENSIONS):
+            found[posixpath.normpath("/" + name).lstrip("/")] = e  # of several with one name the last, as unzip does
     for name, e in found.items():
+        if not all(map(is_visible, name.split("/"))):
+            continue
         if e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or e.flag_bits & 1:
             raise UserError(f"{path}: {e.filename} is encrypted or compressed by an unknown method; repack the archive")
         if not 0 <= e.header_offset <= end - e.compress_size:
