@@ -3,19 +3,26 @@
     data = ImageDataset(["imagenet/train", "more.zip"], size=448, train=True, seed=0)
     img, label = data[n]          # uint8 (3, S, S) and the index of the parent folder's name in data.classes
 
-In training n is the GLOBAL SAMPLE NUMBER, counted from the first step of the run: epoch = n // len(data), the order of an
-epoch is a permutation drawn from (seed, epoch), crop and flip are drawn from (seed, n). What a sample looks like
-therefore depends on nothing else, so workers, ranks and a resumed run need no state. Otherwise n counts the
-files in sorted order. Crops are those of ADM (Dhariwal & Nichol 2021), the usual protocol of ImageNet generation.
+In training n is the GLOBAL SAMPLE NUMBER, counted from the first step of the run: epoch = n // len(data), the order of
+an epoch is a permutation drawn from (seed, epoch), crop and flip are drawn from (seed, n). What a sample looks like
+therefore depends on nothing else, so workers, ranks and a resumed run need no state. Otherwise n counts the files in
+sorted order. Crops are those of ADM (Dhariwal & Nichol 2021), the usual protocol of ImageNet generation.
 
-An image that cannot be read is a ValueError that names it. In training it is replaced by the next in sorted order that can be
-read, and the label tells, so that workers need count nothing: it is -1 - i for image i, whose file is data.path(i).
+An image that cannot be read is a UserError that names it. In training the next in sorted order that can be read stands
+in for it, and the label tells, so that workers need count nothing: for image i, whose file is data.path(i), -1 - i.
+Only a picture's own damage does that: trouble of the machine (a disk, a mount, memory, descriptors) is a MachineError.
 
-`python data.py [PATHS]` shows what is found, `--bench PATH` how quickly it loads. Needs torch, numpy and pillow; no other file of this project.
+`python data.py [PATHS]` shows what is found, `--bench PATH` how quickly it loads. Needs torch, numpy and pillow; no
+other file of this project.
 """
 import argparse
+import contextlib
+import errno
 import io
 import os
+import posixpath
+import re
+import stat
 import struct
 import sys
 import time
@@ -25,13 +32,25 @@ import zlib
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, features
 from torch.utils.data import DataLoader, Dataset
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "PPM", "WEBP")  # PIL would also hand a file to Ghostscript, whatever its name
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "PPM", "WEBP")  # PIL could also start Ghostscript
+if "avif" in features.modules and features.check_module("avif"):  # not every Pillow has it
+    FORMATS += ("AVIF",)
 MAX_PIXELS = 2 ** 27  # of a picture, and MAX_BYTES of its file: what a hostile one can make a worker allocate
 MAX_BYTES = 4 * MAX_PIXELS
+SYSTEM_FOLDERS = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information")
+SPARE_FILES = 64  # descriptors that a process needs beside those of its archives
+WAITS = (0.1, 0.4, 1.5)  # seconds before each further attempt to read what the machine could not read
+FILE_FAULTS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM,
+               errno.EINVAL, errno.EILSEQ)  # the fault of one file or its name; all other errors are the machine's
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # what the values of EXIF's orientation ask for
+TIFF_PIXELS = {*range(254, 267), 273, 277, 278, 279, 284, 292, 293, 317, 320, *range(322, 326), 332, 338, 339, 347,
+               *range(512, 533)}  # the tags that say how pixels are stored
 
 
 class UserError(ValueError):
@@ -39,51 +58,188 @@ class UserError(ValueError):
 
 
 class MissingFile(UserError, FileNotFoundError):
-    """A file that the user named is not there."""
+    """A file or folder that the user named does not exist."""
+
+
+class MachineError(OSError):
+    """The machine's trouble, not a picture's. Its text holds "[Errno N]": a DataLoader passes on only the text."""
+
+    def __init__(self, message):
+        super().__init__(message)
+        self.errno = int((re.findall(r"\[Errno (\d+)\]", message) or [errno.EIO])[-1])
+
+
+def cores():
+    """How many cores this process may use: its affinity (taskset, Slurm, cpuset), where the system tells it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_image(file, short=None):
     """A path or binary file -> PIL image in RGB, turned as its EXIF says, transparency over white.
 
-    short: a JPEG may come out 2, 4 or 8 times smaller, decoded so (which is quicker), its shorter side still >= 2 * short.
-    Raises ValueError, saying why, if it cannot be read as an image. Of an animation it is the first frame.
+    short: a JPEG may come out 2, 4 or 8 times smaller, decoded so (which is quicker), its shorter side still
+    >= 2 * short. Raises UserError, saying why, if it cannot be read as an image; OSError and MemoryError are the
+    machine's. Of an animation it is the first frame.
     """
+    blob = read_file(file)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's, of odd metadata
-            img = Image.open(file, formats=FORMATS)
-            if img.width * img.height > MAX_PIXELS:  # the header says so, nothing is decoded yet
-                raise UserError(f"{img.width}x{img.height} pixels, more than {MAX_PIXELS:,}")
-            if img.mode == "F" or img.format == "TIFF" and img.mode == "I":
-                raise UserError("32 bits a channel, of which nothing says what white is: save it with 8 or 16")
-            full, upright = img.size, img.getexif().get(274, 1) == 1
-            if short and (upright or full[0] % 8 == full[1] % 8 == 0):
+            warnings.simplefilter("ignore")  # PIL's
+            img = open_image(io.BytesIO(blob))
+            full, turn = img.size, TURNS.get(img.info["orientation"])
+            if short and (turn is None or full[0] % 8 == full[1] % 8 == 0):
                 img.draft(None, (2 * short, 2 * short))
             img.load()
-            scale = round(full[0] / img.width)
-            img = ImageOps.exif_transpose(img)
-        if scale > 1 and upright:  # an odd last row or column is dropped, as shrink does
+        scale = round(full[0] / img.width)
+        if scale > 1 and turn is None:  # an odd last row or column is dropped, as shrink does
             img = img.crop((0, 0, full[0] // scale, full[1] // scale))
-        if img.mode.startswith("I"):  # 16 bits a channel: keep the upper 8
-            img = Image.fromarray((np.asarray(img) // 256).clip(0, 255).astype(np.uint8))
+        if img.mode.startswith("I") or img.info.get("signed"):
+            img = upper_bits(img)
+        if turn is not None:
+            img = img.transpose(turn)
         if img.has_transparency_data:
             return Image.alpha_composite(Image.new("RGBA", img.size, "white"), img.convert("RGBA")).convert("RGB")
         return img.convert("RGB")
-    except Exception as e:  # damage makes PIL raise nearly any type; all mean that no picture can be read from the file
-        why = f"none of {', '.join(FORMATS)}" if isinstance(e, Image.UnidentifiedImageError) else f"{type(e).__name__}: {e}"
+    except MemoryError:
+        raise
+    except Exception as e:  # damage makes PIL raise nearly any type; all mean that the file holds no picture
+        unknown = isinstance(e, Image.UnidentifiedImageError)
+        why = f"none of {', '.join(FORMATS)}" if unknown else f"{type(e).__name__}: {e}"
         raise UserError(f"cannot be read as an image ({' '.join(why.split())[:200]})") from None
 
 
-def cut(img, where):
-    """The piece of a picture that its crop comes from: all of it, unless it is more than 16 times as long as wide (20,000 x 10
-    would first grow to 896,000 x 448), then 16 times, at the fraction `where` of its length."""
+def read_file(file):
+    """The bytes of a path, or of a binary file. UserError for a fault of the file, OSError for one of the machine."""
+    if hasattr(file, "read"):
+        file.seek(0)
+        return file.read()
+    try:
+        about = os.stat(file)
+        if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_BYTES:  # a pipe or a device could be read for ever
+            raise UserError(f"is no plain file, or longer than {MAX_BYTES:,} bytes")
+        with open(file, "rb") as f:
+            return f.read()
+    except OSError as e:
+        if e.errno in FILE_FAULTS:
+            raise UserError(f"cannot be opened ({e.strerror})") from None
+        raise
+
+
+def open_image(file):
+    """A path or binary file -> PIL image, not decoded yet. TURNS.get(img.info["orientation"]) is how to transpose it.
+
+    PIL is given the file without its metadata, much of which makes it refuse a picture whose pixels are sound.
+    """
+    blob, exif = read_file(file), b""
+    kinds = {b"\xff\xd8": strip_jpeg, b"\x89P": strip_png, b"II": strip_tiff, b"MM": strip_tiff}
+    strip = strip_avif if blob[4:8] == b"ftyp" else kinds.get(blob[:2])
+    if strip:
+        with contextlib.suppress(struct.error, LookupError, ValueError):  # damaged: PIL says how
+            blob, exif = strip(blob)
+    img = Image.open(io.BytesIO(blob), formats=FORMATS)
+    if img.width * img.height > MAX_PIXELS:  # the header says so, nothing is decoded yet
+        raise UserError(f"{img.width}x{img.height} pixels, more than {MAX_PIXELS:,}")
+    if img.mode == "F" or img.format == "TIFF" and img.mode == "I":
+        raise UserError("32 bits a channel, of which nothing says what white is: save it with 8 or 16")
+    tags = {tag: value for tag, (value, _) in directory(exif or img.info.get("exif", b""))[1].items()}
+    img.info["orientation"] = tags.get(274)
+    if img.format == "TIFF":  # what the file says, not what strip_tiff left of it
+        img.info.update(white_is_zero=tags.get(262, img.tag_v2.get(262)) == 0, signed=tags.get(339) == 2)
+    if clear := img.info.get("transparency"):  # PIL compares it with pixels that it has made 8 bits deep
+        scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(img.tile[0][3])
+        if scale:
+            scaled = np.multiply(clear, scale).astype(int).tolist()
+            img.info["transparency"] = tuple(scaled) if isinstance(clear, tuple) else scaled
+    return img
+
+
+def upper_bits(img):
+    """A grey PIL image of 12 or 16 bits, or of signed numbers -> the upper 8 bits (black is the least number)."""
+    bits, deep = img.tag_v2[258][0] if img.format == "TIFF" else 16, np.asarray(img)
+    if img.info.get("signed"):
+        deep = deep ^ (1 << bits - 1)
+    grey = (deep >> bits - 8).clip(0, 255).astype(np.uint8)
+    if img.info.get("white_is_zero"):
+        grey = 255 - grey
+    if "transparency" in img.info:
+        grey = np.stack([grey, np.where(deep == img.info["transparency"], 0, 255).astype(np.uint8)], -1)
+    return Image.fromarray(grey)
+
+
+def directory(tiff):
+    """(where the first directory of a TIFF file lies, {tag: (its value if that is one integer, its entry)}). EXIF data
+    are such a file. An odd entry costs no other; the directory may be cut off."""
+    tiff, start, tags = tiff.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0"), 0, {}
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None or 42 not in tiff[2:4]:  # 43 is a BigTIFF, which PIL gets as it is
+        return start, tags
+    with contextlib.suppress(struct.error):
+        start, = struct.unpack_from(order + "I", tiff, 4)
+        count, = struct.unpack_from(order + "H", tiff, start)
+        for at in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(order + "HH", tiff, at)
+            form = {1: "B", 3: "H", 4: "I"}.get(kind)
+            value = struct.unpack_from(order + form, tiff, at + 8)[0] if form else None
+            tags[tag] = value, tiff[at:at + 12]
+    return start, tags
+
+
+def strip_tiff(blob):
+    """(the first picture of a TIFF file without metadata, the file). PIL does not read all that have white at 0 or
+    signed numbers: the deep ones are declared to be plain, and upper_bits does the rest."""
+    order, (start, tags) = "<" if blob[:2] == b"II" else ">", directory(blob)
+    kept = {tag: entry for tag, (_, entry) in tags.items() if tag in TIFF_PIXELS}
+    if tags[258][0] in (12, 16) and tags[262][0] in (0, 1):
+        kept[262] = struct.pack(order + "HHIHH", 262, 3, 1, 1, 0)
+        if tags.get(339, (1,))[0] == 2:
+            del kept[339]
+    new = struct.pack(order + "H", len(kept)) + b"".join(kept.values()) + bytes(4)  # no picture after it
+    return blob[:start] + new + blob[start + len(new):], blob
+
+
+def strip_avif(blob):
+    """(an AVIF file with its EXIF hidden, none). Such a file tells otherwise how it is turned; PIL makes EXIF of it."""
+    at = blob.index(b"meta")
+    end = at - 4 + struct.unpack_from(">I", blob, at - 4)[0]
+    return blob[:at] + blob[at:end].replace(b"Exif", b"skip") + blob[end:], b""
+
+
+def strip_jpeg(blob):
+    """(a JPEG file without metadata, its EXIF). JFIF's and Adobe's segments stay: they say what the colours are."""
+    kept, exif, at = [blob[:2]], b"", 2
+    while blob[at] == 0xFF and 0xC0 <= blob[at + 1] < 0xFF and blob[at + 1] != 0xDA:  # until the pixels begin
+        end = at + 2 + struct.unpack_from(">H", blob, at + 2)[0]
+        if blob[at + 1] not in (*range(0xE1, 0xEE), 0xEF, 0xFE):
+            kept.append(blob[at:end])
+        elif blob[at + 4:at + 10] == b"Exif\0\0":
+            exif = exif or blob[at + 4:end]
+        at = end
+    return b"".join(kept) + blob[at:], exif
+
+
+def strip_png(blob):
+    """(a PNG file without metadata, its EXIF). The chunks of pixels, palette, transparency and animation stay."""
+    kept, exif, at, kind = [blob[:8]], b"", 8, b""
+    while at < len(blob) and kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", blob, at)
+        if kind == b"eXIf":
+            exif = blob[at + 8:at + 8 + length]
+        elif kind[:1].isupper() or kind in (b"tRNS", b"acTL", b"fcTL", b"fdAT"):
+            kept.append(blob[at:at + 12 + length])
+        at += 12 + length
+    return b"".join(kept), exif
+
+
+def limit_aspect(img, where):
+    """The piece of a picture that its crop comes from: all of it, unless it is more than 16 times as long as wide
+    (20,000 x 10 would first grow to 896,000 x 448), then 16 times, at the fraction `where` of its length."""
     w, h = (min(side, 16 * min(img.size)) for side in img.size)
     left, top = int(where * (img.width - w)), int(where * (img.height - h))
     return img if (w, h) == img.size else img.crop((left, top, left + w, top + h))
 
 
 def shrink(img, short):
-    """Resize so that the shorter side is `short` pixels: halved by box filter while twice too large, then bicubic (ADM)."""
+    """Resize so that the shorter side is `short` pixels: halved by box filter while twice too large, then bicubic."""
     while min(img.size) >= 2 * short:
         img = img.resize((img.width // 2, img.height // 2), Image.Resampling.BOX)
     scale = short / min(img.size)
@@ -92,15 +248,15 @@ def shrink(img, short):
 
 def center_crop(img, size):
     """The central size x size pixels of a PIL image whose shorter side is resized to `size` (ADM's evaluation crop)."""
-    img = shrink(cut(img, 0.5), size)
+    img = shrink(limit_aspect(img, 0.5), size)
     left, top = (img.width - size) // 2, (img.height - size) // 2
     return img.crop((left, top, left + size, top + size))
 
 
 def random_crop(img, size, rng, crop_scale=(0.8, 1.0)):
-    """ADM's training crop: the shorter side of the crop is a random fraction crop_scale of the picture's; half are flipped."""
+    """ADM's training crop: its side is a random fraction crop_scale of the picture's shorter one; half are flipped."""
     if max(img.size) > 16 * min(img.size):
-        img = cut(img, rng.random())
+        img = limit_aspect(img, rng.random())
     low, high = np.ceil(size / crop_scale[1]), np.ceil(size / crop_scale[0])
     img = shrink(img, int(rng.integers(low, high + 1)))
     left, top = rng.integers(img.width - size + 1), rng.integers(img.height - size + 1)
@@ -114,14 +270,15 @@ def to_tensor(img):
 
 
 class ImageDataset(Dataset):
-    """All images of `roots` (a path or several: folders, searched recursively, and .zip archives), size x size pixels (None,
-    without train: whole, as they are).
+    """All images of `roots` (a path or several: folders, searched recursively, and .zip archives), size x size pixels
+    (None, without train: whole, as they are).
 
-    Files and archive entries are known by their extension; which there are is kept in a few arrays, so that workers share
-    the memory and a list of millions costs each of them nothing. Raises FileNotFoundError and ValueError for roots that
-    are missing, empty or damaged, and ValueError naming the file for one that cannot be read when it is asked for. In
-    training (only) the next in sorted order that can be read stands in for image i, with the label -1 - i; ValueError if
-    none of 100 can.
+    Files and archive entries are known by their extension; which there are is kept in a few arrays, so that workers
+    share the memory and a list of millions costs each of them nothing. Raises UserError for roots that are missing
+    (MissingFile), empty or damaged, and UserError naming the file for one that cannot be read when it is asked for.
+    In training (only) the next in sorted order that can be read stands in for image i, with the label -1 - i; UserError
+    if none of 100 can. MachineError if the machine cannot read, in spite of several attempts; MissingFile if an archive
+    is gone.
     """
 
     def __init__(self, roots, size, train, seed=0, crop_scale=(0.8, 1.0)):
@@ -130,21 +287,27 @@ class ImageDataset(Dataset):
         self.roots = [os.fspath(r) for r in ([roots] if isinstance(roots, (str, os.PathLike)) else roots)]
         self.size, self.train, self.seed, self.crop_scale = size, train, seed, crop_scale
         self.replace = train  # by the next, an image that cannot be read
-        names, root_of, spans = [], [], []  # span of an archive entry: offset, compressed length, method, length, CRC-32
+        check_open_files(sum(not os.path.isdir(root) for root in self.roots))
+        names, folders, root_of, spans = [], [], [], []
         for r, root in enumerate(self.roots):
-            found = sorted(list_folder(root) if os.path.isdir(root) else list_archive(root))
+            if os.path.isdir(root):  # names are kept as bytes, which are the same in any locale
+                found = sorted((os.fsencode(name), *span) for name, *span in list_folder(root))
+            else:
+                found = sorted((name.encode("utf-8", "surrogatepass"), *span) for name, *span in list_archive(root))
             if not found:
                 raise UserError(f"{root} holds no images ({' '.join(EXTENSIONS)})")
             names += [name for name, *_ in found]
+            top = os.fsencode(os.path.basename(os.path.abspath(root)))
+            folders += [os.path.basename(os.path.dirname(name)) or top for name, *_ in found]
             spans += [span for _, *span in found]
             root_of += [r] * len(found)
-        folders = [os.path.basename(os.path.dirname(name)) or os.path.basename(os.path.abspath(self.roots[r])) for name, r in zip(names, root_of)]
-        self.classes = sorted(set(folders))
-        index = {name: i for i, name in enumerate(self.classes)}
+        classes = sorted(set(folders))
+        index = {name: i for i, name in enumerate(classes)}
+        self.classes = [name.decode("utf-8", "backslashreplace") for name in classes]
         self.labels = np.array([index[f] for f in folders], np.int32)
+        # a span is an archive entry's offset, compressed length, method, length, CRC-32; all -1 of a file in a folder
         self.root_of, self.spans = np.array(root_of, np.int32), np.array(spans, np.int64).reshape(-1, 5)
-        encoded = [os.fsencode(name) for name in names]
-        self.name_ends, self.names = np.cumsum([len(name) for name in encoded]), b"".join(encoded)
+        self.name_ends, self.names = np.cumsum([len(name) for name in names]), b"".join(names)
         self.files, self.permutation = {}, (None, None)  # open archives; the last epoch's order
 
     def __len__(self):
@@ -155,32 +318,51 @@ class ImageDataset(Dataset):
 
     def path(self, i):
         """Where image i (in sorted order) lies: root and name."""
-        end = self.name_ends[i]
-        start = self.name_ends[i - 1] if i else 0
-        return os.path.join(self.roots[self.root_of[i]], os.fsdecode(self.names[start:end]))
+        start, end = self.name_ends[i - 1] if i else 0, self.name_ends[i]
+        name, in_archive = self.names[start:end], self.spans[i, 1] >= 0
+        name = name.decode("utf-8", "surrogatepass") if in_archive else os.fsdecode(name)
+        return os.path.join(self.roots[self.root_of[i]], name)
 
     def read(self, i):
         """The bytes of image file i. Archives are opened once and read by position, which forked workers can share."""
         offset, length, method, size, crc = self.spans[i].tolist()
         if length < 0:
-            path = self.path(i)
-            if not os.path.isfile(path) or os.path.getsize(path) > MAX_BYTES:  # a pipe or a device could be read for ever
-                raise UserError(f"is gone, no plain file, or longer than {MAX_BYTES:,} bytes")
-            with open(path, "rb") as f:
-                return f.read()
+            return read_file(self.path(i))
         if max(length, size) > MAX_BYTES:
             raise UserError(f"is {max(length, size):,} bytes long, at most {MAX_BYTES:,} are read")
         root = self.roots[self.root_of[i]]
-        if root not in self.files:
-            self.files[root] = open(root, "rb")
-        fd = self.files[root].fileno()
-        name_length, extra_length = struct.unpack("<26xHH", os.pread(fd, 30, offset))  # the entry's local header
-        data = os.pread(fd, length, offset + 30 + name_length + extra_length)
-        if method == zipfile.ZIP_DEFLATED:
-            data = zlib.decompressobj(-15).decompress(data, size + 1)  # no more than that, whatever is in it
+        try:
+            if root not in self.files:
+                self.files[root] = open(root, "rb")
+            header = read_at(self.files[root], 30, offset)  # the entry's local header
+            name_length, extra_length = struct.unpack("<26xHH", header)
+            data = read_at(self.files[root], length, offset + 30 + name_length + extra_length)
+            if method == zipfile.ZIP_DEFLATED:
+                data = zlib.decompressobj(-15).decompress(data, size + 1)  # no more than that, whatever is in it
+        except FileNotFoundError:  # no other picture may stand in for all of an archive
+            raise MissingFile(f"{root} is gone") from None
+        except OSError:
+            self.files.pop(root, None)  # a handle that went stale stays so
+            raise
+        except (struct.error, zlib.error) as e:
+            raise UserError(f"damaged in the archive ({e})") from None
         if len(data) != size or zlib.crc32(data) != crc:
             raise UserError("damaged in the archive, or the archive was changed meanwhile (CRC-32)")
         return data
+
+    def load(self, i, short=None):
+        """Image file i -> PIL image. What the machine cannot read is tried again, then it is a MachineError."""
+        for wait in (*WAITS, None):
+            try:
+                return load_image(io.BytesIO(self.read(i)), short)
+            except MissingFile:
+                raise
+            except (OSError, MemoryError) as e:
+                code = errno.ENOMEM if isinstance(e, MemoryError) else e.errno or errno.EIO
+                if wait is None:
+                    raise MachineError(f"{self.path(i)}: not read in {len(WAITS) + 1} attempts: [Errno {code}] "
+                                       f"{os.strerror(code)}") from e
+            time.sleep(wait)
 
     def index(self, n):
         """Sample number n -> number of the image in sorted order."""
@@ -193,15 +375,17 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, n):
         i = self.index(n)
-        # in training a JPEG may be decoded smaller, to what shrink would have made of it: draws and crop do not depend on its size
-        # (but within a pixel of 16:1)
+        # in training a JPEG may be decoded smaller, to what shrink would have made of it: draws and crop do not depend
+        # on its size (but within a pixel of 16:1)
         short = int(np.ceil(self.size / self.crop_scale[0])) if self.train else None
         error, tries = None, min(len(self), 100) if self.replace else 1
         for j in range(i, i + tries):
             try:
-                img = load_image(io.BytesIO(self.read(j % len(self))), short)
+                img = self.load(j % len(self), short)
                 break
-            except (OSError, ValueError, struct.error, zlib.error) as e:
+            except MissingFile:
+                raise
+            except UserError as e:
                 error = error or f"{self.path(i)}: {e}"
         else:
             raise UserError(error + f", nor can the {tries - 1} after it" * (tries > 1))
@@ -212,41 +396,73 @@ class ImageDataset(Dataset):
         return to_tensor(img), -1 - i if error else int(self.labels[i])
 
 
+def read_at(file, length, offset):
+    """Bytes of an open archive. Forked processes share the handle and its position, which pread does not move."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), length, offset)
+    with open(file.name, "rb") as own:  # Windows
+        own.seek(offset)
+        return own.read(length)
+
+
+def check_open_files(archives):
+    """UserError if so many archives, which are kept open, are more than this process may open."""
+    try:
+        import resource
+    except ImportError:  # Windows, where the limit is high
+        return
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and archives + SPARE_FILES > limit:
+        raise UserError(f"{archives} archives are kept open, but this process may open only {limit} files, of which it "
+                        f"needs {SPARE_FILES} for other uses: try `ulimit -n {archives + 256}`, or fewer archives")
+
+
 def list_folder(root):
-    """(name, -1, -1, -1, -1, -1) of every image file below a folder."""
+    """Yields (name, -1, -1, -1, -1, -1) of every image file below a folder, always in the same order."""
     def stop(error):
-        raise error
+        kind = UserError if error.errno in FILE_FAULTS else MachineError
+        raise kind(f"{error.filename}: the folder cannot be read: [Errno {error.errno}] {error.strerror}")
     seen = set()
     for folder, subfolders, files in os.walk(root, onerror=stop, followlinks=True):
         if os.path.realpath(folder) in seen:  # a link to a folder that was walked already
             subfolders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        for name in filter(is_image, files):
-            yield os.path.relpath(os.path.join(folder, name), root), *[-1] * 5
+        subfolders[:] = sorted(filter(is_visible, subfolders), key=os.fsencode)  # one order on all nodes
+        for name in sorted(filter(is_visible, files)):
+            if name.lower().endswith(EXTENSIONS):
+                yield os.path.relpath(os.path.join(folder, name), root), *[-1] * 5
 
 
-def is_image(name):
-    """Whether a file's name is that of a picture; the ._ files that macOS puts beside them are none."""
-    return name.lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith("._")
+def is_visible(name):
+    """Whether a file or folder of that name is the user's own: not hidden, nor what systems keep beside pictures."""
+    return not name.startswith(".") and name not in SYSTEM_FOLDERS
 
 
 def list_archive(path):
-    """(name, offset of the local header, compressed length, method, length, CRC-32) of every image in a zip archive."""
+    """Yields (name, offset of the local header, compressed length, method, length, CRC-32) of an archive's images."""
     if not os.path.isfile(path):
         raise MissingFile(f"{path}: no such folder or .zip archive")
     try:
         with zipfile.ZipFile(path) as z:
             entries, end = z.infolist(), os.path.getsize(path)
     except Exception as e:  # zipfile, too, raises many types
+        if getattr(e, "errno", None) and e.errno not in FILE_FAULTS:
+            raise MachineError(f"{path} could not be read: [Errno {e.errno}] {e.strerror}") from e
         raise UserError(f"{path} is no folder, and no .zip archive or a damaged one ({e})") from None
+    found = {}
     for e in entries:
-        if is_image(e.filename) and not e.is_dir():
-            if e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or e.flag_bits & 1:
-                raise UserError(f"{path}: {e.filename} is encrypted or compressed by an unknown method; repack the archive")
-            if not 0 <= e.header_offset <= end - e.compress_size:
-                raise UserError(f"{path} is a damaged .zip archive: {e.filename} is said to lie outside of it")
-            yield e.filename, e.header_offset, e.compress_size, e.compress_type, min(e.file_size, MAX_BYTES + 1), e.CRC
+        name = e.filename.replace("\\", "/")  # some tools of Windows write backslashes
+        if name.lower().endswith(EXTENSIONS):
+            found[posixpath.normpath("/" + name).lstrip("/")] = e  # of several with one name the last, as unzip does
+    for name, e in found.items():
+        if not all(map(is_visible, name.split("/"))):
+            continue
+        if e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or e.flag_bits & 1:
+            raise UserError(f"{path}: {e.filename} is encrypted or compressed by an unknown method; repack the archive")
+        if not 0 <= e.header_offset <= end - e.compress_size:
+            raise UserError(f"{path} is a damaged .zip archive: {e.filename} is said to lie outside of it")
+        yield name, e.header_offset, e.compress_size, e.compress_type, min(e.file_size, MAX_BYTES + 1), e.CRC
 
 
 def split_batch(batch, micro_batch, ranks):
@@ -264,7 +480,7 @@ def split_batch(batch, micro_batch, ranks):
 
 
 def sample_numbers(first, batch, micro_batch, rank, ranks, batches):
-    """Yields this rank's micro-batches as lists of global sample numbers, for `batches` global batches from sample `first`.
+    """Yields this rank's micro-batches as lists of global sample numbers: `batches` global batches from sample `first`.
 
     Whatever the ranks, the global batches are the same samples: rank r has the r-th contiguous share of each.
     """
@@ -332,10 +548,9 @@ def bench(roots, size, seconds):
     data, on_gpu = ImageDataset(roots, size, train=True), torch.cuda.is_available()
     start = time.perf_counter()
     np.random.default_rng([0, 0]).permutation(1_281_167)
-    print(f"{len(data):,} images at {size} px; the order of an epoch of ImageNet takes {1e3 * (time.perf_counter() - start):.0f} ms "
-          f"and {1_281_167 * 8 / 2**20:.0f} MiB a worker")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for workers in sorted({2 ** k for k in range(cores.bit_length())} | {cores}):
+    print(f"{len(data):,} images at {size} px; the order of an epoch of ImageNet takes "
+          f"{1e3 * (time.perf_counter() - start):.0f} ms and {1_281_167 * 8 / 2**20:.0f} MiB a worker")
+    for workers in sorted({2 ** k for k in range(cores().bit_length())} | {cores()}):
         loader = iter(DataLoader(data, num_workers=workers, pin_memory=on_gpu, prefetch_factor=4,
                                  batch_sampler=sample_numbers(0, 32, 32, 0, 1, 1_000_000)))
         for _ in range(2 * workers):  # until all are at work
@@ -351,17 +566,18 @@ def bench(roots, size, seconds):
 if __name__ == "__main__":
     ap = argparse.ArgumentParser(description="Show what images are found, or how quickly they load.")
     ap.add_argument("paths", nargs="*", metavar="PATHS", help="folders or .zip archives [drawn pictures]")
-    ap.add_argument("--bench", nargs="+", metavar="PATH", help="measure decoding, cropping and the transfer to the device")
+    ap.add_argument("--bench", nargs="+", metavar="PATH", help="measure decoding, crops, transfer to the device")
     ap.add_argument("--size", type=int, default=448, help="of the measured crops [%(default)s]")
     ap.add_argument("--seconds", type=float, default=5.0, help="of each measurement [%(default)s]")
     args = ap.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may hold what the console cannot show
     try:
         if args.bench:
             sys.exit(bench(args.bench, args.size, args.seconds))
         data = ImageDataset(args.paths, 64, train=False) if args.paths else ProceduralDataset(64, train=False)
         img, label = data[0]
-    except (OSError, ValueError) as e:
-        print(f"data.py: {e}", file=sys.stderr)
+    except (UserError, MachineError) as e:
+        print(f"data.py: {(str(e).splitlines() or [repr(e)])[-1]}", file=sys.stderr)
         sys.exit(2)
     print(f"{len(data):,} images of {len(data.classes)} classes{'' if args.paths else ', drawn (no PATHS were given)'}")
     print("image ", tuple(img.shape), img.dtype)

@@ -1093,13 +1093,12 @@ def png(width, height, *chunks):
 
 
 def test_hostile_pictures():
-    good, pcx, zeros = io.BytesIO(), io.BytesIO(), zlib.compress(bytes(2 ** 26), 9)
+    good, pcx = io.BytesIO(), io.BytesIO()
     picture(0).save(good, "PNG"), picture(0).save(pcx, "PCX")
     good = good.getvalue()
     header = lambda kind, w, h: kind + struct.pack("<HH", w, h) + bytes(20)
     bad = {"truncated": good[:-60], "flipped": good[:60] + b"\xff" + good[61:], "zero": b"", "zeros": bytes(1000), "text": b"no image", "pcx": pcx.getvalue(),
            "ghostscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) print\n", "bomb": png(2 ** 17, 1100),
-           "text chunk": png(8, 8, (b"zTXt", b"a\0\0" + zeros)), "profile": png(8, 8, (b"iCCP", b"a\0\0" + zeros)),
            "gif": header(b"GIF89a", 65535, 65535), "tall": b"P5 1 200000000 255 ", "tiff": b"II*\0\x08\0\0\0\x02\0" + struct.pack(
                "<HHIIHHII", 256, 4, 1, 10 ** 6, 257, 4, 1, 10 ** 6)}
     with tempfile.TemporaryDirectory() as tmp:
@@ -1164,7 +1163,7 @@ def test_long_pictures_are_cut_first():
             error = np.abs(np.array(data.center_crop(img, size)) - plain)
             assert error.mean() < 1, f"{size}: {error.mean()}"
         same = img.crop((0, 0, min(1600, img.width), min(1600, img.height)))
-        assert data.cut(same, 0.5) is same
+        assert data.limit_aspect(same, 0.5) is same
         starts = {data.random_crop(img, 100, np.random.default_rng(n), (1, 1)).tobytes() for n in range(20)}
         assert len(starts) > 15, "the piece is drawn"
 
@@ -1239,6 +1238,8 @@ def sources():
     add("png", palette, transparent={"transparency": 3}, icc={"icc_profile": bytes(3000), "exif": exif})
     add("png", rgb, apng=animated)
     add("webp", rgb, alpha, plain={}, lossless={"lossless": True}, animated=animated, exif={"exif": exif})
+    if "AVIF" in data.FORMATS:
+        add("avif", rgb, alpha)
     add("bmp", rgb, rgb.convert("L"), rgb.convert("1"), palette, alpha)
     add("gif", palette, plain={}, transparent={"transparency": 3}, animated=animated)
     # no JPEG in TIFF: of a damaged one, Pillow 10.1 shows uninitialised memory, other pixels each time

@@ -112,6 +112,22 @@ def run(*command, cwd=HERE, **env):
         return subprocess.CompletedProcess(command, status, open(out).read(), open(err).read())
 
 
+def windows_like():
+    """First lines of a script that hide what Python lacks on Windows, or on macOS too: modules and names. Workers that are
+    started by spawn or forkserver run them too, since they import the script. torch comes first: it may use what Linux has."""
+    return """
+import os, signal, sys
+import torch.utils.data
+for name in ("fcntl", "resource", "pwd", "grp", "termios", "tty"):
+    sys.modules[name] = None  # an import fails
+for module, names in ((os, "pread pwrite sched_getaffinity getuid geteuid mkfifo fchmod posix_fadvise sysconf statvfs killpg"),
+                      (signal, "SIGHUP SIGUSR1 SIGUSR2 SIGQUIT SIGALRM SIGPIPE")):
+    for name in names.split():
+        if hasattr(module, name):
+            delattr(module, name)
+"""
+
+
 def side_by_side(*functions):
     """What each of the functions gives, two of them at work at a time."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
