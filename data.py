@@ -131,8 +131,8 @@ def open_image(file):
     PIL is given the file without its metadata, much of which makes it refuse a picture whose pixels are sound.
     """
     blob, exif = read_file(file), b""
-    kinds = {b"\xff\xd8": strip_jpeg, b"\x89P": strip_png, b"II": strip_tiff, b"MM": strip_tiff}
-    strip = strip_avif if blob[4:8] == b"ftyp" else kinds.get(blob[:2])
+    strips = {b"\xff\xd8": strip_jpeg, b"\x89P": strip_png, b"II": strip_tiff, b"MM": strip_tiff}
+    strip = strip_avif if blob[4:8] == b"ftyp" else strips.get(blob[:2])
     if strip:
         with contextlib.suppress(struct.error, LookupError, ValueError):  # damaged: PIL says how
             blob, exif = strip(blob)
@@ -189,7 +189,9 @@ def strip_tiff(blob):
     signed numbers: the deep ones are declared to be plain, and upper_bits does the rest."""
     order, (start, tags) = "<" if blob[:2] == b"II" else ">", directory(blob)
     kept = {tag: entry for tag, (_, entry) in tags.items() if tag in TIFF_PIXELS}
-    if tags[258][0] in (12, 16) and tags[262][0] in (0, 1):
+    if 256 not in tags:  # a BigTIFF, or damaged
+        return blob, b""
+    if tags.get(258, (1,))[0] in (12, 16) and tags.get(262, (1,))[0] in (0, 1):
         kept[262] = struct.pack(order + "HHIHH", 262, 3, 1, 1, 0)
         if tags.get(339, (1,))[0] == 2:
             del kept[339]
@@ -198,7 +200,7 @@ def strip_tiff(blob):
 
 
 def strip_avif(blob):
-    """(an AVIF file with its EXIF hidden, none). Such a file tells otherwise how it is turned; PIL makes EXIF of it."""
+    """(an AVIF file with its EXIF hidden, no EXIF). AVIF has its own way to say how it is turned, which PIL reports."""
     at = blob.index(b"meta")
     end = at - 4 + struct.unpack_from(">I", blob, at - 4)[0]
     return blob[:at] + blob[at:end].replace(b"Exif", b"skip") + blob[end:], b""
@@ -274,11 +276,11 @@ class ImageDataset(Dataset):
     (None, without train: whole, as they are).
 
     Files and archive entries are known by their extension; which there are is kept in a few arrays, so that workers
-    share the memory and a list of millions costs each of them nothing. Raises UserError for roots that are missing
-    (MissingFile), empty or damaged, and UserError naming the file for one that cannot be read when it is asked for.
-    In training (only) the next in sorted order that can be read stands in for image i, with the label -1 - i; UserError
-    if none of 100 can. MachineError if the machine cannot read, in spite of several attempts; MissingFile if an archive
-    is gone.
+    share the memory and a list of millions costs each of them nothing. Hidden ones and SYSTEM_FOLDERS are passed over.
+    Raises UserError for roots that are missing (MissingFile), empty or damaged, and UserError naming the file for one
+    that is damaged, gone or not permitted when it is asked for. In training (only) the next in sorted order that can
+    be read stands in for such an image i, with the label -1 - i; UserError if none of 100 can. Raises MachineError if
+    the machine cannot read in several attempts, MissingFile if an archive is gone.
     """
 
     def __init__(self, roots, size, train, seed=0, crop_scale=(0.8, 1.0)):

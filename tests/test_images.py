@@ -162,6 +162,8 @@ def test_deep_and_transparent_pictures_by_hand():
             assert levels(order, 1, b"\x50", 1, 1, packed) == [255, 0, 255, 0], f"1 bit, {about}"
     twelve = b"\x00\x08\x00\xff\xf1\x00"  # 0x000, 0x800, 0xfff, 0x100
     assert levels("<", 12, twelve) == [0, 128, 255, 16] and levels("<", 12, twelve, 1) == [255, 127, 0, 239], "12 bits"
+    plain = tiff("<", (256, 3, 1, 4), (257, 3, 1, 1), (262, 3, 1, 0), (273, 4, 1, 74), (274, 3, 1, 3), after=b"\x30")
+    assert shown(plain)[0, :, 0].tolist() == [0, 0, 255, 255], "1 bit by default; pixels 0011, white at 0, upside down"
     raises(data.UserError, levels, "<", 16, struct.pack("<4e", 0, 0.5, 1, 2), 0, 3, words="cannot be read")
     for kind in 1, 2, 3:
         raises(data.UserError, levels, "<", 32, bytes(16), 0, kind, words="32 bits a channel")
