@@ -33,7 +33,7 @@ import zlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, features
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "PPM", "WEBP")  # PIL could also start Ghostscript
@@ -479,6 +479,13 @@ def split_batch(batch, micro_batch, ranks):
     share = batch // ranks
     micro_batch = next(m for m in range(min(micro_batch, share), 0, -1) if share % m == 0)
     return micro_batch, share // micro_batch
+
+
+def collate(samples):
+    """Samples of a dataset -> (uint8 (B, 3, S, S), their labels as a list). A worker sends a list through a pipe; a tensor
+    of labels would go through /dev/shm, by a thread that loses its errors."""
+    images, labels = zip(*samples)
+    return default_collate(images), list(labels)
 
 
 def sample_numbers(first, batch, micro_batch, rank, ranks, batches):

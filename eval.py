@@ -43,6 +43,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d"  # how it starts
 # the signals on which train.py saves and stops; Windows lacks two of them
 SAVE_AND_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 MACHINES_TROUBLE = {getattr(errno, name, None) for name in (  # of the machine or its disk: no bug, nor the user's mistake
@@ -372,6 +373,10 @@ class InceptionV3(nn.Module):
 
         if not os.path.isfile(path):
             raise MissingFile(f"{path}: no such file; it is {INCEPTION_URL}")
+        # a pickle, which older versions of torch do not read safely (CVE-2025-32434, CVE-2026-24747)
+        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10) and not sha256(path).startswith(INCEPTION_SHA256):
+            raise UserError(f"{path} is not the file {INCEPTION_URL}, and torch {torch.__version__} does not read other "
+                            "pickles safely: use torch 2.10 or newer")
         try:
             self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as e:  # torch.load raises many types; all others mean that the file is another
@@ -594,6 +599,8 @@ def rank_and_device():
 
 
 def parse_args(argv=None):
+    from data import cores
+
     ap = argparse.ArgumentParser(description="How good is a tokenizer? Runs the same under torchrun. Every report says its protocol.")
     add = ap.add_argument
     add("--data", nargs="+", metavar="PATH", help="images to measure: folders or .zip archives")
@@ -618,8 +625,7 @@ def parse_args(argv=None):
     add("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
     add("--seed", type=int, default=0, help="of the decoding noise and of the probe [%(default)s]")
     add("--batch_size", type=int, default=32, help="images at a time, on each rank [%(default)s]")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--workers", type=int, default=max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
+    add("--workers", type=int, default=max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
         help="processes that load images, on each rank; 0: none [%(default)s: CPU cores / ranks, at most 8]")
     add("--bf16", action="store_true", help="run the tokenizer in bf16 autocast instead of fp32 without TF32; with --save_latents also store bf16")
     add("--out", metavar="FILE", help="also write the report as JSON")
@@ -728,7 +734,7 @@ class Job:
         except user_errors() as e:
             raise UserError(f"{e}" + "; or leave rFID and IS out: --inception none" * (not self.args.fid)) from None
         network, digest = InceptionV3(path).to(self.device), sha256(path)
-        known = digest.startswith("6726825d")
+        known = digest.startswith(INCEPTION_SHA256)
         return network, (f"Inception {os.path.basename(path)} (sha256 {digest[:8]}{'' if known else ', NOT that of pytorch-fid: compare with nothing'}), "
                          "bilinear resize to 299 without antialiasing, float64 statistics")
 
@@ -854,7 +860,7 @@ def latent_statistics(job, enc, dec, inputs, info, about):
         if sha256(weights) != about["weights_sha256"]:
             raise UserError(f"{weights} was written anew meanwhile: run this again on a copy, or after its training")
         if "released" in info:
-            tensors = {f"{part}.{k}": x for part, module in (("encoder", enc), ("decoder", dec)) for k, x in module.cpu().state_dict().items()}
+            tensors = {f"{part}.{k}": x for part, module in (("encoder", enc), ("decoder", dec)) for k, x in module.cpu().named_parameters()}
             info = {**{k: v for k, v in info.items() if k != "released"}, "decoder": vars(dec.config)}
         else:
             tensors = load_file(weights)

@@ -26,11 +26,11 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import safe_open
 from tqdm import tqdm
 
-from data import EXTENSIONS, FORMATS, MAX_BYTES, MAX_PIXELS, list_folder, load_image, to_tensor
+from data import EXTENSIONS, MAX_BYTES, MAX_PIXELS, TURNS, list_folder, load_image, open_image, to_tensor
 from decoder import Decoder, DecoderConfig
 from encoder import (TEACHERS, Encoder, MissingFile, UserError, ViT, load_teacher, one_line, open_weights, read_config,
                      write_atomically, write_model)
@@ -147,7 +147,8 @@ def load_frames(file, size):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's, of odd metadata
-            img = Image.open(file, formats=FORMATS)
+            img = open_image(file)  # without the metadata that make PIL refuse sound pixels
+            turn = TURNS.get(img.info["orientation"])
             first = int(img.info.get("default_image", False))  # 1: an APNG begins with one for where nothing moves
             T = (getattr(img, "n_frames", 1) if img.format in ("GIF", "PNG", "WEBP") else 1) - first
             if T < 2:
@@ -159,8 +160,7 @@ def load_frames(file, size):
             for i in range(first, first + T):
                 img.seek(i)
                 frame = Image.alpha_composite(white, img.convert("RGBA").crop((0, 0, *white.size))).convert("RGB")
-                frame.info = dict(img.info)  # which way is up
-                frames.append(to_tensor(resize_short_side(ImageOps.exif_transpose(frame), size)))
+                frames.append(to_tensor(resize_short_side(frame if turn is None else frame.transpose(turn), size)))
                 durations.append(img.info.get("duration", 0))  # which a WebP tells once the frame is read
             loop = {"loop": img.info["loop"]} if "loop" in img.info else {}  # a GIF without it plays once
             return torch.stack(frames), still.shape[2:], {"format": img.format, "duration": durations, **loop}

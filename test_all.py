@@ -2683,6 +2683,7 @@ def test_readme_commands():
         for name in ("photos", "imagenet/val"):
             shutil.copytree(folder, os.path.join(tmp, name))
         shutil.copytree(os.path.join(folder, "class0"), os.path.join(tmp, "samples"))
+        shutil.copytree(os.path.join(HERE, "docs"), os.path.join(tmp, "docs")), shutil.copytree(os.path.join(HERE, "weights"), os.path.join(tmp, "weights"))
         picture(0).save(os.path.join(tmp, "photos", "x.png")), picture(1).save(os.path.join(tmp, "img.png"))
         for words in commands:
             script = next(w for w in words if w in parsers)
@@ -2700,6 +2701,7 @@ def test_readme_commands():
                     raise AssertionError(f"README: {' '.join(words)}") from e
                 finally:
                     os.chdir(before)
+        open(os.path.join(tmp, "wandb.py"), "w").write("def init(project): pass\ndef log(line, step): pass\n")
         for code in re.findall(r"```python\n(.*?)```", text, re.S):
             open(os.path.join(tmp, "example.py"), "w").write(code)
             done = run("python", "example.py", cwd=tmp)

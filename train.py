@@ -19,6 +19,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -37,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import distill
-from data import ImageDataset, ProceduralDataset, sample_numbers, split_batch
+from data import ImageDataset, ProceduralDataset, collate, cores, sample_numbers, split_batch
 from decoder import Decoder, DecoderConfig, sample_t
 from encoder import (TEACHERS, Encoder, UserError, ViT, fetch, load_exactly, load_teacher, parameter_groups, read_config,
                      teacher_config, write_atomically, write_model)
@@ -138,8 +139,7 @@ def parse_args(argv=None):
 
     config = teacher_config(args.teacher)
     own = dict(PAPER, size=config.size, flow_width=max(1024, config.width))  # a teacher of one's own: the paper's recipe
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that it may use
-    workers = max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if torch.cuda.is_available() else 1
+    workers = max(1, min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if torch.cuda.is_available() else 1
     recipe = {**RECIPES.get(args.teacher, own), "workers": workers}
     if args.teacher in ("small", "tiny") and not torch.cuda.is_available():
         recipe.update(ON_CPU)
@@ -482,6 +482,10 @@ def lock_folder(folder):
         raise UserError(f"another run is writing to {folder}: wait for it, or use another --out") from None
     except OSError as e:  # a file system without locks
         print(f"{folder} cannot be locked ({e}): nothing keeps a second run out of it")
+    for name in os.listdir(folder):  # what a run that was killed has half written, not what another process writes now
+        path = os.path.join(folder, name)
+        if re.fullmatch(r"\.[0-9a-f]{12}\.tmp", name) and time.time() - os.path.getmtime(path) > 600:
+            os.remove(path)
     return lock
 
 
@@ -608,7 +612,7 @@ def main(argv=None, on_signal=None):
             signal.signal(number, on_signal)
     flops = model_flops(encoder, decoder, args.size)
     peak = next((v for k, v in PEAK_TFLOPS.items() if on_gpu and k in torch.cuda.get_device_name()), None)
-    loader = iter(DataLoader(data, num_workers=args.workers, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals,
+    loader = iter(DataLoader(data, num_workers=args.workers, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals, collate_fn=collate,
                              batch_sampler=sample_numbers(now.samples, args.batch_size, micro_batch, rank, ranks, args.steps - now.step)))
     bar = tqdm(total=args.steps, initial=now.step, desc="train", unit="step", disable=None if rank == 0 else True)
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -621,8 +625,8 @@ def main(argv=None, on_signal=None):
             group["lr"] = rate * decay
         stats, unread = 0, set()
         for m in range(accumulation):
-            img, label = next(loader)
-            unread.update(-1 - y for y in label.tolist() if y < 0)  # so data.py tells of a picture that another stands in for
+            img, labels = next(loader)
+            unread.update(-1 - y for y in labels if y < 0)  # so data.py tells of a picture that another stands in for
             seed_step(args.seed, now.step, m, rank)
             stats = stats + micro_step(img.to(device, non_blocking=True), m == accumulation - 1) / accumulation
         if ranks > 1:

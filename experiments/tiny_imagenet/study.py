@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.join(HERE, "..", "..")
 sys.path.insert(0, TOP)
-from data import ImageDataset
+from data import ImageDataset, cores
 from decoder import Decoder, patchify
 from encoder import Encoder
 from eval import image_noise
@@ -59,7 +59,7 @@ def grid_artifact(weights, val):
     border = torch.ones(p, p, dtype=torch.bool)
     border[1:-1, 1:-1] = False
     data, error = ImageDataset(val, 64, train=False), torch.zeros(p, p, dtype=torch.float64)
-    for k, (img, _) in enumerate(DataLoader(data, 500, num_workers=min(4, os.cpu_count()))):
+    for k, (img, _) in enumerate(DataLoader(data, 500, num_workers=min(4, cores()))):
         img = img.to(device) / 255
         noise = image_noise(range(500 * k, 500 * k + len(img)), (64 // p) ** 2, 3 * p * p, 0).to(device)
         wrong = patchify(dec.decode(enc.encode(img), noise=noise) - img, p).square()

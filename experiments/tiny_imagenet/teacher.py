@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-from data import ImageDataset
+from data import ImageDataset, cores
 from encoder import TEACHERS, ViT, write_model
 from eval import commit
 from train import record
@@ -87,7 +87,7 @@ def main():
     ap.add_argument("--mix", type=float, default=0.5, help="share of the batches that mixup or cutmix mixes [%(default)s]")
     ap.add_argument("--drop_path", type=float, default=None, help="[0.1 for small, 0 for tiny]")
     ap.add_argument("--seed", type=int, default=0)
-    ap.add_argument("--workers", type=int, default=os.cpu_count())
+    ap.add_argument("--workers", type=int, default=cores())
     args = ap.parse_args()
     start, device = time.time(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed), np.random.seed(args.seed)
