@@ -2060,7 +2060,7 @@ def test_a_full_disk_loses_nothing():
             done = run("python", "train.py", *flags, "--steps", 5)
             assert done.returncode == 2 and "another run is writing" in done.stderr, done.stderr
             assert same_weights(model, os.path.join(tmp, "teacher.safetensors")), "a second run must write nothing"
-        with unittest.mock.patch.object(train.fcntl, "lockf", side_effect=OSError(38, "Function not implemented")):  # as Lustre's without flock
+        with unittest.mock.patch.object(fcntl, "lockf", side_effect=OSError(38, "Function not implemented")):  # as Lustre's without flock
             assert "cannot be locked" in train_quietly(*flags, "--steps", 4)
         os.remove(state)
         for n in (1, 2):  # without state.pt: a new run, the old one's files stay beside it
@@ -2569,16 +2569,17 @@ def test_large_jpegs_are_decoded_smaller_without_moving_the_crop():
 def test_benches_print_consistent_figures():
     with tempfile.TemporaryDirectory() as tmp:
         _, archive = picture_folder(tmp)
-        text = run("python", "train.py", "--bench", "--teacher", micro_teacher(tmp), *MICRO_RUN, "--micro_batch", 4, "--out", os.path.join(tmp, "out")).stdout
+        text = run("python", "-m", "tools.speed", "train", "--teacher", micro_teacher(tmp), *MICRO_RUN, "--micro_batch", 4,
+                   "--out", os.path.join(tmp, "out")).stdout
         rows = re.findall(r"^ *(\d+) x 1.*?\| +([\d.,]+) img/s \| +([\d.]+) ms", text, re.M)
         assert {int(row[0]) for row in rows} == {1, 2, 4, 8} and "teacher" in text and "checkpoint" in text, text
         for micro, rate, ms in rows:
             assert abs(float(rate.replace(",", "")) * float(ms) / 1e3 / int(micro) - 1) < 0.05, f"img/s times seconds is the micro-batch: {text}"
         assert not os.path.exists(os.path.join(tmp, "out")), "measuring leaves no run behind"
         train_quietly("--teacher", micro_teacher(tmp), *MICRO_RUN, "--steps", 1, "--out", os.path.join(tmp, "out"))
-        text = run("python", os.path.join(HERE, "sample.py"), "--bench", cwd=tmp).stdout
+        text = run("python", "-m", "tools.speed", "sample", "--weights", os.path.join(tmp, "out", "model.safetensors")).stdout
         assert "encode + decode" in text and "decode in 2 steps" in text and "RANDOM" not in text, text
-        text = run("python", "data.py", "--bench", archive, "--size", 16, "--seconds", 0.2).stdout
+        text = run("python", "-m", "tools.speed", "data", archive, "--size", 16, "--seconds", 0.2).stdout
         assert "10 images at 16 px" in text and "1 workers" in text, text
 
 

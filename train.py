@@ -6,24 +6,17 @@
     python train.py --data train.zip --val val.zip   # your own pictures: folders or .zip archives
     torchrun --nproc_per_node=8 train.py --teacher internvit --data imagenet/train --val imagenet/val
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST --nproc_per_node=8 train.py --teacher internvit --data ...
-    python train.py --teacher internvit --bench      # only measure speed and memory, without data
 
 The same command again resumes from out/state.pt, to the same result. Leaves out/model.safetensors, out/log.jsonl,
 out/samples/*.png, and out/bad_images.txt if pictures could not be read. SIGTERM, SIGINT, SIGHUP, SIGUSR1 save and stop.
 """
 import argparse
 import copy
-import glob
 import hashlib
-import json
 import math
-import multiprocessing
 import os
-import re
-import signal
 import sys
 import time
-import traceback
 import uuid
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -42,12 +35,8 @@ from data import ImageDataset, ProceduralDataset, collate, cores, sample_numbers
 from decoder import Decoder, DecoderConfig, sample_t
 from encoder import (TEACHERS, Encoder, UserError, ViT, fetch, load_exactly, load_teacher, parameter_groups, read_config,
                      teacher_config, write_atomically, write_model)
-from eval import SAVE_AND_STOP, commit, ignore_signals, rank_and_device, spread, user_message, validate
-
-try:
-    import fcntl
-except ImportError:  # Windows: what this file defines can be imported, main says that it cannot run
-    fcntl = None
+from eval import commit, ignore_signals, spread, validate
+from tools.run import INTERRUPTS, Run, command_line, listen, load_checkpoint, restore_optimizer, saving, write_names
 
 # The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512); small
 # and tiny are ours. micro_batch: images a GPU holds at once, for 80 GB.
@@ -70,10 +59,9 @@ RECIPES = {
 ON_CPU = dict(batch_size=8, micro_batch=8, steps=400, endpoint=0.5)
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165, "3090": 71}  # dense bf16
 MAY_DIFFER = set("data val out steps epochs workers micro_batch compile log_every eval_every save_every keep_every "
-                 "max_bad_images resume_anyway bench".split())  # when a run is resumed; not images, val_images
-STATE = "encoder decoder optimizer latent_mean latent_std step samples sums faults bad args id config".split()  # of state.pt
+                 "max_bad_images resume_anyway".split())  # when a run is resumed; not images, val_images
+STATE = "encoder decoder optimizer latent_mean latent_std step samples sums faults bad args id config".split()  # state.pt
 TOO_MANY_SKIPPED = 10  # steps in a row with a loss or gradient that is not finite
-INTERRUPTS = []  # signals that asked the run to save and stop
 
 
 def parse_args(argv=None):
@@ -140,7 +128,6 @@ def parse_args(argv=None):
         "end; 0: only there [%(default)s]")
     add("--keep_every", type=int, metavar="STEPS", help="keep a copy of the model for good [never]")
     add("--resume_anyway", action="store_true", help="resume although arguments differ")
-    add("--bench", action="store_true", help="only measure the speed and memory of the step, without data")
     args = ap.parse_args(argv)
 
     config = teacher_config(args.teacher)
@@ -221,7 +208,7 @@ def model_flops(encoder, decoder, size):
     return teacher_flops.get_total_flops() + 3 * tokenizer_flops.get_total_flops()
 
 
-def record(micro_step, img, clear):
+def capture_graph(micro_step, img, clear):
     """micro_step (uint8 image batch -> statistics) as a CUDA graph: recorded once, then replayed on each batch of that shape.
     clear() sets the gradients back before: where it leaves None, the graph will write them, and add to those it finds.
 
@@ -280,77 +267,9 @@ def training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_ba
         return row
 
     if graphed:
-        micro_step = record(micro_step, torch.zeros(micro_batch, 3, args.size, args.size, dtype=torch.uint8, device=device),
+        micro_step = capture_graph(micro_step, torch.zeros(micro_batch, 3, args.size, args.size, dtype=torch.uint8, device=device),
                             lambda: optimizer.zero_grad(set_to_none=overwrites))
     return micro_step, update
-
-
-def seconds(f, repeats=10):
-    """Mean wall-clock time of f(), after calls to warm up; on a CPU of a single one."""
-    for n in (3, repeats) if torch.cuda.is_available() else (1, 1):
-        start = time.perf_counter()
-        for _ in range(n):
-            f()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    return (time.perf_counter() - start) / n
-
-
-def bench(args, teacher, encoder, decoder, optimizer, autocast, ranks, say):
-    """Print what the training step does in a second on random pictures: several micro-batches, modes, and its parts."""
-    device, n, on_gpu = decoder.mean.device, args.micro_batch, torch.cuda.is_available()
-    side, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
-    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
-    ceiling, tflop = 2 * side ** 3 / seconds(lambda: a @ b, 50) / 1e12, model_flops(encoder, decoder, args.size) / 1e12
-    say(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, {args.teacher} at {args.size} px, {tflop:.2f} TFLOP "
-        f"an image, {ranks} rank{'s' * (ranks > 1)}; a matrix product of {side} reaches {ceiling:.3g} TFLOP/s")
-
-    def row(name, images, took):
-        rate = images / took
-        say(f"{name:36s} | {rate * ranks:8,.1f} img/s | {took * 1e3:7.1f} ms | {rate * tflop:6.4g} TFLOP/s a GPU | "
-            f"{rate * tflop / ceiling:.3f} of the ceiling" + (f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""))
-
-    rows = [(n, 1, False, False), (max(n // 2, 1), 1, args.compile, False), (2 * n, 1, args.compile, False),
-            (max(n // 4, 1), 1, args.compile, True), (n, 1, args.compile, True), (n, 1, args.compile, False)]
-    if ranks > 1:
-        rows = [(n, 1, args.compile, False), (n, 2, args.compile, False)]
-    for micro, accumulation, compiled, checkpointed in rows:
-        args.compile = compiled
-        encoder.vit.checkpoint = decoder.checkpoint = checkpointed
-        took = micro_step = None  # frees the last row's graph
-        optimizer.zero_grad()
-        torch.compiler.reset()
-        name = f"{micro:4d} x {accumulation}{'' if compiled else ', not compiled'}{', checkpoint_activations' * checkpointed}"
-        try:
-            if on_gpu:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            img = torch.randint(256, (micro, 3, args.size, args.size), dtype=torch.uint8, device=device)
-            micro_step, update = training_step(args, teacher, encoder, decoder, optimizer, autocast, micro, accumulation, ranks)
-            took = seconds(lambda: update(sum(micro_step(img, m == accumulation - 1) for m in range(accumulation))))
-            row(name, micro * accumulation, took)
-        except torch.OutOfMemoryError:
-            say(f"{name:36s} | out of memory")
-    if ranks > 1 or not took:
-        return
-
-    # the last row's parts, one after the other
-    adding = seconds(lambda: micro_step(img))
-    row(f"{args.batch_size} images a step (micro-batch x {args.batch_size / n:g})", args.batch_size, args.batch_size / n * adding + took - adding)
-    micro_step = None  # frees its graph
-    with autocast:
-        x = img / 255
-        h_teacher, (z, h) = teacher(x), encoder(x)
-        z, h = z.detach().requires_grad_(), [y.detach().requires_grad_() for y in h]
-
-        def student():
-            y, hidden = encoder(x)
-            torch.autograd.backward([y, *hidden], [z, *h])
-        parts = {"teacher": lambda: teacher(x), "student": student, "decoder": lambda: decoder(z, x).backward(),
-                 "distance": lambda: torch.autograd.grad(distill.distill_loss(h, h_teacher, args.beta, args.strategy, teacher.num_prefix)[0], h)}
-        times = {name: 1e3 * seconds(part) for name, part in parts.items()} | {"optimizer": 1e3 * (took - adding)}
-    optimizer.zero_grad()
-    say("parts: " + ", ".join(f"{name} {t:.1f} ms" for name, t in times.items()) + f"; sum {sum(times.values()):.1f} ms of {1e3 * took:.1f}")
 
 
 def export(state, path):
@@ -359,74 +278,6 @@ def export(state, path):
     tensors = {f"{part}.{k}": v for part in ("encoder", "decoder") for k, v in weights[part].items()}
     tensors.update(latent_mean=state["latent_mean"], latent_std=state["latent_std"])
     write_model(path, {**state["config"], "step": state["step"], "id": state["id"]}, tensors)
-
-
-def load_state(path, args):
-    """The checkpoint of an earlier run in the same folder. UserError names the arguments that differ."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if set(state) - {"averaged"} != set(STATE):
-            raise KeyError("not what train.py saves")
-    except Exception as e:  # torch.load raises many types; all mean that the file is not what train.py wrote
-        if user_message(e):  # but not a disk's trouble
-            raise
-        raise UserError(f"{path} is damaged or no checkpoint of train.py ({type(e).__name__}); move it away to start "
-                        "afresh") from None
-    changed = [f"{k} was {v}, is now {getattr(args, k, None)}" for k, v in state["args"].items()
-               if k not in MAY_DIFFER and v != getattr(args, k, None)]
-    if changed and not args.resume_anyway:
-        raise UserError(f"{path} is of another run ({'; '.join(changed)}): use another --out, or --resume_anyway")
-    return state
-
-
-def restore(state, path, encoder, decoder, optimizer, averaged={}):
-    """Copy a checkpoint's weights and the optimizer's moments; learning rate and weight decay are this command's, not the file's."""
-    load_exactly(dict(encoder.named_parameters()), state["encoder"], path)
-    load_exactly(dict(decoder.named_parameters()), state["decoder"], path)
-    for part, module in averaged.items():  # a run that begins to average does so from its weights
-        load_exactly(dict(module.named_parameters()), state.get("averaged", state)[part], path)
-    ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(state["optimizer"])
-    except ValueError as e:  # of --resume_anyway with another --freeze_encoder
-        raise UserError(f"{path} has the optimizer of other parameters ({e}): use another --out") from None
-    for group, settings in zip(optimizer.param_groups, ours):
-        group.update(settings)
-
-
-def set_aside(folder):
-    """Rename what a run without state.pt has left, so that nothing is overwritten or appended to."""
-    for name in "log.jsonl", "bad_images.txt", "model.safetensors", "model_[0-9]*.safetensors", os.path.join("samples", "step_[0-9]*.png"):
-        for path in glob.glob(os.path.join(glob.escape(folder), name)):
-            aside = path + ".old"
-            while os.path.exists(aside):
-                aside += ".old"
-            os.replace(path, aside)
-
-
-def open_log(path, step):
-    """The log to append to, without lines that are later than the checkpoint at `step` or that a crash has torn."""
-    def kept(line):
-        try:
-            return line.endswith("\n") and json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):
-            return False
-    if os.path.exists(path):
-        with open(path, errors="replace") as f:
-            lines = [line for line in f if kept(line)]
-        write_atomically(path, lambda f: f.write("".join(lines).encode()))
-    return open(path, "a")
-
-
-def finite(x):
-    """x with None for each number in it that JSON has no word for."""
-    if isinstance(x, (dict, list)):
-        return {k: finite(v) for k, v in x.items()} if isinstance(x, dict) else [finite(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-def write_names(path, names):
-    write_atomically(path, lambda f: f.write("".join(name + "\n" for name in names).encode(errors="surrogateescape")))
 
 
 def build_data(args):
@@ -472,62 +323,6 @@ def build_models(args):
     return teacher, encoder.train(), decoder.train()
 
 
-def save(args, config, now, encoder, decoder, optimizer, averaged={}):
-    """Write state.pt, which alone is enough to resume, and the tokenizer exported from it."""
-    weights = lambda module: {k: p.detach() for k, p in module.named_parameters()}
-    state = {**vars(now), "encoder": weights(encoder), "decoder": weights(decoder), "optimizer": optimizer.state_dict(),
-             "latent_mean": encoder.latent_mean.flatten(), "latent_std": encoder.latent_std.flatten(), "args": vars(args), "config": config}
-    if averaged:
-        state["averaged"] = {part: weights(module) for part, module in averaged.items()}
-    path = os.path.join(args.out, "state.pt")
-    try:
-        if args.keep_every and now.step % args.keep_every == 0:  # first, as a resume from this step would not write it again
-            export(state, os.path.join(args.out, f"model_{now.step:07d}.safetensors"))
-        write_atomically(path, lambda f: torch.save(state, f))
-        export(state, os.path.join(args.out, "model.safetensors"))
-    except (OSError, RuntimeError) as e:
-        why = e if isinstance(e, OSError) else e.__context__  # torch.save on a full disk raises its own
-        if not isinstance(why, OSError):
-            raise
-        raise UserError(f"step {now.step} could not be saved ({why}); {path}, if there is one, is of the last save and "
-                        "whole: make room, and run the same command again") from None
-
-
-def lock_folder(folder):
-    """Make the folder, and in it a file whose lock keeps a second run out. The system lets go of it when this process
-    ends, however it ends."""
-    try:
-        os.makedirs(os.path.join(folder, "samples"), exist_ok=True)
-        lock = open(os.path.join(folder, ".lock"), "w")
-    except OSError as e:
-        raise UserError(f"--out {folder} is no folder to write to ({e})") from None
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # EAGAIN, EACCES
-        raise UserError(f"another run is writing to {folder}: wait for it, or use another --out") from None
-    except OSError as e:  # a file system without locks
-        print(f"{folder} cannot be locked ({e}): nothing keeps a second run out of it")
-    for name in os.listdir(folder):  # what a run that was killed has half written, not what another process writes now
-        path = os.path.join(folder, name)
-        if re.fullmatch(r"\.[0-9a-f]{12}\.tmp", name) and time.time() - os.path.getmtime(path) > 600:
-            os.remove(path)
-    return lock
-
-
-def stop_as_not_finite(args, data, now, last_finite, rank):
-    """After too many skipped steps in a row: name the last batch in a file, and say from where to go on."""
-    files = [data.path(data.index(n)) for n in range(now.samples - args.batch_size, now.samples)] if args.data else ["drawn pictures"]
-    names = os.path.join(args.out, "not_finite.txt")
-    if rank == 0:
-        write_names(names, files)
-    flow, distance, *_ = (last_finite / last_finite[-1]).tolist()  # nan if there was none since the start
-    raise UserError(f"at step {now.step} the loss or its gradient is not finite, {int(now.faults[1])} steps in a row "
-                    f"(the last finite one: flow {flow:.4f}, distillation {distance:.4f}); the last batch is "
-                    f"{', '.join(files[:3])} .. (all of it in {names}). The last save is "
-                    f"{os.path.join(args.out, 'state.pt')}: the same command with a lower --lr and "
-                    "--resume_anyway goes on from there")
-
-
 def as_text(x, steps, peak, eta):
     """A training line of log.jsonl, to be read: alpha and w of the first, middle and last layer. peak: the GPU's TFLOP/s, or None."""
     three = lambda layers: " ".join(f"{layers[l]:.3f}" for l in (0, len(layers) // 2, -1))
@@ -539,231 +334,233 @@ def as_text(x, steps, peak, eta):
             + f" | eta {tqdm.format_interval(eta)}")
 
 
-def main(argv=None, on_signal=None):
-    """Train as the command line asks. on_signal handles the signals that end a run from where there is something to save."""
-    args = parse_args(argv)
-    if fcntl is None:
-        raise UserError("it needs a POSIX system, whose locks keep a second run out of --out: use Linux, macOS or WSL")
-
-    # one process per GPU (torchrun), or a single process
-    rank, ranks, device = rank_and_device()
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu)  # losses and ODE state stay fp32
-
-    def say(text):
-        if rank == 0:
-            try:
-                tqdm.write(text)
-                sys.stdout.flush()
-            except OSError:  # nobody reads any more: head, a tee that died
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                INTERRUPTS.append(signal.SIGPIPE)
-
-    # data (a wrong path is said before anything is downloaded), teacher, student, decoder, optimizer
-    micro_batch, accumulation = split_batch(args.batch_size, args.micro_batch, ranks)
-    data, val, val_name = (None, None, None) if args.bench else build_data(args)
-    teacher, encoder, decoder = (m.to(device) for m in build_models(args))
+def build_optimizer(args, encoder, decoder):
+    """AdamW; only the pretrained part's rate is scaled."""
     groups = [parameter_groups(module, args.lr * scale, args.weight_decay) for module, scale in
               ((encoder.vit, args.encoder_lr_scale), (encoder.latent_down, 1.0), (decoder, 1.0))]
-    optimizer = torch.optim.AdamW(sum(groups, []), betas=(args.beta1, args.beta2), fused=True)
-    models, averaged = {"encoder": encoder, "decoder": decoder}, {}  # the latter: what --ema keeps
-    if args.ema:
-        averaged = {part: copy.deepcopy(module).requires_grad_(False) for part, module in models.items()}
-        averages, weights = zip(*[(a, p) for part, module in models.items()
-                                  for a, p in zip(averaged[part].parameters(), module.parameters()) if p.requires_grad])
-    if ranks > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-        control = dist.new_group(backend="gloo")  # what the ranks must agree on, without a wait for the GPU
-    if args.bench:
-        return bench(args, teacher, encoder, decoder, optimizer, autocast, ranks, say)
-    args.steps = args.steps or max(1, args.epochs * len(data) // args.batch_size)
+    return torch.optim.AdamW(sum(groups, []), betas=(args.beta1, args.beta2), fused=True)
+
+
+def setup(args, run):
+    """All that a run holds, as a namespace `s`: data, models, optimizer, and what changes in `s.now`, which is saved."""
+    s = SimpleNamespace(args=args, run=run)
+    s.micro_batch, s.accumulation = split_batch(args.batch_size, args.micro_batch, run.ranks)
+    s.data, s.val, s.val_name = build_data(args)  # first: a wrong path is said before anything is downloaded
+    s.teacher, s.encoder, s.decoder = (m.to(run.device) for m in build_models(args))
+    s.optimizer = build_optimizer(args, s.encoder, s.decoder)
+    s.rates = [group["lr"] for group in s.optimizer.param_groups]
+    s.models = s.averaged = {"encoder": s.encoder, "decoder": s.decoder}
+    if args.ema:  # the averaged weights are evaluated and exported
+        s.averaged = {part: copy.deepcopy(module).requires_grad_(False) for part, module in s.models.items()}
+    run.connect()
+    args.steps = args.steps or max(1, args.epochs * len(s.data) // args.batch_size)
     args.images, args.val_images = (  # a resume compares them: how many, and their names below --data and --val
         f"{len(x):,} images" + (f" ({hashlib.sha256(x.names).hexdigest()[:8]})" if paths else "")
-        for x, paths in ((data, args.data), (val, args.val)))
-    L, grid = len(teacher.blocks), args.size // teacher.config.patch
-    config = {"vit": asdict(teacher.config), "decoder": asdict(decoder.config), "size": args.size, "teacher": args.teacher,
-              "teacher_weights": args.teacher_weights, "commit": commit()}  # what the exported file says of itself
-    state_path, model_path, log_path, bad_path = (os.path.join(args.out, f) for f in ("state.pt", "model.safetensors", "log.jsonl", "bad_images.txt"))
-    if rank == 0:
-        lock = lock_folder(args.out)  # before anything is read: its state.pt may be replaced meanwhile
-    state = load_state(state_path, args) if os.path.isfile(state_path) else None
-    say(f"data: {len(data):,} {'images' if args.data else 'procedurally drawn pictures (no --data)'} at {args.size} px; evaluation on {val_name}")
-    say(f"model: student of {sum(p.numel() for p in encoder.parameters()) / 1e6:.1f}M and decoder of "
-        f"{sum(p.numel() for p in decoder.parameters()) / 1e6:.1f}M parameters; latent {args.latent_dim}x{grid}x{grid}")
-    say(f"run: {args.steps:,} steps of {args.batch_size} = micro-batch {micro_batch} x accumulation {accumulation} x {ranks} "
-        f"rank{'s' * (ranks > 1)} on {device.type}")
-    if micro_batch < min(args.micro_batch, args.batch_size // ranks):
-        say(f"micro_batch {args.micro_batch} does not divide a rank's share of {args.batch_size // ranks}: using {micro_batch}")
-
-    # resume: rank 0 decides from where, all ranks agree
-    here = [state["id"], state["step"]] if state else [None, 0]
-    start = list(here)
-    if ranks > 1:
-        dist.broadcast_object_list(start, group=control)
-    if here != start:
-        raise UserError(f"rank {rank} sees another {state_path} than rank 0: --out must lie on a file system that all "
-                        "nodes share")
-    now = SimpleNamespace(  # what state.pt holds beside weights, optimizer and arguments
-        id=here[0] or uuid.uuid4().hex[:12], step=here[1], samples=0,
+        for x, paths in ((s.data, args.data), (s.val, args.val)))
+    s.config = {"vit": asdict(s.teacher.config), "decoder": asdict(s.decoder.config), "size": args.size,  # the file's own
+                "teacher": args.teacher, "teacher_weights": args.teacher_weights, "commit": commit()}
+    s.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.on_gpu)  # losses and flow stay fp32
+    s.flops = model_flops(s.encoder, s.decoder, args.size)
+    s.peak = next((v for k, v in PEAK_TFLOPS.items() if run.on_gpu and k in torch.cuda.get_device_name()), None)
+    L, grid = len(s.teacher.blocks), args.size // s.teacher.config.patch
+    s.now = SimpleNamespace(  # what state.pt holds beside weights, optimizer and arguments
+        id=uuid.uuid4().hex[:12], step=0, samples=0,
         bad=[],  # numbers of the images that could not be read, in the order found
-        sums=torch.zeros(4 + 2 * L, dtype=torch.float64, device=device),  # since the last log line: statistics, gradient norm, steps
-        faults=torch.zeros(2, device=device))  # steps skipped, and skipped in a row
+        sums=torch.zeros(4 + 2 * L, dtype=torch.float64, device=run.device),  # since the last log line: see `step`
+        faults=torch.zeros(2, device=run.device))  # steps skipped, and skipped in a row
+    millions = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
+    run.say(f"data: {len(s.data):,} {'images' if args.data else 'procedurally drawn pictures (no --data)'} at {args.size} px; "
+            f"evaluation on {s.val_name}")
+    run.say(f"model: student of {millions(s.encoder):.1f}M and decoder of {millions(s.decoder):.1f}M parameters; "
+            f"latent {args.latent_dim}x{grid}x{grid}")
+    run.say(f"run: {args.steps:,} steps of {args.batch_size} = micro-batch {s.micro_batch} x accumulation {s.accumulation} x "
+            f"{run.ranks} rank{'s' * (run.ranks > 1)} on {run.device.type}")
+    if s.micro_batch < min(args.micro_batch, args.batch_size // run.ranks):
+        run.say(f"micro_batch {args.micro_batch} does not divide a rank's share of {args.batch_size // run.ranks}: using "
+                f"{s.micro_batch}")
+    return s
+
+
+def resume(s):
+    """Go on from out/state.pt if there is one, on all ranks from the same; whether there are steps left."""
+    args, run, now, path, model_path = s.args, s.run, s.now, s.run.path("state.pt"), s.run.path("model.safetensors")
+    state = load_checkpoint(path, STATE, args, MAY_DIFFER)
+    run.agree([state["id"], state["step"]] if state else [None, 0])
     if state:
-        restore(state, state_path, encoder, decoder, optimizer, averaged)
-        now.samples, now.bad, now.sums, now.faults = state["samples"], state["bad"], state["sums"].to(device), state["faults"].to(device)
-        say(f"resumed from {state_path} at step {now.step:,}")
+        for part, module in s.models.items():
+            load_exactly(dict(module.named_parameters()), state[part], path)
+        for part, module in s.averaged.items() if args.ema else ():  # a run that begins to average does so from its weights
+            load_exactly(dict(module.named_parameters()), state.get("averaged", state)[part], path)
+        restore_optimizer(s.optimizer, state["optimizer"], path)
+        vars(now).update({k: state[k] for k in vars(now)})
+        now.sums, now.faults = now.sums.to(run.device), now.faults.to(run.device)
+        run.say(f"resumed from {path} at step {now.step:,}")
         try:
             exported = read_config(model_path)
         except UserError:  # absent or damaged: state.pt is enough to write it again
             exported = {}
-        if rank == 0 and (exported.get("id"), exported.get("step")) != (now.id, now.step):
-            say(f"{model_path} is not of that step (it is of {exported.get('step', 'none')}): written again")
+        if run.rank == 0 and (exported.get("id"), exported.get("step")) != (now.id, now.step):
+            run.say(f"{model_path} is not of that step (it is of {exported.get('step', 'none')}): written again")
             export(state, model_path)
-        del state
+    elif run.rank == 0:
+        run.set_aside()
     if now.step >= args.steps:
-        longer = f"--epochs {math.ceil(2 * now.samples / len(data))}" if args.epochs else f"--steps {2 * now.step}"
-        say(f"the run is finished: {model_path}; to extend it, the same command with {longer}")
+        longer = f"--epochs {math.ceil(2 * now.samples / len(s.data))}" if args.epochs else f"--steps {2 * now.step}"
+        run.say(f"the run is finished: {model_path}; to extend it, the same command with {longer}")
+    return now.step < args.steps
+
+
+def step(s, batches, micro_step, update):
+    """One optimizer step from `accumulation` micro-batches; its statistics (L_flow, L_dist, alpha and w of each layer,
+    gradient norm, 1) are added to now.sums. Returns the numbers of the images that could not be read."""
+    args, now, run = s.args, s.now, s.run
+    factor = rate_factor(now.step, args)
+    for group, rate in zip(s.optimizer.param_groups, s.rates):
+        group["lr"] = rate * factor
+    stats, unread = 0, set()
+    for m in range(s.accumulation):
+        img, labels = next(batches)
+        unread.update(-1 - y for y in labels if y < 0)  # so data.py tells of a picture that another stands in for
+        seed_step(args.seed, now.step, m, run.rank)
+        stats = stats + micro_step(img.to(run.device, non_blocking=True), m == s.accumulation - 1) / s.accumulation
+    if run.ranks > 1:
+        dist.all_reduce(stats)  # alpha and w are equal on all ranks
+    row = update(stats / run.ranks)
+    if args.ema:
+        pairs = [(a, p) for part, module in s.models.items()
+                 for a, p in zip(s.averaged[part].parameters(), module.parameters()) if p.requires_grad]
+        average_weights(*zip(*pairs), now.step, args.ema)
+    skipped = ~row.isfinite().all()
+    now.sums += torch.where(skipped, 0, row)
+    now.faults = torch.stack([now.faults[0] + skipped, (now.faults[1] + 1) * skipped])
+    s.last_finite = torch.where(skipped, s.last_finite, row)
+    now.step, now.samples = now.step + 1, now.samples + args.batch_size
+    return unread
+
+
+def check(s, unread):
+    """After a step: name pictures that cannot be read, stop a run that is not finite; whether a signal came on any rank."""
+    args, now, run, path = s.args, s.now, s.run, s.run.path("bad_images.txt")
+    interrupted, found = run.sum(len(INTERRUPTS), len(unread.difference(now.bad)))
+    if found:
+        now.bad.extend(sorted(run.union(unread).difference(now.bad)))
+        if run.rank == 0:
+            write_names(path, [s.data.path(i) for i in now.bad])
+        run.say(f"{len(now.bad)} of {len(s.data):,} images cannot be read, others stand in for them: see {path}")
+        if len(now.bad) > args.max_bad_images * len(s.data):
+            raise UserError(f"{len(now.bad)} of {len(s.data):,} images cannot be read, more than --max_bad_images "
+                            f"{args.max_bad_images} allows: see {path}")
+    if (not run.on_gpu or now.step % 10 == 0) and now.faults[1] >= TOO_MANY_SKIPPED:  # a GPU would be waited for
+        batch = range(now.samples - args.batch_size, now.samples)
+        files = [s.data.path(s.data.index(n)) for n in batch] if args.data else ["drawn pictures"]
+        if run.rank == 0:
+            write_names(run.path("not_finite.txt"), files)
+        flow, distance, *_ = (s.last_finite / s.last_finite[-1]).tolist()  # nan if there was none since the start
+        raise UserError(f"at step {now.step} the loss or its gradient is not finite, {int(now.faults[1])} steps in a row "
+                        f"(the last finite one: flow {flow:.4f}, distillation {distance:.4f}); the last batch is "
+                        f"{', '.join(files[:3])} .. (all of it in {run.path('not_finite.txt')}). The last save is "
+                        f"{run.path('state.pt')}: the same command with a lower --lr and --resume_anyway goes on from there")
+    return interrupted
+
+
+def log(s, seconds_a_step):
+    """A line of log.jsonl and of the screen: the means since the last one."""
+    args, now, run, L = s.args, s.now, s.run, len(s.teacher.blocks)
+    loss_flow, loss_dist, *layers, grad_norm, _ = (now.sums / now.sums[-1]).tolist()
+    img_s, memory = args.batch_size / seconds_a_step, torch.cuda.max_memory_allocated() / 2**30 if run.on_gpu else None
+    line = dict(step=now.step, loss=args.lambda_d * loss_dist + args.lambda_f * loss_flow, loss_flow=loss_flow,
+                loss_dist=loss_dist, alpha=layers[:L], weight=layers[L:], grad_norm=grad_norm,
+                lr=args.lr * rate_factor(now.step - 1, args), skipped=int(now.faults[0]), img_s=img_s,
+                tflops_per_gpu=img_s / run.ranks * s.flops / 1e12, memory_gib=memory)
+    run.say(as_text(line, args.steps, s.peak, (args.steps - now.step) * seconds_a_step))
+    run.write(**line)
+    if now.step % args.log_every == 0:  # the line at the end may come before an interval is over
+        now.sums = torch.zeros_like(now.sums)
+
+
+def evaluate(s):
+    """The one-step PSNR and the flow loss over t on --val, and a picture in out/samples/."""
+    args, now, run = s.args, s.now, s.run
+    try:
+        quality, flow_by_t, picture = validate(*s.averaged.values(), s.val, s.micro_batch, args.seed, s.autocast, args.workers,
+                                               run.rank, run.ranks)
+    except Exception:
+        save(s)
+        raise
+    run.say(f"eval {now.step:6d} | one-step PSNR {quality:.2f} dB on {s.val_name} | flow loss by tenth of t, image to noise: "
+            + " ".join(f"{x:.3f}" for x in flow_by_t))
+    run.write(kind="eval", step=now.step, psnr=quality, flow_by_t=flow_by_t, on=s.val_name)
+    if run.rank == 0:
+        path = run.path("samples", f"step_{now.step:06d}.png")
+        write_atomically(path, lambda f: Image.fromarray(picture).save(f, "PNG"))
+
+
+def save(s):
+    """Rank 0 writes state.pt, which alone is enough to resume, and the tokenizer exported from it."""
+    if s.run.rank > 0:
         return
-    if rank == 0:
-        if now.step == 0:
-            set_aside(args.out)
-        log = open_log(log_path, now.step)
+    weights = lambda models: {part: {k: p.detach() for k, p in m.named_parameters()} for part, m in models.items()}
+    state = {**vars(s.now), **weights(s.models), "optimizer": s.optimizer.state_dict(), "args": vars(s.args), "config": s.config,
+             "latent_mean": s.encoder.latent_mean.flatten(), "latent_std": s.encoder.latent_std.flatten()}
+    if s.args.ema:
+        state["averaged"] = weights(s.averaged)
+    path, every = s.run.path("state.pt"), s.args.keep_every
+    with saving(path, s.now.step):
+        if every and s.now.step % every == 0:  # first, as a resume from this step would not write it again
+            export(state, s.run.path(f"model_{s.now.step:07d}.safetensors"))
+        write_atomically(path, lambda f: torch.save(state, f))
+        export(state, s.run.path("model.safetensors"))
 
-    def write(**line):
-        if rank == 0:
-            print(json.dumps(finite(line), allow_nan=False), file=log, flush=True)
 
-    micro_step, update = training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_batch, accumulation, ranks)
-    for number in SAVE_AND_STOP if on_signal else ():
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # of nohup
-            signal.signal(number, on_signal)
-    flops = model_flops(encoder, decoder, args.size)
-    peak = next((v for k, v in PEAK_TFLOPS.items() if on_gpu and k in torch.cuda.get_device_name()), None)
-    loader = iter(DataLoader(data, num_workers=args.workers, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals, collate_fn=collate,
-                             batch_sampler=sample_numbers(now.samples, args.batch_size, micro_batch, rank, ranks, args.steps - now.step)))
-    bar = tqdm(total=args.steps, initial=now.step, desc="train", unit="step", disable=None if rank == 0 else True)
-    rates = [group["lr"] for group in optimizer.param_groups]
+def main(argv=None, on_signal=None):
+    """Train as the command line asks. on_signal handles the signals that end a run from where there is something to save."""
+    args = parse_args(argv)
+    run = Run(args.out)
+    s = setup(args, run)
+    run.hold_folder()  # before anything in it is read
+    if not resume(s):
+        return
+    now, data = s.now, s.data
+    run.open_log(now.step)
+    step_parts = training_step(args, s.teacher, s.encoder, s.decoder, s.optimizer, s.autocast, s.micro_batch, s.accumulation,
+                               run.ranks)
+    if on_signal:
+        listen(on_signal)
+    numbers = sample_numbers(now.samples, args.batch_size, s.micro_batch, run.rank, run.ranks, args.steps - now.step)
+    batches = iter(DataLoader(data, batch_sampler=numbers, num_workers=args.workers, collate_fn=collate, pin_memory=run.on_gpu,
+                              prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals))
+    bar = tqdm(total=args.steps, initial=now.step, desc="train", unit="step", disable=None if run.rank == 0 else True)
     tick, timed, interrupted = time.time(), 0, 0
-    last_finite = now.sums  # statistics of the last step that was
+    s.last_finite = now.sums  # statistics of the last step that was
     while now.step < args.steps and not interrupted:
-        # one training step
-        factor = rate_factor(now.step, args)
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * factor
-        stats, unread = 0, set()
-        for m in range(accumulation):
-            img, labels = next(loader)
-            unread.update(-1 - y for y in labels if y < 0)  # so data.py tells of a picture that another stands in for
-            seed_step(args.seed, now.step, m, rank)
-            stats = stats + micro_step(img.to(device, non_blocking=True), m == accumulation - 1) / accumulation
-        if ranks > 1:
-            dist.all_reduce(stats)  # alpha and w are equal on all ranks
-        row = update(stats / ranks)
-        if averaged:
-            average_weights(averages, weights, now.step, args.ema)
-        skip = ~row.isfinite().all()
-        now.sums += torch.where(skip, 0, row)
-        last_finite = torch.where(skip, last_finite, row)
-        now.faults = torch.stack([now.faults[0] + skip, (now.faults[1] + 1) * skip])
-        now.step, now.samples, timed = now.step + 1, now.samples + args.batch_size, timed + 1
+        unread = step(s, batches, *step_parts)
+        timed += 1
         bar.update()
+        interrupted = check(s, unread)
 
-        # faults: pictures that cannot be read, losses that are not finite, signals
-        news = torch.tensor([len(INTERRUPTS), len(unread.difference(now.bad))])
-        if ranks > 1:
-            dist.all_reduce(news, group=control)
-        interrupted, found = news.tolist()
-        if found:
-            everyones = [unread] * ranks
-            if ranks > 1:
-                dist.all_gather_object(everyones, unread, group=control)
-            now.bad.extend(sorted(set().union(*everyones).difference(now.bad)))
-            if rank == 0:
-                write_names(bad_path, [data.path(i) for i in now.bad])
-            say(f"{len(now.bad)} of {len(data):,} images cannot be read, others stand in for them: see {bad_path}")
-            if len(now.bad) > args.max_bad_images * len(data):
-                raise UserError(f"{len(now.bad)} of {len(data):,} images cannot be read, more than --max_bad_images "
-                                f"{args.max_bad_images} allows: see {bad_path}")
-        if (not on_gpu or now.step % 10 == 0) and now.faults[1] >= TOO_MANY_SKIPPED:
-            stop_as_not_finite(args, data, now, last_finite, rank)
-
-        # log, evaluate, save; all three also at the end
-        due = lambda every: now.step == args.steps or every and now.step % every == 0
+        due = lambda every: now.step == args.steps or every and now.step % every == 0  # all three also at the end
         logging, evaluating, saving = due(args.log_every), due(args.eval_every), due(args.save_every) or due(args.keep_every)
         if logging:
-            loss_flow, loss_dist, *layers, grad_norm, _ = (now.sums / now.sums[-1]).tolist()
-            seconds_a_step = (time.time() - tick) / timed
-            img_s = args.batch_size / seconds_a_step
-            line = dict(step=now.step, loss=args.lambda_d * loss_dist + args.lambda_f * loss_flow, loss_flow=loss_flow, loss_dist=loss_dist,
-                        alpha=layers[:L], weight=layers[L:], grad_norm=grad_norm, lr=args.lr * factor, skipped=int(now.faults[0]), img_s=img_s,
-                        tflops_per_gpu=img_s / ranks * flops / 1e12, memory_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None)
-            say(as_text(line, args.steps, peak, (args.steps - now.step) * seconds_a_step))
-            write(**line)
-            if now.step % args.log_every == 0:
-                now.sums = torch.zeros_like(now.sums)
+            log(s, (time.time() - tick) / timed)
         if evaluating:
-            try:
-                quality, flow_by_t, picture = validate(*(averaged or models).values(), val, micro_batch, args.seed, autocast, args.workers,
-                                                       rank, ranks)
-            except Exception:
-                if rank == 0:
-                    save(args, config, now, encoder, decoder, optimizer, averaged)
-                raise
-            say(f"eval {now.step:6d} | one-step PSNR {quality:.2f} dB on {val_name} | flow loss by tenth of t, image to noise: "
-                + " ".join(f"{x:.3f}" for x in flow_by_t))
-            write(kind="eval", step=now.step, psnr=quality, flow_by_t=flow_by_t, on=val_name)
-            if rank == 0:
-                write_atomically(os.path.join(args.out, "samples", f"step_{now.step:06d}.png"), lambda f: Image.fromarray(picture).save(f, "PNG"))
-        if (saving or interrupted) and rank == 0:
-            save(args, config, now, encoder, decoder, optimizer, averaged)
+            evaluate(s)
+        if saving or interrupted:
+            save(s)
         if logging or evaluating or saving:
             tick, timed = time.time(), 0
     bar.close()
     if interrupted:
-        write(kind="interrupted", step=now.step)
-        say(f"interrupted and saved at step {now.step:,}: the same command goes on from there")
+        run.write(kind="interrupted", step=now.step)
+        run.say(f"interrupted and saved at step {now.step:,}: the same command goes on from there")
     else:
-        say(f"done: {model_path}, pictures in {os.path.join(args.out, 'samples')}; try: python sample.py YOUR.png --weights {model_path}")
-    if rank == 0:
-        log.close(), lock.close()
-
-
-def interrupt(number, frame):
-    """Save and stop after this step; a second Ctrl-C stops at once (of SIGTERM torchrun may hand on a second one)."""
-    INTERRUPTS.append(number)
-    if INTERRUPTS.count(signal.SIGINT) > 1:
-        os._exit(128 + number)
+        run.say(f"done: {run.path('model.safetensors')}, pictures in {run.path('samples')}; try: python sample.py YOUR.png "
+                f"--weights {run.path('model.safetensors')}")
+    run.close()
 
 
 def run():
-    """main() for the command line, which ends the process. After an exception at once: Python would wait for the loader's workers,
-    which ignore signals, and a process group for the other ranks."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text; that of stderr is so
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & has children ignore
-    who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-    try:
-        main(on_signal=interrupt)
-        if dist.is_initialized():  # it must end on all ranks together
-            dist.barrier()
-            dist.destroy_process_group()
-        return
-    except KeyboardInterrupt:  # before the first step
-        status = 130
-    except Exception as e:
-        if said := user_message(e):
-            print(f"{who}train.py: {said}", file=sys.stderr)
-        else:
-            traceback.print_exc()
-        status = 2 if said else 1
-    sys.stdout.flush(), sys.stderr.flush()
-    if fcntl:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's, which would complain
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    os._exit(status)
+    """main() for the command line."""
+    command_line(main, "train.py")
 
 
 if __name__ == "__main__":

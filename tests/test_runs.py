@@ -1,27 +1,23 @@
 """train.py and sample.py at their boundaries: a user's error and a bug, names, targets, data that moved."""
-import argparse
 import contextlib
 import errno
 import functools
 import hashlib
-import importlib.util
 import io
 import json
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import unittest.mock
 
 from tests.helpers import (
     HERE, MICRO_RUN, QuickInception, clip, evaluate, faulty_training, log_lines, micro_teacher, picture, picture_folder,
-    pixels, raises, run, same_weights, sampled, side_by_side, tokenizer_file, train_quietly)
+    pixels, raises, run, same_weights, sampled, side_by_side, tokenizer_file, train_quietly, windows_like)
 
 import numpy as np
 import torch
-from PIL import Image
 from torch._utils import ExceptionWrapper
 
 import data
@@ -30,6 +26,7 @@ import encoder
 import eval as evaluation
 import sample
 import train
+from tools.run import finite, saving
 
 patch = unittest.mock.patch
 
@@ -83,9 +80,6 @@ def test_training_tells_a_bug_from_a_users_error():
         state = torch.load(os.path.join(tmp, "out2", "state.pt"), weights_only=True)
         assert state["step"] == 2, "saved before the evaluation stopped it"
         # what torch.save says of a full disk is the user's, what it says of a bug is none
-        now = argparse.Namespace(step=1)
-        args, part = argparse.Namespace(keep_every=None, out=tmp), torch.nn.Linear(1, 1)
-        part.latent_mean = part.latent_std = torch.zeros(1)
         for cause, kind, words in ((OSError(errno.EFBIG, "File too large"), encoder.UserError, "File too large"),
                                    (TypeError("bug"), RuntimeError, "unexpected pos")):
             def save(state, f):
@@ -93,15 +87,17 @@ def test_training_tells_a_bug_from_a_users_error():
                     raise cause
                 except Exception:
                     raise RuntimeError("unexpected pos 704 vs 598")
-            with patch.object(torch, "save", save):
-                raises(kind, train.save, args, {}, now, part, part, part, words=words)
+            def write():
+                with saving("state.pt", 1):
+                    save({}, None)
+            raises(kind, write, words=words)
 
 
 def test_the_log_is_json():
     def refuse(word):
         raise AssertionError(f"{word} is no JSON")
     given = {"a": float("nan"), "b": [1.5, float("-inf")], "c": "NaN", "d": None}
-    assert train.finite(given) == {"a": None, "b": [1.5, None], "c": "NaN", "d": None}
+    assert finite(given) == {"a": None, "b": [1.5, None], "c": "NaN", "d": None}
     with tempfile.TemporaryDirectory() as tmp:
         folder, out = os.path.join(tmp, "NaN, -Infinity"), os.path.join(tmp, "out")
         shutil.move(picture_folder(tmp)[0], folder)
@@ -158,7 +154,7 @@ def test_never_but_at_the_end():
         with patch.object(train, "save", side_effect=train.save) as save:
             never = "--eval_every", 0, "--save_every", 0, "--keep_every", 0
             train_quietly("--teacher", micro_teacher(tmp), "--steps", 3, *never, "--out", out)
-        assert [call.args[2].step for call in save.call_args_list] == [3]
+        assert save.call_count == 1 and save.call_args.args[0].now.step == 3
         assert not [n for n in os.listdir(out) if n.startswith("model_")]
         assert [x["step"] for x in log_lines(out) if x.get("kind") == "eval"] == [3]
         with contextlib.redirect_stderr(io.StringIO()) as err:
@@ -208,20 +204,9 @@ def test_workers_follow_the_affinity():
 
 
 def test_train_imports_where_there_is_no_posix():
-    spec = importlib.util.spec_from_file_location("train_on_windows", os.path.join(HERE, "train.py"))
-    elsewhere = importlib.util.module_from_spec(spec)
-    said = contextlib.redirect_stderr(io.StringIO())
-    with patch.dict(sys.modules, fcntl=None), patch.dict(signal.__dict__), said as err:
-        for name in "SIGHUP", "SIGUSR1", "SIGCHLD", "SIGPIPE":
-            delattr(signal, name)
-        spec.loader.exec_module(elsewhere)
-        handler = signal.getsignal(signal.SIGINT)
-        with patch.object(os, "_exit") as end, patch.object(sys, "argv", ["train.py"]), patch.object(sys, "stdout"):
-            elsewhere.run()
-            end.assert_called_once_with(2)
-        signal.signal(signal.SIGINT, handler)
-    assert len(err.getvalue().splitlines()) == 1 and "POSIX" in err.getvalue(), err.getvalue()
-    assert elsewhere.parse_args([]).teacher == "tiny", "its functions serve there"
+    done = run("python", "-c", windows_like() + "import train; print(train.parse_args([]).teacher); train.run()")
+    assert done.returncode == 2 and done.stdout.startswith("tiny"), "its functions serve there"
+    assert len(done.stderr.splitlines()) == 1 and "POSIX" in done.stderr, done.stderr
 
 
 def test_signals_of_a_run_in_the_background():

@@ -1,0 +1,1 @@
+"""What serves a tokenizer's user beside the nine files; each a script, `python -m tools.NAME`."""

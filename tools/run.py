@@ -1,0 +1,255 @@
+"""What a training run needs around its loop: ranks, a locked folder, a log, checkpoints, signals, and its end.
+
+    run = Run("out")                   # this process's rank and device
+    run.hold_folder()                  # rank 0 keeps every other run out of it
+    run.open_log(step)                 # log.jsonl, without lines later than the checkpoint
+    run.say("...") ; run.write(step=1, loss=0.5)
+    if __name__ == "__main__":
+        command_line(main, "train.py") # one line and status 2 for what the user or the machine did wrong
+
+train.py uses it, and so does every trainer in downstream/. All files are written whole or not at all (write_atomically).
+"""
+import contextlib
+import glob
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from encoder import UserError, write_atomically
+from eval import SAVE_AND_STOP, rank_and_device, user_message
+
+try:
+    import fcntl
+except ImportError:  # Windows: this can be imported, hold_folder says that it cannot run
+    fcntl = None
+
+INTERRUPTS = []  # signals that asked the run to save and stop
+
+
+class Run:
+    """A training run as one of its processes sees it: `rank` of `ranks`, its `device`, and the folder `out`.
+
+    A process alone, or one of torchrun's. say, write and the folder are rank 0's, and do nothing elsewhere.
+    """
+
+    def __init__(self, out):
+        self.out = out
+        self.rank, self.ranks, self.device = rank_and_device()
+        self.on_gpu = self.device.type == "cuda"
+        self.control = self.log = self.lock = None
+        if self.on_gpu:
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+
+    def path(self, *names):
+        """Of a file in the folder."""
+        return os.path.join(self.out, *names)
+
+    def connect(self):
+        """Join the other ranks: NCCL for gradients, and a gloo group for what they must agree on without a GPU's wait."""
+        if self.ranks > 1:
+            dist.init_process_group("nccl" if self.on_gpu else "gloo", device_id=self.device if self.on_gpu else None)
+            self.control = dist.new_group(backend="gloo")
+
+    def say(self, text):
+        """Print a line beside the progress bar. If nobody reads any more (head, a tee that died), the run saves and stops."""
+        if self.rank == 0:
+            try:
+                tqdm.write(text)
+                sys.stdout.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                INTERRUPTS.append(signal.SIGPIPE)
+
+    def hold_folder(self):
+        """Rank 0 makes the folder, and locks it until this process ends, however it ends."""
+        if fcntl is None:
+            raise UserError("it needs a POSIX system, whose locks keep a second run out of --out: use Linux, macOS or WSL")
+        if self.rank > 0:
+            return
+        try:
+            os.makedirs(self.path("samples"), exist_ok=True)
+            self.lock = open(self.path(".lock"), "w")
+        except OSError as e:
+            raise UserError(f"--out {self.out} is no folder to write to ({e})") from None
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # EAGAIN, EACCES
+            raise UserError(f"another run is writing to {self.out}: wait for it, or use another --out") from None
+        except OSError as e:  # a file system without locks
+            print(f"{self.out} cannot be locked ({e}): nothing keeps a second run out of it")
+        for name in os.listdir(self.out):  # what a killed run has half written, but not what a process writes now
+            if re.fullmatch(r"\.[0-9a-f]{12}\.tmp", name) and time.time() - os.path.getmtime(self.path(name)) > 600:
+                os.remove(self.path(name))
+
+    def agree(self, checkpoint):
+        """UserError unless all ranks see the same checkpoint, told by any list."""
+        first = [checkpoint]
+        if self.ranks > 1:
+            dist.broadcast_object_list(first, group=self.control)
+        if first != [checkpoint]:
+            raise UserError(f"rank {self.rank} sees another {self.path('state.pt')} than rank 0: --out must lie on a file "
+                            "system that all nodes share")
+
+    def sum(self, *numbers):
+        """Sums of integers over the ranks."""
+        total = torch.tensor(numbers)
+        if self.ranks > 1:
+            dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def union(self, items):
+        """The sets of all ranks as one."""
+        everyones = [items] * self.ranks
+        if self.ranks > 1:
+            dist.all_gather_object(everyones, items, group=self.control)
+        return set().union(*everyones)
+
+    def set_aside(self):
+        """Rename what a run without a checkpoint has left, so that nothing is overwritten or appended to."""
+        names = "log.jsonl", "bad_images.txt", "model.safetensors", "model_[0-9]*.safetensors", "samples/step_[0-9]*.png"
+        for name in names:
+            for path in glob.glob(os.path.join(glob.escape(self.out), name)):
+                aside = path + ".old"
+                while os.path.exists(aside):
+                    aside += ".old"
+                os.replace(path, aside)
+
+    def open_log(self, step):
+        """Rank 0 opens the log to append to, without lines that are later than the checkpoint or that a crash has torn."""
+        def kept(line):
+            try:
+                return line.endswith("\n") and json.loads(line)["step"] <= step
+            except (ValueError, KeyError, TypeError):
+                return False
+        if self.rank > 0:
+            return
+        path = self.path("log.jsonl")
+        if os.path.exists(path):
+            with open(path, errors="replace") as f:
+                lines = [line for line in f if kept(line)]
+            write_atomically(path, lambda f: f.write("".join(lines).encode()))
+        self.log = open(path, "a")
+
+    def write(self, **line):
+        """A line of the log."""
+        if self.rank == 0:
+            print(json.dumps(finite(line), allow_nan=False), file=self.log, flush=True)
+
+    def close(self):
+        for file in filter(None, (self.log, self.lock)):
+            file.close()
+
+
+def finite(x):
+    """x with None for each number in it that JSON has no word for."""
+    if isinstance(x, (dict, list)):
+        return {k: finite(v) for k, v in x.items()} if isinstance(x, dict) else [finite(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def write_names(path, names):
+    """Names of files, a line each, as bytes: they need not be text."""
+    write_atomically(path, lambda f: f.write("".join(name + "\n" for name in names).encode(errors="surrogateescape")))
+
+
+def load_checkpoint(path, keys, args, may_differ):
+    """The state at `path`, a dict with these keys, or None if there is none. UserError names the arguments, saved under
+    "args", that differ from `args` and are not in `may_differ`, unless args.resume_anyway."""
+    if not os.path.isfile(path):
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not set(keys) <= set(state):
+            raise KeyError("not what train.py saves")
+    except Exception as e:  # torch.load raises many types; all mean that the file is not what train.py wrote
+        if user_message(e):  # but not a disk's trouble
+            raise
+        raise UserError(f"{path} is damaged or no checkpoint of train.py ({type(e).__name__}); move it away to start "
+                        "afresh") from None
+    now = vars(args)
+    changed = [f"{k} was {v}, is now {now[k]}" for k, v in state["args"].items()
+               if k in now and k not in may_differ and v != now[k]]
+    if changed and not args.resume_anyway:
+        raise UserError(f"{path} is of another run ({'; '.join(changed)}): use another --out, or --resume_anyway")
+    return state
+
+
+def restore_optimizer(optimizer, state, path):
+    """The moments of a checkpoint; learning rate, weight decay and the like stay this command's."""
+    ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as e:  # of --resume_anyway with another --freeze_encoder
+        raise UserError(f"{path} has the optimizer of other parameters ({e}): use another --out") from None
+    for group, settings in zip(optimizer.param_groups, ours):
+        group.update(settings)
+
+
+@contextlib.contextmanager
+def saving(path, step):
+    """Around all that a save writes: a full disk is a UserError that says what is whole."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        why = e if isinstance(e, OSError) else e.__context__  # torch.save on a full disk raises its own
+        if not isinstance(why, OSError):
+            raise
+        raise UserError(f"step {step} could not be saved ({why}); {path}, if there is one, is of the last save and whole: "
+                        "make room, and run the same command again") from None
+
+
+def listen(on_signal):
+    """From now on signals ask the run to save and stop. SIGHUP stays ignored where nohup has it so."""
+    for number in SAVE_AND_STOP:
+        if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, on_signal)
+
+
+def interrupt(number, frame):
+    """Save and stop after this step; a second Ctrl-C stops at once (of SIGTERM torchrun may hand on a second one)."""
+    INTERRUPTS.append(number)
+    if INTERRUPTS.count(signal.SIGINT) > 1:
+        os._exit(128 + number)
+
+
+def command_line(main, name):
+    """main(on_signal=interrupt) as a script that ends the process: status 2 and one line for what the user or the machine
+    did wrong, 1 and a traceback for a bug.
+
+    After an exception it ends at once: Python would wait for the loader's workers, which ignore signals, and a process
+    group for the other ranks.
+    """
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text; that of stderr is so
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & has children ignore
+    who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    try:
+        main(on_signal=interrupt)
+        if dist.is_initialized():  # it must end on all ranks together
+            dist.barrier()
+            dist.destroy_process_group()
+        return
+    except KeyboardInterrupt:  # before the first step
+        status = 130
+    except Exception as e:
+        if said := user_message(e):
+            print(f"{who}{name}: {said}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        status = 2 if said else 1
+    sys.stdout.flush(), sys.stderr.flush()
+    if fcntl:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's, which would complain
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(status)
