@@ -107,6 +107,12 @@ def parse_args(argv=None):
     add("--lr", type=float, help="AdamW learning rate *")
     add("--lr_decay", type=float, metavar="FRACTION", help="the last part of the run, over which the rate falls linearly to 0, and rises "
         "again if --steps extend it *")
+    add("--decay_shape", default="linear", choices=["linear", "cosine"], help="how the rate falls in that part [%(default)s]")
+    add("--warmup", type=int, default=0, metavar="STEPS", help="the first steps, over which the rate rises linearly from 0 [%(default)s]")
+    add("--beta1", type=float, default=0.5, help="AdamW's momentum [%(default)s]")
+    add("--beta2", type=float, default=0.95, help="AdamW's decay of the squared gradients [%(default)s]")
+    add("--ema", type=float, default=0.0, metavar="DECAY", help="average the weights over the steps, and evaluate and export the averages; "
+        "state.pt holds both; 0 for none [%(default)s]")
     add("--encoder_lr_scale", type=float, default=1.0, help="times lr for the pretrained encoder [%(default)s]")
     add("--weight_decay", type=float, default=0.0, help="of linear and convolution weights; the paper is silent [%(default)s]")
     add("--clip", type=float, default=1.0, help="gradient norm limit, 0 for none; the paper is silent [%(default)s]")
@@ -139,8 +145,9 @@ def parse_args(argv=None):
     if args.workers is None:
         args.workers = max(1, min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if torch.cuda.is_available() else 1
     at_least_1 = "size batch_size micro_batch steps epochs latent_dim flow_depth flow_width log_every eval_every save_every keep_every"
-    at_least_0 = "workers gtb_depth beta lambda_d lambda_f seed lr encoder_lr_scale weight_decay clip"
-    for low, high, names in (1, math.inf, at_least_1), (0, math.inf, at_least_0), (0, 1, "endpoint lr_decay max_bad_images"), (0, 0.9, "drop_path"):
+    at_least_0 = "workers gtb_depth beta lambda_d lambda_f seed lr encoder_lr_scale weight_decay clip warmup"
+    for low, high, names in ((1, math.inf, at_least_1), (0, math.inf, at_least_0), (0, 1, "endpoint lr_decay max_bad_images"),
+                             (0, 0.9, "drop_path"), (0, 0.999999, "beta1 beta2 ema")):
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not low <= value <= high:  # also catches nan
@@ -160,6 +167,20 @@ def parameter_groups(encoder, decoder, lr, encoder_lr_scale=1.0, weight_decay=0.
             params = [p for p in module.parameters() if p.requires_grad and (p.ndim in (2, 4)) == decays]
             groups.append(dict(params=params, lr=lr * scale, weight_decay=weight_decay * decays))
     return [g for g in groups if g["params"]]
+
+
+def rate_factor(step, args):
+    """What the learning rates are multiplied by at step 0, 1, ..: the warm-up times the decay over the last part of the run."""
+    left = min(1.0, (args.steps - step) / max(1.0, args.lr_decay * args.steps))
+    if args.decay_shape == "cosine":
+        left = (1 - math.cos(math.pi * left)) / 2
+    return left * min(1.0, (step + 1) / max(1, args.warmup))
+
+
+def average_weights(averages, weights, step, decay):
+    """Move the averages (a list of tensors) toward the weights after step 0, 1, ..: a <- d a + (1 - d) w. The first steps forget
+    faster, d = min(decay, (step + 1) / (step + 10)), so that the initial weights do not stay in a short run's average."""
+    torch._foreach_lerp_(averages, weights, 1 - min(decay, (step + 1) / (step + 10)))
 
 
 def losses(teacher, encoder, decoder, img, args, t=None, noise=None):
@@ -326,7 +347,8 @@ def bench(args, teacher, encoder, decoder, optimizer, autocast, ranks, say):
 
 def export(state, path):
     """The self-describing tokenizer file of a state."""
-    tensors = {f"{part}.{k}": v for part in ("encoder", "decoder") for k, v in state[part].items()}
+    weights = state.get("averaged", state)  # with --ema the averages
+    tensors = {f"{part}.{k}": v for part in ("encoder", "decoder") for k, v in weights[part].items()}
     tensors.update(latent_mean=state["latent_mean"], latent_std=state["latent_std"])
     write_model(path, {**state["config"], "step": state["step"], "id": state["id"]}, tensors)
 
@@ -335,7 +357,7 @@ def load_state(path, args):
     """The checkpoint of an earlier run in the same folder, after comparing the arguments; ValueError names those that differ."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if set(state) != set(STATE):
+        if set(state) - {"averaged"} != set(STATE):
             raise KeyError("not what train.py saves")
     except Exception as e:  # torch.load raises many types; all mean that the file is not what train.py wrote
         raise ValueError(f"{path} is damaged or no checkpoint of train.py ({type(e).__name__}); move it away to start afresh") from None
@@ -346,10 +368,12 @@ def load_state(path, args):
     return state
 
 
-def restore(state, path, encoder, decoder, optimizer):
+def restore(state, path, encoder, decoder, optimizer, averaged={}):
     """Copy a checkpoint's weights and the optimizer's moments; learning rate and weight decay are this command's, not the file's."""
     load_exactly(encoder.state_dict(), state["encoder"], path)
     load_exactly(decoder.state_dict(), state["decoder"], path)
+    for part, module in averaged.items():  # a run that begins to average does so from its weights
+        load_exactly(module.state_dict(), state.get("averaged", state)[part], path)
     ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
     for group, settings in zip(optimizer.param_groups, ours):
@@ -427,10 +451,12 @@ def build_models(args):
     return teacher, encoder.train(), decoder.train()
 
 
-def save(args, config, now, encoder, decoder, optimizer):
+def save(args, config, now, encoder, decoder, optimizer, averaged={}):
     """Write state.pt, which alone is enough to resume, and the tokenizer exported from it."""
     state = {**vars(now), "encoder": encoder.state_dict(), "decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(),
              "latent_mean": encoder.latent_mean.flatten(), "latent_std": encoder.latent_std.flatten(), "args": vars(args), "config": config}
+    if averaged:
+        state["averaged"] = {part: module.state_dict() for part, module in averaged.items()}
     path = os.path.join(args.out, "state.pt")
     try:
         if args.keep_every and now.step % args.keep_every == 0:  # first, as a resume from this step would not write it again
@@ -502,7 +528,12 @@ def main(argv=None, on_signal=None):
     data, val, val_name = (None, None, None) if args.bench else build_data(args)
     teacher, encoder, decoder = (m.to(device) for m in build_models(args))
     optimizer = torch.optim.AdamW(parameter_groups(encoder, decoder, args.lr, args.encoder_lr_scale, args.weight_decay),
-                                  betas=(0.5, 0.95), fused=True)
+                                  betas=(args.beta1, args.beta2), fused=True)
+    models, averaged = {"encoder": encoder, "decoder": decoder}, {}  # the latter: what --ema keeps
+    if args.ema:
+        averaged = {part: copy.deepcopy(module).requires_grad_(False) for part, module in models.items()}
+        averages, weights = zip(*[(a, p) for part, module in models.items()
+                                  for a, p in zip(averaged[part].parameters(), module.parameters()) if p.requires_grad])
     if ranks > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
         control = dist.new_group(backend="gloo")  # what the ranks must agree on, without a wait for the GPU
@@ -539,7 +570,7 @@ def main(argv=None, on_signal=None):
         sums=torch.zeros(4 + 2 * L, dtype=torch.float64, device=device),  # since the last log line: statistics, gradient norm, steps
         faults=torch.zeros(2, device=device))  # steps skipped, and skipped in a row
     if state:
-        restore(state, state_path, encoder, decoder, optimizer)
+        restore(state, state_path, encoder, decoder, optimizer, averaged)
         now.samples, now.bad, now.sums, now.faults = state["samples"], state["bad"], state["sums"].to(device), state["faults"].to(device)
         say(f"resumed from {state_path} at step {now.step:,}")
         try:
@@ -577,9 +608,9 @@ def main(argv=None, on_signal=None):
     last_finite = now.sums  # statistics of the last step that was
     while now.step < args.steps and not interrupted:
         # one training step
-        decay = min(1.0, (args.steps - now.step) / max(1.0, args.lr_decay * args.steps))
+        factor = rate_factor(now.step, args)
         for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * decay
+            group["lr"] = rate * factor
         stats, unread = 0, set()
         for m in range(accumulation):
             img, label = next(loader)
@@ -589,6 +620,8 @@ def main(argv=None, on_signal=None):
         if ranks > 1:
             dist.all_reduce(stats)  # alpha and w are equal on all ranks
         row = update(stats / ranks)
+        if averaged:
+            average_weights(averages, weights, now.step, args.ema)
         skip = ~row.isfinite().all()
         now.sums += torch.where(skip, 0, row)
         last_finite = torch.where(skip, last_finite, row)
@@ -623,7 +656,7 @@ def main(argv=None, on_signal=None):
             seconds_a_step = (time.time() - tick) / timed
             img_s = args.batch_size / seconds_a_step
             line = dict(step=now.step, loss=args.lambda_d * loss_dist + args.lambda_f * loss_flow, loss_flow=loss_flow, loss_dist=loss_dist,
-                        alpha=layers[:L], weight=layers[L:], grad_norm=grad_norm, lr=args.lr * decay, skipped=int(now.faults[0]), img_s=img_s,
+                        alpha=layers[:L], weight=layers[L:], grad_norm=grad_norm, lr=args.lr * factor, skipped=int(now.faults[0]), img_s=img_s,
                         tflops_per_gpu=img_s / ranks * flops / 1e12, memory_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None)
             say(as_text(line, args.steps, peak, (args.steps - now.step) * seconds_a_step))
             write(**line)
@@ -631,10 +664,11 @@ def main(argv=None, on_signal=None):
                 now.sums = torch.zeros_like(now.sums)
         if evaluating:
             try:
-                quality, flow_by_t, picture = validate(encoder, decoder, val, micro_batch, args.seed, autocast, args.workers, rank, ranks)
+                quality, flow_by_t, picture = validate(*(averaged or models).values(), val, micro_batch, args.seed, autocast, args.workers,
+                                                       rank, ranks)
             except Exception:
                 if rank == 0:
-                    save(args, config, now, encoder, decoder, optimizer)
+                    save(args, config, now, encoder, decoder, optimizer, averaged)
                 raise
             say(f"eval {now.step:6d} | one-step PSNR {quality:.2f} dB on {val_name} | flow loss by tenth of t, image to noise: "
                 + " ".join(f"{x:.3f}" for x in flow_by_t))
@@ -642,7 +676,7 @@ def main(argv=None, on_signal=None):
             if rank == 0:
                 write_atomically(os.path.join(args.out, "samples", f"step_{now.step:06d}.png"), lambda f: Image.fromarray(picture).save(f, "PNG"))
         if (saving or interrupted) and rank == 0:
-            save(args, config, now, encoder, decoder, optimizer)
+            save(args, config, now, encoder, decoder, optimizer, averaged)
         if logging or evaluating or saving:
             tick, timed = time.time(), 0
     bar.close()
