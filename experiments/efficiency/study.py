@@ -29,7 +29,7 @@ MOST_RATES = 5
 RUN = "--log_every 50 --save_every 1000000 --beta1 0.9 --beta2 0.95 --endpoint 0.9 --lr_decay 0.5 "  # a lever changes one of these
 BASES = {  # name -> (flags, images of a row, batch, rates)
     "tiny": ("--teacher tiny --size 64", 384_000, 256, (5e-4, 1e-3, 2e-3)),
-    "small": ("--teacher small --size 64", 640_000, 256, (5e-4, 1e-3, 2e-3)),
+    "small": ("--teacher small --size 64", 512_000, 256, (5e-4, 1e-3, 2e-3)),
     "photos": ("--teacher tiny --size 256 --crop_scale 0.5 1", 48_000, 32, (5e-4, 1e-3, 2e-3)),
 }
 PAPER = "--beta1 0.5 --beta2 0.95 --endpoint 0 --lr_decay 0"
@@ -47,6 +47,7 @@ LEVERS = {  # name -> flags of train.py after the base's; images=x: times the ro
     "ema-constant": "--lr_decay 0 --ema 0.998", "ema": "--ema 0.99",
     "1:0": "--lambda_f 0",                                   # Table 5b: distillation alone, which trains no decoder
     "grow": "grow",                                          # 64, 128, 256 px in a row, in the GPU time of the full size
+    "fast": "batch=0.5 --warmup 100", "growfast": "grow --warmup 50",
 }
 ONE_RATE = "1:0",  # the distance is zero from the start: there is nothing to tune
 GROW = (64, 256, 0.2), (128, 64, 0.3), (256, 32, 0.5)  # size, batch, share of the GPU time
@@ -169,14 +170,14 @@ def row(setting, rate, seed, gpu, args):
     return line
 
 
-def wanted(setting, lines):
-    """The rates and seeds that a setting still asks for, given the lines it has: see the top of this file."""
+def wanted(setting, lines, rows=(), seeds=2):
+    """The rates and seeds that a setting still asks for, given the lines it has: see the top of this file. rows: these and no others."""
     rates, lever = BASES[setting.split(":")[0]][3], setting.split(":", 1)[1].partition("@")[0]
     if lever in ONE_RATE:
         rates = rates[1:2]
     seen = {(x["rate"], x["seed"]): x.get("psnr", -1) for x in lines if x["setting"] == setting}
-    first = [(rate, 0) for rate in rates if (rate, 0) not in seen]
-    if first:
+    first = [x for x in rows or [(rate, 0) for rate in rates] if x not in seen]
+    if first or rows:
         return first
     tried = sorted((psnr, rate) for (rate, seed), psnr in seen.items() if seed == 0)
     if tried[-1][0] < 0:  # all have failed
@@ -184,13 +185,15 @@ def wanted(setting, lines):
     best, edges = tried[-1][1], (min(rate for _, rate in tried), max(rate for _, rate in tried))
     if lever not in ONE_RATE and best in edges and len(tried) < MOST_RATES:
         return [(best / 2 if best == edges[0] else best * 2, 0)]
-    return [] if (best, 1) in seen else [(best, 1)]
+    return [(best, seed) for seed in range(1, seeds) if (best, seed) not in seen]
 
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="bases: " + " ".join(BASES) + "; levers: " + " ".join(LEVERS))
     add = ap.add_argument
-    add("settings", nargs="+", metavar="BASE:LEVER", help="in the order of their turn; BASE:all; BASE:LEVER@1/4, with a quarter of the images; or speed")
+    add("settings", nargs="+", metavar="BASE:LEVER", help="in the order of their turn; BASE:all; BASE:LEVER@1/4, with a quarter of the "
+        "images; BASE:LEVER=RATE,SEED, only that row; or speed")
+    add("--seeds", type=int, default=2, help="of the best rate [%(default)s]")
     add("--lever", nargs=2, action="append", default=[], metavar=("NAME", "FLAGS"), help="a further lever")
     add("--data", nargs="+", default=[], metavar="PATH", help="training pictures of 64 px")
     add("--val", nargs="+", metavar="PATH", help="validation pictures of 64 px: PSNR of tiny and small, probe of all")
@@ -215,15 +218,18 @@ def main():
     settings = [f"{base}:{name}" for given in args.settings for base, _, lever in [given.partition(":")]
                 for name in ([n for n in LEVERS if base == "photos" or n not in ("grow",)] if lever == "all" else [lever])]
     for setting in settings:
-        if setting.split(":")[0] not in BASES or setting.split(":", 1)[1].partition("@")[0] not in {**LEVERS, **args.levers}:
+        if setting.split(":")[0] not in BASES or setting.split(":", 1)[1].partition("=")[0].partition("@")[0] not in {**LEVERS, **args.levers}:
             ap.error(f"no such setting: {setting}")
+    only = {}  # setting -> rows that were asked for by rate and seed
+    for setting, _, row_ in (x.partition("=") for x in settings):
+        only.setdefault(setting, []).extend([(float(row_.split(",")[0]), int(row_.split(",")[1]))] if row_ else [])
     os.makedirs(args.runs, exist_ok=True)
     lines, running, turn = load(args.results), set(), threading.Condition()
 
     def next_row():
         """The first row that is wanted and not running, None if only running rows could want more, StopIteration at the end."""
-        for setting in settings:
-            for rate, seed in wanted(setting, lines):
+        for setting in only:
+            for rate, seed in wanted(setting, lines, only[setting], args.seeds):
                 if (setting, rate, seed) not in running:
                     return setting, rate, seed
         if running:
