@@ -108,8 +108,8 @@ def parse_args(argv=None):
     add("--lr_decay", type=float, metavar="FRACTION", help="the last part of the run, over which the rate falls linearly to 0, and rises "
         "again if --steps extend it *")
     add("--decay_shape", default="linear", choices=["linear", "cosine"], help="how it falls there [%(default)s]")
-    add("--warmup", type=int, default=0, metavar="STEPS", help="the first steps, over which the rate rises linearly from 0 "
-        "[%(default)s]")
+    add("--warmup", type=int, default=0, metavar="STEPS", help="the first steps, over which the rate rises linearly "
+        "from 0 [%(default)s]")
     add("--beta1", type=float, default=0.5, help="AdamW's momentum [%(default)s]")
     add("--beta2", type=float, default=0.95, help="AdamW's decay of the squared gradients [%(default)s]")
     add("--ema", type=float, default=0.0, metavar="DECAY", help="average the weights over the steps, and evaluate "
@@ -171,7 +171,7 @@ def parameter_groups(encoder, decoder, lr, encoder_lr_scale=1.0, weight_decay=0.
 
 
 def rate_factor(step, args):
-    """What multiplies the learning rates at step 0, 1, ..: the warm-up times the decay over the last part of the run."""
+    """What multiplies the learning rates at step 0, 1, ..: the warm-up times the decay at the end."""
     left = min(1.0, (args.steps - step) / max(1.0, args.lr_decay * args.steps))
     if args.decay_shape == "cosine":
         left = (1 - math.cos(math.pi * left)) / 2
@@ -179,8 +179,8 @@ def rate_factor(step, args):
 
 
 def average_weights(averages, weights, step, decay):
-    """Move the averages (a list of tensors) toward the weights after step 0, 1, ..: a <- d a + (1 - d) w. The first steps
-    forget faster, d = min(decay, (step + 1) / (step + 10)), so that the initial weights leave a short run's average."""
+    """Move the averages (a list of tensors) toward the weights after step 0, 1, ..: a <- d a + (1 - d) w. The first
+    steps forget faster, d = min(decay, (step + 1) / (step + 10)), so that the initial weights leave a short run's average."""
     torch._foreach_lerp_(averages, weights, 1 - min(decay, (step + 1) / (step + 10)))
 
 
@@ -665,8 +665,8 @@ def main(argv=None, on_signal=None):
                 now.sums = torch.zeros_like(now.sums)
         if evaluating:
             try:
-                quality, flow_by_t, picture = validate(*(averaged or models).values(), val, micro_batch, args.seed, autocast,
-                                                       args.workers, rank, ranks)
+                quality, flow_by_t, picture = validate(*(averaged or models).values(), val, micro_batch, args.seed,
+                                                       autocast, args.workers, rank, ranks)
             except Exception:
                 if rank == 0:
                     save(args, config, now, encoder, decoder, optimizer, averaged)
