@@ -104,12 +104,13 @@ def parse_args(argv=None):
     add("--lr", type=float, help="AdamW learning rate [%(default)s]")
     add("--lr_decay", type=float, metavar="FRACTION", help="the last part of the run, over which the rate falls linearly to 0, and rises "
         "again if --steps extend it [%(default)s]")
-    add("--decay_shape", default="linear", choices=["linear", "cosine"], help="how the rate falls in that part [%(default)s]")
-    add("--warmup", type=int, default=0, metavar="STEPS", help="the first steps, over which the rate rises linearly from 0 [%(default)s]")
+    add("--decay_shape", default="linear", choices=["linear", "cosine"], help="how it falls there [%(default)s]")
+    add("--warmup", type=int, default=0, metavar="STEPS", help="the first steps, over which the rate rises linearly "
+        "from 0 [%(default)s]")
     add("--beta1", type=float, default=0.5, help="AdamW's momentum [%(default)s]")
     add("--beta2", type=float, default=0.95, help="AdamW's decay of the squared gradients [%(default)s]")
-    add("--ema", type=float, default=0.0, metavar="DECAY", help="average the weights over the steps, and evaluate and export the averages; "
-        "state.pt holds both; 0 for none [%(default)s]")
+    add("--ema", type=float, default=0.0, metavar="DECAY", help="average the weights over the steps, and evaluate "
+        "and export the averages; state.pt holds both; 0 for none [%(default)s]")
     add("--encoder_lr_scale", type=float, default=1.0, help="times lr for the pretrained encoder [%(default)s]")
     add("--weight_decay", type=float, default=0.0, help="of linear and convolution weights; the paper is silent [%(default)s]")
     add("--clip", type=float, default=1.0, help="gradient norm limit, 0 for none; the paper is silent [%(default)s]")
@@ -165,7 +166,7 @@ def parse_args(argv=None):
 
 
 def rate_factor(step, args):
-    """What the learning rates are multiplied by at step 0, 1, ..: the warm-up times the decay over the last part of the run."""
+    """What multiplies the learning rates at step 0, 1, ..: the warm-up times the decay at the end."""
     left = min(1.0, (args.steps - step) / max(1.0, args.lr_decay * args.steps))
     if args.decay_shape == "cosine":
         left = (1 - math.cos(math.pi * left)) / 2
@@ -173,8 +174,8 @@ def rate_factor(step, args):
 
 
 def average_weights(averages, weights, step, decay):
-    """Move the averages (a list of tensors) toward the weights after step 0, 1, ..: a <- d a + (1 - d) w. The first steps forget
-    faster, d = min(decay, (step + 1) / (step + 10)), so that the initial weights do not stay in a short run's average."""
+    """Move the averages (a list of tensors) toward the weights after step 0, 1, ..: a <- d a + (1 - d) w. The first steps
+    forget faster, d = min(decay, (step + 1) / (step + 10)), so that the initial weights leave a short run's average."""
     torch._foreach_lerp_(averages, weights, 1 - min(decay, (step + 1) / (step + 10)))
 
 

@@ -1,4 +1,6 @@
 """The flags that make training cheaper: AdamW's betas, warm-up, the shape of the decay, averaged weights."""
+import contextlib
+import io
 import math
 import os
 import tempfile
@@ -13,8 +15,8 @@ import train
 
 
 def test_rate_factor_by_hand():
-    """10 steps, warm-up over 4, decay over the last 5: step k of the warm-up (counted from 1) has k / 4, then 1, then a fall whose
-    first step has all of it. Cosine: (1 - cos(pi f)) / 2 of the linear f = 1, 4/5, .. 1/5."""
+    """10 steps, warm-up over 4, decay over the last 5: step k of the warm-up (counted from 1) has k / 4, then 1, then a
+    fall whose first step has all of it. Cosine: (1 - cos(pi f)) / 2 of the linear f = 1, 4/5, .. 1/5."""
     args = types.SimpleNamespace(steps=10, lr_decay=0.5, warmup=4, decay_shape="linear")
     factors = [train.rate_factor(step, args) for step in range(10)]
     assert factors == [0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
@@ -28,7 +30,7 @@ def test_rate_factor_by_hand():
 
 def test_average_of_a_known_sequence():
     """Weights 1, 2, 3, .. after an initial 0. Decay 0.2: d is (step + 1) / (step + 10) = 1/10, 2/11, then 0.2.
-    a = 0.9 * 1 = 0.9; a = 2/11 * 0.9 + 9/11 * 2 = 1.8; a = 0.2 * 1.8 + 0.8 * 3 = 2.76; a = 0.2 * 2.76 + 0.8 * 4 = 3.752."""
+    a = 0.9 * 1 = 0.9; a = 2/11 * 0.9 + 9/11 * 2 = 1.8; a = 0.2 * 1.8 + 0.8 * 3 = 2.76; 0.2 * 2.76 + 0.8 * 4 = 3.752."""
     averages = [torch.zeros(2), torch.zeros(1)]
     for step, by_hand in enumerate([0.9, 1.8, 2.76, 3.752]):
         train.average_weights(averages, [torch.full((2,), step + 1.0), torch.full((1,), 10 * (step + 1.0))], step, 0.2)
@@ -36,10 +38,11 @@ def test_average_of_a_known_sequence():
 
 
 def test_betas_and_warmup_reach_the_optimizer():
-    """After one step from zero moments AdamW holds (1 - beta1) g and (1 - beta2) g^2; its first update moves each weight by the
-    rate times sign(g), and by the rate's first warm-up fraction of that with --warmup."""
+    """After one step from zero moments AdamW holds (1 - beta1) g and (1 - beta2) g^2; its first update moves each weight
+    by the rate times sign(g), and by the rate's first warm-up fraction of that with --warmup."""
     with tempfile.TemporaryDirectory() as tmp:
-        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], "--steps", 1, "--clip", 0.01, "--lr_decay", 0]
+        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], "--steps", 1, "--clip", 0.01,
+                 "--lr_decay", 0]
         moved = {}
         for warmup in 0, 8:
             out = os.path.join(tmp, str(warmup))
@@ -53,13 +56,16 @@ def test_betas_and_warmup_reach_the_optimizer():
             moved[warmup] = state["decoder"]["head.output.weight"].abs().max().item()  # it starts at zero
         assert math.isclose(moved[0], 1e-3, rel_tol=0.01) and math.isclose(moved[8], 1e-3 / 8, rel_tol=0.01)
         for name in "--beta1", "--beta2", "--ema":
-            raises(SystemExit, train.parse_args, [name, "1"])
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                raises(SystemExit, train.parse_args, [name, "1"])
+            assert f"{name} is 1.0; it must be at least 0 and at most 0.999999" in said.getvalue()
 
 
 def test_ema_is_exported_evaluated_and_resumed_exactly():
-    """The oracle averages the weights of every step itself, from runs that end there. Two steps and two more equal four."""
+    """The oracle averages the weights that a plain run kept at every step. Two steps and two more equal four."""
     with tempfile.TemporaryDirectory() as tmp:
-        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], "--lr", 1e-2, "--lr_decay", 0, "--eval_every", 2]
+        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], "--lr", 1e-2, "--lr_decay", 0,
+                 "--eval_every", 2]
         out = lambda name: os.path.join(tmp, name)
         plain, whole, parts = out("plain"), out("whole"), out("parts")
         train_quietly(*flags, "--out", plain, "--steps", 4, "--keep_every", 1)
@@ -75,7 +81,7 @@ def test_ema_is_exported_evaluated_and_resumed_exactly():
         part, name = key.split(".", 1)
         assert torch.equal(state[part][name], weights[3][key]), "the averages must not change the training"
         d1, d2, d3, d4 = 0.1, 2 / 11, 0.25, 0.25  # (step + 1) / (step + 10), at most 0.25
-        # the weights at the start: from the first average, a1 = d1 start + (1 - d1) w1, which a run of one step has written
+        # the weights at the start, from the first average, a1 = d1 start + (1 - d1) w1, which a run of one step exports
         train_quietly(*flags, "--out", out("one"), "--steps", 1, "--ema", 0.25)
         a = load_file(os.path.join(out("one"), "model.safetensors"))[key].double()
         start = (a - (1 - d1) * weights[0][key].double()) / d1

@@ -1,0 +1,135 @@
+"""Tables of results.jsonl and speeds.jsonl, into README.md beside this file: python experiments/efficiency/tables.py"""
+import json
+import math
+import os
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+HEADLINE = {  # title -> settings, the paper's first; =rate where the best PSNR costs semantics or has a single seed
+    "64 px, tiny": "tiny:paper@2 tiny:paper tiny:paper-decay tiny:fast@1/4 tiny:fast@1/3 tiny:fast@1/2 tiny:fast",
+    "64 px, small": "small:paper small:fast@1/4=0.001 small:fast@1/3=0.001",
+    "256 px, tiny": "photos:paper@2 photos:paper photos:growfast@1/4 photos:growfast@1/2=0.001 photos:growfast@1/2 "
+                    "photos:base=0.001 photos:base",
+}
+LEVERS = {  # title -> {setting: what it is}
+    "64 px, tiny": {
+        "tiny:base": "**base**", "tiny:m0.5": "beta1 0.5", "tiny:m0.95": "beta1 0.95", "tiny:v0.99": "beta2 0.99",
+        "tiny:v0.999": "beta2 0.999", "tiny:m0.95-v0.99": "betas 0.95, 0.99", "tiny:m0.5-v0.99": "betas 0.5, 0.99",
+        "tiny:m0.5-v0.999": "betas 0.5, 0.999", "tiny:m0.95-v0.999": "betas 0.95, 0.999", "tiny:e0": "endpoint 0",
+        "tiny:e0.5": "endpoint 0.5", "tiny:e1": "endpoint 1", "tiny:batch/2": "batch 128", "tiny:batch/4": "batch 64",
+        "tiny:constant": "constant rate", "tiny:linear": "linear decay over all",
+        "tiny:cosine": "cosine decay over all", "tiny:cosine-half": "cosine decay over half",
+        "tiny:warmup": "warm-up of 100 steps", "tiny:ema": "EMA 0.99", "tiny:ema-constant": "constant rate, EMA 0.998",
+        "tiny:fast": "batch 128, warm-up: **fast**", "tiny:fast@1/2": "fast, 1/2 of the images",
+        "tiny:fast@1/3": "fast, 1/3", "tiny:fast@1/4": "fast, 1/4", "tiny:base@1/2": "base, 1/2",
+        "tiny:base@1/4": "base, 1/4", "tiny:paper": "**paper**: beta1 0.5, endpoint 0, constant",
+        "tiny:paper@2": "paper, 2 times the images", "tiny:paper-decay": "paper, with the base's decay",
+        "tiny:1:0": "base, `--lambda_f 0`"},
+    "64 px, small": {"small:paper": "paper", "small:fast@1/3": "fast, 1/3", "small:fast@1/4": "fast, 1/4"},
+    "256 px, tiny": {
+        "photos:base": "**base**, batch 32", "photos:m0.5": "beta1 0.5",
+        "photos:e0@1/2": "endpoint 0, 1/2 of the images",
+        "photos:base@1/2": "base, 1/2", "photos:base@1/3": "base, 1/3", "photos:base@1/4": "base, 1/4",
+        "photos:growfast@1/2": "64, 128, 256 px, warm-up: **fast**, 1/2 of the time",
+        "photos:growfast@1/4": "fast, 1/4 of the time", "photos:paper": "**paper**",
+        "photos:paper@2": "paper, 2 times the images", "photos:e1": "endpoint 1", "photos:m0.95": "beta1 0.95",
+        "photos:v0.99": "beta2 0.99", "photos:batch/2": "batch 16", "photos:batch*2": "batch 64",
+        "photos:linear": "linear decay over all", "photos:ema": "EMA 0.99"},
+}
+RATES = 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3
+
+
+def load(name):
+    with open(os.path.join(HERE, name)) as f:
+        return [json.loads(line) for line in f]
+
+
+def gpu_seconds(line, speeds):
+    """What the row's steps take alone on a GPU, one number for each stage."""
+    model = "small" if line["setting"].startswith("small") else "tiny"
+    shapes = [f"{model}/{size}/{batch}" for size, batch in zip(line["size"], line["batch"])]
+    return [steps * speeds[shape] for steps, shape in zip(line["steps"], shapes)]
+
+
+def by_setting(lines):
+    """{setting: {(rate, seed): line}}."""
+    settings = {}
+    for line in lines:
+        settings.setdefault(line["setting"], {})[line["rate"], line["seed"]] = line
+    return settings
+
+
+def best(settings, name):
+    """The lines of a setting, one for each seed, at the best rate of seed 0; or at the rate after an = in the name."""
+    name, _, rate = name.partition("=")
+    rows = settings[name]
+    rate = float(rate or max((x["psnr"], rate) for (rate, seed), x in rows.items() if seed == 0 and "psnr" in x)[1])
+    return [rows[rate, seed] for seed in (0, 1) if (rate, seed) in rows]
+
+
+def both(lines, key, digits=2):
+    return " / ".join(f"{x[key]:.{digits}f}" for x in lines) or "–"
+
+
+def spread(settings, wanted):
+    """(pairs, standard deviation of PSNR, of the probe) between two seeds, pooled over the settings `wanted` takes."""
+    pairs = [(rows[rate, 0], x) for name, rows in settings.items() if wanted(name)
+             for (rate, seed), x in rows.items() if seed == 1 and "psnr" in x and "psnr" in rows.get((rate, 0), {})]
+    deviation = lambda key: math.sqrt(sum((a[key] - b[key]) ** 2 / 2 for a, b in pairs) / len(pairs))
+    return len(pairs), deviation("psnr"), deviation("linear")
+
+
+def text(settings, speeds):
+    """All tables, as lines of Markdown."""
+    yield from ("", "| seeds 0 / 1 | rate | steps | GPU s | share | PSNR | probe | 42 kept back |", "|---" * 8 + "|")
+    for title, names in HEADLINE.items():
+        whole = None
+        for name in names.split():
+            lines = best(settings, name)
+            seconds, steps = sum(gpu_seconds(lines[0], speeds)), " + ".join(map(str, lines[0]["steps"]))
+            whole = whole or seconds
+            lever = name.partition(":")[2].partition("=")[0]
+            yield (f"| {title}: {lever} | {lines[0]['rate']:g} | {steps} | {seconds:.1f} "
+                   f"| {seconds / whole:.2f} | {both(lines, 'psnr')} | {both(lines, 'linear')} "
+                   f"| {both([x['kept'] for x in lines if 'kept' in x], 'psnr')} |")
+    for title, names in LEVERS.items():
+        yield from ("", f"| {title}: PSNR of seed 0 at rate | " + " | ".join(f"{r:g}" for r in RATES)
+                    + " | best, seed 1 | probe | L_dist | GPU s |", "|---" * (5 + len(RATES)) + "|")
+        for name, label in names.items():
+            if name not in settings:
+                yield f"| {label} | not run |" + " |" * (3 + len(RATES))
+                continue
+            psnr = {rate: f"{x['psnr']:.2f}" if "psnr" in x else "diverged"
+                    for (rate, seed), x in settings[name].items() if seed == 0}
+            lines = best(settings, name)
+            yield (f"| {label} | " + " | ".join(psnr.get(rate, "") for rate in RATES) + f" | {both(lines[1:], 'psnr')} "
+                   f"| {both(lines, 'linear')} | {both(lines, 'loss_dist', 4)} "
+                   f"| {sum(gpu_seconds(lines[0], speeds)):.1f} |")
+    teachers = " and ".join(f"{best(settings, name)[0]['linear_teacher']:.2f} (`{name.partition(':')[0]}`)"
+                            for name in ("tiny:base", "small:paper"))
+    constant = lambda name: name.partition(":")[2].partition("@")[0] in ("paper", "constant", "ema-constant")
+    falling = lambda *bases: lambda name: name.partition(":")[0] in bases and not constant(name)
+    kinds = {"at 64 px with a falling rate": falling("tiny", "small"), "at 256 px with a falling rate": falling("photos"),
+             "with the paper's constant rate": lambda name: "paper" in name and constant(name)}
+    noise = ["{1:.2f} dB and {2:.2f} points of the probe {3} ({0} pairs)".format(*spread(settings, kind), name)
+             for name, kind in kinds.items()]
+    yield from ("", f"Teachers: probe {teachers}. Standard deviation between two seeds: {', '.join(noise)}.", "")
+    yield from ("| alone on one H200: teacher/size/batch | ms a step | img/s | ms with `--ema` |", "|---|---|---|---|")
+    for x in sorted(load("speeds.jsonl"), key=lambda x: [int(n) if n.isdigit() else n for n in x["shape"].split("/")]):
+        rate = int(x["shape"].split("/")[2]) / x["seconds"]
+        yield f"| {x['shape']} | {1e3 * x['seconds']:.2f} | {rate:,.0f} | {1e3 * x['seconds_ema']:.2f} |"
+    yield ""
+
+
+def main():
+    settings, speeds = by_setting(load("results.jsonl")), {x["shape"]: x["seconds"] for x in load("speeds.jsonl")}
+    readme = os.path.join(HERE, "README.md")
+    with open(readme) as f:
+        before, begin, rest = f.read().partition("<!-- tables.py writes from here -->\n")
+    _, end, after = rest.partition("<!-- to here -->\n")
+    assert end, f"{readme} has lost the comments that the tables stand between"
+    with open(readme, "w") as f:
+        f.write(before + begin + "\n".join(text(settings, speeds)) + "\n" + end + after)
+
+
+if __name__ == "__main__":
+    main()
