@@ -332,12 +332,19 @@ def scratch_copy(folder):
     return folder
 
 
+def heed_signals():
+    """A command that a shell started in the background ignores SIGINT, and under nohup SIGHUP; tests send both."""
+    for number in signal.SIGINT, signal.SIGHUP:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def run_tests(folder, names, seconds):
     """Whether the tests pass in a copy, within that time. What they started is ended with them, known by a mark in its environment."""
     mark = f"UNIFLOW_MUTANT={folder}"
     env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **dict([mark.split("=", 1)])}
-    child = subprocess.Popen([sys.executable, "test_all.py", *names], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.DEVNULL, start_new_session=True)
+    with open(folder + ".txt", "w") as said:
+        child = subprocess.Popen([sys.executable, "test_all.py", *names], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+                                 start_new_session=True, preexec_fn=heed_signals)
     try:
         return child.wait(seconds) == 0
     except subprocess.TimeoutExpired:
@@ -372,7 +379,8 @@ def main(argv=None):
     ap = argparse.ArgumentParser(description="Apply each mutant to a copy of the repository; which of them do the tests notice?")
     ap.add_argument("names", nargs="*", metavar="NAME", help="part of a mutant's name, or a file [all]")
     ap.add_argument("--jobs", type=int, default=1, help="mutants at a time [%(default)s]")
-    ap.add_argument("--quick", action="store_true", help="only the tests that a mutant names, not the suite where these pass")
+    ap.add_argument("--quick", action="store_true", help="only the tests that a mutant names: neither the suite where these pass, nor first the "
+        "tests without a mutant")
     ap.add_argument("--check", action="store_true", help="only check that the table is true")
     args = ap.parse_args(argv)
     wrong = wrong_entries(HERE)
@@ -386,8 +394,8 @@ def main(argv=None):
         for job in range(args.jobs):
             copies.put(scratch_copy(os.path.join(tmp, str(job))))
         named = sorted({test for m in chosen if not m.equivalent for test in m.tests.split()})
-        if named and not run_tests(copies.queue[0], named, 1800):
-            print("the tests that these mutants name fail without a mutant: mend that first")
+        if named and not args.quick and not run_tests(copies.queue[0], named, 1800):
+            print(open(copies.queue[0] + ".txt").read(), "the tests that these mutants name fail without a mutant: mend that first", sep="")
             return 1
 
         def judge(mutant):

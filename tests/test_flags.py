@@ -66,6 +66,47 @@ CHECKED = {
 }
 
 
+# What a command does that does not say otherwise: the paper's and the README's values, by hand.
+DEFAULTS = {
+    "train.py": dict(data=None, val=None, crop_scale=[0.8, 1.0], max_bad_images=0.01, teacher="tiny", teacher_weights=None, init=None, projector="mlp",
+                     decoder="flow", strategy="adaptive", beta=2.0, lambda_d=1.0, lambda_f=1.0, freeze_encoder=False, encoder_lr_scale=1.0,
+                     weight_decay=0.0, clip=1.0, drop_path=0.0, seed=0, checkpoint_activations=False, out="out", log_every=50, eval_every=1000,
+                     save_every=1000, keep_every=None, resume_anyway=False, bench=False, compile=False, workers=1),
+    "eval.py": dict(weights="out/model.safetensors", fit=None, pca=False, probe=False, teacher=None, teacher_weights=None, latent_stats=False, fid=None,
+                    save_latents=None, save_stats=None, size=None, resolution="native", steps=1, seed=0, batch_size=32, bf16=False, out=None),
+    "sample.py": dict(weights=None, size=None, steps=1, seed=0, out=None, save_latent=None, features=False, bench=False)}
+RECIPE = dict(latent_dim=64, gtb_depth=6, flow_depth=12, flow_width=1024, lr=2e-4, batch_size=512, epochs=30, steps=None, endpoint=0.0, lr_decay=0.0)
+OURS = dict(size=64, latent_dim=16, gtb_depth=3, flow_depth=6, batch_size=256, micro_batch=256, steps=20_000, epochs=None, endpoint=0.0, lr_decay=0.5)
+RECIPES = {  # the paper's Tables 6-9; small and tiny are ours, with a GPU
+    "internvit": dict(RECIPE, size=448, micro_batch=32), "internvit-v2_5": dict(RECIPE, size=448, micro_batch=32),
+    "dinov2": dict(RECIPE, size=378, micro_batch=32), "siglip2": dict(RECIPE, size=256, micro_batch=64, flow_width=1152),
+    "siglip2-l": dict(RECIPE, size=256, micro_batch=64), "clip": dict(RECIPE, size=224, micro_batch=128),
+    "small": dict(OURS, flow_width=512, lr=5e-4), "tiny": dict(OURS, flow_width=384, lr=1e-3)}
+
+
+def test_defaults_and_recipes_by_hand():
+    parsed = {"train.py": train.parse_args([]), "eval.py": evaluation.parse_args(["--data", "x"]), "sample.py": sample.parse_args(["x.png"])}
+    for script, expected in DEFAULTS.items():
+        found = {k: getattr(parsed[script], k) for k in expected}
+        assert found == expected, (script, {k for k in expected if found[k] != expected[k]})
+    with unittest.mock.patch.object(torch.cuda, "is_available", lambda: True):
+        for name, expected in RECIPES.items():
+            found = vars(train.parse_args(["--teacher", name]))
+            assert {k: found[k] for k in expected} == expected, (name, {k: found[k] for k in expected if found[k] != expected[k]})
+    with tempfile.TemporaryDirectory() as tmp:  # a teacher of one's own has the paper's recipe at its own size
+        found = vars(train.parse_args(["--teacher", micro_teacher(tmp)]))
+        assert {k: found[k] for k in RECIPE} == RECIPE and found["size"] == 16
+    for flag, low in (("--steps", 0), ("--batch_size", 0), ("--latent_dim", 0), ("--flow_width", 0), ("--log_every", 0), ("--micro_batch", 0),
+                      ("--lr", -1), ("--beta", -1), ("--lambda_f", -1), ("--seed", -1), ("--weight_decay", -1), ("--endpoint", 1.5), ("--endpoint", -0.1),
+                      ("--lr_decay", 1.1), ("--drop_path", 0.95), ("--max_bad_images", 2)):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                train.parse_args([flag, str(low)])
+                raise AssertionError(f"{flag} {low} was accepted")
+            except SystemExit as e:
+                assert e.code == 2 and flag in said.getvalue()
+
+
 class Stop(BaseException):
     """Ends a script at its parse_args."""
 
@@ -286,7 +327,7 @@ def test_flags_of_the_output():
         each = log_lines(out)[:5]
         out = os.path.join(tmp, "some")
         with unittest.mock.patch.object(os, "replace", seen):
-            train_quietly(*flags, "--out", out, "--log_every", 2, "--eval_every", 3, "--save_every", 2, "--keep_every", 4)
+            said = train_quietly(*flags, "--out", out, "--log_every", 2, "--eval_every", 3, "--save_every", 2, "--keep_every", 4)
         some = log_lines(out)
         training, judged = ([x for x in some if ("loss" in x) == kind] for kind in (True, False))
         assert [x["step"] for x in training] == [2, 4, 5] and [x["step"] for x in judged] == [3, 5]
@@ -297,6 +338,14 @@ def test_flags_of_the_output():
         assert models == [("state.pt", 2), ("model.safetensors", 2), ("model_0000004.safetensors", 4), ("state.pt", 4), ("model.safetensors", 4),
                           ("state.pt", 5), ("model.safetensors", 5)], "the copy that is kept, what alone is enough to resume, then the model"
         assert sorted(os.listdir(os.path.join(out, "samples"))) == ["step_000003.png", "step_000005.png"]
+        three = lambda layers: " ".join(f"{layers[k]:.3f}" for k in (0, 1, 2))
+        for line in training:  # what is printed is what is logged; the first, middle and last of three layers are all
+            assert (f"step {line['step']:6d}/5 | loss {line['loss']:.4f} | flow {line['loss_flow']:.4f} | dist {line['loss_dist']:.4f} | alpha "
+                    f"{three(line['alpha'])} | w {three(line['weight'])} | grad {line['grad_norm']:.2f} | lr {line['lr']:.1e} | ") in said, said
+        for line in judged:
+            assert f"one-step PSNR {line['psnr']:.2f} dB" in said and " ".join(f"{x:.3f}" for x in line["flow_by_t"]) in said
+        config = encoder.read_config(os.path.join(out, "model.safetensors"))
+        assert (config["teacher"], config["step"], config["size"]) == (flags[1], 5, 16) and config["teacher_weights"] is None
         last = trained(tmp, "--data", folder, "--steps", 5, "--drop_path", 0.5)
         assert all(torch.equal(last.tensors[k], x) for k, x in load_file(os.path.join(out, "model.safetensors")).items())
         for epochs, steps in ((1, 2), (3, 7)):  # of 10 images in batches of 4
@@ -333,7 +382,10 @@ def test_flags_of_eval():
             said, found = evaluate(*base, "--steps", steps, "--seed", seed, "--size", size, "--out", report)
             quality = found["results"]["tokenizer"]["psnr"]
             assert abs(quality - mean_psnr(*by_hand(weights, folder, size, steps, seed))) < 1e-3, (steps, seed, size)
-            assert json.load(open(report))["results"] == found["results"] and f"{quality:.2f}" in said
+            row = found["results"]["tokenizer"]
+            assert json.load(open(report))["results"] == found["results"] and re.search(
+                rf"\ntokenizer +{quality:.2f}  {row['ssim']:.4f}      {row['ssim_paper']:.4f}\n", said + "\n"), said
+            assert (found["images"], found["data"], found["step"], found["teacher"]) == (5, [folder], None, os.path.join(tmp, "teacher.safetensors"))
             seen.add(round(quality, 4))
         assert len(seen) == 4, "the example must tell the flags apart"
         # --resolution 256: what came out is resized, and compared with a crop of the original that never went through 16 pixels

@@ -5,12 +5,13 @@ from tests.helpers import (  # first: it sets the environment that torch reads w
     train_quietly)
 
 import glob
+import inspect
 import io
 import itertools
 import json
 import math
 import os
-import shutil
+import re
 import tempfile
 import unittest.mock
 from dataclasses import asdict, replace
@@ -110,6 +111,13 @@ def test_position_tables():
     z[0, :, 1, 4] = 1  # row 1, column 4: token 10
     moved = (dec.condition(z) - dec.condition(torch.zeros_like(z)))[0].abs().sum(1)
     assert moved[10] > 1e-3 and (moved > 1e-6).sum() == 1
+
+
+def test_positions_are_resized_in_fp32():
+    pos = torch.randn(1, 64, 5).bfloat16()
+    for module in encoder, decoder:
+        found = module.resize_grid(pos, 12, 7)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, module.resize_grid(pos.float(), 12, 7).bfloat16())
 
 
 def test_small_activations_show_every_epsilon():
@@ -281,6 +289,15 @@ def test_a_jpeg_is_decoded_no_smaller_than_its_crop_needs():
         assert data.load_image(f, short).size == (side, side), "the smallest of 1, 1/2, 1/4, 1/8 that has twice the pixels"
 
 
+def test_every_extension_is_found():
+    names = [f"{i}{ext}" for i, ext in enumerate(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .JPG .Png".split())]
+    with tempfile.TemporaryDirectory() as tmp:
+        for name in [*names, "a.txt", "b.npz", "c"]:
+            open(os.path.join(tmp, name), "w").close()
+        read = data.ImageDataset(tmp, 16, train=False)
+        assert [os.path.basename(read.path(i)) for i in range(len(read))] == sorted(names)
+
+
 def test_augmentation_is_a_function_of_the_number():
     """Sample n and n + len(data), the same picture of another epoch, are cropped by other draws."""
     with tempfile.TemporaryDirectory() as tmp:
@@ -348,6 +365,8 @@ def test_the_probe_is_sgd_with_momentum_and_a_cosine_schedule():
     expected = 100 * (model((test_x - mean) / std).argmax(1) == test_y).double().mean().item()
     found = evaluation.linear_probe(x, y, test_x, test_y, 4, epochs=3, batch=100, rates=(0.03,))
     assert found == (expected, 0.03) and 30 < expected < 90, (found, expected)
+    defaults = {name: p.default for name, p in inspect.signature(evaluation.linear_probe).parameters.items()}
+    assert (defaults["epochs"], defaults["batch"], defaults["rates"]) == (40, 1024, (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)), "as the protocol says"
 
 
 def test_votes_of_the_nearest_neighbours():
@@ -391,7 +410,7 @@ def test_the_probe_sees_the_right_tokens_and_labels():
         weights = tokenizer_file(tmp)
         fit, val = class_folder(os.path.join(tmp, "fit"), "abc", 8), class_folder(os.path.join(tmp, "val"), "bc", 5, offset=9)
         with unittest.mock.patch.multiple(evaluation, nearest_neighbours=spy, linear_probe=spy_linear):
-            _, report = evaluate("--data", val, "--fit", fit, "--weights", weights, "--inception", "none", "--probe", "--batch_size", 4, "--seed", 6)
+            text, report = evaluate("--data", val, "--fit", fit, "--weights", weights, "--inception", "none", "--probe", "--batch_size", 4, "--seed", 6)
         enc = encoder.Encoder.from_pretrained(weights)
         teacher = encoder.load_teacher(os.path.join(tmp, "teacher.safetensors"))
         images = [torch.stack([torch.tensor(np.array(Image.open(p))).permute(2, 0, 1) for p in sorted(glob.glob(os.path.join(root, "*", "*.png")))]) / 255
@@ -419,6 +438,9 @@ def test_the_probe_sees_the_right_tokens_and_labels():
         figures = next((found, rest) for x2, found, rest in rates if torch.equal(x2, x))
         assert (said["linear"], said["learning_rate"]) == figures[0] and figures[1] == (6,), "--seed is the probe's, too"
         assert said["knn"] == knn(x, y, test_x, test_y)
+    both = report["probe"]["last layer"]["student"], report["probe"]["last layer"]["teacher"]
+    row = [float(x) for x in re.search(r"\nlast layer +([\d. ]+)\n", text)[1].split()]
+    assert np.allclose(row, [both[0]["linear"], both[1]["linear"], both[0]["knn"], both[1]["knn"]], atol=0.006), text
     assert all(report["probe"]["last layer"][who]["knn"] > 80 for who in ("student", "teacher")), "colours are easily told apart"
 
 
@@ -663,13 +685,15 @@ def test_what_ranks_share():
         lines = log_lines(out)
         assert lines[-1] == {"kind": "interrupted", "step": 2} and torch.load(os.path.join(out, "state.pt"), weights_only=True)["step"] == 2, lines
         assert "2 of 8 images cannot be read" in done[0].stdout and not done[1].stdout
-        judged = [x["psnr"] for x in lines if x.get("kind") == "eval"]
+        judged, by_t = ([x[key] for x in lines if x.get("kind") == "eval"] for key in ("psnr", "flow_by_t"))
         # an untrained decoder's velocity is 0, so that what it decodes is the noise
         img = np.stack([x.numpy() for x, _ in data.ImageDataset(val, 16, train=False)]) / 255
         noise = evaluation.image_noise(range(7), 16, 48).view(7, 4, 4, 3, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(7, 3, 16, 16).numpy()
         mean, std = (np.array(x)[:, None, None] for x in IMAGENET)
         expected = numpy_psnr(img, (255 * (noise * std + mean).clip(0, 1)).round() / 255)
         assert len(judged) == 2 and all(abs(x - expected) < 1e-3 for x in judged), (judged, expected)
+        error = np.mean((noise - (img - mean) / std) ** 2)  # at every t, and of all seven pictures: the ranks' first batches have four and three
+        assert np.allclose(by_t, error, rtol=1e-4), (by_t, error)
         # noise: with one grey picture and v = 0 the loss is that of the noise alone, 1 + mean(x^2) but for its sample; two ranks with the
         # same draws would have the loss of one
         losses = []
