@@ -82,6 +82,9 @@ TABLE = [
     ("token for every host", "encoder.py", 'if url.startswith(endpoint + "/") else ""', "", "test_downloads"),
     ("503 is hopeless", "encoder.py", "hopeless = f\"HTTP status {e.code}, {advised}\", e.code < 500", "hopeless = f\"HTTP status {e.code}, {advised}\", e.code < 600", "test_downloads"),
     ("hash of a download unchecked", "encoder.py", "(expected and not digest.startswith(expected))", "False", "test_downloads"),
+    ("oldest file of the cache", "encoder.py", "max(cached, key=os.path.getmtime)", "min(cached, key=os.path.getmtime)", "test_published_files_and_where_they_are_looked_for"),
+    ("another clip", "encoder.py", "timm/vit_large_patch14_clip_224.dfn2b/", "timm/vit_large_patch14_clip_224.openai/", "test_published_files_and_where_they_are_looked_for"),
+    ("positions resized in half precision", "encoder.py", "grid = pos.float().reshape(", "grid = pos.reshape(", "test_positions_are_resized_in_fp32"),
     ("size of a file unchecked", "encoder.py", " or size % c.patch:", ":", "test_hostile_weights"),
     ("unknown tensors accepted", "encoder.py", "not (others or KNOWN_EXTRAS.match(name))", "False", "test_files_that_do_not_fit_are_refused"),
     # ---- decoder.py ----
@@ -122,6 +125,7 @@ TABLE = [
     ("not Xavier", "decoder.py", "nn.init.xavier_uniform_(m.weight)", "nn.init.xavier_normal_(m.weight)", "test_initial_weights_and_modes"),
     ("dead regression", "decoder.py", "            nn.init.normal_(self.head.input_proj.bias)", "            pass", "test_pixel_decoder_learns_from_its_own_initialisation"),
     ("decoder always recomputed", "decoder.py", "recompute = self.checkpoint and", "recompute =", "test_flags_of_the_machine"),
+    ("decoder positions in half precision", "decoder.py", "grid = pos.float().reshape(", "grid = pos.reshape(", "test_positions_are_resized_in_fp32"),
     # ---- distill.py ----
     ("similarity for distance", "distill.py", "return 1 - torch.stack(", "return torch.stack(", "test_layer_distances"),
     ("cls not skipped", "distill.py", "[:, skip:]", "[:, 0:]", "test_fewer_passes_same_numbers test_training_step_drops_cls_and_draws_t_per_patch"),
@@ -164,6 +168,8 @@ TABLE = [
     ("shares overlap", "data.py", "range(first + rank * share, ", "range(first + rank, ", "test_sample_sequence_is_the_same_for_ranks_and_workers"),
     ("drawn without the seed", "data.py", "default_rng([self.seed, n, int(self.train)])", "default_rng([n, int(self.train)])", "test_drawn_pictures_are_the_seeds"),
     ("drawn for evaluation as for training", "data.py", "default_rng([self.seed, n, int(self.train)])", "default_rng([self.seed, n, 0])", "test_drawn_pictures"),
+    ("webp left out", "data.py", '".png", ".webp", ', '".png", ', "test_every_extension_is_found"),
+    ("capital extensions left out", "data.py", "name.lower().endswith(EXTENSIONS)", "name.endswith(EXTENSIONS)", "test_every_extension_is_found"),
     # ---- eval.py: metrics ----
     ("psnr of amplitudes", "eval.py", "return -10 * (a.double()", "return -20 * (a.double()", "test_psnr_closed_form"),
     ("ssim sigma", "eval.py", "- 5) / 1.5)", "- 5) / 1.6)", "test_ssim_equals_scikit_image"),
@@ -211,6 +217,9 @@ TABLE = [
     ("pca fitted on --data", "eval.py", 'job.images("fit PCA", fit)', 'job.images("fit PCA", inputs)', "test_eval_measures_the_pca_of_fit"),
     ("scores of one rank", "eval.py", "sum(job.gather(x)) / len(inputs) for row", "x / len(inputs) for row", "test_figures_do_not_depend_on_batch_or_ranks"),
     ("moments of one rank", "eval.py", "self.gather((moments.count, moments.mean.cpu(), moments.scatter.cpu()))", "[(moments.count, moments.mean.cpu(), moments.scatter.cpu())]", "test_figures_do_not_depend_on_batch_or_ranks test_latent_statistics_and_saved_latents"),
+    ("columns of the probe's table", "eval.py", 'for kind in ("linear", "knn") for who in ("student", "teacher")]', 'for who in ("student", "teacher") for kind in ("linear", "knn")]', "test_the_probe_sees_the_right_tokens_and_labels"),
+    ("epochs of the probe", "eval.py", "epochs=40, batch", "epochs=10, batch", "test_the_probe_is_sgd_with_momentum_and_a_cosine_schedule"),
+    ("default batch of eval", "eval.py", '"--batch_size", type=int, default=32', '"--batch_size", type=int, default=64', "test_defaults_and_recipes_by_hand"),
     ("fid always at 256", "eval.py", 'None if args.resolution == "native" else 256', "256", "test_fid_between_anything"),
     ("fid never at 256", "eval.py", 'None if args.resolution == "native" else 256', "None", "test_fid_statistics_by_numpy test_fid_between_anything"),
     ("statistics of B saved", "eval.py", "mu=np.asarray(found[0][0]), sigma=np.asarray(found[0][1])", "mu=np.asarray(found[-1][0]), sigma=np.asarray(found[-1][1])", "test_fid_statistics_by_numpy"),
@@ -263,6 +272,12 @@ TABLE = [
     ("workers not handed on", "train.py", "num_workers=args.workers, pin_memory", "num_workers=0 * args.workers, pin_memory", "test_flags_of_the_machine"),
     ("validation's seed", "train.py", "micro_batch, args.seed, autocast", "micro_batch, 0, autocast", "test_validation_sees_whole_networks"),
     ("flops of the step", "train.py", "3 * tokenizer_flops", "2 * tokenizer_flops", "test_flops_against_the_closed_form"),
+    ("default clip", "train.py", '"--clip", type=float, default=1.0', '"--clip", type=float, default=0.0', "test_defaults_and_recipes_by_hand"),
+    ("default crops", "train.py", "default=[0.8, 1.0]", "default=[0.7, 1.0]", "test_defaults_and_recipes_by_hand"),
+    ("rate of small", "train.py", '"small": dict(OURS, lr=5e-4', '"small": dict(OURS, lr=1e-3', "test_defaults_and_recipes_by_hand"),
+    ("micro-batch of clip", "train.py", "size=224, micro_batch=128", "size=224, micro_batch=64", "test_defaults_and_recipes_by_hand"),
+    ("printed weights are alphas", "train.py", "w {three(x['weight'])}", "w {three(x['alpha'])}", "test_flags_of_the_output"),
+    ("first flow of the first batch", "eval.py", "* len(numbers)", "* len(img)", "test_what_ranks_share test_validation_during_training"),
     # ---- train.py: ranks ----
     ("noise without the rank", "train.py", "seed_step(args.seed, now.step, m, rank)", "seed_step(args.seed, now.step, m)", "test_what_ranks_share"),
     ("noise without the micro-step", "train.py", "seed_step(args.seed, now.step, m, rank)", "seed_step(args.seed, now.step, 0, rank)", "test_every_micro_step_draws_its_own_noise"),
@@ -291,6 +306,7 @@ TABLE = [
     ("log loses the last line", "train.py", '["step"] <= step', '["step"] < step', "test_resume_is_exact"),
     ("kept copy of every step", "train.py", "if args.keep_every and now.step % args.keep_every == 0:", "if args.keep_every:", "test_flags_of_the_output"),
     ("deviation of the mean", "train.py", 'latent_std=state["latent_std"])', 'latent_std=state["latent_mean"])', "test_file_round_trip_and_latent_statistics"),
+    ("skipped steps in the mean", "train.py", "torch.where(skip, 0, row)", "torch.nan_to_num(row, 0, 0, 0)", "test_a_resume_restores_every_field"),
     # ---- sample.py ----
     ("padded above and left", "sample.py", "(0, -W % p, 0, -H % p)", "(-W % p, 0, -H % p, 0)", "test_sample_against_numpy"),
     ("padding mirrors", "sample.py", 'mode="replicate"', 'mode="reflect"', "test_sample_against_numpy test_sample_decodes_what_it_saved"),
