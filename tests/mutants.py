@@ -278,6 +278,10 @@ TABLE = [
     ("micro-batch of clip", "train.py", "size=224, micro_batch=128", "size=224, micro_batch=64", "test_defaults_and_recipes_by_hand"),
     ("printed weights are alphas", "train.py", "w {three(x['weight'])}", "w {three(x['alpha'])}", "test_flags_of_the_output"),
     ("first flow of the first batch", "eval.py", "* len(numbers)", "* len(img)", "test_what_ranks_share test_validation_during_training"),
+    ("initialised without the seed", "train.py", "torch.manual_seed(args.seed)", "torch.manual_seed(0)", "test_data_flags_of_training"),
+    ("speed of one step", "train.py", "(time.time() - tick) / timed", "(time.time() - tick)", "test_flags_of_the_output"),
+    ("evaluations count as training", "train.py", "        if logging or evaluating or saving:\n", "        if logging:\n", "test_flags_of_the_output"),
+    ("names of the pictures not compared", "train.py", "hashlib.sha256(data.names)", "hashlib.sha256(b'')", "test_a_resume_compares_every_argument"),
     # ---- train.py: ranks ----
     ("noise without the rank", "train.py", "seed_step(args.seed, now.step, m, rank)", "seed_step(args.seed, now.step, m)", "test_what_ranks_share"),
     ("noise without the micro-step", "train.py", "seed_step(args.seed, now.step, m, rank)", "seed_step(args.seed, now.step, 0, rank)", "test_every_micro_step_draws_its_own_noise"),

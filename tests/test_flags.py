@@ -193,6 +193,9 @@ def test_data_flags_of_training():
             assert run.state["samples"] == 2 * batch
             seen.add(run.lines[0]["loss_flow"])
         assert len(seen) == 5, "the example must tell the flags apart"
+        first, again, other = (trained(tmp, "--data", folder, "--lr", 0, "--seed", seed).tensors for seed in (0, 0, 1))
+        for key in "decoder.blocks.0.qkv.weight", "encoder.latent_down.0.weight":
+            assert torch.equal(first[key], again[key]) and not torch.equal(first[key], other[key]), "--seed is the initialisation's, too"
         # drawn pictures, too; and --val: of another folder, against the mean colour, which an untrained regression gives
         run = trained(tmp, "--decoder", "pixel", "--seed", 5)
         drawn = np.stack([data.ProceduralDataset(16, train=True, seed=5)[n][0].numpy() for n in range(4)])
@@ -348,6 +351,22 @@ def test_flags_of_the_output():
         assert (config["teacher"], config["step"], config["size"]) == (flags[1], 5, 16) and config["teacher_weights"] is None
         last = trained(tmp, "--data", folder, "--steps", 5, "--drop_path", 0.5)
         assert all(torch.equal(last.tensors[k], x) for k, x in load_file(os.path.join(out, "model.safetensors")).items())
+        # speed: by a clock that the networks alone move, two seconds a step; evaluations do not count
+        clock, forward = [1e9], encoder.Encoder.forward
+
+        def slow(self, img):
+            clock[0] += 2 * (img.device.type != "meta")
+            return forward(self, img)
+        out = os.path.join(tmp, "clock")
+        with unittest.mock.patch.object(encoder.Encoder, "forward", slow), unittest.mock.patch("time.time", lambda: clock[0]):
+            said = train_quietly(*flags, "--out", out, "--log_every", 2, "--eval_every", 2)
+        timed = [x for x in log_lines(out, timing=True) if "loss" in x]
+        assert [x["img_s"] for x in timed] == [2, 2, 2] and "eta 00:06" in said and "eta 00:02" in said, (timed, said)
+        blocks = lambda tokens, width, mlp, depth: depth * (2 * tokens * (4 * width ** 2 + 2 * width * mlp) + 4 * tokens ** 2 * width)
+        vit = blocks(17, 32, 64, 3) + 2 * 16 * 48 * 32
+        head = 2 * 16 * (48 * 96 + 256 * 96 + 96 * 96 + 32 * 96 + 2 * (2 + 3) * 96 * 96 + 2 * 96 * 96 + 96 * 48)
+        rest = 2 * 16 * (32 * 32 + 32 * 8 + 8 * 32 + 32 * 32) + blocks(16, 32, 128, 1)
+        assert all(abs(x["tflops_per_gpu"] * 1e12 / (2 * (4 * vit + 3 * (rest + head))) - 1) < 1e-9 for x in timed), "teacher once, the rest three times"
         for epochs, steps in ((1, 2), (3, 7)):  # of 10 images in batches of 4
             out = os.path.join(tmp, f"epochs{epochs}")
             train_quietly(*flags[:-2], "--epochs", epochs, "--eval_every", 100, "--out", out)

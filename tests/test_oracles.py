@@ -683,6 +683,10 @@ def test_a_resume_compares_every_argument():
             raises(ValueError, train_quietly, *flags, 2, words=[f"{key} was 0.123", "resume_anyway"])
         torch.save({**state, "args": {**state["args"], **{key: 0.123 for key in MAY_DIFFER}}}, os.path.join(out, "state.pt"))
         assert "resumed" in train_quietly(*flags, 2)
+        folder, out = picture_folder(tmp)[0], os.path.join(tmp, "named")
+        train_quietly(*flags[:-1], "--out", out, "--data", folder, "--steps", 1)
+        os.rename(os.path.join(folder, "class0", "4.png"), os.path.join(folder, "class0", "40.png"))  # as many pictures, but others
+        raises(ValueError, train_quietly, *flags[:-1], "--out", out, "--data", folder, "--steps", 2, words="images was 10 images")
 
 
 # ---- what ranks share ----
