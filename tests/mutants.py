@@ -227,7 +227,7 @@ TABLE = [
     ("validate without eval mode", "eval.py", "encoder.eval(), decoder.eval()", "pass", "test_validation_sees_whole_networks"),
     ("validate stays in eval mode", "eval.py", "encoder.train(), decoder.train()", "pass", "test_validation_sees_whole_networks"),
     ("validation of one rank", "eval.py", "        dist.all_reduce(total)", "        pass", "test_what_ranks_share"),
-    ("validation not rounded", "eval.py", "rec = round_uint8(decoder.decode(z, noise=noise))", "rec = decoder.decode(z, noise=noise)", "test_validation_during_training test_validation_sees_whole_networks"),
+    ("validation not rounded", "eval.py", "rec = round_uint8(decoder.decode(z, noise=noise))", "rec = decoder.decode(z, noise=noise)", "test_data_flags_of_training"),
     ("validation's times reversed", "eval.py", "t = (k + torch.rand(", "t = (9 - k + torch.rand(", "test_validation_during_training"),
     # ---- train.py: flags ----
     ("paper's rate", "train.py", "PAPER = dict(lr=2e-4", "PAPER = dict(lr=1e-4", "test_recipes_are_the_papers"),

@@ -212,6 +212,10 @@ def test_data_flags_of_training():
             line, = trained(tmp, "--data", folder, *flags, "--decoder", "pixel", "--lr", 1e-12).evals
             assert abs(line["psnr"] - against_mean_colour(root)) < 1e-3, flags
         assert abs(against_mean_colour(val) - against_mean_colour(folder)) > 0.1
+        one = os.path.join(tmp, "one")  # the mean colour is 123.7, 116.3, 103.5, rounded 124, 116, 104: off by one everywhere
+        os.makedirs(one), Image.new("RGB", (16, 16), (125, 117, 105)).save(os.path.join(one, "0.png"))
+        line, = trained(tmp, "--data", folder, "--val", one, "--decoder", "pixel", "--lr", 1e-12).evals
+        assert abs(line["psnr"] - 20 * np.log10(255)) < 1e-3, "rounded to what a file can hold"
 
 
 def test_flags_of_the_optimizer():
