@@ -33,16 +33,17 @@ from tqdm import tqdm
 import distill
 from data import ImageDataset, ProceduralDataset, collate, cores, sample_numbers, split_batch
 from decoder import Decoder, DecoderConfig, sample_t
-from encoder import (TEACHERS, Encoder, UserError, ViT, fetch, load_exactly, load_teacher, parameter_groups, read_config,
-                     teacher_config, write_atomically, write_model)
+from encoder import (TEACHERS, Encoder, UserError, ViT, fetch, load_exactly, load_teacher, parameter_groups,
+                     read_config, teacher_config, write_atomically, write_model)
 from eval import commit, ignore_signals, spread, validate
 from tools.run import INTERRUPTS, Run, command_line, listen, load_checkpoint, restore_optimizer, saving, write_names
 
-# The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512); small
-# and tiny are ours. micro_batch: images a GPU holds at once, for 80 GB.
-PAPER = dict(lr=2e-4, lr_decay=0.0, latent_dim=64, gtb_depth=6, flow_depth=12, flow_width=1024, batch_size=512, micro_batch=32,
-             epochs=30, endpoint=0.0)
-OURS = dict(lr_decay=0.5, size=64, latent_dim=16, gtb_depth=3, flow_depth=6, batch_size=256, micro_batch=256, steps=20_000, endpoint=0.0)
+# The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512);
+# small and tiny are ours. micro_batch: images a GPU holds at once, for 80 GB.
+PAPER = dict(lr=2e-4, lr_decay=0.0, latent_dim=64, gtb_depth=6, flow_depth=12, flow_width=1024, batch_size=512,
+             micro_batch=32, epochs=30, endpoint=0.0)
+OURS = dict(lr_decay=0.5, size=64, latent_dim=16, gtb_depth=3, flow_depth=6, batch_size=256, micro_batch=256,
+            steps=20_000, endpoint=0.0)
 RECIPES = {
     "internvit": dict(PAPER, size=448),
     "internvit-v2_5": dict(PAPER, size=448),
@@ -54,13 +55,14 @@ RECIPES = {
     "small": dict(OURS, lr=5e-4, flow_width=512),
     "tiny": dict(OURS, lr=1e-3, flow_width=384),
 }
-# small and tiny without a GPU. Differs from the authors: in 400 steps their times leave t = 1, where one-step decoding looks, almost
-# untrained (16.6 dB on drawn pictures against 19.9), and a constant rate ends in noise (19.1 dB against 22.5).
+# small and tiny without a GPU. Differs from the authors: in 400 steps their times leave t = 1, where one-step decoding
+# looks, almost untrained (16.6 dB on drawn pictures against 19.9), and a constant rate ends in noise (19.1 dB to 22.5).
 ON_CPU = dict(batch_size=8, micro_batch=8, steps=400, endpoint=0.5)
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165, "3090": 71}  # dense bf16
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165,
+               "3090": 71}  # dense bf16
 MAY_DIFFER = set("data val out steps epochs workers micro_batch compile log_every eval_every save_every keep_every "
                  "max_bad_images resume_anyway".split())  # when a run is resumed; not images, val_images
-STATE = "encoder decoder optimizer latent_mean latent_std step samples sums faults bad args id config".split()  # state.pt
+STATE = "encoder decoder optimizer latent_mean latent_std step samples sums faults bad args id config".split()
 TOO_MANY_SKIPPED = 10  # steps in a row with a loss or gradient that is not finite
 
 
@@ -73,20 +75,25 @@ def parse_args(argv=None):
     add("--data", nargs="+", metavar="PATH", help="training images: folders or .zip archives [drawn pictures]")
     add("--val", nargs="+", metavar="PATH", help="images to evaluate on during training")
     add("--size", type=int, help="training size in pixels, a multiple of the patch [%(default)s]")
-    add("--crop_scale", type=float, nargs=2, default=[0.8, 1.0], metavar=("MIN", "MAX"), help="random crop, fractions of the short side %(default)s")
-    add("--max_bad_images", type=float, default=0.01, metavar="FRACTION", help="stop if more of the training images cannot be read [%(default)s]")
+    add("--crop_scale", type=float, nargs=2, default=[0.8, 1.0], metavar=("MIN", "MAX"),
+        help="random crop, fractions of the short side %(default)s")
+    add("--max_bad_images", type=float, default=0.01, metavar="FRACTION",
+        help="stop if more of the training images cannot be read [%(default)s]")
     add("--workers", type=int, help="data loading processes per rank "
         "[%(default)s: cores / ranks, at most 16; 1 without a GPU]")
     add = ap.add_argument_group("model").add_argument
     add("--teacher", default="tiny", help=f"{' '.join(TEACHERS)}, or a self-describing .safetensors file [%(default)s]")
-    add("--teacher_weights", metavar="PATH|random", help="its weights in any published layout, or random [the published file, downloaded]")
-    add("--init", metavar="FILE", help="start from this tokenizer (a file, or uniflow-internvit) instead of a copy of the teacher")
+    add("--teacher_weights", metavar="PATH|random",
+        help="its weights in any published layout, or random [the published file, downloaded]")
+    add("--init", metavar="FILE",
+        help="start from this tokenizer (a file, or uniflow-internvit) instead of a copy of the teacher")
     add("--latent_dim", type=int, help="latent channels [%(default)s]")
     add("--projector", default="mlp", choices=["mlp", "linear"], help="latent projections [%(default)s]")
     add("--gtb_depth", type=int, help="global transformer blocks, 0 for none [%(default)s]")
     add("--flow_depth", type=int, help="residual blocks of the flow head [%(default)s]")
     add("--flow_width", type=int, help="width of the flow head [%(default)s]")
-    add("--decoder", default="flow", choices=["flow", "pixel"], help="pixel regresses the pixels, Table 5c [%(default)s]")
+    add("--decoder", default="flow", choices=["flow", "pixel"],
+        help="pixel regresses the pixels, Table 5c [%(default)s]")
     add = ap.add_argument_group("method").add_argument
     add("--strategy", default="adaptive", choices=distill.STRATEGIES, help="layer weights, Table 5a [%(default)s]")
     add("--beta", type=float, default=2.0, help="temperature of eq. 1 [%(default)s]")
@@ -102,8 +109,8 @@ def parse_args(argv=None):
     length.add_argument("--steps", type=int, help="in optimizer steps [%(default)s]")
     length.add_argument("--epochs", type=int, help="or in passes over the data [%(default)s]")
     add("--lr", type=float, help="AdamW learning rate [%(default)s]")
-    add("--lr_decay", type=float, metavar="FRACTION", help="the last part of the run, over which the rate falls linearly to 0, and rises "
-        "again if --steps extend it [%(default)s]")
+    add("--lr_decay", type=float, metavar="FRACTION", help="the last part of the run, over which the rate falls "
+        "linearly to 0, and rises again if --steps extend it [%(default)s]")
     add("--decay_shape", default="linear", choices=["linear", "cosine"], help="how it falls there [%(default)s]")
     add("--warmup", type=int, default=0, metavar="STEPS", help="the first steps, over which the rate rises linearly "
         "from 0 [%(default)s]")
@@ -112,14 +119,16 @@ def parse_args(argv=None):
     add("--ema", type=float, default=0.0, metavar="DECAY", help="average the weights over the steps, and evaluate "
         "and export the averages; state.pt holds both; 0 for none [%(default)s]")
     add("--encoder_lr_scale", type=float, default=1.0, help="times lr for the pretrained encoder [%(default)s]")
-    add("--weight_decay", type=float, default=0.0, help="of linear and convolution weights; the paper is silent [%(default)s]")
+    add("--weight_decay", type=float, default=0.0,
+        help="of linear and convolution weights; the paper is silent [%(default)s]")
     add("--clip", type=float, default=1.0, help="gradient norm limit, 0 for none; the paper is silent [%(default)s]")
     add("--drop_path", type=float, default=0.0, help="stochastic depth of the student [%(default)s]")
     add("--seed", type=int, default=0, help="of initialisation, sample order, crops, times and noise [%(default)s]")
     add = ap.add_argument_group("machine").add_argument
-    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="compile the blocks, and on "
-        "a single GPU replay the step as a CUDA graph [%(default)s: with a GPU]")
-    add("--checkpoint_activations", action="store_true", help="recompute blocks in the backward pass: less memory, slower")
+    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+        help="compile the blocks, and on a single GPU replay the step as a CUDA graph [%(default)s: with a GPU]")
+    add("--checkpoint_activations", action="store_true",
+        help="recompute blocks in the backward pass: less memory, slower")
     add = ap.add_argument_group("output").add_argument
     add("--out", default="out", metavar="FOLDER", help="where the run lives [%(default)s]")
     add("--log_every", type=int, default=50, metavar="STEPS", help="[%(default)s]")
@@ -132,7 +141,7 @@ def parse_args(argv=None):
     args = ap.parse_args(argv)
 
     config = teacher_config(args.teacher)
-    own = dict(PAPER, size=config.size, flow_width=max(1024, config.width))  # a teacher of one's own: the paper's recipe
+    own = dict(PAPER, size=config.size, flow_width=max(1024, config.width))  # of one's own teacher: the paper's recipe
     workers = max(1, min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if torch.cuda.is_available() else 1
     recipe = {**RECIPES.get(args.teacher, own), "workers": workers}
     if args.teacher in ("small", "tiny") and not torch.cuda.is_available():
@@ -161,7 +170,8 @@ def parse_args(argv=None):
         ap.error(f"--crop_scale is {args.crop_scale}; it is two fractions above 0, at most 1, the smaller first")
     if args.size % config.patch:
         near = max(1, round(args.size / config.patch)) * config.patch
-        ap.error(f"--size {args.size} is no multiple of the patch {config.patch} of teacher {args.teacher}: try --size {near}")
+        ap.error(f"--size {args.size} is no multiple of the patch {config.patch} of teacher {args.teacher}: "
+                 f"try --size {near}")
     return args
 
 
@@ -174,18 +184,18 @@ def rate_factor(step, args):
 
 
 def average_weights(averages, weights, step, decay):
-    """Move the averages (a list of tensors) toward the weights after step 0, 1, ..: a <- d a + (1 - d) w. The first steps
-    forget faster, d = min(decay, (step + 1) / (step + 10)), so that the initial weights leave a short run's average."""
+    """Move the averages (a list of tensors) toward the weights after step 0, 1, ..: a <- d a + (1 - d) w. The first
+    steps forget faster, d = min(decay, (step + 1) / (step + 10)): the initial weights leave a short run's average."""
     torch._foreach_lerp_(averages, weights, 1 - min(decay, (step + 1) / (step + 10)))
 
 
 def losses(teacher, encoder, decoder, img, args, t=None, noise=None):
-    """Section 3 on one micro-batch: img (B, 3, H, W) in [0, 1] -> L_dist, L_flow, layer weights (L,), distances (L,)."""
+    """Section 3 on one micro-batch: img (B, 3, H, W) in [0, 1] -> L_dist, L_flow, layer weights and distances (L,)."""
     P, p = teacher.num_prefix, teacher.config.patch
     with torch.no_grad():
         h_teacher = teacher(img)  # H_T: L x (B, P+N, D)
     z, h_student = encoder(img)  # z (B, C, h, w) = P_down(H_U^(L)); H_U: L x (B, P+N, D)
-    loss_dist, weight, alpha = distill.distill_loss(h_student, h_teacher, args.beta, args.strategy, P)  # spatial tokens only
+    loss_dist, weight, alpha = distill.distill_loss(h_student, h_teacher, args.beta, args.strategy, P)  # without CLS
     if t is None:
         t = sample_t((len(img), img.shape[2] * img.shape[3] // p ** 2), args.endpoint, img.device)  # per patch (B, N)
     loss_flow = decoder(z, img, t, noise)
@@ -198,7 +208,7 @@ def seed_step(*numbers):
 
 
 def model_flops(encoder, decoder, size):
-    """Matrix-product FLOPs of one image of a training step: teacher 1 x, student and decoder 3 x (forward and backward)."""
+    """Matrix-product FLOPs of one image of a training step: teacher 1 x, student and decoder 3 x the forward pass."""
     with torch.device("meta"):
         enc, dec = Encoder(ViT(encoder.vit.config), encoder.latent_dim, encoder.projector), Decoder(decoder.config)
         img = torch.empty(1, 3, size, size)
@@ -210,8 +220,8 @@ def model_flops(encoder, decoder, size):
 
 
 def capture_graph(micro_step, img, clear):
-    """micro_step (uint8 image batch -> statistics) as a CUDA graph: recorded once, then replayed on each batch of that shape.
-    clear() sets the gradients back before: where it leaves None, the graph will write them, and add to those it finds.
+    """micro_step (uint8 image batch -> statistics) as a CUDA graph: recorded once, then replayed on each batch of that
+    shape. clear() sets the gradients back before: where it leaves None, the graph writes them; else it adds to them.
 
     Python launches the kernels of a small model one by one more slowly than the GPU runs them.
     """
@@ -234,19 +244,20 @@ def capture_graph(micro_step, img, clear):
 
 
 def training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_batch, accumulation, ranks=1):
-    """The training step: micro_step, which adds a micro-batch's gradients, and update, the optimizer's turn after the last."""
+    """The training step: micro_step, which adds a micro-batch's gradients, and update, which follows the last."""
     device, trained = decoder.mean.device, [p for group in optimizer.param_groups for p in group["params"]]
     on_gpu = device.type == "cuda"
     graphed = args.compile and on_gpu and ranks == 1
-    overwrites = graphed and accumulation == 1  # the last step's gradients: one pass less over them, and nothing to clear
+    overwrites = graphed and accumulation == 1  # the last step's gradients: nothing to clear, and one pass less
     if args.compile:  # block by block: all blocks of a kind share one compilation
         for block in (*teacher.blocks, *encoder.vit.blocks, *decoder.blocks, decoder.head):
             block.compile(dynamic=False)
         distill.cosine = torch.compile(distill.cosine, dynamic=False)
     student, flow_decoder = encoder, decoder
     if ranks > 1:  # the teacher stays outside
-        student, flow_decoder = (DistributedDataParallel(m, [device] if on_gpu else None, gradient_as_bucket_view=True) for m in (encoder, decoder))
-        student.require_forward_param_sync = flow_decoder.require_forward_param_sync = False  # all buffers are constants
+        student, flow_decoder = (DistributedDataParallel(m, [device] if on_gpu else None, gradient_as_bucket_view=True)
+                                 for m in (encoder, decoder))
+        student.require_forward_param_sync = flow_decoder.require_forward_param_sync = False  # buffers are constants
 
     def micro_step(img, last=True):
         """Add the gradients of a uint8 micro-batch; returns L_flow, L_dist, alpha and w of each layer, (2 + 2L,)."""
@@ -258,18 +269,20 @@ def training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_ba
         return torch.cat([torch.stack([loss_flow, loss_dist]), alpha, weight]).detach()
 
     def update(stats):
-        """Clip the gradients, step, and clear them; returns the step's statistics, their norm, and 1. If any of these is not
-        finite (on one rank, so on all), the weights and the optimizer stay as they are."""
-        row = torch.cat([stats, torch.nn.utils.clip_grad_norm_(trained, args.clip or math.inf)[None], torch.ones_like(stats[:1])])
-        optimizer.found_inf = (~row.isfinite().all()).float()  # where GradScaler tells a fused optimizer, without a wait for the GPU
+        """Clip the gradients, step, and clear them; returns the step's statistics, their norm, and 1. If any of these
+        is not finite (on one rank, so on all), the weights and the optimizer stay as they are."""
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip or math.inf)
+        row = torch.cat([stats, norm[None], torch.ones_like(stats[:1])])
+        # where GradScaler tells a fused optimizer to leave a step out, without a wait for the GPU
+        optimizer.found_inf = (~row.isfinite().all()).float()
         optimizer.step()
         if not overwrites:
             optimizer.zero_grad(set_to_none=not graphed)  # a graph writes where it was recorded
         return row
 
     if graphed:
-        micro_step = capture_graph(micro_step, torch.zeros(micro_batch, 3, args.size, args.size, dtype=torch.uint8, device=device),
-                            lambda: optimizer.zero_grad(set_to_none=overwrites))
+        img = torch.zeros(micro_batch, 3, args.size, args.size, dtype=torch.uint8, device=device)
+        micro_step = capture_graph(micro_step, img, lambda: optimizer.zero_grad(set_to_none=overwrites))
     return micro_step, update
 
 
@@ -283,11 +296,14 @@ def export(state, path):
 
 def build_data(args):
     """(training set, evaluation set, what to call it): --val, else other drawn pictures, else the training images."""
-    data = ImageDataset(args.data, args.size, True, args.seed, tuple(args.crop_scale)) if args.data else ProceduralDataset(args.size, True, args.seed)
+    if args.data:
+        data = ImageDataset(args.data, args.size, True, args.seed, tuple(args.crop_scale))
+    else:
+        data = ProceduralDataset(args.size, True, args.seed)
     if not (args.val or args.data):
         return data, ProceduralDataset(args.size, False, args.seed), "other drawn pictures"
     val = ImageDataset(args.val or args.data, args.size, False)
-    val.replace = not args.val  # training images that cannot be read do not stop the run, those of --val must be readable
+    val.replace = not args.val  # those of --val must be readable; training images that are not stop no run
     if args.val and os.environ.get("RANK", "0") == "0":  # of which the first evaluation would tell much later
         for n in spread(len(val)):
             val[n]
@@ -295,7 +311,7 @@ def build_data(args):
 
 
 def build_models(args):
-    """(teacher, encoder, decoder) as the arguments say: the student is a copy of its teacher, or both parts are from --init."""
+    """(teacher, encoder, decoder): the student is a copy of its teacher, or both parts come from --init."""
     teacher = load_teacher(args.teacher, args.teacher_weights)
     torch.manual_seed(args.seed)
     c = teacher.config
@@ -309,30 +325,33 @@ def build_models(args):
         path = fetch(args.init)
         encoder, decoder = Encoder.from_pretrained(path), Decoder.from_pretrained(path)
         have = {**asdict(encoder.vit.config), **asdict(decoder.config)}
-        differ = [f"{k} {have[k]}, not {wanted[k]}" for k in have if have[k] != wanted[k] and k != "grid"]  # grids are resized
+        differ = [f"{k} {have[k]}, not {wanted[k]}" for k in have if have[k] != wanted[k] and k != "grid"]  # resized
         if differ:
             raise UserError(f"{args.init} has {', '.join(differ)}: pass what it was trained with")
         if (encoder.latent_mean.any() or (encoder.latent_std != 1).any()) and os.environ.get("RANK", "0") == "0":
-            print(f"{args.init} has latent statistics: set back, as training moves the latent; afterwards run eval.py --latent_stats again")
+            print(f"{args.init} has latent statistics: set back, as training moves the latent; afterwards run "
+                  "eval.py --latent_stats again")
         for module in (encoder, decoder):
             module.latent_mean.zero_()
             module.latent_std.fill_(1)
     encoder.vit.requires_grad_(not args.freeze_encoder)
-    encoder.vit.norm.requires_grad_(False)  # the distances are taken before it, so L_flow alone would move it, and features() with it
+    # the distances are taken before the final norm, so L_flow alone would move it, and features() with it
+    encoder.vit.norm.requires_grad_(False)
     encoder.vit.drop_path = args.drop_path
     encoder.vit.checkpoint = decoder.checkpoint = args.checkpoint_activations
     return teacher, encoder.train(), decoder.train()
 
 
 def as_text(x, steps, peak, eta):
-    """A training line of log.jsonl, to be read: alpha and w of the first, middle and last layer. peak: the GPU's TFLOP/s, or None."""
+    """A training line of log.jsonl, to be read: alpha and w of the first, middle and last layer. peak: in TFLOP/s."""
     three = lambda layers: " ".join(f"{layers[l]:.3f}" for l in (0, len(layers) // 2, -1))
-    return (f"step {x['step']:6d}/{steps} | loss {x['loss']:.4f} | flow {x['loss_flow']:.4f} | dist {x['loss_dist']:.4f} "
-            f"| alpha {three(x['alpha'])} | w {three(x['weight'])} | grad {x['grad_norm']:.2f} | lr {x['lr']:.1e} "
-            f"| {x['img_s']:,.{int(x['img_s'] < 100)}f} img/s | {x['tflops_per_gpu']:.1f} TFLOP/s"
-            + (f" ({x['tflops_per_gpu'] / peak:.0%} of peak)" if peak else "")
-            + (f" | {x['memory_gib']:.1f} GiB" if x["memory_gib"] else "") + (f" | {x['skipped']} steps skipped" if x["skipped"] else "")
-            + f" | eta {tqdm.format_interval(eta)}")
+    parts = [f"step {x['step']:6d}/{steps}", f"loss {x['loss']:.4f}", f"flow {x['loss_flow']:.4f}",
+             f"dist {x['loss_dist']:.4f}", f"alpha {three(x['alpha'])}", f"w {three(x['weight'])}",
+             f"grad {x['grad_norm']:.2f}", f"lr {x['lr']:.1e}", f"{x['img_s']:,.{int(x['img_s'] < 100)}f} img/s",
+             f"{x['tflops_per_gpu']:.1f} TFLOP/s" + (f" ({x['tflops_per_gpu'] / peak:.0%} of peak)" if peak else "")]
+    parts += [f"{x['memory_gib']:.1f} GiB"] if x["memory_gib"] else []
+    parts += [f"{x['skipped']} steps skipped"] if x["skipped"] else []
+    return " | ".join([*parts, f"eta {tqdm.format_interval(eta)}"])
 
 
 def build_optimizer(args, encoder, decoder):
@@ -343,7 +362,7 @@ def build_optimizer(args, encoder, decoder):
 
 
 def setup(args, run):
-    """All that a run holds, as a namespace `s`: data, models, optimizer, and what changes in `s.now`, which is saved."""
+    """All that a run holds, as a namespace `s`: data, models, optimizer, and in `s.now` what changes and is saved."""
     s = SimpleNamespace(args=args, run=run)
     s.micro_batch, s.accumulation = split_batch(args.batch_size, args.micro_batch, run.ranks)
     s.data, s.val, s.val_name = build_data(args)  # first: a wrong path is said before anything is downloaded
@@ -358,7 +377,7 @@ def setup(args, run):
     args.images, args.val_images = (  # a resume compares them: how many, and their names below --data and --val
         f"{len(x):,} images" + (f" ({hashlib.sha256(x.names).hexdigest()[:8]})" if paths else "")
         for x, paths in ((s.data, args.data), (s.val, args.val)))
-    s.config = {"vit": asdict(s.teacher.config), "decoder": asdict(s.decoder.config), "size": args.size,  # the file's own
+    s.config = {"vit": asdict(s.teacher.config), "decoder": asdict(s.decoder.config), "size": args.size,
                 "teacher": args.teacher, "teacher_weights": args.teacher_weights, "commit": commit()}
     s.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.on_gpu)  # losses and flow stay fp32
     s.flops = model_flops(s.encoder, s.decoder, args.size)
@@ -370,15 +389,15 @@ def setup(args, run):
         sums=torch.zeros(4 + 2 * L, dtype=torch.float64, device=run.device),  # since the last log line: see `step`
         faults=torch.zeros(2, device=run.device))  # steps skipped, and skipped in a row
     millions = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
-    run.say(f"data: {len(s.data):,} {'images' if args.data else 'procedurally drawn pictures (no --data)'} at {args.size} px; "
-            f"evaluation on {s.val_name}")
+    drawn = "images" if args.data else "procedurally drawn pictures (no --data)"
+    run.say(f"data: {len(s.data):,} {drawn} at {args.size} px; evaluation on {s.val_name}")
     run.say(f"model: student of {millions(s.encoder):.1f}M and decoder of {millions(s.decoder):.1f}M parameters; "
             f"latent {args.latent_dim}x{grid}x{grid}")
-    run.say(f"run: {args.steps:,} steps of {args.batch_size} = micro-batch {s.micro_batch} x accumulation {s.accumulation} x "
-            f"{run.ranks} rank{'s' * (run.ranks > 1)} on {run.device.type}")
+    run.say(f"run: {args.steps:,} steps of {args.batch_size} = micro-batch {s.micro_batch} x accumulation "
+            f"{s.accumulation} x {run.ranks} rank{'s' * (run.ranks > 1)} on {run.device.type}")
     if s.micro_batch < min(args.micro_batch, args.batch_size // run.ranks):
-        run.say(f"micro_batch {args.micro_batch} does not divide a rank's share of {args.batch_size // run.ranks}: using "
-                f"{s.micro_batch}")
+        run.say(f"micro_batch {args.micro_batch} does not divide a rank's share of {args.batch_size // run.ranks}: "
+                f"using {s.micro_batch}")
     return s
 
 
@@ -390,7 +409,7 @@ def resume(s):
     if state:
         for part, module in s.models.items():
             load_exactly(dict(module.named_parameters()), state[part], path)
-        for part, module in s.averaged.items() if args.ema else ():  # a run that begins to average does so from its weights
+        for part, module in s.averaged.items() if args.ema else ():  # averaging may begin here, from the weights
             load_exactly(dict(module.named_parameters()), state.get("averaged", state)[part], path)
         restore_optimizer(s.optimizer, state["optimizer"], path)
         vars(now).update({k: state[k] for k in vars(now)})
@@ -440,7 +459,7 @@ def step(s, batches, micro_step, update):
 
 
 def check(s, unread):
-    """After a step: name pictures that cannot be read, stop a run that is not finite; whether a signal came on any rank."""
+    """After a step: name pictures that cannot be read, stop a run that is not finite; whether signals came."""
     args, now, run, path = s.args, s.now, s.run, s.run.path("bad_images.txt")
     interrupted, found = run.sum(len(INTERRUPTS), len(unread.difference(now.bad)))
     if found:
@@ -457,10 +476,11 @@ def check(s, unread):
         if run.rank == 0:
             write_names(run.path("not_finite.txt"), files)
         flow, distance, *_ = (s.last_finite / s.last_finite[-1]).tolist()  # nan if there was none since the start
-        raise UserError(f"at step {now.step} the loss or its gradient is not finite, {int(now.faults[1])} steps in a row "
-                        f"(the last finite one: flow {flow:.4f}, distillation {distance:.4f}); the last batch is "
+        raise UserError(f"at step {now.step} the loss or its gradient is not finite, {int(now.faults[1])} steps in a "
+                        f"row (the last finite one: flow {flow:.4f}, distillation {distance:.4f}); the last batch is "
                         f"{', '.join(files[:3])} .. (all of it in {run.path('not_finite.txt')}). The last save is "
-                        f"{run.path('state.pt')}: the same command with a lower --lr and --resume_anyway goes on from there")
+                        f"{run.path('state.pt')}: the same command with a lower --lr and --resume_anyway goes on from "
+                        "there")
     return interrupted
 
 
@@ -483,13 +503,13 @@ def evaluate(s):
     """The one-step PSNR and the flow loss over t on --val, and a picture in out/samples/."""
     args, now, run = s.args, s.now, s.run
     try:
-        quality, flow_by_t, picture = validate(*s.averaged.values(), s.val, s.micro_batch, args.seed, s.autocast, args.workers,
-                                               run.rank, run.ranks)
+        quality, flow_by_t, picture = validate(*s.averaged.values(), s.val, s.micro_batch, args.seed, s.autocast,
+                                               args.workers, run.rank, run.ranks)
     except Exception:
         save(s)
         raise
-    run.say(f"eval {now.step:6d} | one-step PSNR {quality:.2f} dB on {s.val_name} | flow loss by tenth of t, image to noise: "
-            + " ".join(f"{x:.3f}" for x in flow_by_t))
+    run.say(f"eval {now.step:6d} | one-step PSNR {quality:.2f} dB on {s.val_name} | "
+            "flow loss by tenth of t, image to noise: " + " ".join(f"{x:.3f}" for x in flow_by_t))
     run.write(kind="eval", step=now.step, psnr=quality, flow_by_t=flow_by_t, on=s.val_name)
     if run.rank == 0:
         path = run.path("samples", f"step_{now.step:06d}.png")
@@ -501,8 +521,9 @@ def save(s):
     if s.run.rank > 0:
         return
     weights = lambda models: {part: {k: p.detach() for k, p in m.named_parameters()} for part, m in models.items()}
-    state = {**vars(s.now), **weights(s.models), "optimizer": s.optimizer.state_dict(), "args": vars(s.args), "config": s.config,
-             "latent_mean": s.encoder.latent_mean.flatten(), "latent_std": s.encoder.latent_std.flatten()}
+    state = {**vars(s.now), **weights(s.models), "optimizer": s.optimizer.state_dict(), "args": vars(s.args),
+             "latent_mean": s.encoder.latent_mean.flatten(), "latent_std": s.encoder.latent_std.flatten(),
+             "config": s.config}
     if s.args.ema:
         state["averaged"] = weights(s.averaged)
     path, every = s.run.path("state.pt"), s.args.keep_every
@@ -514,22 +535,23 @@ def save(s):
 
 
 def main(argv=None, on_signal=None):
-    """Train as the command line asks. on_signal handles the signals that end a run from where there is something to save."""
+    """Train as the command line asks. on_signal: handles signals, once there is something to save."""
     args = parse_args(argv)
     run = Run(args.out)
     s = setup(args, run)
     run.hold_folder()  # before anything in it is read
     if not resume(s):
         return
-    now, data = s.now, s.data
+    now = s.now
     run.open_log(now.step)
-    step_parts = training_step(args, s.teacher, s.encoder, s.decoder, s.optimizer, s.autocast, s.micro_batch, s.accumulation,
-                               run.ranks)
+    step_parts = training_step(args, s.teacher, s.encoder, s.decoder, s.optimizer, s.autocast, s.micro_batch,
+                               s.accumulation, run.ranks)
     if on_signal:
         listen(on_signal)
     numbers = sample_numbers(now.samples, args.batch_size, s.micro_batch, run.rank, run.ranks, args.steps - now.step)
-    batches = iter(DataLoader(data, batch_sampler=numbers, num_workers=args.workers, collate_fn=collate, pin_memory=run.on_gpu,
-                              prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals))
+    batches = iter(DataLoader(s.data, batch_sampler=numbers, num_workers=args.workers, collate_fn=collate,
+                              prefetch_factor=4 if args.workers else None, pin_memory=run.on_gpu,
+                              worker_init_fn=ignore_signals))
     bar = tqdm(total=args.steps, initial=now.step, desc="train", unit="step", disable=None if run.rank == 0 else True)
     tick, timed, interrupted = time.time(), 0, 0
     s.last_finite = now.sums  # statistics of the last step that was
@@ -540,7 +562,8 @@ def main(argv=None, on_signal=None):
         interrupted = check(s, unread)
 
         due = lambda every: now.step == args.steps or every and now.step % every == 0  # all three also at the end
-        logging, evaluating, saving = due(args.log_every), due(args.eval_every), due(args.save_every) or due(args.keep_every)
+        logging, evaluating = due(args.log_every), due(args.eval_every)
+        saving = due(args.save_every) or due(args.keep_every)
         if logging:
             log(s, (time.time() - tick) / timed)
         if evaluating:
@@ -554,8 +577,8 @@ def main(argv=None, on_signal=None):
         run.write(kind="interrupted", step=now.step)
         run.say(f"interrupted and saved at step {now.step:,}: the same command goes on from there")
     else:
-        run.say(f"done: {run.path('model.safetensors')}, pictures in {run.path('samples')}; try: python sample.py YOUR.png "
-                f"--weights {run.path('model.safetensors')}")
+        model = run.path("model.safetensors")
+        run.say(f"done: {model}, pictures in {run.path('samples')}; try: python sample.py YOUR.png --weights {model}")
     run.close()
 
 

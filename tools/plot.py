@@ -1,10 +1,10 @@
 """Draw the curves of one or several training runs into a picture, also while they run.
 
     python -m tools.plot out/                          # writes out/curves.png
-    python -m tools.plot out/a out/b --out both.png    # side by side, a colour each
+    python -m tools.plot out/a out/b --out both.png    # a colour each
 
-Read from each folder's log.jsonl: the two losses, the one-step PSNR of every evaluation, the learning rate, the gradient
-norm, and alpha, the distance to the teacher (eq. 1), of every layer. Needs matplotlib (requirements-test.txt).
+Read from each folder's log.jsonl: the two losses, the one-step PSNR of every evaluation, the learning rate, the
+gradient norm, and alpha, the distance to the teacher (eq. 1), of every layer. Needs matplotlib (requirements-test.txt).
 """
 import argparse
 import json
@@ -35,7 +35,8 @@ def draw(folders):
     from matplotlib.figure import Figure
 
     runs = {folder: read_log(folder) for folder in folders}
-    names = [os.path.relpath(f, os.path.commonpath([os.path.dirname(os.path.abspath(x)) for x in folders])) for f in folders]
+    above = os.path.commonpath([os.path.dirname(os.path.abspath(folder)) for folder in folders])
+    names = [os.path.relpath(folder, above) for folder in folders]
     panels = [("loss_flow", "flow loss"), ("loss_dist", "distillation loss"), ("psnr", "one-step PSNR in dB"),
               ("lr", "learning rate"), ("grad_norm", "gradient norm, before clipping")]
     rows = -(-(len(panels) + len(runs)) // 3)
@@ -43,7 +44,8 @@ def draw(folders):
     axes = figure.subplots(rows, 3).flatten()
     for axis, (key, title) in zip(axes, panels):
         for name, (training, evaluations) in zip(names, runs.values()):
-            points = [(x["step"], x[key]) for x in (evaluations if key == "psnr" else training) if x.get(key) is not None]
+            lines = evaluations if key == "psnr" else training
+            points = [(x["step"], x[key]) for x in lines if x.get(key) is not None]
             axis.plot(*zip(*points) if points else ([], []), marker="." if key == "psnr" else "", label=name)
         axis.set(title=title, xlabel="step")
         if key in ("loss_flow", "loss_dist", "grad_norm") and any(x[key] for run in runs.values() for x in run[0]):
@@ -52,8 +54,8 @@ def draw(folders):
     for axis, name, (training, _) in zip(axes[len(panels):], names, runs.values()):
         L = len(training[0]["alpha"])
         for l in range(L):
-            axis.plot([x["step"] for x in training], [x["alpha"][l] for x in training], color=colormaps["viridis"](l / max(L - 1, 1)),
-                      label=f"layer {l + 1}" if l in (0, L - 1) else None)
+            axis.plot([x["step"] for x in training], [x["alpha"][l] for x in training],
+                      color=colormaps["viridis"](l / max(L - 1, 1)), label=f"layer {l + 1}" if l in (0, L - 1) else None)
         axis.set(title=f"alpha, the distance to the teacher, of each layer: {name}", xlabel="step")
         axis.legend()
     for axis in axes[len(panels) + len(runs):]:

@@ -7,7 +7,7 @@
     if __name__ == "__main__":
         command_line(main, "train.py") # one line and status 2 for what the user or the machine did wrong
 
-train.py uses it, and so does every trainer in downstream/. All files are written whole or not at all (write_atomically).
+train.py uses it, and so does every trainer in downstream/. All files are written whole or not at all.
 """
 import contextlib
 import glob
@@ -56,13 +56,13 @@ class Run:
         return os.path.join(self.out, *names)
 
     def connect(self):
-        """Join the other ranks: NCCL for gradients, and a gloo group for what they must agree on without a GPU's wait."""
+        """Join the other ranks: NCCL for gradients, gloo for what they must agree on without a wait for the GPU."""
         if self.ranks > 1:
             dist.init_process_group("nccl" if self.on_gpu else "gloo", device_id=self.device if self.on_gpu else None)
             self.control = dist.new_group(backend="gloo")
 
     def say(self, text):
-        """Print a line beside the progress bar. If nobody reads any more (head, a tee that died), the run saves and stops."""
+        """Print a line beside the progress bar. If nobody reads any more (head, a dead tee), the run saves and stops."""
         if self.rank == 0:
             try:
                 tqdm.write(text)
@@ -74,7 +74,8 @@ class Run:
     def hold_folder(self):
         """Rank 0 makes the folder, and locks it until this process ends, however it ends."""
         if fcntl is None:
-            raise UserError("it needs a POSIX system, whose locks keep a second run out of --out: use Linux, macOS or WSL")
+            raise UserError("it needs a POSIX system, whose locks keep a second run out of --out: use Linux, macOS or "
+                            "WSL")
         if self.rank > 0:
             return
         try:
@@ -98,8 +99,8 @@ class Run:
         if self.ranks > 1:
             dist.broadcast_object_list(first, group=self.control)
         if first != [checkpoint]:
-            raise UserError(f"rank {self.rank} sees another {self.path('state.pt')} than rank 0: --out must lie on a file "
-                            "system that all nodes share")
+            raise UserError(f"rank {self.rank} sees another {self.path('state.pt')} than rank 0: --out must lie on a "
+                            "file system that all nodes share")
 
     def sum(self, *numbers):
         """Sums of integers over the ranks."""
@@ -117,8 +118,8 @@ class Run:
 
     def set_aside(self):
         """Rename what a run without a checkpoint has left, so that nothing is overwritten or appended to."""
-        names = "log.jsonl", "bad_images.txt", "model.safetensors", "model_[0-9]*.safetensors", "samples/step_[0-9]*.png"
-        for name in names:
+        for name in ("log.jsonl", "bad_images.txt", "model.safetensors", "model_[0-9]*.safetensors",
+                     "samples/step_[0-9]*.png"):
             for path in glob.glob(os.path.join(glob.escape(self.out), name)):
                 aside = path + ".old"
                 while os.path.exists(aside):
@@ -126,7 +127,7 @@ class Run:
                 os.replace(path, aside)
 
     def open_log(self, step):
-        """Rank 0 opens the log to append to, without lines that are later than the checkpoint or that a crash has torn."""
+        """Rank 0 opens the log to append to, without lines later than the checkpoint or torn by a crash."""
         def kept(line):
             try:
                 return line.endswith("\n") and json.loads(line)["step"] <= step
@@ -205,8 +206,8 @@ def saving(path, step):
         why = e if isinstance(e, OSError) else e.__context__  # torch.save on a full disk raises its own
         if not isinstance(why, OSError):
             raise
-        raise UserError(f"step {step} could not be saved ({why}); {path}, if there is one, is of the last save and whole: "
-                        "make room, and run the same command again") from None
+        raise UserError(f"step {step} could not be saved ({why}); {path}, if there is one, is of the last save and "
+                        "whole: make room, and run the same command again") from None
 
 
 def listen(on_signal):
@@ -224,8 +225,8 @@ def interrupt(number, frame):
 
 
 def command_line(main, name):
-    """main(on_signal=interrupt) as a script that ends the process: status 2 and one line for what the user or the machine
-    did wrong, 1 and a traceback for a bug.
+    """main(on_signal=interrupt) as a script that ends the process: status 2 and one line for what the user or the
+    machine did wrong, 1 and a traceback for a bug.
 
     After an exception it ends at once: Python would wait for the loader's workers, which ignore signals, and a process
     group for the other ranks.

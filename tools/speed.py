@@ -6,8 +6,8 @@
     python -m tools.speed sample --weights weights/uniflow-tiny.safetensors --size 256
     python -m tools.speed data imagenet.zip --size 448                          # decoded, cropped, sent to the device
 
-`train` also says which share of a large matrix product's speed, measured in the same run, the step reaches: that is what
-can be compared between machines. docs/speed.md has results.
+`train` also says which share of a large matrix product's speed, measured in the same run, the step reaches: that can be
+compared between machines. docs/speed.md has results.
 """
 import argparse
 import sys
@@ -50,8 +50,8 @@ def train_speed(flags):
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
     ceiling = 2 * side ** 3 / seconds(lambda: a @ b, 50) / 1e12
     tflop = model_flops(encoder, decoder, args.size) / 1e12
-    run.say(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, {args.teacher} at {args.size} px, "
-            f"{tflop:.2f} TFLOP an image, {ranks} rank{'s' * (ranks > 1)}; a matrix product of {side} reaches "
+    run.say(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, {args.teacher} at "
+            f"{args.size} px, {tflop:.2f} TFLOP an image, {ranks} rank{'s' * (ranks > 1)}; a matrix product of {side} reaches "
             f"{ceiling:.3g} TFLOP/s")
 
     def row(name, images, took):
@@ -77,7 +77,8 @@ def train_speed(flags):
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             img = torch.randint(256, (micro, 3, args.size, args.size), dtype=torch.uint8, device=device)
-            micro_step, update = training_step(args, teacher, encoder, decoder, optimizer, autocast, micro, accumulation, ranks)
+            micro_step, update = training_step(args, teacher, encoder, decoder, optimizer, autocast, micro, accumulation,
+                                               ranks)
             took = seconds(lambda: update(sum(micro_step(img, m == accumulation - 1) for m in range(accumulation))))
             row(name, micro * accumulation, took)
         except torch.OutOfMemoryError:
@@ -146,8 +147,9 @@ def data_speed(roots, size, duration):
     data, on_gpu = ImageDataset(roots, size, train=True), torch.cuda.is_available()
     start = time.perf_counter()
     np.random.default_rng([0, 0]).permutation(1_281_167)
-    print(f"{len(data):,} images at {size} px; the order of an epoch of ImageNet takes {1e3 * (time.perf_counter() - start):.0f} "
-          f"ms and {1_281_167 * 8 / 2**20:.0f} MiB a worker")
+    took = 1e3 * (time.perf_counter() - start)
+    print(f"{len(data):,} images at {size} px; the order of an epoch of ImageNet takes {took:.0f} ms and "
+          f"{1_281_167 * 8 / 2**20:.0f} MiB a worker")
     for workers in sorted({2 ** k for k in range(cores().bit_length())} | {cores()}):
         loader = iter(DataLoader(data, num_workers=workers, pin_memory=on_gpu, prefetch_factor=4,
                                  batch_sampler=sample_numbers(0, 32, 32, 0, 1, 1_000_000)))
@@ -169,7 +171,8 @@ def main(argv=None, on_signal=None):
     parts = ap.add_subparsers(dest="part", required=True)
     parts.add_parser("train", help="the training step: any flag of train.py")
     tokenizing = parts.add_parser("sample", help="encoding and decoding")
-    tokenizing.add_argument("--weights", metavar="FILE", help="[on a GPU random ones of InternViT's size, else as sample.py]")
+    tokenizing.add_argument("--weights", metavar="FILE",
+                            help="[on a GPU random ones of InternViT's size, else as sample.py]")
     tokenizing.add_argument("--size", type=int, help="pixels of a side [the model's native size]")
     loading = parts.add_parser("data", help="the loading of pictures")
     loading.add_argument("paths", nargs="+", metavar="PATH", help="folders or .zip archives")
