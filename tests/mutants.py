@@ -560,7 +560,7 @@ TABLE = [
     ("decoder not restored", "train.py", "for part, module in s.models.items():\n            load_exactly(",
      'for part, module in [("encoder", s.encoder)]:\n            load_exactly(', "test_resume_is_exact"),
     ("settings of the checkpoint", "tools/run.py", "        group.update(settings)", "        pass",
-     "test_optimizer_sees_clipped_gradients_and_this_runs_settings"),
+     "test_a_resume_restores_every_field"),
     ("seed may differ", "train.py", 'MAY_DIFFER = set("data val out ', 'MAY_DIFFER = set("data val out seed ',
      "test_a_resume_compares_every_argument"),
     ("micro_batch may not differ", "train.py", "workers micro_batch compile", "workers compile",

@@ -716,6 +716,10 @@ def test_a_resume_restores_every_field():
         assert np.allclose(flow, [energy(n) for n in expected], rtol=1e-4), (flow, [energy(n) for n in expected])
         assert (first["samples"], second["samples"], first["step"], second["step"]) == (8, 12, 2, 4)
         assert first["id"] == second["id"] == encoder.read_config(os.path.join(out, "model.safetensors"))["id"]
+        train_quietly(*flags, out, "--steps", 5, "--weight_decay", 0.3, "--beta1", 0.7, "--resume_anyway")
+        groups = state_of(out)["optimizer"]["param_groups"]
+        settings = {(g["weight_decay"], *g["betas"]) for g in groups}
+        assert settings == {(0.0, 0.7, 0.95), (0.3, 0.7, 0.95)}, "settings are this command's, moments the checkpoint's"
         # faults: skipped steps are counted on, and those in a row, too
         out = os.path.join(tmp, "faults")
         with unittest.mock.patch.object(decoder.Decoder, "forward", faulty_loss({2, 4, 5, 6, 7, 8, 9})):
