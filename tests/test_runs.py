@@ -192,7 +192,7 @@ def show(flags):
     return out.getvalue()
 
 
-def test_workers_follow_the_affinity():
+def test_training_workers_follow_the_affinity():
     with patch.object(torch.cuda, "is_available", return_value=True), patch.object(os, "cpu_count", return_value=64):
         for cores, ranks, expected in (6, 2, 3), (1, 8, 1), (40, 1, 16):
             affinity = patch.object(os, "sched_getaffinity", create=True, return_value=set(range(cores)))
