@@ -62,7 +62,7 @@ class Run:
             self.control = dist.new_group(backend="gloo")
 
     def say(self, text):
-        """Print a line beside the progress bar. If nobody reads any more (head, a dead tee), the run saves and stops."""
+        """Print a line beside the progress bar. If nobody reads any more (head, a dead tee), save and stop."""
         if self.rank == 0:
             try:
                 tqdm.write(text)

@@ -51,8 +51,8 @@ def train_speed(flags):
     ceiling = 2 * side ** 3 / seconds(lambda: a @ b, 50) / 1e12
     tflop = model_flops(encoder, decoder, args.size) / 1e12
     run.say(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, {args.teacher} at "
-            f"{args.size} px, {tflop:.2f} TFLOP an image, {ranks} rank{'s' * (ranks > 1)}; a matrix product of {side} reaches "
-            f"{ceiling:.3g} TFLOP/s")
+            f"{args.size} px, {tflop:.2f} TFLOP an image, {ranks} rank{'s' * (ranks > 1)}; a matrix product of {side} "
+            f"reaches {ceiling:.3g} TFLOP/s")
 
     def row(name, images, took):
         rate = images / took
@@ -77,8 +77,8 @@ def train_speed(flags):
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             img = torch.randint(256, (micro, 3, args.size, args.size), dtype=torch.uint8, device=device)
-            micro_step, update = training_step(args, teacher, encoder, decoder, optimizer, autocast, micro, accumulation,
-                                               ranks)
+            micro_step, update = training_step(args, teacher, encoder, decoder, optimizer, autocast, micro,
+                                               accumulation, ranks)
             took = seconds(lambda: update(sum(micro_step(img, m == accumulation - 1) for m in range(accumulation))))
             row(name, micro * accumulation, took)
         except torch.OutOfMemoryError:
