@@ -34,7 +34,8 @@ from data import EXTENSIONS, MAX_BYTES, MAX_PIXELS, TURNS, list_folder, load_ima
 from decoder import Decoder, DecoderConfig
 from encoder import (TEACHERS, Encoder, MissingFile, UserError, ViT, load_teacher, one_line, open_weights, read_config,
                      write_atomically, write_model)
-from eval import comparison, find_weights, image_noise, psnr, sha256, ssim, user_errors, user_message
+from eval import (comparison, find_weights, image_noise, name_weights, open_streams, psnr, refuse_unless_finite, sha256, ssim,
+                  user_errors, user_message)
 
 LATENT = ".safetensors"  # how the names of latents end
 MAX_NAME = 255  # bytes, what file systems allow
@@ -69,6 +70,7 @@ def parse_args(argv=None):
                 "--save_latent, --features, --size: of pictures, not latents"),
             (args.features and args.reconstruction, "--features would lie among the reconstructions: in two runs"),
             (args.features and args.out == "-", "--features writes a file beside the reconstruction's: give --out FOLDER"),
+            (args.out == "-" and sys.stdout is sys.stderr, "standard output is closed: redirect it (> rec.png), or give --out FOLDER"),
             (args.out == "-" and sys.stdout.isatty(), "standard output is a terminal: redirect it (> rec.png), or give --out FOLDER")):
         if wrong:
             ap.error(why)
@@ -199,6 +201,7 @@ def reconstruct(enc, dec, x, H, W, device, steps=1, seed=0):
     for part in tqdm(parts, "frames", leave=False, disable=None if len(parts) > 1 else True):
         z = part.to(device) if x.is_floating_point() else enc.encode(pad_to_patches(part.to(device) / 255, p))
         rec = dec.decode(z, steps, noise.expand(len(z), -1, -1))[:, :, :H, :W]
+        refuse_unless_finite(rec, "reconstructions")
         done.append((z.cpu(), (255 * rec).round().to(torch.uint8).cpu()))
     return [torch.cat(both) for both in zip(*done)]
 
@@ -301,7 +304,7 @@ def main(argv=None):
     enc, dec, size = enc.to(device), dec.to(device), info["size"] if args.size is None else args.size
     if args.bench:
         return bench(enc, dec, size or info["size"], device)
-    print(f"weights {weights}, {'short side ' + str(size) + ' px' if size else 'original size'}, on {device.type}", file=log)
+    print(f"weights {name_weights(args.weights, weights)}, {'short side ' + str(size) + ' px' if size else 'original size'}, on {device.type}", file=log)
     if args.save_latent and os.path.exists(args.save_latent) and open_weights(args.save_latent)[0] != {"latent"}:
         raise UserError(f"--save_latent {args.save_latent} is there and is no latent: give another name")
     digest = sha256(weights) if args.save_latent or any(f.endswith(LATENT) for f, _ in pictures) else None
@@ -365,15 +368,17 @@ def main(argv=None):
         return f"{said} | {seconds:.2f} s"
 
     def skip(path, why):
-        tqdm.write(f"sample.py: {path} {why}", file=sys.stderr)
+        tqdm.write(" ".join(f"sample.py: {path} {why}".splitlines()), file=sys.stderr)
         skipped.append(path)
     for picture, folder in tqdm(pictures, disable=None if len(pictures) > 1 else True):
         path = "stdin" if picture == "-" else picture
         try:
             said = convert(picture, path, folder)
         except user_errors() as e:
-            skip(path, " ".join(str(e).splitlines()))
-        except (MemoryError, torch.OutOfMemoryError):
+            skip(path, e)
+        except (MemoryError, RuntimeError) as e:
+            if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(e):
+                raise  # the text alone tells that the CPU has no memory left
             skip(path, "takes more memory than there is: give a smaller --size")
         except OSError as e:
             if args.out == "-":
@@ -388,7 +393,7 @@ def main(argv=None):
 
 def run():
     """main() for the command line: its exit status."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text; that of stderr is so
+    open_streams()
     try:
         return main()
     except KeyboardInterrupt:

@@ -42,7 +42,8 @@ from data import ImageDataset, ProceduralDataset, collate, cores, sample_numbers
 from decoder import Decoder, DecoderConfig, sample_t
 from encoder import (TEACHERS, Encoder, UserError, ViT, fetch, load_exactly, load_teacher, parameter_groups, read_config,
                      teacher_config, write_atomically, write_model)
-from eval import SAVE_AND_STOP, commit, ignore_signals, rank_and_device, spread, user_message, validate
+from eval import (SAVE_AND_STOP, check_locks, commit, ignore_signals, open_streams, rank_and_device, spread, user_message,
+                  validate)
 
 try:
     import fcntl
@@ -634,12 +635,17 @@ def main(argv=None, on_signal=None):
 
     def write(**line):
         if rank == 0:
-            print(json.dumps(finite(line), allow_nan=False), file=log, flush=True)
+            try:
+                print(json.dumps(finite(line), allow_nan=False), file=log, flush=True)
+            except OSError as e:
+                raise UserError(f"{log_path} cannot be written ({e}): make room, and run the same command again, which "
+                                "goes on from the last save") from None
 
     micro_step, update = training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_batch, accumulation, ranks)
     for number in SAVE_AND_STOP if on_signal else ():
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # of nohup
             signal.signal(number, on_signal)
+    check_locks(2 * args.workers)  # those of training and of an evaluation
     flops = model_flops(encoder, decoder, args.size)
     peak = next((v for k, v in PEAK_TFLOPS.items() if on_gpu and k in torch.cuda.get_device_name()), None)
     loader = iter(DataLoader(data, num_workers=args.workers, pin_memory=on_gpu, prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals, collate_fn=collate,
@@ -741,7 +747,7 @@ def interrupt(number, frame):
 def run():
     """main() for the command line, which ends the process. After an exception at once: Python would wait for the loader's workers,
     which ignore signals, and a process group for the other ranks."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text; that of stderr is so
+    open_streams()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & has children ignore
     who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     try:

@@ -36,6 +36,7 @@ def draw(folders):
 
     runs = {folder: read_log(folder) for folder in folders}
     names = [os.path.relpath(f, os.path.commonpath([os.path.dirname(os.path.abspath(x)) for x in folders])) for f in folders]
+    names = [name.encode(errors="backslashreplace").decode().replace("$", r"\$") for name in names]  # which begins a formula
     panels = [("loss_flow", "flow loss"), ("loss_dist", "distillation loss"), ("psnr", "one-step PSNR in dB"),
               ("lr", "learning rate"), ("grad_norm", "gradient norm, before clipping")]
     rows = -(-(len(panels) + len(runs)) // 3)
@@ -62,6 +63,7 @@ def draw(folders):
 
 
 def main(argv=None):
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text; that of stderr is so
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("folders", nargs="+", metavar="FOLDER", help="folders of training runs, each with a log.jsonl")
     ap.add_argument("--out", metavar="FILE", help="the picture, .png or .pdf or .svg [curves.png in the first folder]")
