@@ -12,8 +12,7 @@ An image that cannot be read is a UserError that names it. In training the next 
 in for it, and the label tells, so that workers need count nothing: for image i, whose file is data.path(i), -1 - i.
 Only a picture's own damage does that: trouble of the machine (a disk, a mount, memory, descriptors) is a MachineError.
 
-`python data.py [PATHS]` shows what is found, `--bench PATH` how quickly it loads. Needs torch, numpy and pillow; no
-other file of this project.
+`python data.py [PATHS]` shows what is found. Needs torch, numpy and pillow; no other file of this project.
 """
 import argparse
 import contextlib
@@ -33,7 +32,7 @@ import zlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, features
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "PPM", "WEBP")  # PIL could also start Ghostscript
@@ -552,37 +551,12 @@ def draw(rng, kind, size):
     return img.reduce(2)
 
 
-def bench(roots, size, seconds):
-    """Print how many training samples a second are decoded, cropped and brought to the device, by 1, 2, 4.. workers."""
-    data, on_gpu = ImageDataset(roots, size, train=True), torch.cuda.is_available()
-    start = time.perf_counter()
-    np.random.default_rng([0, 0]).permutation(1_281_167)
-    print(f"{len(data):,} images at {size} px; the order of an epoch of ImageNet takes "
-          f"{1e3 * (time.perf_counter() - start):.0f} ms and {1_281_167 * 8 / 2**20:.0f} MiB a worker")
-    for workers in sorted({2 ** k for k in range(cores().bit_length())} | {cores()}):
-        loader = iter(DataLoader(data, num_workers=workers, pin_memory=on_gpu, prefetch_factor=4,
-                                 batch_sampler=sample_numbers(0, 32, 32, 0, 1, 1_000_000)))
-        for _ in range(2 * workers):  # until all are at work
-            next(loader)
-        start, n = time.perf_counter(), 0
-        while (took := time.perf_counter() - start) < seconds:
-            img = next(loader)[0]
-            n += len(img.cuda(non_blocking=True) if on_gpu else img)
-        print(f"{workers:3d} workers | {n / took:8.1f} img/s | {n / took / workers:7.1f} a worker", flush=True)
-        del loader
-
-
 if __name__ == "__main__":
-    ap = argparse.ArgumentParser(description="Show what images are found, or how quickly they load.")
+    ap = argparse.ArgumentParser(description="Show what images are found.")
     ap.add_argument("paths", nargs="*", metavar="PATHS", help="folders or .zip archives [drawn pictures]")
-    ap.add_argument("--bench", nargs="+", metavar="PATH", help="measure decoding, crops, transfer to the device")
-    ap.add_argument("--size", type=int, default=448, help="of the measured crops [%(default)s]")
-    ap.add_argument("--seconds", type=float, default=5.0, help="of each measurement [%(default)s]")
     args = ap.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may hold what the console cannot show
     try:
-        if args.bench:
-            sys.exit(bench(args.bench, args.size, args.seconds))
         data = ImageDataset(args.paths, 64, train=False) if args.paths else ProceduralDataset(64, train=False)
         img, label = data[0]
     except (UserError, MachineError) as e:

@@ -48,7 +48,9 @@ INCEPTION_SHA256 = "6726825d"  # how it starts
 SAVE_AND_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 MACHINES_TROUBLE = {getattr(errno, name, None) for name in (  # of the machine or its disk: no bug, nor the user's mistake
     "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO EMFILE ENFILE ENOMEM EAGAIN EBUSY ESTALE ENOLCK ENODEV ENXIO ENOTCONN "
-    "ETIMEDOUT EHOSTDOWN EREMOTEIO EPIPE").split()} - {None}
+    "ETIMEDOUT EHOSTDOWN EREMOTEIO EPIPE ENAMETOOLONG").split()} - {None}
+RUNS_FILE = "out/model.safetensors"  # what train.py leaves, as long as it is given no --out
+SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "uniflow-tiny.safetensors")
 PERFECT = 100.0  # dB, the most that a picture counts with, as in x264, libvpx and libaom
 
 
@@ -183,11 +185,11 @@ def validate(encoder, decoder, dataset, batch, seed, autocast, workers=0, rank=0
     return psnr_mean, flow_by_t, (grid * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
-def refuse_unless_finite(x):
-    """UserError if a row of the features x (n, D) is not finite."""
+def refuse_unless_finite(x, what="features"):
+    """UserError if a row of x (n, ..), features or images, is not finite."""
     if not x.isfinite().all():
-        rows = (~x.isfinite()).any(1).sum()
-        raise UserError(f"features are not finite in {rows} of {len(x)} rows: the weights are damaged")
+        rows = (~x.isfinite()).flatten(1).any(1).sum()
+        raise UserError(f"{what} are not finite in {rows} of {len(x)} rows: the weights are damaged")
 
 
 class Moments:
@@ -523,7 +525,11 @@ class NpzImages(Dataset):
             else:
                 folder = tempfile.mkdtemp()
                 weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-                self.file = z.extract(entry, folder)
+                try:
+                    self.file = z.extract(entry, folder)
+                except OSError as e:
+                    raise OSError(e.errno, f"{path} cannot be unpacked into {folder} ({e.strerror}): make room, or set "
+                                  "TMPDIR to a folder that has it") from None
         self.start, self.shape = start, shape
         if start + math.prod(shape) > os.path.getsize(self.file):
             raise UserError(f"arr_0 of {shape} is cut off: {self.file} is too short")
@@ -572,11 +578,14 @@ def find_weights(given):
 
     if given:
         return fetch(given)
-    here = os.path.dirname(os.path.abspath(__file__))
-    choices = ["out/model.safetensors", os.path.join(here, "weights", "uniflow-tiny.safetensors")]
-    for path in filter(os.path.isfile, choices):
+    for path in filter(os.path.isfile, (RUNS_FILE, SHIPPED)):
         return path
-    raise MissingFile(f"no tokenizer at {' or '.join(choices)}: train one with `python train.py`, or give --weights")
+    raise MissingFile(f"no tokenizer at {RUNS_FILE} or {SHIPPED}: train one with `python train.py`, or give --weights")
+
+
+def name_weights(given, found):
+    """What to print of the file that find_weights has found: also why, where a run has put itself before the shipped one."""
+    return found + f" (there is no --weights; the shipped tokenizer is --weights {SHIPPED})" * (not given and found == RUNS_FILE)
 
 
 def commit():
@@ -651,11 +660,20 @@ def parse_args(argv=None):
     for why, refused in refusals.items():
         if refused:
             ap.error(why)
-    for path in filter(None, (args.out, args.save_stats)):
+    for path in filter(None, (args.out or args.latent_stats and args.weights, args.save_stats)):
         folder = os.path.dirname(path) or "."
         if not os.access(folder, os.W_OK) or os.path.isdir(path):
             ap.error(f"{path}: there is no folder {folder} that can be written to, or this is one")
     return args
+
+
+def check_locks(workers):
+    """UserError if there is no room for the locks of so many processes that load images: each is a file in /dev/shm."""
+    try:
+        [multiprocessing.Lock() for _ in range(16 + 4 * workers if workers else 0)]  # torch 2.13 needs 8, and 3 for each
+    except OSError as e:
+        raise UserError(f"the processes that load images need locks ({e}): make room in /dev/shm (docker run --shm-size "
+                        "1g), or give --workers 0") from None
 
 
 class Job:
@@ -705,12 +723,7 @@ class Job:
         threaded = self.device.type == "cuda"  # pin_memory's thread receives the batches; arrays it does not pin
         loader = DataLoader(Subset(Readable(*datasets), numbers), self.args.batch_size, num_workers=self.args.workers,
                             collate_fn=collate, pin_memory=threaded)
-        if self.args.workers:
-            try:
-                multiprocessing.Lock()  # a file in /dev/shm, of which they need some
-            except OSError as e:
-                raise UserError(f"the processes that load images need locks ({e}): make room in /dev/shm (docker run "
-                                "--shm-size 1g), or give --workers 0") from None
+        check_locks(self.args.workers)
         bad = []
         with tqdm(total=len(numbers), desc=note, unit="img", disable=None if self.rank == 0 else True, leave=False) as bar:
             for n, batch, labels, reasons in loader:
@@ -750,7 +763,8 @@ class Job:
             lines = []
             for key in ("weights", "step", "teacher", "data", "fit", "images", "protocol", "warning"):
                 if report.get(key) is not None:
-                    lines.append(f"{key:9s} {' '.join(report[key]) if isinstance(report[key], list) else report[key]}")
+                    said = name_weights(self.args.weights, report[key]) if key == "weights" else report[key]
+                    lines.append(f"{key:9s} {' '.join(said) if isinstance(said, list) else said}")
             text = "\n".join([*lines, "", *table])
             finite = json.loads(json.dumps(report), parse_constant=lambda name: None)  # JSON knows no NaN
             content = json.dumps(finite, indent=1, allow_nan=False).encode()
@@ -820,10 +834,14 @@ def between_sets(job):
         found.append(statistics)
         counts.append(len(data))
         table.append(f"{which}: {len(data):,} images of {path}, IS {score[0]:.2f} +- {score[1]:.2f}, {len(data) / (time.time() - start):.0f} img/s")
+    unsaved = None
     if args.save_stats and job.rank == 0:
         mu, sigma = map(np.asarray, found[0])
-        write_atomically(args.save_stats, lambda f: np.savez(f, mu=mu, sigma=sigma))
-        table.append(f"statistics of A in {args.save_stats}")
+        try:
+            write_atomically(args.save_stats, lambda f: np.savez(f, mu=mu, sigma=sigma))
+            table.append(f"statistics of A in {args.save_stats}")
+        except OSError as e:  # the figures come first
+            unsaved = e
     shapes = [tuple(sigma.shape) for _, sigma in found]
     if len(set(shapes)) > 1:
         raise UserError(f"{' and '.join(args.fid)} have no distance: covariances of {shapes[0]} and {shapes[1]}; "
@@ -835,7 +853,10 @@ def between_sets(job):
                           + "; IS in 10 splits (of fewer images in as many) by a fixed permutation" * bool(counts)}
     if report["fid"] is not None:
         table.append(f"FID {report['fid']:.3f}")
-    return job.finish(report, table)
+    job.finish(report, table)
+    if unsaved:
+        raise UserError(f"{args.save_stats} could not be written ({unsaved})")
+    return report
 
 
 @torch.no_grad()
@@ -884,7 +905,10 @@ def save_latents(job, enc, inputs, info, about, shard=1024):
     identity = hashlib.sha256(json.dumps([os.path.abspath(r) for r in inputs.roots]).encode() + inputs.names)
     identity.update(inputs.name_ends.tobytes() + inputs.spans.tobytes())  # of archives: lengths and CRC-32
     made_of = {"weights_sha256": about["weights_sha256"], "data_sha256": identity.hexdigest(), "images": len(inputs), "size": inputs.size, "dtype": str(dtype)}
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--save_latents {folder} is no folder to write to ({e})") from None
     path_of, missing = lambda k: os.path.join(folder, f"latents_{k:05d}.safetensors"), []
     for k in range(job.rank, -(-len(inputs) // shard), job.ranks):
         if not os.path.exists(path_of(k)):
@@ -944,6 +968,7 @@ def reconstruction(job, enc, dec, inputs, fit):
         noise = image_noise(n, (native // p) ** 2, 3 * p * p, args.seed).to(job.device)
         with job.autocast:
             recs = [dec.decode(enc.encode(img), args.steps, noise).float()]
+        refuse_unless_finite(recs[0], "reconstructions")  # rounded to uint8 they would be black
         if args.pca:
             recs.append(patch_pca(img, mean, basis, p))
         if network:
@@ -1084,10 +1109,17 @@ def demo():
     print("to measure a tokenizer: python eval.py --data VAL --weights out/model.safetensors")
 
 
+def open_streams():
+    """For a script's command line: names that no encoding holds are printed with backslashes, and where standard output
+    was closed (>&-), what is printed goes to standard error."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout = sys.stdout or sys.stderr
+    sys.stdout.reconfigure(errors="backslashreplace")  # that of stderr is so
+
+
 def run():
     """main() for the command line. What the user gave, and the machine's trouble, is one line and status 2."""
-    if sys.stdout:  # names that no encoding holds are printed with backslashes
-        sys.stdout.reconfigure(errors="backslashreplace")
+    open_streams()
     try:
         main()
     except KeyboardInterrupt:

@@ -8,7 +8,6 @@
     python sample.py img.png --features                  # img_features.png: picture | student's tokens | teacher's, as colours
     cat img.png | python sample.py - > rec.png           # in a pipe: the reconstruction alone
     python sample.py photos/ --reconstruction --out recs # files of it alone, as eval.py --fid reads them
-    python sample.py --bench                             # how many pictures a second
 
 Weights: --weights, else out/model.safetensors, else the file that ships in weights/. Any size and aspect ratio goes in, and
 one noise, the seed's, for all frames. A picture that cannot be read, or whose result cannot be written, is named,
@@ -31,10 +30,11 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from data import EXTENSIONS, MAX_BYTES, MAX_PIXELS, TURNS, list_folder, load_image, open_image, to_tensor
-from decoder import Decoder, DecoderConfig
-from encoder import (TEACHERS, Encoder, MissingFile, UserError, ViT, load_teacher, one_line, open_weights, read_config,
+from decoder import Decoder
+from encoder import (Encoder, MissingFile, UserError, load_teacher, one_line, open_weights, read_config,
                      write_atomically, write_model)
-from eval import comparison, find_weights, image_noise, psnr, sha256, ssim, user_errors, user_message
+from eval import (comparison, find_weights, image_noise, name_weights, open_streams, psnr, refuse_unless_finite, sha256, ssim,
+                  user_errors, user_message)
 
 LATENT = ".safetensors"  # how the names of latents end
 MAX_NAME = 255  # bytes, what file systems allow
@@ -44,7 +44,7 @@ MAX_TOKENS = 2 ** 17  # of a picture: 3840 x 2160 pixels in patches of 8 are as 
 def parse_args(argv=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = ap.add_argument
-    add("files", nargs="*", metavar="FILES", help="pictures, animations, folders of them, latents that --save_latent wrote, - for standard input")
+    add("files", nargs="+", metavar="FILES", help="pictures, animations, folders of them, latents that --save_latent wrote, - for standard input")
     add("--weights", metavar="FILE", help="tokenizer: a file, or uniflow-internvit, the authors' [out/model.safetensors, else the shipped weights]")
     add("--size", type=int, help="short side in pixels, 0 for the picture's own; a latent has its own [the model's native size]")
     add("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
@@ -56,11 +56,9 @@ def parse_args(argv=None):
     add("--save_latent", metavar="FILE", help="also write the latent of the one picture given, (frames, C, h, w), normalised, as .safetensors")
     add("--features", action="store_true", help="also write the tokens' first three principal components as colours, the teacher's beside them "
         "where it is on this machine (same colour, same direction); of an animation, the first frame's")
-    add("--bench", action="store_true", help="measure encoding and decoding; on a GPU without --weights, of InternViT's size at random")
     args = ap.parse_args(argv)
     args.out = args.out or ("-" if "-" in args.files else None)
     for wrong, why in (
-            (not args.files and not args.bench, "no FILES: pictures or folders of pictures, or --bench"),
             (args.steps < 1, f"--steps is {args.steps}, it must be at least 1"),
             (args.seed < 0, f"--seed is {args.seed}, it must be at least 0"),
             ((args.size or 0) < 0, f"--size is {args.size}, it must be at least 0"),
@@ -69,6 +67,7 @@ def parse_args(argv=None):
                 "--save_latent, --features, --size: of pictures, not latents"),
             (args.features and args.reconstruction, "--features would lie among the reconstructions: in two runs"),
             (args.features and args.out == "-", "--features writes a file beside the reconstruction's: give --out FOLDER"),
+            (args.out == "-" and sys.stdout is sys.stderr, "standard output is closed: redirect it (> rec.png), or give --out FOLDER"),
             (args.out == "-" and sys.stdout.isatty(), "standard output is a terminal: redirect it (> rec.png), or give --out FOLDER")):
         if wrong:
             ap.error(why)
@@ -199,6 +198,7 @@ def reconstruct(enc, dec, x, H, W, device, steps=1, seed=0):
     for part in tqdm(parts, "frames", leave=False, disable=None if len(parts) > 1 else True):
         z = part.to(device) if x.is_floating_point() else enc.encode(pad_to_patches(part.to(device) / 255, p))
         rec = dec.decode(z, steps, noise.expand(len(z), -1, -1))[:, :, :H, :W]
+        refuse_unless_finite(rec, "reconstructions")
         done.append((z.cpu(), (255 * rec).round().to(torch.uint8).cpu()))
     return [torch.cat(both) for both in zip(*done)]
 
@@ -262,29 +262,6 @@ def fast(enc, dec, img, steps=1):
         return torch.cuda.make_graphed_callables((enc.encode, lambda z: dec.decode(z, steps)), ((img,), (z,)))
 
 
-@torch.no_grad()
-def bench(enc, dec, size, device):
-    """Print how many random pictures a second are encoded and decoded: batches of 32 and 1; several steps."""
-    name = f"{torch.cuda.get_device_name()}, bf16, compiled, CUDA graphs" if device.type == "cuda" else "CPU, fp32, not compiled"
-    print(f"{name}, torch {torch.__version__}, {size} px")
-    for B, steps in ((32, (1, 2, 4, 25)), (1, (1,))) if device.type == "cuda" else ((2, (1, 2)),):
-        img = torch.rand(B, 3, size, size, device=device)
-        for n in steps:
-            encode, decode = fast(enc, dec, img, n)
-            z = encode(img)
-            both = (("encode + decode", lambda: decode(encode(img))), ("encode", lambda: encode(img))) if n == 1 else ()
-            for what, f in (*both, (f"decode in {n} step{'s' * (n > 1)}", lambda: decode(z))):
-                took = []
-                for _ in range(25):
-                    start = time.perf_counter()
-                    f()
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
-                    took.append(time.perf_counter() - start)
-                took = sorted(took)[len(took) // 2]  # the first ones warm up
-                print(f"batch {B:2d} | {what:18s} | {B / took:8.1f} img/s | {took * 1e3:7.2f} ms", flush=True)
-
-
 def main(argv=None):
     args = parse_args(argv)
     pictures = find_pictures(args.files, args.out, args.reconstruction)
@@ -292,16 +269,10 @@ def main(argv=None):
         raise UserError(f"{len(pictures)} pictures, and --save_latent or -, which are for one (eval.py --save_latents "
                         "is for data sets)")
     device, log = torch.device("cuda" if torch.cuda.is_available() else "cpu"), sys.stderr if args.out == "-" else sys.stdout
-    if args.bench and not args.weights and device.type == "cuda":
-        print("RANDOM weights of the InternViT tokenizer's size, for measuring")
-        enc, dec, info = Encoder(ViT(TEACHERS["internvit"])).eval(), Decoder(DecoderConfig()).eval(), {"size": 448}
-    else:
-        weights = find_weights(args.weights)
-        enc, dec, info = Encoder.from_pretrained(weights), Decoder.from_pretrained(weights), read_config(weights)
+    weights = find_weights(args.weights)
+    enc, dec, info = Encoder.from_pretrained(weights), Decoder.from_pretrained(weights), read_config(weights)
     enc, dec, size = enc.to(device), dec.to(device), info["size"] if args.size is None else args.size
-    if args.bench:
-        return bench(enc, dec, size or info["size"], device)
-    print(f"weights {weights}, {'short side ' + str(size) + ' px' if size else 'original size'}, on {device.type}", file=log)
+    print(f"weights {name_weights(args.weights, weights)}, {'short side ' + str(size) + ' px' if size else 'original size'}, on {device.type}", file=log)
     if args.save_latent and os.path.exists(args.save_latent) and open_weights(args.save_latent)[0] != {"latent"}:
         raise UserError(f"--save_latent {args.save_latent} is there and is no latent: give another name")
     digest = sha256(weights) if args.save_latent or any(f.endswith(LATENT) for f, _ in pictures) else None
@@ -365,15 +336,17 @@ def main(argv=None):
         return f"{said} | {seconds:.2f} s"
 
     def skip(path, why):
-        tqdm.write(f"sample.py: {path} {why}", file=sys.stderr)
+        tqdm.write(" ".join(f"sample.py: {path} {why}".splitlines()), file=sys.stderr)
         skipped.append(path)
     for picture, folder in tqdm(pictures, disable=None if len(pictures) > 1 else True):
         path = "stdin" if picture == "-" else picture
         try:
             said = convert(picture, path, folder)
         except user_errors() as e:
-            skip(path, " ".join(str(e).splitlines()))
-        except (MemoryError, torch.OutOfMemoryError):
+            skip(path, e)
+        except (MemoryError, RuntimeError) as e:
+            if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(e):
+                raise  # the text alone tells that the CPU has no memory left
             skip(path, "takes more memory than there is: give a smaller --size")
         except OSError as e:
             if args.out == "-":
@@ -388,7 +361,7 @@ def main(argv=None):
 
 def run():
     """main() for the command line: its exit status."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text; that of stderr is so
+    open_streams()
     try:
         return main()
     except KeyboardInterrupt:

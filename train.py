@@ -35,7 +35,7 @@ from data import ImageDataset, ProceduralDataset, collate, cores, sample_numbers
 from decoder import Decoder, DecoderConfig, sample_t
 from encoder import (TEACHERS, Encoder, UserError, ViT, fetch, load_exactly, load_teacher, parameter_groups,
                      read_config, teacher_config, write_atomically, write_model)
-from eval import commit, ignore_signals, spread, validate
+from eval import check_locks, commit, ignore_signals, spread, validate
 from tools.run import INTERRUPTS, Run, command_line, listen, load_checkpoint, restore_optimizer, saving, write_names
 
 # The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512);
@@ -548,6 +548,7 @@ def main(argv=None, on_signal=None):
                                s.accumulation, run.ranks)
     if on_signal:
         listen(on_signal)
+    check_locks(2 * args.workers)  # those of training and of an evaluation
     numbers = sample_numbers(now.samples, args.batch_size, s.micro_batch, run.rank, run.ranks, args.steps - now.step)
     batches = iter(DataLoader(s.data, batch_sampler=numbers, num_workers=args.workers, collate_fn=collate,
                               prefetch_factor=4 if args.workers else None, pin_memory=run.on_gpu,

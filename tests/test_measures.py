@@ -1,6 +1,6 @@
 """eval.py: measures that do not depend on the order of files, figures that are never lost, workers that never hang."""
 from tests.helpers import (
-    HERE, QuickInception, evaluate, micro_models, picture, picture_folder, raises, tokenizer_file)
+    HERE, QuickInception, evaluate, micro_models, picture, picture_folder, raises, sampled, tokenizer_file)
 
 import contextlib
 import errno
@@ -10,6 +10,7 @@ import io
 import json
 import math
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import pickle
 import resource
@@ -200,6 +201,21 @@ def test_no_console_loses_the_report():
         with patch.object(sys, "stderr", io.StringIO()) as err, patch.object(sys, "stdout", None):  # python eval.py >&-
             evaluation.main(list(map(str, flags)))
         assert "PSNR dB" in err.getvalue()
+        # a name that no file system takes is no bug, and costs no figures; nor does a disk that has no room for statistics
+        status, out, err = as_command(*flags, "--out", os.path.join(tmp, "x" * 251 + ".json"))
+        assert status == 2 and b"PSNR dB" in out and err.startswith("eval.py: [Errno 36] ") and err.count("\n") == 1, err
+        two, (pictures, _) = ["--inception", weights, "--workers", 0], picture_folder(tmp, n=4)
+        with patch.object(evaluation, "InceptionV3", QuickInception):
+            said, _ = evaluate("--fid", pictures, pictures, "--resolution", 256, *two)
+            with patch.object(np, "savez", full):
+                stats = ["--save_stats", os.path.join(tmp, "stats.npz")]
+                status, out, err = as_command("--fid", pictures, pictures, "--resolution", 256, *two, *stats)
+        assert status == 2 and "stats.npz could not be written" in err and "disk full" in err, err
+        assert said.splitlines()[-1].startswith("FID ") and said.splitlines()[-1] in out.decode(), "the same figure"
+        blocked = ["--data", pictures, "--weights", weights, "--workers", 0, "--save_latents", weights]
+        evaluate("--latent_stats", *blocked[:6])
+        status, _, err = as_command(*blocked)
+        assert status == 2 and f"--save_latents {weights} is no folder" in err and err.count("\n") == 1, err
 
 
 class ClosedLater:
@@ -249,6 +265,40 @@ def test_workers_need_no_shared_memory():
             with file_size_limit(0):
                 raises(evaluation.UserError, evaluate, *flags, "--workers", 1, words=["/dev/shm", "--workers 0"])
                 assert evaluate(*flags, "--workers", 0)[1]["results"] == alone["results"]
+
+
+def test_locks_are_all_there_before_workers_start():
+    """What check_locks makes is at least what two loaders that work at the same time make: those of train.py."""
+    made, plain = [], multiprocessing.synchronize.SemLock.__init__
+
+    def count(self, *args, **kwargs):
+        made.append(plain(self, *args, **kwargs))
+    with patch.object(multiprocessing.synchronize.SemLock, "__init__", count):
+        for workers in 1, 3:
+            made.clear()
+            loaders = [iter(torch.utils.data.DataLoader(range(4), num_workers=workers)) for _ in range(2)]
+            needed = len(made)
+            for loader in loaders:
+                loader._shutdown_workers()
+            made.clear()
+            evaluation.check_locks(2 * workers)
+            assert needed <= len(made) <= 2 * needed and needed > 2 * workers, (workers, needed, len(made))
+        made.clear()
+        evaluation.check_locks(0)
+        assert not made
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with patch.object(multiprocessing.synchronize.SemLock, "__init__", side_effect=[None] * 12 + [full]):
+        raises(evaluation.UserError, evaluation.check_locks, 1, words=["/dev/shm", "--workers 0"])
+
+
+def test_pictures_that_are_not_finite_are_no_black_ones():
+    """uint8 has no NaN: what a network of weights that overflow gives must not be compared as if it were dark."""
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=2)
+        decode = lambda self, latent, *args: torch.full((len(latent), 3, 16, 16), float("nan"))
+        flags = ["--data", folder, "--weights", weights, "--inception", "none", "--workers", 0]
+        with patch.object(decoder.Decoder, "decode", decode):
+            raises(evaluation.UserError, evaluate, *flags, words="reconstructions are not finite in 2 of 2")
 
 
 def test_workers_follow_the_affinity():
@@ -373,7 +423,14 @@ def test_weights_that_are_not_given():
         said, report = evaluate(*flags)
         assert report["weights"] == shipped and shipped in said
         os.makedirs("out"), os.rename(weights, "out/model.safetensors")
-        assert evaluate(*flags)[1]["weights"] == "out/model.safetensors"
+        said, report = evaluate(*flags)
+        assert report["weights"] == "out/model.safetensors", "and the JSON has the path alone"
+        told, = (line for line in said.splitlines() if line.startswith("weights"))
+        assert "there is no --weights" in told and f"--weights {shipped}" in told, told
+        assert sampled("pictures/class0/0.png", "--out", "here")[1].splitlines()[0].startswith(told.replace("   ", " "))
+        for weights in "out/model.safetensors", shipped:  # who names one, or has no other, is told nothing
+            assert "there is no --weights" not in evaluate(*flags, "--weights", weights)[0]
+        assert "there is no --weights" not in said.replace(told, "")
         with contextlib.redirect_stderr(io.StringIO()) as err:  # which would change the file
             raises(SystemExit, evaluation.main, ["--data", folder, "--latent_stats"], words="2")
         assert "--weights FILE" in err.getvalue()

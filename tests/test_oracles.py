@@ -8,7 +8,6 @@ import glob
 import inspect
 import io
 import itertools
-import json
 import math
 import os
 import re
@@ -28,7 +27,6 @@ import decoder
 import distill
 import encoder
 import eval as evaluation
-import train
 from tests import mutants
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -763,7 +761,7 @@ def test_a_resume_restores_every_field():
 
 
 MAY_DIFFER = set("data val out steps epochs workers micro_batch compile log_every eval_every save_every keep_every "
-                 "max_bad_images resume_anyway bench".split())
+                 "max_bad_images resume_anyway".split())
 
 
 def test_a_resume_compares_every_argument():

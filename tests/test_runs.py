@@ -26,7 +26,7 @@ import encoder
 import eval as evaluation
 import sample
 import train
-from tools.run import finite, saving
+from tools.run import Run, finite, saving
 
 patch = unittest.mock.patch
 
@@ -254,7 +254,8 @@ def test_names_that_are_no_text_and_pictures_that_fail():
         # a failure in the middle, by kind; out of memory is one picture's, a full disk everyone's, a bug nobody's
         plain_reconstruct = sample.reconstruct
         for error, expected in ((data.UserError("is odd"), 1), (OSError(errno.EIO, "Input/output error"), 1),
-                                (MemoryError(), 1), (torch.OutOfMemoryError(), 1),
+                                (MemoryError(), 1), (torch.OutOfMemoryError(), 1), (no_memory(), 1),
+                                (RuntimeError("a bug"), RuntimeError),
                                 (ValueError("a bug"), ValueError), (OSError(errno.ENOSPC, "full"), encoder.UserError)):
             def reconstruct(enc, dec, x, *args):
                 if x.shape[3] == 21:  # of 40 x 30
@@ -268,6 +269,52 @@ def test_names_that_are_no_text_and_pictures_that_fail():
                     continue
                 status, said, err = sampled(*files, *flags)
             assert status == 1 and "square_recon.png" in said and len(err.splitlines()) == 1 and files[0] in err, err
+
+
+def no_memory():
+    """What torch raises where the CPU has no memory left: here for 2^62 bytes."""
+    try:
+        torch.empty(2 ** 60)
+    except RuntimeError as e:
+        return e
+
+
+def test_streams_that_are_closed():
+    """Text goes to standard error, results are the same; a picture for a closed pipe is refused, not lost."""
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, photos = tokenizer_file(tmp), os.path.join(tmp, "photos")
+        os.makedirs(photos)
+        for k, name in enumerate(("a.png", "new\nline.png")):
+            picture(k).save(os.path.join(photos, name))
+        open(os.path.join(photos, "torn\n.png"), "w").write("no picture")
+        closed = lambda *command: run("bash", "-c", 'exec "$@" >&-', "-", sys.executable, *command)
+        flags = ["--weights", weights, "--out"]
+        sampling, training = side_by_side(
+            lambda: closed("sample.py", photos, *flags, os.path.join(tmp, "closed")),
+            lambda: closed("train.py", *MICRO_RUN, "--teacher", micro_teacher(tmp), "--steps", 1, "--out",
+                           os.path.join(tmp, "run")))
+        status, said, err = sampled(photos, *flags, os.path.join(tmp, "open"))
+        assert sampling.returncode == status == 1 and training.returncode == 0, sampling.stderr + training.stderr
+        assert "done: " in training.stderr and said.splitlines()[0] in sampling.stderr, sampling.stderr
+        names = sorted(os.listdir(os.path.join(tmp, "open")))
+        assert names == ["a_recon.png", "new\nline_recon.png"] == sorted(os.listdir(os.path.join(tmp, "closed")))
+        for name in names:
+            assert np.array_equal(*(pixels(os.path.join(tmp, out, name))[0] for out in ("open", "closed")))
+        assert err.count("\n") == 1 and "torn .png cannot be read" in err, "one line, whatever the name"
+        with patch.object(sys, "stdout", None), patch.object(sys, "stderr", io.StringIO()) as err:
+            err.reconfigure = lambda errors: None
+            with patch.object(sys, "argv", ["sample.py", photos, *flags, "-"]), contextlib.suppress(SystemExit):
+                raise AssertionError(sample.run())
+        assert "standard output is closed" in err.getvalue()
+
+
+def test_a_full_disk_names_the_log():
+    with tempfile.TemporaryDirectory() as tmp:
+        full = os.path.join(tmp, "out", "log.jsonl")
+        log = unittest.mock.Mock(write=unittest.mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
+        with patch.object(Run, "open_log", lambda run, step: setattr(run, "log", log)):
+            flags = "--teacher", micro_teacher(tmp), "--steps", 1, "--out", os.path.join(tmp, "out")
+            raises(encoder.UserError, train_quietly, *flags, words=[full, "No space left"])
 
 
 def test_training_with_names_that_are_no_text():

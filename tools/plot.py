@@ -36,7 +36,8 @@ def draw(folders):
 
     runs = {folder: read_log(folder) for folder in folders}
     above = os.path.commonpath([os.path.dirname(os.path.abspath(folder)) for folder in folders])
-    names = [os.path.relpath(folder, above) for folder in folders]
+    names = [os.path.relpath(folder, above).encode(errors="backslashreplace").decode() for folder in folders]
+    names = [name.replace("$", r"\$") for name in names]  # which begins a formula
     panels = [("loss_flow", "flow loss"), ("loss_dist", "distillation loss"), ("psnr", "one-step PSNR in dB"),
               ("lr", "learning rate"), ("grad_norm", "gradient norm, before clipping")]
     rows = -(-(len(panels) + len(runs)) // 3)
@@ -55,7 +56,8 @@ def draw(folders):
         L = len(training[0]["alpha"])
         for l in range(L):
             axis.plot([x["step"] for x in training], [x["alpha"][l] for x in training],
-                      color=colormaps["viridis"](l / max(L - 1, 1)), label=f"layer {l + 1}" if l in (0, L - 1) else None)
+                      color=colormaps["viridis"](l / max(L - 1, 1)),
+                      label=f"layer {l + 1}" if l in (0, L - 1) else None)
         axis.set(title=f"alpha, the distance to the teacher, of each layer: {name}", xlabel="step")
         axis.legend()
     for axis in axes[len(panels) + len(runs):]:
@@ -64,6 +66,7 @@ def draw(folders):
 
 
 def main(argv=None):
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text; that of stderr is so
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("folders", nargs="+", metavar="FOLDER", help="folders of training runs, each with a log.jsonl")
     ap.add_argument("--out", metavar="FILE", help="the picture, .png or .pdf or .svg [curves.png in the first folder]")

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from encoder import UserError, write_atomically
-from eval import SAVE_AND_STOP, rank_and_device, user_message
+from eval import SAVE_AND_STOP, open_streams, rank_and_device, user_message
 
 try:
     import fcntl
@@ -143,9 +143,13 @@ class Run:
         self.log = open(path, "a")
 
     def write(self, **line):
-        """A line of the log."""
+        """A line of the log. UserError if the disk is full."""
         if self.rank == 0:
-            print(json.dumps(finite(line), allow_nan=False), file=self.log, flush=True)
+            try:
+                print(json.dumps(finite(line), allow_nan=False), file=self.log, flush=True)
+            except OSError as e:
+                raise UserError(f"{self.path('log.jsonl')} cannot be written ({e}): make room, and run the same "
+                                "command again, which goes on from the last save") from None
 
     def close(self):
         for file in filter(None, (self.log, self.lock)):
@@ -231,7 +235,7 @@ def command_line(main, name):
     After an exception it ends at once: Python would wait for the loader's workers, which ignore signals, and a process
     group for the other ranks.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are no text; that of stderr is so
+    open_streams()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & has children ignore
     who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     try:
