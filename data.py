@@ -103,6 +103,8 @@ def load_image(file, short=None):
     except MemoryError:
         raise
     except Exception as e:  # damage makes PIL raise nearly any type; all mean that the file holds no picture
+        if "out of memory" in str(e).lower():  # a decoder's own words, AVIF's for one
+            raise MemoryError from None
         unknown = isinstance(e, Image.UnidentifiedImageError)
         why = f"none of {', '.join(FORMATS)}" if unknown else f"{type(e).__name__}: {e}"
         raise UserError(f"cannot be read as an image ({' '.join(why.split())[:200]})") from None

@@ -133,8 +133,8 @@ def flow_loss(velocity, x, t, noise):
     dimensions of x's, one time for each image (B,) or each patch (B, N); 1 = noise. Any flow model can use it.
     """
     if noise.shape != x.shape or t.shape != x.shape[:t.ndim]:
-        raise ValueError(f"x is {tuple(x.shape)}, noise {tuple(noise.shape)}, t {tuple(t.shape)}; expected noise of x's "
-                         "shape, and a t of its first dimensions")
+        raise ValueError(f"x is {tuple(x.shape)}, noise {tuple(noise.shape)}, t {tuple(t.shape)}; expected noise of "
+                         "x's shape, and a t of its first dimensions")
     s = t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
     # Differs from the paper: eq. 5 reads as a sum over the patch; the mean is 1/(3p^2) of it (--lambda_f 588 at p = 14).
     return (same_shape(velocity((1 - s) * x + s * noise, t), x) - (noise - x)).square().mean()

@@ -33,7 +33,7 @@ def layer_distances(student, teacher, skip=0):
         raise ValueError(f"student has {len(shapes)} layers of {sorted(set(shapes))}, teacher {len(theirs)} of "
                          f"{sorted(set(theirs))}; expected the same (B, N, D) for every layer of both")
     if any(not 0 <= skip < shape[1] for shape in shapes):
-        raise ValueError(f"skip is {skip}, layers are {sorted(set(shapes))}; expected from 0 to less than their N tokens")
+        raise ValueError(f"skip is {skip}, layers are {sorted(set(shapes))}; expected 0 <= skip < N")
     return 1 - torch.stack([cosine(s, t)[:, skip:] for s, t in zip(student, teacher)]).mean((1, 2))
 
 

@@ -194,8 +194,8 @@ def test_tiffs_whose_tags_lie_elsewhere_are_missing_or_long():
     blob = tiff("<", (256, 3, 1, 4), (257, 3, 1, 1), (258, 3, 1, 16), (259, 3, 1, 1), (273, 4, 1, 110), (277, 3, 1, 1),
                 (278, 3, 1, 1), (279, 4, 1, 8), after=struct.pack("<4H", *deep))
     assert shown(blob)[0, :, 0].tolist() == [0, 3, 128, 255], "no tag 262: the pixels behind the directory stay"
-    entries = ((256, 3, 4), (257, 3, 1), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 232), (277, 3, 1), (278, 3, 1),
-               (279, 4, 8), (339, 3, 2))  # a BigTIFF
+    entries = ((256, 3, 4), (257, 3, 1), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 232), (277, 3, 1),
+               (278, 3, 1), (279, 4, 8), (339, 3, 2))  # a BigTIFF
     blob = struct.pack("<2s3H2Q", b"II", 43, 8, 0, 16, 10)
     blob += b"".join(struct.pack("<HHQQ", tag, kind, 1, value) for tag, kind, value in entries)
     blob += bytes(8) + struct.pack("<4h", *(x - 32768 for x in deep))
@@ -339,6 +339,9 @@ def test_only_its_own_damage_replaces_a_picture():
                             last = str(e).splitlines()[-1]
                             assert path in last and os.strerror(expected) in last and "4 attempts" in last, last
                             e.__traceback__ = None  # it keeps the loader, which the next worker would inherit
+        short = RuntimeError("Pixel allocation failed: Out of memory")  # libavif's words
+        with unittest.mock.patch.object(data, "open_image", side_effect=short):
+            raises(data.MachineError, train_set.__getitem__, 0, words=[os.strerror(errno.ENOMEM), "4 attempts"])
         # the picture's own: gone, not allowed, a folder now, or a link to itself
         for code in (errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG):
             train_set, plain = (data.ImageDataset(folder, 16, train=t) for t in (True, False))
