@@ -149,7 +149,7 @@ def euler(velocity, noise, steps=1):
         raise ValueError(f"steps is {steps}; expected at least 1")
     x = noise
     for i in range(steps):
-        t = torch.full(x.shape[:-1], 1 - i / steps, device=x.device)
+        t = torch.full(x.shape[:-1], 1 - i / steps, dtype=torch.float32, device=x.device)
         x = x - same_shape(velocity(x, t), x) / steps
     return x
 
@@ -246,7 +246,7 @@ class FlowHead(nn.Module):
 
 def sinusoid(t, dim):
     """Transformer features of positions t (...) -> (..., dim): cosines first, then sines, of angular frequencies from 1 down to almost 1/10000."""
-    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
     angles = t.float()[..., None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -254,7 +254,8 @@ def sinusoid(t, dim):
 def position_grid(grid, width):
     """2-D sin-cos position embedding of a square grid, (1, grid*grid, width): half the width for rows, half for columns."""
     rows, cols = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    return torch.cat([sinusoid(rows.flatten(), width // 2), sinusoid(cols.flatten(), width // 2)], dim=-1)[None]
+    both = torch.cat([sinusoid(rows.flatten(), width // 2), sinusoid(cols.flatten(), width // 2)], dim=-1)
+    return both[None].to(torch.get_default_dtype())
 
 
 def resize_grid(pos, h, w):

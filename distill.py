@@ -47,7 +47,7 @@ def layer_weights(distances, beta=2.0, strategy="adaptive"):
         raise ValueError(f"strategy {strategy!r} is not one of {' '.join(STRATEGIES)}")
     alpha = distances.detach().float()
     L = len(alpha)
-    depth = torch.arange(1, L + 1, device=alpha.device) / L  # l/L
+    depth = torch.arange(1, L + 1, dtype=torch.float32, device=alpha.device) / L  # l/L
     if strategy == "final":
         return (depth == 1).float()
     if strategy == "uniform":

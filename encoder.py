@@ -175,7 +175,11 @@ def flat(norm, x):
 
 def scaled(linear, x, scale):
     """scale * linear(x), layer scale or None for 1: applied to the weights, where it costs no pass over the activations."""
-    return linear(x) if scale is None else F.linear(x, scale[:, None] * linear.weight, scale * linear.bias)
+    if scale is None:
+        return linear(x)
+    if type(linear) is not nn.Linear:  # what stands in for it, as LoRA's layers do, is more than a weight and a bias
+        return scale * linear(x)
+    return F.linear(x, scale[:, None] * linear.weight, scale * linear.bias)
 
 
 class ViT(nn.Module):

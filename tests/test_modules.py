@@ -109,6 +109,50 @@ def test_precisions():
     enc(img)[0].sum().backward(), dec(z, img).backward()
 
 
+def test_made_or_used_where_another_type_is_the_default():
+    """As transformers' from_pretrained makes modules: parameters of that type; what is computed in fp32 stays so."""
+    _, enc, dec = micro_models()
+    img, noise, alpha = torch.rand(2, 3, 8, 12), torch.randn(2, 6, 48), torch.rand(3)
+    latent = enc.encode(img)
+    with torch.no_grad():
+        expected = dec.decode(latent, 3, noise), distill.layer_weights(alpha)
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            got = dec.decode(latent, 3, noise), distill.layer_weights(alpha)
+            enc, dec = encoder.Encoder(encoder.ViT(MICRO_VIT), 8), decoder.Decoder(MICRO_DECODER)
+            z = enc(img)[0]
+            assert z.dtype == torch.bfloat16 and dec.decode(z).shape == img.shape and dec(z, img).dtype == torch.float32
+            assert {p.dtype for p in (*enc.parameters(), *dec.parameters())} == {torch.bfloat16}
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    close(dec.pos_embed.float(), decoder.Decoder(MICRO_DECODER).pos_embed, 4e-3)  # rounded once
+
+
+class LowRank(torch.nn.Module):
+    """As LoRA's layers: the linear layer, whose weight it shows, and an update."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.weight, self.bias = linear, linear.weight, linear.bias
+        self.update = torch.nn.Parameter(torch.randn_like(linear.weight))
+
+    def forward(self, x):
+        return self.linear(x) + x @ self.update.T
+
+
+def test_layers_that_stand_in_for_linear_ones():
+    """The update counts in every layer, layer scale or not: as if it were added to the weight."""
+    for config in MICRO_VIT, replace(MICRO_VIT, layer_scale=0.5):
+        vit, img = encoder.ViT(config), torch.rand(1, 3, 8, 8)
+        added = copy.deepcopy(vit)
+        for block, other in zip(vit.blocks, added.blocks):
+            for name in "qkv", "proj", "fc1", "fc2":
+                setattr(block, name, LowRank(getattr(block, name)))
+                getattr(other, name).weight.data += getattr(block, name).update.data
+        close(vit(img)[-1], added(img)[-1], 1e-4)
+
+
 def test_compile():
     enc, dec = with_statistics()
     expected = round_trip(enc, dec)
