@@ -102,6 +102,8 @@ def load_image(file, short=None):
     except MemoryError:
         raise
     except Exception as e:  # damage makes PIL raise nearly any type; all mean that the file holds no picture
+        if "out of memory" in str(e).lower():  # a decoder's own words, AVIF's for one
+            raise MemoryError from None
         unknown = isinstance(e, Image.UnidentifiedImageError)
         why = f"none of {', '.join(FORMATS)}" if unknown else f"{type(e).__name__}: {e}"
         raise UserError(f"cannot be read as an image ({' '.join(why.split())[:200]})") from None
@@ -138,12 +140,13 @@ def open_image(file):
     img = Image.open(io.BytesIO(blob), formats=FORMATS)
     if img.width * img.height > MAX_PIXELS:  # the header says so, nothing is decoded yet
         raise UserError(f"{img.width}x{img.height} pixels, more than {MAX_PIXELS:,}")
-    if img.mode == "F" or img.format == "TIFF" and img.mode == "I":
+    if img.mode == "F" or img.format == "TIFF" and img.mode == "I" and img.tag_v2[258] != (16,):
         raise UserError("32 bits a channel, of which nothing says what white is: save it with 8 or 16")
     tags = {tag: value for tag, (value, _) in directory(exif or img.info.get("exif", b""))[1].items()}
     img.info["orientation"] = tags.get(274)
     if img.format == "TIFF":  # what the file says, not what strip_tiff left of it
-        img.info.update(white_is_zero=tags.get(262, img.tag_v2.get(262)) == 0, signed=tags.get(339) == 2)
+        white, signed = (tags.get(tag, img.tag_v2.get(tag)) for tag in (262, 339))
+        img.info.update(white_is_zero=white == 0, signed=signed in (2, (2,)))
     if clear := img.info.get("transparency"):  # PIL compares it with pixels that it has made 8 bits deep
         scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(img.tile[0][3])
         if scale:
@@ -156,7 +159,7 @@ def upper_bits(img):
     """A grey PIL image of 12 or 16 bits, or of signed numbers -> the upper 8 bits (black is the least number)."""
     bits, deep = img.tag_v2[258][0] if img.format == "TIFF" else 16, np.asarray(img)
     if img.info.get("signed"):
-        deep = deep ^ (1 << bits - 1)
+        deep = deep & (1 << bits) - 1 ^ 1 << bits - 1
     grey = (deep >> bits - 8).clip(0, 255).astype(np.uint8)
     if img.info.get("white_is_zero"):
         grey = 255 - grey
@@ -176,8 +179,8 @@ def directory(tiff):
         start, = struct.unpack_from(order + "I", tiff, 4)
         count, = struct.unpack_from(order + "H", tiff, start)
         for at in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(order + "HH", tiff, at)
-            form = {1: "B", 3: "H", 4: "I"}.get(kind)
+            tag, kind, n = struct.unpack_from(order + "HHI", tiff, at)
+            form = {1: "B", 3: "H", 4: "I"}.get(kind) if n == 1 else None  # of several the entry holds where they are
             value = struct.unpack_from(order + form, tiff, at + 8)[0] if form else None
             tags[tag] = value, tiff[at:at + 12]
     return start, tags
@@ -190,7 +193,7 @@ def strip_tiff(blob):
     kept = {tag: entry for tag, (_, entry) in tags.items() if tag in TIFF_PIXELS}
     if 256 not in tags:  # a BigTIFF, or damaged
         return blob, b""
-    if tags.get(258, (1,))[0] in (12, 16) and tags.get(262, (1,))[0] in (0, 1):
+    if tags.get(258, (1,))[0] in (12, 16) and 262 in tags and tags[262][0] in (0, 1):
         kept[262] = struct.pack(order + "HHIHH", 262, 3, 1, 1, 0)
         if tags.get(339, (1,))[0] == 2:
             del kept[339]

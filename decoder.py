@@ -93,7 +93,10 @@ def check_image(img, patch):
         fit = [max(patch, round(s / patch) * patch) for s in (W, H)]
         raise ValueError(f"image is {W}x{H} pixels; sides must be multiples of the patch {patch}: try {fit[0]}x{fit[1]}")
     if img.device.type == "cpu" and img.numel() and not torch.compiler.is_compiling():
-        low, high = img.detach().aminmax()
+        try:
+            low, high = (x.item() for x in img.detach().aminmax())
+        except RuntimeError:  # there is nothing to look at: vmap's and fake tensors have no values of their own
+            return
         if not (low > -0.5 and high < 1.5):  # a resize may overshoot a little; also catches nan
             raise ValueError(f"img has values from {low:.3g} to {high:.3g}; expected [0, 1], as the network normalises inside")
 
@@ -107,8 +110,9 @@ def patchify(x, p):
 
 def unpatchify(x, p, H, W):
     """Patches (B, N, 3p^2) -> pixels (B, 3, H, W), the inverse of patchify."""
-    x = x.reshape(len(x), H // p, W // p, -1, p, p).permute(0, 3, 1, 4, 2, 5)  # (B, C, h, p, w, p)
-    return x.reshape(len(x), -1, H, W)
+    B, _, n = x.shape
+    x = x.reshape(B, H // p, W // p, n // p ** 2, p, p).permute(0, 3, 1, 4, 2, 5)  # (B, C, h, p, w, p)
+    return x.reshape(B, n // p ** 2, H, W)
 
 
 def sample_t(shape, endpoint=0.0, device=None):
@@ -128,9 +132,12 @@ def flow_loss(velocity, x, t, noise):
     velocity: a callable v(x_t, t). x: data (B, ...); noise: eps, of its shape; t: times whose shape is the first
     dimensions of x's, one time for each image (B,) or each patch (B, N); 1 = noise. Any flow model can use it.
     """
+    if noise.shape != x.shape or t.shape != x.shape[:t.ndim]:
+        raise ValueError(f"x is {tuple(x.shape)}, noise {tuple(noise.shape)}, t {tuple(t.shape)}; expected noise of "
+                         "x's shape, and a t of its first dimensions")
     s = t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
     # Differs from the paper: eq. 5 reads as a sum over the patch; the mean is 1/(3p^2) of it (--lambda_f 588 at p = 14).
-    return (velocity((1 - s) * x + s * noise, t) - (noise - x)).square().mean()
+    return (same_shape(velocity((1 - s) * x + s * noise, t), x) - (noise - x)).square().mean()
 
 
 def euler(velocity, noise, steps=1):
@@ -138,11 +145,20 @@ def euler(velocity, noise, steps=1):
 
     velocity: a callable v(x, t), x of noise's shape (B, ..., D) and t (B, ...), a time for each vector. -> like noise.
     """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; expected at least 1")
     x = noise
     for i in range(steps):
-        t = torch.full(x.shape[:-1], 1 - i / steps, device=x.device)
-        x = x - velocity(x, t) / steps
+        t = torch.full(x.shape[:-1], 1 - i / steps, dtype=torch.float32, device=x.device)
+        x = x - same_shape(velocity(x, t), x) / steps
     return x
+
+
+def same_shape(v, x):
+    """The velocity v, if it has x's shape. What is broadcast instead would be another loss, in silence."""
+    if v.shape != x.shape:
+        raise ValueError(f"velocity is {tuple(v.shape)}; expected {tuple(x.shape)}, as x is")
+    return v
 
 
 def at_least_fp32(x):
@@ -214,6 +230,9 @@ class FlowHead(nn.Module):
             nn.init.zeros_(m.bias)
 
     def forward(self, x, t, c):
+        if not x.shape[:-1] == t.shape == c.shape[:-1]:
+            raise ValueError(f"x is {tuple(x.shape)}, t {tuple(t.shape)}, c {tuple(c.shape)}; expected one t and one c "
+                             "for each vector of x")
         dtype = self.output.weight.dtype
         s = 1 - t  # the released network's time: it runs from noise at s = 0, and predicts x - eps, which is -v
         time = self.time_fc2(F.silu(self.time_fc1(sinusoid(1000 * s, 256).to(dtype))))  # (..., width)
@@ -227,7 +246,7 @@ class FlowHead(nn.Module):
 
 def sinusoid(t, dim):
     """Transformer features of positions t (...) -> (..., dim): cosines first, then sines, of angular frequencies from 1 down to almost 1/10000."""
-    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
     angles = t.float()[..., None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -235,7 +254,8 @@ def sinusoid(t, dim):
 def position_grid(grid, width):
     """2-D sin-cos position embedding of a square grid, (1, grid*grid, width): half the width for rows, half for columns."""
     rows, cols = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    return torch.cat([sinusoid(rows.flatten(), width // 2), sinusoid(cols.flatten(), width // 2)], dim=-1)[None]
+    both = torch.cat([sinusoid(rows.flatten(), width // 2), sinusoid(cols.flatten(), width // 2)], dim=-1)
+    return both[None].to(torch.get_default_dtype())
 
 
 def resize_grid(pos, h, w):
@@ -331,7 +351,7 @@ class Decoder(nn.Module):
         check_image(img, p)
         self.check_latent(z, "z")
         (B, _, H, W), (h, w) = img.shape, z.shape[2:]
-        if (B, H, W) != (len(z), h * p, w * p):
+        if (B, H, W) != (z.shape[0], h * p, w * p):
             raise ValueError(f"img is {tuple(img.shape)}, z {tuple(z.shape)}; expected one batch, and an image of {h * p}x{w * p} "
                              f"(HxW) for a grid of {h}x{w} patches of {p}")
         x = patchify((at_least_fp32(img) - self.mean) / self.std, p)  # (B, N, 3p^2)

@@ -25,12 +25,15 @@ def cosine(student, teacher):
 def layer_distances(student, teacher, skip=0):
     """alpha of every layer, without the first `skip` tokens. Two lists of L tensors (B, N, D) -> (L,) in [0, 2].
 
-    Raises ValueError if a layer has not the same shape in both: cosines of broadcast tensors mean nothing.
+    Raises ValueError if a layer has not the same shape in both (cosines of broadcast tensors mean nothing), or if no
+    token is left.
     """
     shapes, theirs = ([tuple(x.shape) for x in layers] for layers in (student, teacher))
     if shapes != theirs or any(len(shape) != 3 for shape in shapes):
         raise ValueError(f"student has {len(shapes)} layers of {sorted(set(shapes))}, teacher {len(theirs)} of "
                          f"{sorted(set(theirs))}; expected the same (B, N, D) for every layer of both")
+    if any(not 0 <= skip < shape[1] for shape in shapes):
+        raise ValueError(f"skip is {skip}, layers are {sorted(set(shapes))}; expected 0 <= skip < N")
     return 1 - torch.stack([cosine(s, t)[:, skip:] for s, t in zip(student, teacher)]).mean((1, 2))
 
 
@@ -44,7 +47,7 @@ def layer_weights(distances, beta=2.0, strategy="adaptive"):
         raise ValueError(f"strategy {strategy!r} is not one of {' '.join(STRATEGIES)}")
     alpha = distances.detach().float()
     L = len(alpha)
-    depth = torch.arange(1, L + 1, device=alpha.device) / L  # l/L
+    depth = torch.arange(1, L + 1, dtype=torch.float32, device=alpha.device) / L  # l/L
     if strategy == "final":
         return (depth == 1).float()
     if strategy == "uniform":

@@ -175,7 +175,11 @@ def flat(norm, x):
 
 def scaled(linear, x, scale):
     """scale * linear(x), layer scale or None for 1: applied to the weights, where it costs no pass over the activations."""
-    return linear(x) if scale is None else F.linear(x, scale[:, None] * linear.weight, scale * linear.bias)
+    if scale is None:
+        return linear(x)
+    if type(linear) is not nn.Linear:  # what stands in for it, as LoRA's layers do, is more than a weight and a bias
+        return scale * linear(x)
+    return F.linear(x, scale[:, None] * linear.weight, scale * linear.bias)
 
 
 class ViT(nn.Module):
@@ -214,7 +218,7 @@ class ViT(nn.Module):
         B, _, H, W = img.shape
         h, w = H // p, W // p
         x = ((img - self.mean) / self.std).to(weight.dtype)  # (B, 3, H, W), normalised
-        x = x.reshape(B, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w, -1)  # (B, N, 3p^2)
+        x = x.reshape(B, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w, 3 * p * p)  # (B, N, 3p^2)
         x = F.linear(x, weight.flatten(1), self.patch_embed.bias)  # the convolution, faster: (B, N, D)
         cls = min(self.num_prefix, 1)
         # under autocast the residual stream is bf16 from here on
@@ -250,7 +254,10 @@ def check_image(img, patch):
         fit = [max(patch, round(s / patch) * patch) for s in (W, H)]
         raise ValueError(f"image is {W}x{H} pixels; sides must be multiples of the patch {patch}: try {fit[0]}x{fit[1]}")
     if img.device.type == "cpu" and img.numel() and not torch.compiler.is_compiling():
-        low, high = img.detach().aminmax()
+        try:
+            low, high = (x.item() for x in img.detach().aminmax())
+        except RuntimeError:  # there is nothing to look at: vmap's and fake tensors have no values of their own
+            return
         if not (low > -0.5 and high < 1.5):  # a resize may overshoot a little; also catches nan
             raise ValueError(f"img has values from {low:.3g} to {high:.3g}; expected [0, 1], as the network normalises inside")
 
@@ -297,10 +304,9 @@ class Encoder(nn.Module):
 
     def forward(self, img):
         """img (B, 3, H, W) in [0, 1] -> the RAW z (B, C, h, w), not for Decoder.decode, and [H^(1)..H^(L)], each (B, P+N, D)."""
-        B, p = img.shape[0], self.vit.config.patch
-        hidden = self.vit(img)
+        hidden, p = self.vit(img), self.vit.config.patch
         z = self.latent_down(self.vit.norm(hidden[-1][:, self.vit.num_prefix:]))  # (B, N, C)
-        return z.transpose(1, 2).reshape(B, self.latent_dim, img.shape[2] // p, img.shape[3] // p), hidden
+        return z.transpose(1, 2).reshape(img.shape[0], self.latent_dim, img.shape[2] // p, img.shape[3] // p), hidden
 
     def encode(self, img):
         """img (B, 3, H, W) in [0, 1] -> the NORMALISED latent (B, C, h, w), for Decoder.decode: z less its stored mean, per
@@ -314,9 +320,10 @@ class Encoder(nn.Module):
         first, -2 the second-to-last, which LLaVA reads); a list of them: a list, from one pass that stops after the
         deepest. grid: as maps (B, D, h, w). Raises ValueError for a layer that is not there.
         """
-        vit, wanted = self.vit, list(layer) if isinstance(layer, (list, tuple)) else [layer]
+        several = isinstance(layer, (list, tuple, range))
+        vit, wanted = self.vit, list(layer) if several else [layer]
         L, p = len(vit.blocks), vit.config.patch
-        if not wanted or any(n is not None and not -L <= n < L for n in wanted):
+        if not wanted or any(n is not None and n not in range(-L, L) for n in wanted):
             raise ValueError(f"layer is {layer}; expected None or integers from {-L} to {L - 1}")
         numbers = [L - 1 if n is None else n % L for n in wanted]
         hidden = vit(img, max(numbers) + 1)
@@ -324,7 +331,7 @@ class Encoder(nn.Module):
         tokens = [x[:, vit.num_prefix:] for x in tokens]  # (B, N, D)
         if grid:
             tokens = [x.transpose(1, 2).unflatten(2, (img.shape[2] // p, -1)) for x in tokens]  # (B, D, h, w)
-        return tokens if isinstance(layer, (list, tuple)) else tokens[0]
+        return tokens if several else tokens[0]
 
     @classmethod
     def from_pretrained(cls, path):
@@ -427,10 +434,11 @@ def parameter_groups(modules, lr, weight_decay=0.0, layer_decay=1.0):
         for name, p in vit.named_parameters():
             first = name.split(".")[0]
             below[p] = 0 if first == "norm" else len(vit.blocks) - (int(name.split(".")[1]) if first == "blocks" else -1)
-    groups, params = {}, dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad)
+    embeddings = {m.weight for module in modules for m in module.modules() if isinstance(m, nn.Embedding)}
+    groups, params = {}, {p: name for module in modules for name, p in module.named_parameters() if p.requires_grad}
     for decays in True, False:
-        for p in params:
-            if (p.ndim in (2, 4)) == decays:
+        for p, name in params.items():
+            if (p.ndim > 1 and name.endswith("weight") and p not in embeddings) == decays:
                 groups.setdefault((lr * layer_decay ** below.get(p, 0), decays), []).append(p)
     return [dict(params=group, lr=rate, weight_decay=weight_decay * decays) for (rate, decays), group in groups.items()]
 
@@ -546,6 +554,7 @@ def one_line(x):
 def open_weights(path):
     """(set of names, function name -> tensor of floating-point numbers) of a .safetensors file, or of a .pth or .bin of
     tensors, which runs no code from it."""
+    path = os.fspath(path)
     if not os.path.isfile(path):
         raise MissingFile(f"{path}: no such file")
     try:
@@ -706,6 +715,7 @@ def fetch(name_or_url, offline=False):
     only what is on this machine. Honours HF_ENDPOINT (a mirror), HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE. Raises
     MissingFile with the URL and where to put the file by hand.
     """
+    name_or_url = os.fspath(name_or_url)
     if os.path.isfile(name_or_url):
         return name_or_url
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")

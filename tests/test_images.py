@@ -182,6 +182,26 @@ def test_deep_and_transparent_pictures_by_hand():
     assert row(16, 2, deep, [256 * v + 7 for v in (3, 4, 5)]) == [[0, 1, 2], [255] * 3, [6, 7, 8], [9, 10, 11]]
 
 
+def test_tiffs_whose_tags_lie_elsewhere_are_missing_or_long():
+    rgb = bytes(range(12))
+    for order in "<>":  # three depths, and three times "plain numbers", at an address that reads 2 in either half
+        at = 0x20002
+        blob = tiff(order, (256, 3, 1, 4), (257, 3, 1, 1), (258, 3, 3, at - 6), (259, 3, 1, 1), (262, 3, 1, 2),
+                    (273, 4, 1, 134), (277, 3, 1, 3), (278, 3, 1, 1), (279, 4, 1, 12), (339, 3, 3, at),
+                    after=(rgb + bytes(at))[:at - 6 - 134] + struct.pack(order + "6H", 8, 8, 8, 1, 1, 1))
+        assert shown(blob).tobytes() == rgb, f"{order}: the address 0x20002 is no 2, signed numbers"
+    deep = (0, 1000, 32768, 65535)
+    blob = tiff("<", (256, 3, 1, 4), (257, 3, 1, 1), (258, 3, 1, 16), (259, 3, 1, 1), (273, 4, 1, 110), (277, 3, 1, 1),
+                (278, 3, 1, 1), (279, 4, 1, 8), after=struct.pack("<4H", *deep))
+    assert shown(blob)[0, :, 0].tolist() == [0, 3, 128, 255], "no tag 262: the pixels behind the directory stay"
+    entries = ((256, 3, 4), (257, 3, 1), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 232), (277, 3, 1),
+               (278, 3, 1), (279, 4, 8), (339, 3, 2))  # a BigTIFF
+    blob = struct.pack("<2s3H2Q", b"II", 43, 8, 0, 16, 10)
+    blob += b"".join(struct.pack("<HHQQ", tag, kind, 1, value) for tag, kind, value in entries)
+    blob += bytes(8) + struct.pack("<4h", *(x - 32768 for x in deep))
+    assert shown(blob)[0, :, 0].tolist() == [0, 3, 128, 255], "a BigTIFF of signed numbers"
+
+
 def test_avif():
     if "AVIF" not in data.FORMATS:
         return
@@ -319,6 +339,9 @@ def test_only_its_own_damage_replaces_a_picture():
                             last = str(e).splitlines()[-1]
                             assert path in last and os.strerror(expected) in last and "4 attempts" in last, last
                             e.__traceback__ = None  # it keeps the loader, which the next worker would inherit
+        short = RuntimeError("Pixel allocation failed: Out of memory")  # libavif's words
+        with unittest.mock.patch.object(data, "open_image", side_effect=short):
+            raises(data.MachineError, train_set.__getitem__, 0, words=[os.strerror(errno.ENOMEM), "4 attempts"])
         # the picture's own: gone, not allowed, a folder now, or a link to itself
         for code in (errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG):
             train_set, plain = (data.ImageDataset(folder, 16, train=t) for t in (True, False))

@@ -4,6 +4,7 @@ from tests.helpers import (
 
 import copy
 import os
+import pathlib
 import pickle
 import tempfile
 import types
@@ -108,6 +109,50 @@ def test_precisions():
     enc(img)[0].sum().backward(), dec(z, img).backward()
 
 
+def test_made_or_used_where_another_type_is_the_default():
+    """As transformers' from_pretrained makes modules: parameters of that type; what is computed in fp32 stays so."""
+    _, enc, dec = micro_models()
+    img, noise, alpha = torch.rand(2, 3, 8, 12), torch.randn(2, 6, 48), torch.rand(3)
+    latent = enc.encode(img)
+    with torch.no_grad():
+        expected = dec.decode(latent, 3, noise), distill.layer_weights(alpha)
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            got = dec.decode(latent, 3, noise), distill.layer_weights(alpha)
+            enc, dec = encoder.Encoder(encoder.ViT(MICRO_VIT), 8), decoder.Decoder(MICRO_DECODER)
+            z = enc(img)[0]
+            assert z.dtype == torch.bfloat16 and dec.decode(z).shape == img.shape and dec(z, img).dtype == torch.float32
+            assert {p.dtype for p in (*enc.parameters(), *dec.parameters())} == {torch.bfloat16}
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    close(dec.pos_embed.float(), decoder.Decoder(MICRO_DECODER).pos_embed, 4e-3)  # rounded once
+
+
+class LowRank(torch.nn.Module):
+    """As LoRA's layers: the linear layer, whose weight it shows, and an update."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.weight, self.bias = linear, linear.weight, linear.bias
+        self.update = torch.nn.Parameter(torch.randn_like(linear.weight))
+
+    def forward(self, x):
+        return self.linear(x) + x @ self.update.T
+
+
+def test_layers_that_stand_in_for_linear_ones():
+    """The update counts in every layer, layer scale or not: as if it were added to the weight."""
+    for config in MICRO_VIT, replace(MICRO_VIT, layer_scale=0.5):
+        vit, img = encoder.ViT(config), torch.rand(1, 3, 8, 8)
+        added = copy.deepcopy(vit)
+        for block, other in zip(vit.blocks, added.blocks):
+            for name in "qkv", "proj", "fc1", "fc2":
+                setattr(block, name, LowRank(getattr(block, name)))
+                getattr(other, name).weight.data += getattr(block, name).update.data
+        close(vit(img)[-1], added(img)[-1], 1e-4)
+
+
 def test_compile():
     enc, dec = with_statistics()
     expected = round_trip(enc, dec)
@@ -119,6 +164,67 @@ def test_compile():
     img, t, noise = torch.rand(2, 3, 16, 20), torch.rand(2, 20), torch.randn(2, 20, 48)
     z = enc(img)[0].detach()
     close(loss(z, img, t, noise), dec(z, img, t, noise), 1e-5)
+
+
+def test_transforms_and_exports():
+    """torch.func, fake tensors and torch.export: values or gradients one image at a time are those of the batch."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.func import functional_call, grad, vmap
+    enc, dec = with_statistics()
+    img, t, noise = torch.rand(2, 3, 8, 12), torch.rand(2, 6), torch.randn(2, 6, 48)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        latent, z = enc.encode(img).detach(), enc(img)[0].detach()
+        close(vmap(lambda x: enc.encode(x[None])[0])(img), latent, 1e-5)
+        close(vmap(lambda x: enc.features(x[None], 1)[0])(img), enc.features(img, 1), 1e-5)
+        params = {k: p.detach() for k, p in dec.named_parameters()}
+        one = lambda params, *args: functional_call(dec, params, tuple(x[None] for x in args))
+        each = vmap(grad(one), (None, 0, 0, 0, 0))(params, z, img, t, noise)["head.output.weight"]
+        for b in range(2):
+            sample = torch.autograd.grad(dec(*(x[b:b + 1] for x in (z, img, t, noise))), dec.head.output.weight)[0]
+            close(each[b], sample, 1e-4)
+        forward = torch.func.jvp(lambda x: dec.decode(x, 1, noise).sum(), (latent,), (torch.ones_like(latent),))[1]
+        x = latent.clone().requires_grad_()
+        close(forward, torch.autograd.grad(dec.decode(x, 1, noise).sum(), x)[0].sum(), 1e-4)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert enc.encode(mode.from_tensor(img)).shape == (2, 8, 2, 3), "shapes without values"
+
+    class Decode(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dec = dec
+
+        def forward(self, latent, noise):
+            return self.dec.decode(latent, 1, noise)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(Decode(), (latent, noise), dynamic_shapes=({0: batch}, {0: batch})).module()
+    many = latent.repeat(3, 1, 1, 1), noise.repeat(3, 1, 1)
+    close(exported(*many), dec.decode(many[0], 1, many[1]), 1e-5)
+
+
+def test_empty_batches_and_what_would_be_broadcast():
+    _, enc, dec = micro_models()
+    empty = torch.rand(0, 3, 8, 12)
+    z, hidden = enc(empty)
+    assert z.shape == (0, 8, 2, 3) and hidden[-1].shape == (0, 7, 32)
+    assert enc.features(empty, grid=True).shape == (0, 32, 2, 3)
+    assert dec.decode(z).shape == empty.shape
+    for wrong in [torch.rand(3, 8, 12)], "img.png":
+        raises(ValueError, enc, wrong, words=f"img is {type(wrong).__name__}")
+    img, c = torch.rand(4, 3, 8, 12), torch.randn(4, 6, 32)
+    assert [x.shape[1] for x in enc.features(img, range(2))] == [6, 6]
+    for wrong in 1.5, "last", [None, "0"]:
+        raises(ValueError, enc.features, img, wrong, words=["layer is", "integers from -3 to 2"])
+    x, t, noise, same = torch.randn(4, 6, 48), torch.rand(4, 6), torch.randn(4, 6, 48), lambda x, t: x
+    for wrong in (x, t[:1], noise), (x, t, noise[:1]), (x, t, noise[..., :1]), (x, torch.rand(6), noise):
+        raises(ValueError, decoder.flow_loss, same, *wrong, words=["x is (4, 6, 48)", "noise of x's shape"])
+    for one in (lambda x, t: x[..., :1]), (lambda x, t: x[:1]), (lambda x, t: x[None]):
+        raises(ValueError, decoder.flow_loss, one, x, t, noise, words="expected (4, 6, 48)")
+        raises(ValueError, decoder.euler, one, noise, words="expected (4, 6, 48)")
+    raises(ValueError, decoder.euler, same, noise, 0, words="steps is 0")
+    for wrong in (x[:1], t, c), (x, t[:1], c), (x, t, c[:1]), (x, t[:, :1], c), (x, t, c[:, :1]), (x, t[:, 0], c):
+        raises(ValueError, dec.velocity, *wrong, words="one t and one c for each vector")
+    for skip in 6, 7, -1:
+        raises(ValueError, distill.layer_distances, [c], [c], skip, words=f"skip is {skip}")
 
 
 def sharded(port, path):
@@ -298,6 +404,12 @@ def test_parameter_groups_with_layer_decay():
                head[0].weight: (1, 0.1), head[1].weight: (1, 0)}
     assert {p: rate[p] for p in by_hand} == by_hand
     assert len(encoder.parameter_groups(head, 1.0)) == 2, "a module alone, too"
+    other = torch.nn.ModuleDict({"mha": torch.nn.MultiheadAttention(4, 2), "conv": torch.nn.Conv1d(2, 3, 1),
+                                 "classes": torch.nn.Embedding(5, 4)})
+    other.queries = torch.nn.Parameter(torch.zeros(7, 4))
+    decays = {p for g in encoder.parameter_groups(other, 1.0, 0.1) for p in g["params"] if g["weight_decay"]}
+    names = {name for name, p in other.named_parameters() if p in decays}
+    assert names == {"mha.in_proj_weight", "mha.out_proj.weight", "conv.weight"}, "classes and queries are tokens"
 
 
 def test_registers_equal_transformers_and_the_original_layout():
@@ -381,7 +493,11 @@ def test_pickles_where_torch_does_not_read_them_safely():
                     raises(encoder.UserError, encoder.refuse_pickle, path, version, words=["pickle", f"torch {version}", "2.10"])
         with unittest.mock.patch.object(encoder, "refuse_pickle", side_effect=encoder.UserError("refused")):
             raises(encoder.UserError, encoder.open_weights, plain, words="refused")
+        for path in plain, named:  # paths of pathlib
+            assert encoder.open_weights(pathlib.Path(path))[0] == {"x"}
+        raises(encoder.MissingFile, encoder.fetch, pathlib.Path(tmp, "missing.pth"), words="missing.pth")
         open(plain, "wb").write(b"abc")
+        raises(encoder.UserError, encoder.open_weights, pathlib.Path(plain), words=["weights.pth", "not executed"])
         assert encoder.file_sha256(plain).startswith("ba7816bf"), "FIPS 180-4's example"
 
 
