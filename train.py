@@ -42,8 +42,8 @@ from data import ImageDataset, ProceduralDataset, collate, cores, sample_numbers
 from decoder import Decoder, DecoderConfig, sample_t
 from encoder import (TEACHERS, Encoder, UserError, ViT, fetch, load_exactly, load_teacher, parameter_groups, read_config,
                      teacher_config, write_atomically, write_model)
-from eval import (SAVE_AND_STOP, check_locks, commit, ignore_signals, open_streams, rank_and_device, spread, user_message,
-                  validate)
+from eval import (SAVE_AND_STOP, check_locks, commit, ignore_signals, open_streams, rank_and_device, spread,
+                  user_message, validate)
 
 try:
     import fcntl

@@ -36,7 +36,8 @@ def draw(folders):
 
     runs = {folder: read_log(folder) for folder in folders}
     names = [os.path.relpath(f, os.path.commonpath([os.path.dirname(os.path.abspath(x)) for x in folders])) for f in folders]
-    names = [name.encode(errors="backslashreplace").decode().replace("$", r"\$") for name in names]  # which begins a formula
+    readable = lambda name: name.encode(errors="backslashreplace").decode().replace("$", r"\$")  # $ begins a formula
+    names = [readable(name) for name in names]
     panels = [("loss_flow", "flow loss"), ("loss_dist", "distillation loss"), ("psnr", "one-step PSNR in dB"),
               ("lr", "learning rate"), ("grad_norm", "gradient norm, before clipping")]
     rows = -(-(len(panels) + len(runs)) // 3)
