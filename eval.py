@@ -584,8 +584,9 @@ def find_weights(given):
 
 
 def name_weights(given, found):
-    """What to print of the file that find_weights has found: also why, where a run has put itself before the shipped one."""
-    return found + f" (there is no --weights; the shipped tokenizer is --weights {SHIPPED})" * (not given and found == RUNS_FILE)
+    """What to print of the file that find_weights has found: of a run's that none named, also how to get the other."""
+    unnamed = not given and found == RUNS_FILE
+    return found + f" (there is no --weights; the shipped tokenizer is --weights {SHIPPED})" * unnamed
 
 
 def commit():
@@ -670,10 +671,10 @@ def parse_args(argv=None):
 def check_locks(workers):
     """UserError if there is no room for the locks of so many processes that load images: each is a file in /dev/shm."""
     try:
-        [multiprocessing.Lock() for _ in range(16 + 4 * workers if workers else 0)]  # torch 2.13 needs 8, and 3 for each
+        [multiprocessing.Lock() for _ in range(16 + 4 * workers if workers else 0)]  # torch needs 8, and 3 for each
     except OSError as e:
-        raise UserError(f"the processes that load images need locks ({e}): make room in /dev/shm (docker run --shm-size "
-                        "1g), or give --workers 0") from None
+        raise UserError(f"the processes that load images need locks ({e}): make room in /dev/shm (docker run "
+                        "--shm-size 1g), or give --workers 0") from None
 
 
 class Job:

@@ -33,8 +33,8 @@ from data import EXTENSIONS, MAX_BYTES, MAX_PIXELS, TURNS, list_folder, load_ima
 from decoder import Decoder
 from encoder import (Encoder, MissingFile, UserError, load_teacher, one_line, open_weights, read_config,
                      write_atomically, write_model)
-from eval import (comparison, find_weights, image_noise, name_weights, open_streams, psnr, refuse_unless_finite, sha256, ssim,
-                  user_errors, user_message)
+from eval import (comparison, find_weights, image_noise, name_weights, open_streams, psnr, refuse_unless_finite, sha256,
+                  ssim, user_errors, user_message)
 
 LATENT = ".safetensors"  # how the names of latents end
 MAX_NAME = 255  # bytes, what file systems allow
@@ -67,7 +67,8 @@ def parse_args(argv=None):
                 "--save_latent, --features, --size: of pictures, not latents"),
             (args.features and args.reconstruction, "--features would lie among the reconstructions: in two runs"),
             (args.features and args.out == "-", "--features writes a file beside the reconstruction's: give --out FOLDER"),
-            (args.out == "-" and sys.stdout is sys.stderr, "standard output is closed: redirect it (> rec.png), or give --out FOLDER"),
+            (args.out == "-" and sys.stdout is sys.stderr,
+                "standard output is closed: redirect it (> rec.png), or give --out FOLDER"),
             (args.out == "-" and sys.stdout.isatty(), "standard output is a terminal: redirect it (> rec.png), or give --out FOLDER")):
         if wrong:
             ap.error(why)
@@ -272,7 +273,8 @@ def main(argv=None):
     weights = find_weights(args.weights)
     enc, dec, info = Encoder.from_pretrained(weights), Decoder.from_pretrained(weights), read_config(weights)
     enc, dec, size = enc.to(device), dec.to(device), info["size"] if args.size is None else args.size
-    print(f"weights {name_weights(args.weights, weights)}, {'short side ' + str(size) + ' px' if size else 'original size'}, on {device.type}", file=log)
+    sides = f"short side {size} px" if size else "original size"
+    print(f"weights {name_weights(args.weights, weights)}, {sides}, on {device.type}", file=log)
     if args.save_latent and os.path.exists(args.save_latent) and open_weights(args.save_latent)[0] != {"latent"}:
         raise UserError(f"--save_latent {args.save_latent} is there and is no latent: give another name")
     digest = sha256(weights) if args.save_latent or any(f.endswith(LATENT) for f, _ in pictures) else None

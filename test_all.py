@@ -2672,10 +2672,13 @@ def test_readme_commands():
         for words in commands:
             script = next(w for w in words if w in parsers)
             flags = words[words.index(script) + 1:]
+            os.chdir(tmp)
             try:
                 parsers[script](flags)
             except SystemExit as e:
                 raise AssertionError(f"README: {' '.join(words)!r} does not parse") from e
+            finally:
+                os.chdir(before)
             if script != "train.py" and "uniflow-internvit" not in flags:
                 os.chdir(tmp)
                 try:

@@ -481,7 +481,7 @@ def test_pickles_where_torch_does_not_read_them_safely():
     with tempfile.TemporaryDirectory() as tmp:
         plain = os.path.join(tmp, "weights.pth")
         torch.save({"x": torch.ones(2)}, plain)
-        named = os.path.join(tmp, f"weights-{encoder.file_sha256(plain)[:8]}.pth")
+        named = os.path.join(tmp, f"weights-{encoder.file_sha256(plain)[:16]}.pth")
         forged = os.path.join(tmp, "weights-0badc0de.pth")
         for copy_ in (named, forged):
             open(copy_, "wb").write(open(plain, "rb").read())

@@ -26,7 +26,7 @@ def test_plot_draws_what_the_log_says():
         assert len(axes[5].lines) == 3 and list(axes[5].lines[2].get_ydata()) == layers and max(layers) > 0
         done = run("python", "-m", "tools.plot", a, b, "--out", os.path.join(tmp, "both.png"))
         assert done.returncode == 0 and Image.open(os.path.join(tmp, "both.png")).size == (1200, 960), done.stderr
-        odd = [os.path.join(tmp, name) for name in (os.fsdecode(b"run-\xff"), "$lr_{1}")]  # no text; to matplotlib a formula
+        odd = [os.path.join(tmp, name) for name in (os.fsdecode(b"run-\xff"), "$lr_{1}")]  # no text; a formula
         for old, new in zip((a, b), odd):
             os.rename(old, new)
         assert plot.draw(odd).axes[0].get_legend_handles_labels()[1] == [r"run-\udcff", r"\$lr_{1}"]

@@ -58,7 +58,7 @@ def draw(folders):
             axis.plot([x["step"] for x in training], [x["alpha"][l] for x in training],
                       color=colormaps["viridis"](l / max(L - 1, 1)),
                       label=f"layer {l + 1}" if l in (0, L - 1) else None)
-        axis.set(title=f"alpha, the distance to the teacher, of each layer: {name}", xlabel="step")
+        axis.set(title=f"alpha of each layer: {name}", xlabel="step")
         axis.legend()
     for axis in axes[len(panels) + len(runs):]:
         axis.set_visible(False)
