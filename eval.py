@@ -339,6 +339,13 @@ def mixed_6(c):
             "branch7x7dbl": [(c, 1), (c, column), (c, row), (c, column), (192, row)], "branch_pool": [(192, 1)]}
 
 
+def refuse_pickle(path):
+    """UserError for another pickle than pytorch-fid's where torch is not safe from it (CVE-2025-32434, CVE-2026-24747)."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10) and not sha256(path).startswith(INCEPTION_SHA256):
+        raise UserError(f"{path} is not the file {INCEPTION_URL}, and torch {torch.__version__} does not read other "
+                        "pickles safely: use torch 2.10 or newer")
+
+
 class InceptionV3(nn.Module):
     """The network of FID and IS: img (B, 3, H, W) in [0, 1], any size -> pool features (B, 2048), bias-free logits (B, 1008).
 
@@ -375,10 +382,7 @@ class InceptionV3(nn.Module):
 
         if not os.path.isfile(path):
             raise MissingFile(f"{path}: no such file; it is {INCEPTION_URL}")
-        # a pickle, which older versions of torch do not read safely (CVE-2025-32434, CVE-2026-24747)
-        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10) and not sha256(path).startswith(INCEPTION_SHA256):
-            raise UserError(f"{path} is not the file {INCEPTION_URL}, and torch {torch.__version__} does not read other "
-                            "pickles safely: use torch 2.10 or newer")
+        refuse_pickle(path)
         try:
             self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as e:  # torch.load raises many types; all others mean that the file is another
