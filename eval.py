@@ -665,7 +665,8 @@ def parse_args(argv=None):
     for why, refused in refusals.items():
         if refused:
             ap.error(why)
-    for path in filter(None, (args.out or args.latent_stats and args.weights, args.save_stats)):
+    target = args.weights if args.latent_stats and os.path.isfile(args.weights or "") else None
+    for path in filter(None, (args.out or target, args.save_stats)):
         folder = os.path.dirname(path) or "."
         if not os.access(folder, os.W_OK) or os.path.isdir(path):
             ap.error(f"{path}: there is no folder {folder} that can be written to, or this is one")
