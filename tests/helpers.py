@@ -82,9 +82,15 @@ def as_script(command, cwd, env, out, err):
     os.environ.clear()
     os.environ.update(env)
     multiprocessing.set_start_method(None, force=True)  # FORKS' own would be that of the script's workers, too
-    sys.argv = command
-    sys.path.insert(0, os.path.dirname(os.path.abspath(command[0])))
-    runpy.run_path(command[0], run_name="__main__")
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        sys.path.insert(0, cwd)
+        sys.modules.pop(command[1], None)  # of a test that imports it
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        sys.path.insert(0, os.path.dirname(os.path.abspath(command[0])))
+        runpy.run_path(command[0], run_name="__main__")
 
 
 def start_script(*args):
@@ -107,7 +113,7 @@ def run(*command, cwd=HERE, **env):
     imported torch: an import takes longer than most scripts do."""
     start = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
     command, env = list(map(str, command)), {**os.environ, **env}
-    if command[0] != "python" or command[1].startswith("-"):
+    if command[0] != "python" or command[1].startswith("-") and command[1] != "-m":
         command[:1] = start.get(command[0], command[:1])
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     with tempfile.TemporaryDirectory() as tmp:
