@@ -563,6 +563,12 @@ def test_the_probes_teacher_is_the_one_named():
             assert cosine().max() < 0.9, "as the weights file says, a random one"
             assert np.allclose(cosine("--teacher", itself), 1, atol=1e-5)
             assert np.allclose(cosine("--teacher", "micro", "--teacher_weights", itself), 1, atol=1e-5)
+            named = os.path.join(tmp, "named.safetensors")  # a file that names a teacher and its weights
+            config = {**encoder.read_config(weights), "teacher": "micro", "teacher_weights": itself}
+            encoder.write_model(named, config, load_file(weights))
+            assert np.allclose(cosine("--weights", named), 1, atol=1e-5)
+            other = os.path.join(tmp, "teacher.safetensors")  # which brings its own
+            assert cosine("--weights", named, "--teacher", other).max() < 0.9
 
 
 @unittest.mock.patch.object(evaluation, "InceptionV3", QuickInception)

@@ -243,6 +243,8 @@ def test_a_bug_shows_its_traceback():
             with fails(e):
                 status, out, err = as_command("--data", "x")
             assert status == 2 and not out and err in ("eval.py: last\n", f"eval.py: {e}\n"), err
+        with fails(KeyboardInterrupt()):
+            assert as_command("--data", "x") == (130, b"", ""), "as a shell says of SIGINT"
         one_class = os.path.join(folder, "class0")
         for wrong in (["--weights", "missing.safetensors"], ["--data", "missing"], ["--size", 8], ["--size", 17],
                       ["--inception", "missing.pth"], ["--inception", os.path.join(one_class, "0.png")],
@@ -413,6 +415,18 @@ def test_imports_where_posix_is_missing():
             assert signal.signal(number, handler) == signal.SIG_IGN
     with tempfile.NamedTemporaryFile() as empty:
         assert evaluation.sha256(empty.name).startswith("e3b0c44298fc1c14"), "SHA-256 of nothing"
+
+
+def test_inceptions_where_torch_does_not_read_pickles_safely():
+    """Up to torch 2.9 no file but the published one is read, which its SHA-256 tells; a stand-in has "abc" in it."""
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "inception.pth")
+        open(path, "w").write("abc")
+        for version, digest, words in (("2.5.1", None, "other pickles"), ("2.9.1+cu128", None, "other pickles"),
+                                       ("2.9.1", "ba7816bf", "is not pytorch-fid's"),  # FIPS 180-4's example
+                                       ("2.10.0", None, "is not pytorch-fid's")):
+            with patch.object(torch, "__version__", version), patch.object(evaluation, "INCEPTION_SHA256", digest or "6726825d"):
+                raises(evaluation.UserError, evaluation.InceptionV3, path, words=words)
 
 
 def test_weights_that_are_not_given():

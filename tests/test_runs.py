@@ -50,7 +50,13 @@ def test_a_bug_is_no_users_error():
             assert evaluation.user_message(e) == "a.png: none of PNG", evaluation.user_message(e)
     for e in (full, from_worker(full)):
         assert evaluation.user_message(e) == "[Errno 28] No space left: 'x'"
-    assert evaluation.user_message(PermissionError(errno.EACCES, "Permission denied", "x"))
+    # errno(3): no room or no right to write, a limit of the process or the system, a disk or a mount that fails; and the
+    # mistakes of a program, which no user can mend
+    for name in ("ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EMFILE ENFILE ENOMEM EAGAIN ENOLCK EBUSY EIO ENXIO ENODEV ESTALE "
+                 "ENOTCONN ETIMEDOUT EHOSTDOWN EREMOTEIO EPIPE ENAMETOOLONG").split():
+        assert evaluation.user_message(from_worker(OSError(getattr(errno, name), name, "x"))), name
+    for name in "EBADF EINVAL ENOENT EEXIST ENOTDIR EISDIR ESPIPE EFAULT ENOTEMPTY".split():
+        assert evaluation.user_message(OSError(getattr(errno, name), name, "x")) is None, name
     with contextlib.redirect_stderr(io.StringIO()) as err:
         for error, status in (data.UserError("of the user"), 2), (full, 2), (KeyboardInterrupt(), 130):
             with patch.object(sample, "main", side_effect=error), patch.object(sys, "stdout"):
