@@ -105,6 +105,10 @@ def test_defaults_and_recipes_by_hand():
             assert {k: found[k] for k in expected} == expected, (name,
                                                                  {k: found[k] for k in expected
                                                                   if found[k] != expected[k]})
+    laptop = dict(batch_size=8, micro_batch=8, steps=400, endpoint=0.5)
+    for name, own in ("small", laptop), ("tiny", laptop), ("internvit", {}):  # without a GPU
+        expected, found = {**RECIPES[name], **own}, vars(train.parse_args(["--teacher", name]))
+        assert {k: found[k] for k in expected} == expected, name
     with tempfile.TemporaryDirectory() as tmp:  # a teacher of one's own has the paper's recipe at its own size
         found = vars(train.parse_args(["--teacher", micro_teacher(tmp)]))
         assert {k: found[k] for k in RECIPE} == RECIPE and found["size"] == 16

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import sys
 import tempfile
 import unittest.mock
@@ -392,6 +393,12 @@ def test_reconstructions_alone():
                 first = torch.from_numpy(rec[0][0]).permute(2, 0, 1)
                 assert torch.equal(b[i][0], first), "eval.py reads an animation's first frame"
             assert rec[1:] == ([100, 50, 70, 200], 2), "an animation keeps its timing"
+        once = os.path.join(tmp, "once.gif")  # a GIF that says nothing of loops plays once
+        picture(0).save(once, save_all=True, append_images=[picture(1)], duration=30)
+        assert sampled(once, *flags, "--reconstruction", "--out", os.path.join(tmp, "once"))[0] == 0
+        blob = open(os.path.join(tmp, "once", "once.png"), "rb").read()
+        at = blob.index(b"acTL") + 4
+        assert struct.unpack(">II", blob[at:at + 8]) == (2, 1), "frames and plays of an APNG, 0 for ever"
         with patch.object(evaluation, "InceptionV3", QuickInception):
             report = evaluate("--fid", folder, recs, "--inception", weights, "--resolution", 256)[1]
         assert "fid" in json.dumps(report).lower()
