@@ -8,17 +8,20 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import sys
 import tempfile
+import time
 import unittest.mock
 
 from tests.helpers import (
-    HERE, MICRO_RUN, QuickInception, clip, evaluate, faulty_training, log_lines, micro_teacher, picture, picture_folder,
-    pixels, raises, run, same_weights, sampled, side_by_side, tokenizer_file, train_quietly, windows_like)
+    HERE, MICRO_RUN, QuickInception, clip, evaluate, faulty_training, log_lines, micro_models, micro_teacher, picture,
+    picture_folder, pixels, raises, run, same_weights, sampled, side_by_side, tokenizer_file, train_quietly, windows_like)
 
 import numpy as np
 import torch
+from PIL import Image
 from torch._utils import ExceptionWrapper
 
 import data
@@ -26,6 +29,7 @@ import decoder
 import encoder
 import eval as evaluation
 import sample
+import tools.run
 import train
 from tools.run import Run, finite, saving
 
@@ -337,6 +341,80 @@ def test_training_with_names_that_are_no_text():
         assert open(os.path.join(out, "bad_images.txt"), "rb").read() == bad + b"\n"
         assert "resumed" in train_quietly(*flags, 4)
         assert torch.load(os.path.join(out, "state.pt"), weights_only=True)["args"]["data"] == [folder]
+
+
+def test_a_run_without_a_checkpoint_sets_all_others_aside():
+    """Three runs into one folder, each without a state.pt: every file of every run is there, the oldest .old.old; what
+    is the user's own keeps its name."""
+    with tempfile.TemporaryDirectory() as tmp:
+        out = os.path.join(tmp, "a[b]")  # which a glob would read as a pattern
+        os.makedirs(os.path.join(out, "samples"))
+        names = ["bad_images.txt", "log.jsonl", "model.safetensors", "model_0000010.safetensors", "samples/step_000010.png"]
+        own = ["notes.txt", "model_best.safetensors", "samples/step_by_step.png"]
+        for name in own:
+            open(os.path.join(out, name), "w").write("own")
+        for k in "123":
+            for name in names:
+                open(os.path.join(out, name), "w").write(k)
+            Run(out).set_aside()
+        found = {os.path.relpath(os.path.join(folder, f), out): open(os.path.join(folder, f)).read()
+                 for folder, _, files in os.walk(out) for f in files}
+        assert found == {**dict.fromkeys(own, "own"), **{
+            name + end: k for name in names for end, k in ((".old", "1"), (".old.old", "2"), (".old.old.old", "3"))}}
+
+
+def test_half_written_files_of_a_killed_run_alone_are_removed():
+    with tempfile.TemporaryDirectory() as tmp:
+        now, left = time.time(), []
+        for name, age, stays in ((".0123456789ab.tmp", 700, False), (".0123456789ac.tmp", 500, True),  # may be written now
+                                 (".0123456789ab.tmp2", 700, True), (".mine.tmp", 700, True), ("state.pt", 700, True)):
+            open(os.path.join(tmp, name), "w").close()
+            os.utime(os.path.join(tmp, name), (now - age, now - age))
+            left += [name] * stays
+        held = Run(tmp)
+        held.hold_folder()
+        assert set(os.listdir(tmp)) == {*left, ".lock", "samples"}
+        held.close()
+
+
+def test_a_second_signal():
+    """Of SIGTERM torchrun may hand on two, which end no save; a second Ctrl-C does not wait for one."""
+    for signals, status in (([signal.SIGTERM] * 3, None), ([signal.SIGINT], None), ([signal.SIGTERM, signal.SIGINT], None),
+                            ([signal.SIGINT] * 2, 130), ([signal.SIGINT, signal.SIGTERM, signal.SIGINT], 130)):
+        with patch.object(tools.run, "INTERRUPTS", []) as noted, patch.object(os, "_exit") as ended:
+            for number in signals:
+                assert not ended.called
+                tools.run.interrupt(number, None)
+            assert noted == signals and ended.call_args_list == [unittest.mock.call(status)] * (status is not None)
+
+
+def test_fast_takes_as_many_steps():
+    """Without a GPU fast's functions are encode and decode themselves: by the same noise as many Euler steps, no gradient."""
+    _, enc, dec = micro_models()
+    img = torch.rand(2, 3, 16, 16)
+    for steps in 1, 3:
+        encode, decode = sample.fast(enc, dec, img, steps)
+        with torch.no_grad():
+            latent = enc.encode(img)
+        torch.manual_seed(steps)
+        expected = dec.decode(latent, steps, torch.randn(2, 16, 48))
+        torch.manual_seed(steps)
+        got = decode(encode(img))
+        assert torch.equal(got, expected) and not got.requires_grad
+        assert steps == 1 or (got - dec.decode(latent, 1, torch.randn(2, 16, 48))).abs().max() > 0.01
+
+
+def test_the_psnr_of_an_animation_is_the_mean_of_its_frames():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, path = tokenizer_file(tmp), os.path.join(tmp, "a.webp")
+        frames = [Image.new("RGB", (16, 16), (v, v, v)) for v in (0, 128, 255)]  # far from one another's PSNR
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=50, lossless=True)
+        status, said, err = sampled(path, "--weights", weights, "--size", 0)
+        assert status == 0, err
+        both = pixels(os.path.join(tmp, "a_recon.webp"))[0]
+        error = ((both[:, :, :16] - both[:, :, 16:]) / 255) ** 2
+        each = -10 * np.log10(error.mean((1, 2, 3)))
+        assert np.ptp(each) > 0.5 and abs(float(re.search(r"PSNR ([\d.]+)", said)[1]) - each.mean()) < 0.006, (said, each)
 
 
 def test_results_are_not_put_into_the_data():
