@@ -13,6 +13,7 @@ import struct
 import sys
 import tempfile
 import time
+import types
 import unittest.mock
 
 from tests.helpers import (
@@ -375,6 +376,22 @@ def test_half_written_files_of_a_killed_run_alone_are_removed():
         held.hold_folder()
         assert set(os.listdir(tmp)) == {*left, ".lock", "samples"}
         held.close()
+
+
+def test_a_disk_that_fails_is_no_damaged_checkpoint():
+    """Who is told that a file is damaged moves it away; where the disk was at fault it is whole."""
+    with tempfile.TemporaryDirectory() as tmp:
+        path, args = os.path.join(tmp, "state.pt"), types.SimpleNamespace(resume_anyway=False)
+        load = lambda: tools.run.load_checkpoint(path, ["step"], args, ())
+        assert load() is None
+        torch.save({"step": 3, "args": {}}, path)
+        assert load()["step"] == 3
+        for code in errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES:
+            with patch.object(torch, "load", side_effect=OSError(code, os.strerror(code), path)):
+                raises(OSError, load, words=f"[Errno {code}]")
+        for damage in RuntimeError("x"), EOFError("x"), KeyError("x"), OSError("x"):
+            with patch.object(torch, "load", side_effect=damage):
+                raises(encoder.UserError, load, words=["is damaged", "move it away"])
 
 
 def test_a_second_signal():
