@@ -386,6 +386,26 @@ def test_half_precision_comes_from_files_and_leaves_for_hugging_face_as_fp32():
         assert {x.dtype for x in load_file(os.path.join(tmp, "model.safetensors")).values()} == {torch.float32}
 
 
+def test_tokenizer_files_of_every_precision():
+    """What a file holds arrives in fp32, rounded as it is there, in encoder and decoder; each is most of one file."""
+    for vit, config in (replace(MICRO_VIT, depth=12), MICRO_DECODER), (MICRO_VIT, replace(MICRO_DECODER, gtb_depth=12)):
+        torch.manual_seed(0)
+        enc, dec = encoder.Encoder(encoder.ViT(vit), 8), decoder.Decoder(config)
+        about = {"vit": asdict(vit), "decoder": asdict(config), "size": 16}
+        for dtype in torch.float64, torch.float32, torch.bfloat16, torch.float16:
+            tensors = {f"{part}.{k}": x.detach().to(dtype) for part, module in (("encoder", enc), ("decoder", dec))
+                       for k, x in module.named_parameters()}
+            stats = {"latent_mean": torch.full((8,), 0.25).to(dtype), "latent_std": torch.full((8,), 1.5).to(dtype)}
+            with tempfile.TemporaryDirectory() as tmp:
+                path = os.path.join(tmp, "tokenizer.safetensors")
+                encoder.write_model(path, about, {**tensors, **stats})
+                for part, kind in ("encoder", encoder.Encoder), ("decoder", decoder.Decoder):
+                    read = kind.from_pretrained(path)
+                    for k, x in read.named_parameters():
+                        assert x.dtype == torch.float32 and torch.equal(x, tensors[f"{part}.{k}"].float()), (dtype, part, k)
+                    assert (read.latent_mean == 0.25).all() and (read.latent_std == 1.5).all()
+
+
 def test_a_tokenizer_tells_the_size_that_it_was_trained_at():
     """Not that of its teacher, from which its position table comes."""
     with tempfile.TemporaryDirectory() as tmp:
@@ -399,6 +419,14 @@ def test_a_tokenizer_tells_the_size_that_it_was_trained_at():
         assert said["image_size"] == 24
         tensors = load_file(os.path.join(tmp, "model.safetensors"))
         assert tensors["embeddings.position_embeddings"].shape == (1, 1 + (24 // 4) ** 2, 32)
+
+
+def test_a_mirror_is_asked_at_its_address():
+    with tempfile.TemporaryDirectory() as tmp:
+        for endpoint in "https://mirror.example/hf", "https://mirror.example/hf/":
+            with unittest.mock.patch.dict(os.environ, HF_ENDPOINT=endpoint, HF_HOME=tmp, TORCH_HOME=tmp):
+                url = "https://mirror.example/hf/facebook/dinov2-large/resolve/main/model.safetensors"
+                raises(encoder.MissingFile, encoder.fetch, "dinov2", True, words=f"{url} is not on this machine")
 
 
 def test_a_download_longer_than_declared_is_refused():
