@@ -265,6 +265,25 @@ print(sys.getfilesystemencoding())
             f"{two_names} {ascii(['café', '中'])} [(1, 0), (2, 1)]", "ascii"], done.stdout + done.stderr
 
 
+def test_archives_that_are_encrypted_or_inflate_to_too_much():
+    with tempfile.TemporaryDirectory() as tmp:
+        for method in zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2:
+            path = os.path.join(tmp, f"{method}.zip")
+            with zipfile.ZipFile(path, "w", method) as z:
+                z.writestr("large.png", png_with(8, 0, 4, 4, [bytes(4)] * 4) + bytes(20_000))
+            if method == zipfile.ZIP_BZIP2:
+                raises(data.UserError, data.ImageDataset, path, None, False, words=["large.png", "unknown method"])
+                continue
+            assert data.ImageDataset(path, None, train=False)[0][0].shape == (3, 4, 4), "what follows IEND is nothing"
+            with unittest.mock.patch.object(data, "MAX_BYTES", 10_000):  # 20,000 bytes, packed or not
+                words = ["large.png", "10,001 bytes long" if method else "bytes long", "at most 10,000"]
+                raises(data.UserError, data.ImageDataset(path, None, train=False).__getitem__, 0, words=words)
+            blob = bytearray(open(path, "rb").read())
+            blob[blob.rindex(b"PK\x01\x02") + 8] |= 1  # the general purpose flag's first bit, APPNOTE 4.4.4
+            open(path, "wb").write(blob)
+            raises(data.UserError, data.ImageDataset, path, None, False, words=["large.png", "encrypted"])
+
+
 def test_folders_that_are_no_classes():
     with tempfile.TemporaryDirectory() as tmp:
         root = os.path.join(tmp, ".hidden", "set")  # that the root is hidden is the user's choice

@@ -429,6 +429,34 @@ def test_inceptions_where_torch_does_not_read_pickles_safely():
                 raises(evaluation.UserError, evaluation.InceptionV3, path, words=words)
 
 
+def test_arrays_and_statistics_that_are_no_measure():
+    with tempfile.TemporaryDirectory() as tmp:
+        path, images = os.path.join(tmp, "x.npz"), np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), np.uint8)
+        np.savez(path, images)
+        read = evaluation.read_npz(path)
+        assert all(np.array_equal(read[n][0].permute(1, 2, 0), images[n]) for n in range(5)), "row by row"
+        np.savez(path, np.asfortranarray(images))  # which lies column by column
+        raises(evaluation.UserError, evaluation.read_npz, path, words="uint8 (N, H, W, 3)")
+        for mu, sigma in ((np.array([0, np.nan]), np.eye(2)), (np.zeros(2), np.array([[1, 0], [0, np.inf]]))):
+            np.savez(path, mu=mu, sigma=sigma)
+            raises(evaluation.UserError, evaluation.read_npz, path, words="finite")
+
+
+def test_fp32_is_no_tf32():
+    """The protocol's words are "fp32 without TF32", of convolutions and of products, whatever was set before."""
+    places = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = True
+        job = evaluation.Job(evaluation.parse_args(["--data", "x"]))
+        assert job.precision == "fp32 without TF32" and not any(place.allow_tf32 for place in places)
+        assert not job.autocast._enabled and evaluation.Job(evaluation.parse_args(["--data", "x", "--bf16"])).autocast._enabled
+    finally:
+        for place, value in zip(places, before):
+            place.allow_tf32 = value
+
+
 def test_weights_that_are_not_given():
     with tempfile.TemporaryDirectory() as tmp, contextlib.chdir(tmp):
         weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=2)
