@@ -160,8 +160,6 @@ TABLE = [
      "if 2 * numbers > os.path.getsize(path):  # said before anybody",
      "if 4 * numbers > os.path.getsize(path):  # said before anybody",
      "test_half_precision_comes_from_files_and_leaves_for_hugging_face_as_fp32"),
-    ("a tokenizer says the teacher's size", "encoder.py", '        enc.size = config["size"]\n', "",
-     "test_a_tokenizer_tells_the_size_that_it_was_trained_at"),
     ("too long a download passes", "encoder.py", "if size and int(size) != os.path.getsize(part):",
      "if size and int(size) > os.path.getsize(part):", "test_a_download_longer_than_declared_is_refused"),
     # ---- decoder.py ----

@@ -20,6 +20,7 @@ import tempfile
 import unittest.mock
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -455,6 +456,18 @@ def test_fp32_is_no_tf32():
     finally:
         for place, value in zip(places, before):
             place.allow_tf32 = value
+
+
+def test_a_report_says_where_the_weights_come_from():
+    """Step, commit and teacher are those of the weights file, and the commit of this code stands beside them."""
+    with tempfile.TemporaryDirectory() as tmp:
+        plain, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=2)
+        weights, said = os.path.join(tmp, "said.safetensors"), {"step": 1234, "commit": "theirs", "teacher": "a teacher"}
+        encoder.write_model(weights, {**encoder.read_config(plain), **said}, safetensors.torch.load_file(plain))
+        report = evaluate("--data", folder, "--weights", weights, "--inception", "none", "--workers", 0)[1]
+        assert {k: report[k] for k in said} == said and report["code"] == evaluation.commit() and report["images"] == 2
+    assert evaluation.warn_of_few(2048) is None, "as many as dimensions"
+    assert evaluation.warn_of_few(2047).startswith("FID of 2047 images")
 
 
 def test_weights_that_are_not_given():

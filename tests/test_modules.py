@@ -8,7 +8,6 @@ import pickle
 import tempfile
 import types
 import unittest.mock
-import json
 from dataclasses import asdict, replace
 
 import safetensors.torch
@@ -381,42 +380,8 @@ def test_half_precision_comes_from_files_and_leaves_for_hugging_face_as_fp32():
             got = read.get_parameter(name)
             assert got.dtype == torch.float32 and torch.equal(got, x.float()), name
         encoder.Encoder(vit).save_hf(tmp)  # whose config.json says float32
-        assert {x.dtype for x in safetensors.torch.load_file(os.path.join(tmp, "model.safetensors")).values()} == {torch.float32}
-
-
-def test_tokenizer_files_of_every_precision():
-    """What a file holds arrives in fp32, rounded as it is there, in encoder and decoder; each is most of one file."""
-    for vit, config in (replace(MICRO_VIT, depth=12), MICRO_DECODER), (MICRO_VIT, replace(MICRO_DECODER, gtb_depth=12)):
-        torch.manual_seed(0)
-        enc, dec = encoder.Encoder(encoder.ViT(vit), 8), decoder.Decoder(config)
-        about = {"vit": asdict(vit), "decoder": asdict(config), "size": 16}
-        for dtype in torch.float64, torch.float32, torch.bfloat16, torch.float16:
-            tensors = {f"{part}.{k}": x.detach().to(dtype) for part, module in (("encoder", enc), ("decoder", dec))
-                       for k, x in module.named_parameters()}
-            stats = {"latent_mean": torch.full((8,), 0.25).to(dtype), "latent_std": torch.full((8,), 1.5).to(dtype)}
-            with tempfile.TemporaryDirectory() as tmp:
-                path = os.path.join(tmp, "tokenizer.safetensors")
-                encoder.write_model(path, about, {**tensors, **stats})
-                for part, kind in ("encoder", encoder.Encoder), ("decoder", decoder.Decoder):
-                    read = kind.from_pretrained(path)
-                    for k, x in read.named_parameters():
-                        assert x.dtype == torch.float32 and torch.equal(x, tensors[f"{part}.{k}"].float()), (dtype, part, k)
-                    assert (read.latent_mean == 0.25).all() and (read.latent_std == 1.5).all()
-
-
-def test_a_tokenizer_tells_the_size_that_it_was_trained_at():
-    """Not that of its teacher, from which its position table comes."""
-    with tempfile.TemporaryDirectory() as tmp:
-        plain, larger = tokenizer_file(tmp), os.path.join(tmp, "larger.safetensors")
-        config = {**encoder.read_config(plain), "size": 24}
-        encoder.write_model(larger, config, safetensors.torch.load_file(plain))
-        enc = encoder.Encoder.from_pretrained(larger)
-        assert enc.size == 24 and enc.vit.config.size == 16 and encoder.Encoder.from_pretrained(plain).size == 16
-        enc.save_hf(tmp)
-        said = json.load(open(os.path.join(tmp, "config.json")))
-        assert said["image_size"] == 24
-        tensors = safetensors.torch.load_file(os.path.join(tmp, "model.safetensors"))
-        assert tensors["embeddings.position_embeddings"].shape == (1, 1 + (24 // 4) ** 2, 32)
+        written = safetensors.torch.load_file(os.path.join(tmp, "model.safetensors"))
+        assert {x.dtype for x in written.values()} == {torch.float32}
 
 
 def test_a_mirror_is_asked_at_its_address():
@@ -434,7 +399,7 @@ def test_a_download_longer_than_declared_is_refused():
     with tempfile.TemporaryDirectory() as tmp, patch.object(encoder.urllib.request, "build_opener", lambda *_: opener):
         for came in content, content[:9], content + b"x":
             path, write = os.path.join(tmp, f"{len(came)}"), lambda url, part, sha: open(part, "wb").write(came)
-            with patch.object(torch.hub, "download_url_to_file", write):
+            with patch.object(torch.hub, "download_url_to_file", write), patch.object(encoder.sys, "stderr"):
                 if came == content:
                     encoder.download(url, path)
                 else:
