@@ -1647,6 +1647,12 @@ def test_evaluation_refuses_before_it_begins():
             assert words in said.getvalue(), said.getvalue()
         raises(ValueError, evaluate, *base, "--probe", "--fit", os.path.join(folder, "class0"), words="class1")
         raises(ValueError, evaluate, *base, "--probe", "--fit", folder, "--teacher", "tiny", words="another width")
+        bare = os.path.join(tmp, "bare.safetensors")  # of the same shape, but without CLS
+        vit = encoder.ViT(replace(MICRO_VIT, num_prefix=0))
+        encoder.write_model(bare, {"vit": asdict(vit.config)}, dict(vit.named_parameters()))
+        raises(evaluation.UserError, evaluate, *base, "--probe", "--fit", folder, "--teacher", bare, words="another width")
+        nineteen, _ = picture_folder(os.path.join(tmp, "few"), n=19)
+        raises(evaluation.UserError, evaluate, *base, "--probe", "--fit", nineteen, words="19 images")
         with unittest.mock.patch.object(evaluation, "InceptionV3", QuickInception):
             _, report = evaluate(*base, "--inception", weights, "--pca", "--fit", folder)
         assert "FID of 9 images" in report["warning"] and "fitted on the images that are measured" in report["warning"]

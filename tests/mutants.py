@@ -744,16 +744,19 @@ def run_tests(folder, names, seconds):
 
 
 def verdict(mutant, folder, quick):
-    """"killed", "SURVIVED" or "equivalent", of the copy in `folder`, which is as it was afterwards."""
+    """"killed", "SURVIVED" or "equivalent", of the copy in `folder`, which is as it was afterwards, and why."""
     if mutant.equivalent:
-        return "equivalent"
+        return "equivalent", mutant.equivalent
     path = os.path.join(folder, mutant.file)
     original = open(path).read()
     try:
         open(path, "w").write(original.replace(mutant.text, mutant.replacement))
-        if not run_tests(folder, mutant.tests.split(), 150) or not quick and not run_tests(folder, [], 1800):
-            return "killed"
-        return "SURVIVED"
+        if not run_tests(folder, mutant.tests.split(), 150):
+            return "killed", ""
+        if quick or run_tests(folder, [], 1800):
+            return "SURVIVED", ""
+        others = [line.split()[1] for line in open(folder + ".txt") if line.startswith("FAILED ")]
+        return "killed", f"not by {mutant.tests}, but by {' '.join(others) or 'time'}"
     finally:
         open(path, "w").write(original)
 
@@ -793,8 +796,9 @@ def main(argv=None):
         with tqdm(total=len(chosen), unit="mutant") as bar:
             for task in concurrent.futures.as_completed(tasks):
                 m = tasks[task]
-                count[task.result()] += 1
-                tqdm.write(f"{task.result():10s} {m.file}: {m.name}" + (f" ({m.equivalent})" if m.equivalent else ""))
+                result, why = task.result()
+                count[result] += 1
+                tqdm.write(f"{result:10s} {m.file}: {m.name}" + f" ({why})" * bool(why))
                 bar.update()
     judged = count["killed"] + count["SURVIVED"]
     print(f"{len(chosen)} mutants: {count['killed']} killed, {count['SURVIVED']} survived "

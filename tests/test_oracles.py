@@ -878,5 +878,7 @@ def test_no_test_hides_another():
 
 def test_the_table_of_mutants_is_true():
     """Every text of tests/mutants.py is found exactly once in its file, every name is used once, and its tests
-    exist."""
+    exist. Not in a copy that has a mutant, whose text is gone there: this test alone would kill all of them."""
+    if "UNIFLOW_MUTANT" in os.environ:
+        return
     assert len(mutants.MUTANTS) >= 120 and not mutants.wrong_entries(HERE), "\n".join(mutants.wrong_entries(HERE))
