@@ -173,7 +173,9 @@ def test_what_is_no_image_or_latent_is_refused():
     img, z, noise = torch.rand(2, 3, 16, 32), torch.randn(2, 8, 4, 8), torch.randn(2, 32, 48)
     wrong_images = {
         "torch.uint8 (2, 3, 16, 32)": (255 * img).byte(), "(2, 1, 16, 32)": img[:, :1], "(3, 16, 32)": img[0],
-        "30x16 pixels; sides must be multiples of the patch 4: try 32x16": img[..., :30], "0x16 pixels": img[..., :0], "from 0 to 255": torch.tensor([0.0, 255]).repeat(2, 3, 16, 16),
+        "30x16 pixels; sides must be multiples of the patch 4: try 32x16": img[..., :30],
+        "32x14 pixels; sides must be multiples of the patch 4: try 32x16": img[:, :, :14],
+        "0x16 pixels": img[..., :0], "from 0 to 255": torch.tensor([0.0, 255]).repeat(2, 3, 16, 16),
         "from -1 to 1": torch.tensor([-1.0, 1]).repeat(2, 3, 16, 16), "nan": img + float("nan"), "torch.int64": img.long(), "ndarray": img.numpy()}
     for words, wrong in wrong_images.items():
         for call in (enc, enc.encode, enc.features, lambda x: dec.loss(z, x)):
@@ -207,6 +209,7 @@ def test_features_of_several_layers():
         last, second = enc.vit.norm(hidden[-1])[:, 1:], hidden[-2][:, 1:]
         assert torch.equal(enc.features(img), last) and torch.equal(enc.features(img, -2), second)
         assert torch.equal(enc.features(img, -1), hidden[-1][:, 1:]), "a layer asked for by number is not normed"
+        assert torch.equal(enc.features(img, -3), hidden[0][:, 1:]), "the first of three"
         got = enc.features(img, [None, -2, 0])
         assert all(torch.equal(a, b) for a, b in zip(got, (last, second, hidden[0][:, 1:]), strict=True))
         for h in range(2):

@@ -378,6 +378,20 @@ def test_half_written_files_of_a_killed_run_alone_are_removed():
         held.close()
 
 
+def test_a_script_says_which_rank_and_ends_with_its_status():
+    full, none = OSError(errno.ENOSPC, "No space left"), {k: v for k, v in os.environ.items() if k != "RANK"}
+    for error, status, said in ((encoder.UserError("wrong"), 2, "x.py: wrong\n"), (KeyboardInterrupt(), 130, ""),
+                                (full, 2, "x.py: [Errno 28] No space left\n"), (KeyError("k"), 1, "Traceback")):
+        for environ, who in (none, ""), ({**none, "RANK": "3"}, "[rank 3] "):
+            with patch.dict(os.environ, environ, clear=True), patch.object(signal, "signal"), \
+                    patch.object(os, "_exit") as ended, contextlib.redirect_stderr(io.StringIO()) as err, \
+                    patch.object(tools.run, "open_streams"), patch.object(tools.run.multiprocessing, "active_children", list):
+                tools.run.command_line(unittest.mock.Mock(side_effect=error), "x.py")
+            ended.assert_called_once_with(status)
+            told = err.getvalue()
+            assert told.startswith(said) if status == 1 else told == (who + said) * bool(said), told
+
+
 def test_a_disk_that_fails_is_no_damaged_checkpoint():
     """Who is told that a file is damaged moves it away; where the disk was at fault it is whole."""
     with tempfile.TemporaryDirectory() as tmp:
@@ -447,6 +461,8 @@ def test_results_are_not_put_into_the_data():
                  "photos/deep/../../photos": "photos/deep/../../photos_recon"}
         upwards = "photos/.", "photos/././/", "photos/deep/..", "links/link/.", "photos/deep/up"
         cases = {**given, **dict.fromkeys(upwards, f"{tmp}/photos_recon")}
+        for earlier in "a_recon.png", "a_features.png":  # results are no pictures
+            picture(1).save(os.path.join(photos, "deep", earlier))
         try:
             os.chdir(tmp)
             for given, expected in cases.items():
