@@ -372,6 +372,32 @@ def test_export_of_plain_vits_registers_and_odd_mlps():
             raises(encoder.UserError, encoder.Encoder(encoder.ViT(wrong)).save_hf, tmp, words=words)  # 85 / 32 is not rounded down
 
 
+def test_vision_towers_of_larger_models():
+    """A classifier of transformers, and the same names as CLIP, LLaVA, old and new, keep their tower under."""
+    from transformers import ViTConfig, ViTForImageClassification
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar(), torch.manual_seed(0)
+    c = MICRO_VIT
+    whole = ViTForImageClassification(ViTConfig(
+        hidden_size=c.width, num_hidden_layers=c.depth, num_attention_heads=c.heads, intermediate_size=c.mlp_width,
+        image_size=c.size, patch_size=c.patch, layer_norm_eps=c.eps)).eval()
+    for p in whole.parameters():
+        p.data = 0.2 * torch.randn_like(p)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in encoder.PIXEL_STATS["imagenet"])
+    img = torch.rand(2, 3, c.size, c.size)
+    with tempfile.TemporaryDirectory() as tmp, torch.no_grad():
+        path, expected = os.path.join(tmp, "model.safetensors"), whole.vit((img - mean) / std).last_hidden_state
+        whole.save_pretrained(tmp)
+        state = safetensors.torch.load_file(path)
+        for prefix in "vit.", "", "vision_model.", "vision_tower.", "model.vision_tower.":
+            named = {k.replace("vit.", prefix, 1): x for k, x in state.items() if prefix == "vit." or k.startswith("vit.")}
+            safetensors.torch.save_file({k: x.clone() for k, x in named.items()}, path)
+            vit = encoder.ViT(c).eval()
+            used = encoder.load_vit(vit, path)
+            assert all(k.startswith(prefix) for k in used)
+            close(vit.norm(vit(img)[-1]), expected, 1e-5)
+
+
 def test_half_precision_comes_from_files_and_leaves_for_hugging_face_as_fp32():
     torch.manual_seed(0)
     vit = encoder.ViT(MICRO_VIT).half()

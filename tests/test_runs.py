@@ -15,6 +15,7 @@ import tempfile
 import time
 import types
 import unittest.mock
+from dataclasses import asdict
 
 from tests.helpers import (
     HERE, MICRO_RUN, QuickInception, clip, evaluate, faulty_training, log_lines, micro_models, micro_teacher, picture,
@@ -23,6 +24,7 @@ from tests.helpers import (
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch._utils import ExceptionWrapper
 
 import data
@@ -417,6 +419,29 @@ def test_a_second_signal():
                 assert not ended.called
                 tools.run.interrupt(number, None)
             assert noted == signals and ended.call_args_list == [unittest.mock.call(status)] * (status is not None)
+
+
+def test_sample_at_its_limits():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, out = tokenizer_file(tmp), os.path.join(tmp, "out")
+        flags = ["--weights", weights, "--size", 0, "--out", out]
+        for side, figure in (10, "n/a"), (11, r"-?[01]\.\d{4}"):  # the window of SSIM is 11 x 11
+            picture(0, 30, side).save(os.path.join(tmp, f"{side}.png"))
+            assert re.search(rf"SSIM {figure} ", sampled(os.path.join(tmp, f"{side}.png"), *flags)[1])
+        long = os.path.join(tmp, "n" * 244 + ".png")  # of 255 bytes _recon.png takes 10, but _features.png 13
+        picture(0, 30, 20).save(long)
+        status, _, err = sampled(long, *flags, "--features")
+        endings = sorted(name.split("_")[-1] for name in os.listdir(out) if name.startswith("nnn"))
+        assert status == 0 and endings == ["features.png", "recon.png"] and "too long" in err, err
+        # a teacher whose tokens are of another width shows nothing beside the student's
+        large, other = os.path.join(tmp, "large.safetensors"), os.path.join(tmp, "other.safetensors")
+        vit = encoder.ViT(encoder.ViTConfig(width=64, depth=1, heads=2, mlp_width=64, patch=4, size=16))
+        encoder.write_model(large, {"vit": asdict(vit.config)}, dict(vit.named_parameters()))
+        config = {**encoder.read_config(weights), "teacher": large}
+        encoder.write_model(other, config, load_file(weights))
+        status, said, err = sampled(os.path.join(tmp, "11.png"), "--weights", other, "--size", 0, "--out", out, "--features")
+        assert status == 0 and "without the teacher" in said and "structure is another" in said, said + err
+        assert pixels(os.path.join(out, "11_features.png"))[0].shape == (1, 11, 60, 3)
 
 
 def test_fast_takes_as_many_steps():
