@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import unittest.mock
+import zipfile
 
 import numpy as np
 import safetensors.torch
@@ -468,6 +469,41 @@ def test_a_report_says_where_the_weights_come_from():
         assert {k: report[k] for k in said} == said and report["code"] == evaluation.commit() and report["images"] == 2
     assert evaluation.warn_of_few(2048) is None, "as many as dimensions"
     assert evaluation.warn_of_few(2047).startswith("FID of 2047 images")
+
+
+def test_a_distance_is_never_below_0():
+    """Of equal statistics rounding would make it a little more or less than 0."""
+    torch.manual_seed(0)
+    found = []
+    for n in range(40):
+        x = torch.randn(20 + n, 24, dtype=torch.float64)
+        found.append(evaluation.frechet_distance(x.mean(0), torch.cov(x.T), x.mean(0), torch.cov(x.T)))
+    assert min(found) >= 0 and max(found) < 1e-9, (min(found), max(found))
+
+
+def test_files_of_latents_say_where_they_begin_and_of_which_data():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (_, archive) = tokenizer_file(tmp), picture_folder(tmp, n=5)
+        tensors = safetensors.torch.load_file(weights)
+        encoder.write_model(weights, encoder.read_config(weights), {**tensors, "latent_std": torch.full((8,), 2.0)})
+        out, save = os.path.join(tmp, "latents"), evaluation.save_latents
+        flags = ["--data", archive, "--weights", weights, "--workers", 0, "--save_latents", out]
+        with patch.object(evaluation, "save_latents", lambda *args: save(*args, shard=2)):
+            evaluate(*flags)
+            names = sorted(name for name in os.listdir(out) if name != "index.json")
+            assert len(names) == 3
+            for k, name in enumerate(names):
+                with safetensors.safe_open(os.path.join(out, name), "pt") as f:
+                    assert json.loads(f.metadata()["config"])["first"] == 2 * k and len(f.get_tensor("labels")) == min(2, 5 - 2 * k)
+            picture_folder(tmp, n=5)  # the same pictures again: nothing to do
+            evaluate(*flags)
+            with zipfile.ZipFile(archive) as z:
+                names = z.namelist()
+            with zipfile.ZipFile(archive, "w") as z:  # the same names, other pictures
+                for k, name in enumerate(names):
+                    picture(50 + k).save(f := io.BytesIO(), "PNG")
+                    z.writestr(name, f.getvalue())
+            raises(evaluation.UserError, evaluate, *flags, words="of other weights, data, size or precision")
 
 
 def test_weights_that_are_not_given():

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 from torch._utils import ExceptionWrapper
 
 import data
@@ -400,7 +401,7 @@ def test_a_disk_that_fails_is_no_damaged_checkpoint():
         path, args = os.path.join(tmp, "state.pt"), types.SimpleNamespace(resume_anyway=False)
         load = lambda: tools.run.load_checkpoint(path, ["step"], args, ())
         assert load() is None
-        torch.save({"step": 3, "args": {}}, path)
+        torch.save({"step": 3, "args": {"flag_of_an_older_version": 1}}, path)
         assert load()["step"] == 3
         for code in errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES:
             with patch.object(torch, "load", side_effect=OSError(code, os.strerror(code), path)):
@@ -408,6 +409,29 @@ def test_a_disk_that_fails_is_no_damaged_checkpoint():
         for damage in RuntimeError("x"), EOFError("x"), KeyError("x"), OSError("x"):
             with patch.object(torch, "load", side_effect=damage):
                 raises(encoder.UserError, load, words=["is damaged", "move it away"])
+
+
+def test_moments_of_other_parameters_are_a_users_error():
+    a, b, c = (nn.Linear(n, 2) for n in (2, 2, 3))
+    adam = lambda *modules: torch.optim.AdamW([dict(params=list(m.parameters())) for m in modules], lr=0.5, weight_decay=0.25)
+    first, second, more = adam(a), adam(b), adam(b, c)
+    a(torch.ones(1, 2)).sum().backward(), first.step()
+    for group in second.param_groups:
+        group["lr"] = 0.125
+    tools.run.restore_optimizer(second, first.state_dict(), "x")
+    assert second.state[b.weight]["exp_avg"].equal(first.state[a.weight]["exp_avg"])
+    assert second.param_groups[0]["lr"] == 0.125, "settings are this command's"
+    words = ["state.pt has the optimizer of other parameters", "another --out"]
+    raises(encoder.UserError, tools.run.restore_optimizer, more, first.state_dict(), "state.pt", words=words)
+
+
+def test_peaks_are_those_of_the_data_sheets():
+    """TFLOP/s of dense bf16 products: NVIDIA's data sheets, half of what they say "with sparsity"."""
+    expected = {"NVIDIA H200": 1979 / 2, "NVIDIA H100 80GB HBM3": 1979 / 2, "NVIDIA H800": 1979 / 2, "NVIDIA A800-SXM4-80GB": 624 / 2,
+                "NVIDIA A100-SXM4-40GB": 624 / 2, "NVIDIA L40S": 724 / 2, "NVIDIA GeForce RTX 4090": 330.3 / 2, "NVIDIA GeForce RTX 3090": 142 / 2}
+    for card, peak in expected.items():
+        found, = (v for k, v in train.PEAK_TFLOPS.items() if k in card)
+        assert abs(found - peak) <= 1, card
 
 
 def test_a_second_signal():
