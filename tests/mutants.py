@@ -804,7 +804,7 @@ def verdict(mutant, folder, quick):
             return "killed", ""
         if quick or run_tests(folder, [], 1800):
             return "SURVIVED", ""
-        others = [line.split()[1] for line in open(folder + ".txt") if line.startswith("FAILED ")]
+        others = [line.split()[1] for line in open(folder + ".txt", errors="replace") if line.startswith("FAILED ")]
         return "killed", f"not by {mutant.tests}, but by {' '.join(others) or 'time'}"
     finally:
         open(path, "w").write(original)
@@ -831,7 +831,7 @@ def main(argv=None):
             copies.put(scratch_copy(os.path.join(tmp, str(job))))
         named = sorted({test for m in chosen if not m.equivalent for test in m.tests.split()})
         if named and not args.quick and not run_tests(copies.queue[0], named, 1800):
-            print(open(copies.queue[0] + ".txt").read(),
+            print(open(copies.queue[0] + ".txt", errors="replace").read(),
                   "the tests that these mutants name fail without a mutant: mend that first", sep="")
             return 1
 
