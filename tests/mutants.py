@@ -732,6 +732,10 @@ TABLE = [
      "    except KeyError as e:  # of --resume", "test_moments_of_other_parameters_are_a_users_error"),
     ("arguments of older versions", "tools/run.py", "if k in now and k not in may_differ and v != now[k]]",
      "if k not in may_differ and v != now.get(k)]", "test_a_disk_that_fails_is_no_damaged_checkpoint"),
+    ("a user's error without a word is a bug", "eval.py", 'return " ".join(text.splitlines()) or repr(error)',
+     'return " ".join(text.splitlines())', "test_a_bug_is_no_users_error"),
+    ("a whole line without its newline", "tools/run.py", 'return line.endswith("\\n") and json', "return json",
+     "test_a_log_is_cut_at_the_checkpoint_and_where_it_is_torn"),
 ]
 MUTANTS = [Mutant(*row) for row in TABLE]
 

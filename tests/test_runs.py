@@ -57,6 +57,7 @@ def test_a_bug_is_no_users_error():
     for module in encoder, decoder, data, evaluation:
         for e in (module.UserError("a.png: none\nof PNG"), from_worker(module.UserError("a.png: none\nof PNG"))):
             assert evaluation.user_message(e) == "a.png: none of PNG", evaluation.user_message(e)
+        assert evaluation.user_message(module.UserError()) == "UserError()", "without a word it is the user's all the same"
     for e in (full, from_worker(full)):
         assert evaluation.user_message(e) == "[Errno 28] No space left: 'x'"
     # errno(3): no room or no right to write, a limit of the process or the system, a disk or a mount that fails; and the
@@ -432,6 +433,19 @@ def test_peaks_are_those_of_the_data_sheets():
     for card, peak in expected.items():
         found, = (v for k, v in train.PEAK_TFLOPS.items() if k in card)
         assert abs(found - peak) <= 1, card
+
+
+def test_a_log_is_cut_at_the_checkpoint_and_where_it_is_torn():
+    with tempfile.TemporaryDirectory() as tmp:
+        path, run_ = os.path.join(tmp, "log.jsonl"), Run(tmp)
+        kept = '{"step": 1}\n{"step": 3, "kind": "eval"}\n'
+        for torn in '{"step": 3, "loss": 0.5}', '{"step": 3, "lo', "", "\n", "3\n", '{"loss": 1}\n', '{"step": 4}\n', '{"step": null}\n':
+            with open(path, "w") as f:
+                f.write(kept + torn)  # a whole line, too, ends with its newline
+            run_.open_log(3)
+            run_.write(step=4)
+            run_.close()
+            assert open(path).read() == kept + '{"step": 4}\n', torn
 
 
 def test_a_second_signal():
