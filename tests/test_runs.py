@@ -448,6 +448,35 @@ def test_a_log_is_cut_at_the_checkpoint_and_where_it_is_torn():
             assert open(path).read() == kept + '{"step": 4}\n', torn
 
 
+def test_what_command_lines_refuse():
+    """Each script names the flag, what came and what to do, before it begins; status 2."""
+    refused = {
+        sample.parse_args: {"x.png --seed -1": "--seed is -1", "x.png --steps 0": "--steps is 0", "x.png --size -1": "--size is -1",
+                            "x.png --save_latent z.pt": "z.pt", "z.safetensors --size 8": "not latents",
+                            "x.png --features --reconstruction": "in two runs", "- --features": "give --out FOLDER"},
+        train.parse_args: {"--crop_scale 0.5 1.1": "[0.5, 1.1]", "--crop_scale 0.9 0.5": "the smaller first",
+                           "--crop_scale 0 1": "above 0", "--size 30": "try --size 32", "--size 27": "try --size 24"},
+        evaluation.parse_args: {"--data x --workers -1": "workers -1", "--data x --steps 0": "steps 0",
+                                "--data x --batch_size 0": "batch_size 0", "--latent_stats --save_latents z --data x": "give one",
+                                "--fid a b c": "got 3", "--fid a": "got 1", "--fid a b --size 8": "--resolution 256",
+                                "--fid a b --inception none": "needs --inception", "--weights w": "--data PATH is needed"}}
+    for parse, cases in refused.items():
+        for flags, words in cases.items():
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                raises(SystemExit, parse, flags.split(), words="2")
+            assert words in err.getvalue().splitlines()[-1], (flags, err.getvalue())
+    with tempfile.TemporaryDirectory() as tmp:
+        teacher, weights, (folder, _) = micro_teacher(tmp), tokenizer_file(tmp), picture_folder(tmp, n=2)
+        raises(encoder.UserError, encoder.load_teacher, teacher, weights, words=[teacher, "leave out teacher_weights"])
+        for size, near in (15, 16), (18, 16), (19, 20), (1, 4):
+            raises(evaluation.UserError, evaluate, "--data", folder, "--weights", weights, "--size", size, words=f"try --size {near}")
+        os.makedirs(os.path.join(tmp, "empty"))
+        raises(encoder.UserError, sample.find_pictures, [os.path.join(tmp, "empty")], words="holds no pictures")
+        before = open(weights, "rb").read()  # a latent must not take a tokenizer's place
+        status, _, err = sampled(os.path.join(folder, "class0", "0.png"), "--weights", weights, "--save_latent", weights)
+        assert status == 2 and "is no latent" in err and open(weights, "rb").read() == before
+
+
 def test_a_second_signal():
     """Of SIGTERM torchrun may hand on two, which end no save; a second Ctrl-C does not wait for one."""
     for signals, status in (([signal.SIGTERM] * 3, None), ([signal.SIGINT], None), ([signal.SIGTERM, signal.SIGINT], None),
