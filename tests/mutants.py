@@ -168,6 +168,8 @@ TABLE = [
      "test_features_of_several_layers"),
     ("ViTs with a prefix", "encoder.py", '"model.vision_tower.", "vit.")', '"model.vision_tower.")',
      "test_vision_towers_of_larger_models"),
+    ("a file and weights", "encoder.py", '        if weights is not None:\n            raise',
+     "        if weights == 'random':\n            raise", "test_what_command_lines_refuse"),
     # ---- decoder.py ----
     ("decoder's imagenet mean", "decoder.py", "(0.485, 0.456, 0.406)", "(0.485, 0.406, 0.456)",
      "test_architectures_are_the_published_ones"),
@@ -493,6 +495,10 @@ TABLE = [
      "test_files_of_latents_say_where_they_begin_and_of_which_data"),
     ("archives that were changed go on", "eval.py", "inputs.name_ends.tobytes() + inputs.spans.tobytes()",
      "inputs.name_ends.tobytes()", "test_files_of_latents_say_where_they_begin_and_of_which_data"),
+    ("eval's size to try", "eval.py", "nearest = max(1, round(size / p)) * p", "nearest = max(1, size // p) * p",
+     "test_what_command_lines_refuse"),
+    ("workers below 0", "eval.py", 'must be at least 0": args.workers < 0,',
+     'must be at least 0": args.workers < -1,', "test_what_command_lines_refuse"),
     # ---- train.py: flags ----
     ("paper's rate", "train.py", "PAPER = dict(lr=2e-4", "PAPER = dict(lr=1e-4", "test_recipes_are_the_papers"),
     ("dinov2 trained at 448", "train.py", '"dinov2": dict(PAPER, size=378)', '"dinov2": dict(PAPER, size=448)',
@@ -668,6 +674,8 @@ TABLE = [
     ("small without a GPU takes the GPU's recipe", "train.py", 'if args.teacher in ("small", "tiny") and not',
      'if args.teacher == "tiny" and not', "test_defaults_and_recipes_by_hand"),
     ("peak of an A100", "train.py", '"A100": 312', '"A100": 624', "test_peaks_are_those_of_the_data_sheets"),
+    ("crop scales above 1", "train.py", "<= args.crop_scale[1] <= 1:", "<= args.crop_scale[1]:",
+     "test_what_command_lines_refuse"),
     # ---- sample.py ----
     ("padded above and left", "sample.py", "(0, -W % p, 0, -H % p)", "(-W % p, 0, -H % p, 0)",
      "test_sample_against_numpy"),
@@ -736,6 +744,19 @@ TABLE = [
      'return " ".join(text.splitlines())', "test_a_bug_is_no_users_error"),
     ("a whole line without its newline", "tools/run.py", 'return line.endswith("\\n") and json', "return json",
      "test_a_log_is_cut_at_the_checkpoint_and_where_it_is_torn"),
+    ("sample's seed below 0", "sample.py",
+     '            (args.seed < 0, f"--seed is {args.seed}, it must be at least 0"),\n', "",
+     "test_what_command_lines_refuse"),
+    ("no pictures but results", "sample.py", '        if not inside:\n', '        if inside is None:\n',
+     "test_what_command_lines_refuse"),
+    ("two jobs of eval at once", "eval.py", 'give one": sum(others) > 1,', 'give one": sum(others) > 2,',
+     "test_what_command_lines_refuse"),
+    ("--fid of three", "eval.py", "args.fid and len(args.fid) != 2 and not", "args.fid and len(args.fid) < 2 and not",
+     "test_what_command_lines_refuse"),
+    ("a batch of 0 is advised", "data.py", "for b in (low, low + ranks) if b)", "for b in (low, low + ranks))",
+     "test_what_command_lines_refuse"),
+    ("index.json's shard", "eval.py", '"shard": shard, "protocol"', '"shard": len(inputs), "protocol"',
+     "test_files_of_latents_say_where_they_begin_and_of_which_data"),
 ]
 MUTANTS = [Mutant(*row) for row in TABLE]
 

@@ -491,7 +491,7 @@ def test_files_of_latents_say_where_they_begin_and_of_which_data():
         with patch.object(evaluation, "save_latents", lambda *args: save(*args, shard=2)):
             evaluate(*flags)
             names = sorted(name for name in os.listdir(out) if name != "index.json")
-            assert len(names) == 3
+            assert len(names) == 3 and json.load(open(os.path.join(out, "index.json")))["shard"] == 2
             for k, name in enumerate(names):
                 with safetensors.safe_open(os.path.join(out, name), "pt") as f:
                     assert json.loads(f.metadata()["config"])["first"] == 2 * k and len(f.get_tensor("labels")) == min(2, 5 - 2 * k)
