@@ -1546,6 +1546,9 @@ def test_fid_between_anything():
         for other in ("b.zip", "b.npz", "b2.npz"):
             fid(os.path.join(tmp, other), "--save_stats", os.path.join(tmp, "other.npz"))
             assert all(np.allclose(saved("stats.npz")[k], saved("other.npz")[k], rtol=1e-4, atol=1e-7) for k in ("mu", "sigma")), other
+        np.savez(os.path.join(tmp, "three.npz"), arrays[0][:3])
+        for pair in ("three.npz", "b.npz"), ("b.npz", "three.npz"):
+            assert fid(*(os.path.join(tmp, x) for x in pair))[1]["warning"].startswith("FID of 3 images"), "the smaller set"
         np.savez(os.path.join(tmp, "small.npz"), mu=np.zeros(32), sigma=np.eye(32))
         np.savez(os.path.join(tmp, "float.npz"), np.zeros((2, 8, 8, 3)))
         one = os.path.join(tmp, "one")
@@ -1609,8 +1612,9 @@ def test_latent_statistics_and_saved_latents():
             raises(ValueError, evaluate, *[os.path.join(tmp, "other") if x == folder else x for x in flags], words="data")
         args = train.parse_args(["--teacher", os.path.join(tmp, "teacher.safetensors"), *MICRO_RUN, "--gtb_depth", "2", "--init", copy])
         with contextlib.redirect_stdout(io.StringIO()) as said:
-            _, again, _ = train.build_models(args)
-        assert "set back" in said.getvalue() and not again.latent_mean.any() and (again.latent_std == 1).all()
+            _, *again = train.build_models(args)
+        assert "set back" in said.getvalue()
+        assert all(not x.latent_mean.any() and (x.latent_std == 1).all() for x in again), "of encoder and decoder"
         shards = [load_file(os.path.join(out, f"latents_{k:05d}.safetensors")) for k in range(3)]
         close(torch.cat([s["latents"] for s in shards]), enc.encode(img), 1e-5)
         assert torch.cat([s["labels"] for s in shards]).tolist() == [read[n][1] for n in range(11)]
@@ -1643,6 +1647,12 @@ def test_evaluation_refuses_before_it_begins():
             assert words in said.getvalue(), said.getvalue()
         raises(ValueError, evaluate, *base, "--probe", "--fit", os.path.join(folder, "class0"), words="class1")
         raises(ValueError, evaluate, *base, "--probe", "--fit", folder, "--teacher", "tiny", words="another width")
+        bare = os.path.join(tmp, "bare.safetensors")  # of the same shape, but without CLS
+        vit = encoder.ViT(replace(MICRO_VIT, num_prefix=0))
+        encoder.write_model(bare, {"vit": asdict(vit.config)}, dict(vit.named_parameters()))
+        raises(evaluation.UserError, evaluate, *base, "--probe", "--fit", folder, "--teacher", bare, words="another width")
+        nineteen, _ = picture_folder(os.path.join(tmp, "few"), n=19)
+        raises(evaluation.UserError, evaluate, *base, "--probe", "--fit", nineteen, words="19 images")
         with unittest.mock.patch.object(evaluation, "InceptionV3", QuickInception):
             _, report = evaluate(*base, "--inception", weights, "--pca", "--fit", folder)
         assert "FID of 9 images" in report["warning"] and "fitted on the images that are measured" in report["warning"]
@@ -2269,7 +2279,9 @@ def test_sample_features_are_principal_components():
         padded = sample.pad_to_patches(data.to_tensor(Image.open(path))[None] / 255, 4)
         read = lambda vit: vit.norm(vit(padded)[-1])[0, 1:].detach().double().numpy()
         for file, words in ((weights, ""), (copy, ""), (alone, "a random initialisation"), (gone, "internvit (not on this machine)")):
-            status, out, err = sampled(path, "--weights", file, "--size", 0, "--features")
+            asked = AssertionError("for a picture nothing is downloaded")
+            with unittest.mock.patch.object(encoder, "download", side_effect=asked):
+                status, out, err = sampled(path, "--weights", file, "--size", 0, "--features")
             assert status == 0 and words in out and out.count("--features") == bool(words), out + err
             tokens = [read(encoder.Encoder.from_pretrained(file).vit)] + [read(teacher)] * (not words)
             expected = [colours(x, tokens[-1]).reshape(16, 21, 3).repeat(4, 0).repeat(4, 1)[:61, :83] for x in tokens]

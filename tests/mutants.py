@@ -150,6 +150,26 @@ TABLE = [
     ("size of a file unchecked", "encoder.py", " or size % c.patch:", ":", "test_hostile_weights"),
     ("unknown tensors accepted", "encoder.py", "not (others or KNOWN_EXTRAS.match(name))", "False",
      "test_files_that_do_not_fit_are_refused"),
+    ("layer -1 is normed", "encoder.py", "tokens = [vit.norm(hidden[i]) if n is None else",
+     "tokens = [vit.norm(hidden[i]) if i == L - 1 else", "test_features_of_several_layers"),
+    ("the size to try is turned", "encoder.py", "for s in (W, H)]", "for s in (H, W)]",
+     "test_what_is_no_image_or_latent_is_refused"),
+    ("save_hf in the module's precision", "encoder.py", '            x = x.detach().float()\n',
+     '            x = x.detach()\n', "test_half_precision_comes_from_files_and_leaves_for_hugging_face_as_fp32"),
+    ("half-precision files are refused", "encoder.py",
+     "if 2 * numbers > os.path.getsize(path):  # said before anybody",
+     "if 4 * numbers > os.path.getsize(path):  # said before anybody",
+     "test_half_precision_comes_from_files_and_leaves_for_hugging_face_as_fp32"),
+    ("too long a download passes", "encoder.py", "if size and int(size) != os.path.getsize(part):",
+     "if size and int(size) > os.path.getsize(part):", "test_a_download_longer_than_declared_is_refused"),
+    ("a mirror's slash", "encoder.py", 'os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")',
+     'os.environ.get("HF_ENDPOINT", "https://huggingface.co")', "test_a_mirror_is_asked_at_its_address"),
+    ("the first layer by its negative number", "encoder.py", "not -L <= n < L for n", "not -L < n < L for n",
+     "test_features_of_several_layers"),
+    ("ViTs with a prefix", "encoder.py", '"model.vision_tower.", "vit.")', '"model.vision_tower.")',
+     "test_vision_towers_of_larger_models"),
+    ("a file and weights", "encoder.py", '        if weights is not None:\n            raise',
+     "        if weights == 'random':\n            raise", "test_what_command_lines_refuse"),
     # ---- decoder.py ----
     ("decoder's imagenet mean", "decoder.py", "(0.485, 0.456, 0.406)", "(0.485, 0.406, 0.456)",
      "test_architectures_are_the_published_ones"),
@@ -221,6 +241,10 @@ TABLE = [
      "test_flags_of_the_machine"),
     ("decoder positions in half precision", "decoder.py", "grid = pos.float().reshape(", "grid = pos.reshape(",
      "test_positions_are_resized_in_fp32"),
+    ("velocity in the module's precision", "decoder.py", "return at_least_fp32(self._run(self.head, x_t, t, c))",
+     "return self._run(self.head, x_t, t, c)", "test_precisions"),
+    ("decoder's heights that are no multiple", "decoder.py", '    if H % patch or W % patch or not H * W:\n',
+     '    if W % patch or not H * W:\n', "test_what_is_no_image_or_latent_is_refused"),
     # ---- distill.py ----
     ("similarity for distance", "distill.py", "return 1 - torch.stack(", "return torch.stack(", "test_layer_distances"),
     ("cls not skipped", "distill.py", "[:, skip:]", "[:, 0:]",
@@ -241,6 +265,8 @@ TABLE = [
      "def distill_loss(student, teacher, beta=1.0", "test_distillation_defaults_and_gradients"),
     ("cosine in half precision", "distill.py", "F.cosine_similarity(student.float(), teacher.float(), dim=-1)",
      "F.cosine_similarity(student, teacher, dim=-1)", "test_distillation_defaults_and_gradients"),
+    ("alpha is no copy", "distill.py", "alpha = distances.detach().clone()", "alpha = distances.detach()",
+     "", "a rank's loss becomes the mean of all ranks', which is what is logged; the gradient reads no distance"),
     # ---- data.py ----
     ("deep pictures", "data.py", "deep >> bits - 8", "deep >> bits - 7", "test_every_kind_of_picture_becomes_rgb"),
     ("transparent is black", "data.py", 'Image.new("RGBA", img.size, "white")', 'Image.new("RGBA", img.size, "black")',
@@ -307,6 +333,23 @@ TABLE = [
     ("webp left out", "data.py", '".png", ".webp", ', '".png", ', "test_every_extension_is_found"),
     ("capital extensions left out", "data.py", "files)):\n            if name.lower()", "files)):\n            if name",
      "test_every_extension_is_found"),
+    ("Adobe's segment stripped", "data.py", "(*range(0xE1, 0xEE), 0xEF, 0xFE)", "(*range(0xE1, 0xF0), 0xFE)",
+     "test_odd_metadata_cost_no_picture"),
+    ("the last EXIF of a JPEG", "data.py", "exif = exif or blob[at + 4:end]", "exif = blob[at + 4:end]",
+     "test_odd_metadata_cost_no_picture"),
+    ("TIFF's predictor stripped", "data.py", "284, 292, 293, 317, 320,", "284, 292, 293, 320,",
+     "test_odd_metadata_cost_no_picture"),
+    ("the first errno of a text", "data.py", "or [errno.EIO])[-1])", "or [errno.EIO])[0])",
+     "test_only_its_own_damage_replaces_a_picture"),
+    ("archives may take every descriptor", "data.py",
+     "if limit != resource.RLIM_INFINITY and archives + SPARE_FILES > limit:",
+     "if limit != resource.RLIM_INFINITY and archives > limit:", "test_too_many_archives_are_refused"),
+    ("archives' bombs by their packed length", "data.py", "        if max(length, size) > MAX_BYTES:",
+     "        if length > MAX_BYTES:", "test_archives_that_are_encrypted_or_inflate_to_too_much"),
+    ("encrypted archives", "data.py", " or e.flag_bits & 1:", ":",
+     "test_archives_that_are_encrypted_or_inflate_to_too_much"),
+    ("a list of one picture per epoch", "data.py", "return int(self.permutation[1][k])",
+     "return int(self.permutation[1][n % len(self) - 1])", "test_the_order_of_an_epoch_is_the_seeds"),
     # ---- eval.py: metrics ----
     ("psnr of amplitudes", "eval.py", "return -10 * (a.double()", "return -20 * (a.double()", "test_psnr_closed_form"),
     ("ssim sigma", "eval.py", "- 5) / 1.5)", "- 5) / 1.6)", "test_ssim_equals_scikit_image"),
@@ -418,6 +461,44 @@ TABLE = [
      "rec = decoder.decode(z, noise=noise)", "test_data_flags_of_training"),
     ("validation's times reversed", "eval.py", "t = (k + torch.rand(", "t = (9 - k + torch.rand(",
      "test_validation_during_training"),
+    ("ranks without images", "eval.py", '            if count:\n                whole.merge',
+     '            if True:\n                whole.merge',
+     "", "rank 0 always has an image, and to merge none changes no bit"),
+    ("the larger set warns", "eval.py", "warn_of_few(min(counts, default=2048))",
+     "warn_of_few(max(counts, default=2048))", "test_fid_between_anything"),
+    ("other pickles from torch 2.6 on", "eval.py", "(2, 10) and not sha256(path)", "(2, 6) and not sha256(path)",
+     "test_inceptions_where_torch_does_not_read_pickles_safely"),
+    ("a stale mount is a bug", "eval.py", "EAGAIN EBUSY ESTALE ENOLCK", "EAGAIN EBUSY ENOLCK",
+     "test_a_bug_is_no_users_error"),
+    ("Ctrl-C of eval is an error", "eval.py", '        sys.exit(130)\n', '        sys.exit(1)\n',
+     "test_a_bug_shows_its_traceback"),
+    ("teacher_weights of the file for another teacher", "eval.py",
+     'args.teacher_weights or (None if args.teacher else info.get("teacher_weights"))',
+     'args.teacher_weights or info.get("teacher_weights")', "test_the_probes_teacher_is_the_one_named"),
+    ("npz in Fortran's order", "eval.py", "or min(shape) < 1 or fortran:", "or min(shape) < 1:",
+     "test_arrays_and_statistics_that_are_no_measure"),
+    ("statistics that are not finite", "eval.py", " or not np.isfinite(mu.sum() + sigma.sum()):", ":",
+     "test_arrays_and_statistics_that_are_no_measure"),
+    ("fp32 with TF32", "eval.py", "torch.backends.cuda.matmul.allow_tf32 = False",
+     "torch.backends.cuda.matmul.allow_tf32 = True", "test_fp32_is_no_tf32"),
+    ("the report's commit is of the code", "eval.py", '"commit": info.get("commit"), "data"',
+     '"commit": commit(), "data"', "test_a_report_says_where_the_weights_come_from"),
+    ("2048 images warn", "eval.py", 'means little" if n < 2048 else None', 'means little" if n <= 2048 else None',
+     "test_a_report_says_where_the_weights_come_from"),
+    ("probes on ten images", "eval.py", "if unknown or len(fit) < 20:", "if unknown or len(fit) < 10:",
+     "test_evaluation_refuses_before_it_begins"),
+    ("a teacher with registers passes", "eval.py", "(c.width, c.depth, c.patch, c.num_prefix)",
+     "(c.width, c.depth, c.patch)", "test_evaluation_refuses_before_it_begins"),
+    ("FID may be below 0", "eval.py", "- 2 * cross).clamp(min=0).item()", "- 2 * cross).item()",
+     "test_a_distance_is_never_below_0"),
+    ("the first of a file of latents", "eval.py", '"first": k * shard}', '"first": k}',
+     "test_files_of_latents_say_where_they_begin_and_of_which_data"),
+    ("archives that were changed go on", "eval.py", "inputs.name_ends.tobytes() + inputs.spans.tobytes()",
+     "inputs.name_ends.tobytes()", "test_files_of_latents_say_where_they_begin_and_of_which_data"),
+    ("eval's size to try", "eval.py", "nearest = max(1, round(size / p)) * p", "nearest = max(1, size // p) * p",
+     "test_what_command_lines_refuse"),
+    ("workers below 0", "eval.py", 'must be at least 0": args.workers < 0,',
+     'must be at least 0": args.workers < -1,', "test_what_command_lines_refuse"),
     # ---- train.py: flags ----
     ("paper's rate", "train.py", "PAPER = dict(lr=2e-4", "PAPER = dict(lr=1e-4", "test_recipes_are_the_papers"),
     ("dinov2 trained at 448", "train.py", '"dinov2": dict(PAPER, size=378)', '"dinov2": dict(PAPER, size=448)',
@@ -583,6 +664,18 @@ TABLE = [
      "test_file_round_trip_and_latent_statistics"),
     ("skipped steps in the mean", "train.py", "torch.where(skipped, 0, row)", "torch.nan_to_num(row, 0, 0, 0)",
      "test_a_resume_restores_every_field"),
+    ("--init keeps the decoder's statistics", "train.py",
+     '        for module in (encoder, decoder):\n            module.latent_mean.zero_()',
+     '        for module in (encoder,):\n            module.latent_mean.zero_()',
+     "test_latent_statistics_and_saved_latents"),
+    ("an evaluation that fails loses the steps", "train.py",
+     '    except Exception:\n        save(s)\n        raise\n', '    except Exception:\n        raise\n',
+     "test_training_tells_a_bug_from_a_users_error"),
+    ("small without a GPU takes the GPU's recipe", "train.py", 'if args.teacher in ("small", "tiny") and not',
+     'if args.teacher == "tiny" and not', "test_defaults_and_recipes_by_hand"),
+    ("peak of an A100", "train.py", '"A100": 312', '"A100": 624', "test_peaks_are_those_of_the_data_sheets"),
+    ("crop scales above 1", "train.py", "<= args.crop_scale[1] <= 1:", "<= args.crop_scale[1]:",
+     "test_what_command_lines_refuse"),
     # ---- sample.py ----
     ("padded above and left", "sample.py", "(0, -W % p, 0, -H % p)", "(-W % p, 0, -H % p, 0)",
      "test_sample_against_numpy"),
@@ -612,6 +705,58 @@ TABLE = [
      "test_sample_animations"),
     ("psnr of the first frame", "sample.py", "for a, b in zip(x, rec)) / T", "for a, b in zip(x, rec)) / 1",
      "test_sample_animations"),
+    ("a GIF that plays once plays for ever", "sample.py", 'kind = {"loop": 1, **kind', 'kind = {"loop": 0, **kind',
+     "test_reconstructions_alone"),
+    ("the teacher is downloaded for a picture", "sample.py", "given and str(given), offline=True)",
+     "given and str(given))", "test_sample_features_are_principal_components"),
+    ("fast forgets the steps", "sample.py", "torch.no_grad()(lambda latent: dec.decode(latent, steps))",
+     "torch.no_grad()(lambda latent: dec.decode(latent))", "test_fast_takes_as_many_steps"),
+    ("the PSNR of an animation is its first frame's", "sample.py",
+     "mean = sum(psnr(a[None] / 255, b[None] / 255).item() for a, b in zip(x, rec)) / T",
+     "mean = psnr(x[:1] / 255, rec[:1] / 255).item()", "test_the_psnr_of_an_animation_is_the_mean_of_its_frames"),
+    # ---- tools/run.py: names, signals, checkpoints ----
+    ("the third run overwrites the first's", "tools/run.py", "                while os.path.exists(aside):",
+     "                if os.path.exists(aside):", "test_a_run_without_a_checkpoint_sets_all_others_aside"),
+    ("any half-written file is removed", "tools/run.py",
+     " and time.time() - os.path.getmtime(self.path(name)) > 600:", ":",
+     "test_half_written_files_of_a_killed_run_alone_are_removed"),
+    ("two SIGTERM end the run at once", "tools/run.py", "if INTERRUPTS.count(signal.SIGINT) > 1:",
+     "if len(INTERRUPTS) > 1:", "test_a_second_signal"),
+    ("a disk's trouble is a damaged checkpoint", "tools/run.py", "        if user_message(e):  # but",
+     "        if False:  # but", "test_a_disk_that_fails_is_no_damaged_checkpoint"),
+    ("bad_images.txt stays", "tools/run.py", 'for name in ("log.jsonl", "bad_images.txt", "model',
+     'for name in ("log.jsonl", "model', "test_a_run_without_a_checkpoint_sets_all_others_aside"),
+    ("earlier features are pictures", "sample.py", '.endswith(("_recon", "_features"))', '.endswith("_recon")',
+     "test_results_are_not_put_into_the_data"),
+    ("no SSIM at 11 pixels", "sample.py", '"n/a" if min(H, W) < 11', '"n/a" if min(H, W) <= 11',
+     "test_sample_at_its_limits"),
+    ("a teacher of another structure", "sample.py", "if teacher.vit.config != enc.vit.config:", "if False:",
+     "test_sample_at_its_limits"),
+    ("names too long for features", "sample.py", 'longest = "_features.png" if args.features else ending',
+     "longest = ending", "test_sample_at_its_limits"),
+    ("no rank is named", "tools/run.py", 'if "RANK" in os.environ else ""', 'if "RANKS" in os.environ else ""',
+     "test_a_script_says_which_rank_and_ends_with_its_status"),
+    ("moments that do not fit are a bug", "tools/run.py", "    except ValueError as e:  # of --resume",
+     "    except KeyError as e:  # of --resume", "test_moments_of_other_parameters_are_a_users_error"),
+    ("arguments of older versions", "tools/run.py", "if k in now and k not in may_differ and v != now[k]]",
+     "if k not in may_differ and v != now.get(k)]", "test_a_disk_that_fails_is_no_damaged_checkpoint"),
+    ("a user's error without a word is a bug", "eval.py", 'return " ".join(text.splitlines()) or repr(error)',
+     'return " ".join(text.splitlines())', "test_a_bug_is_no_users_error"),
+    ("a whole line without its newline", "tools/run.py", 'return line.endswith("\\n") and json', "return json",
+     "test_a_log_is_cut_at_the_checkpoint_and_where_it_is_torn"),
+    ("sample's seed below 0", "sample.py",
+     '            (args.seed < 0, f"--seed is {args.seed}, it must be at least 0"),\n', "",
+     "test_what_command_lines_refuse"),
+    ("no pictures but results", "sample.py", '        if not inside:\n', '        if inside is None:\n',
+     "test_what_command_lines_refuse"),
+    ("two jobs of eval at once", "eval.py", 'give one": sum(others) > 1,', 'give one": sum(others) > 2,',
+     "test_what_command_lines_refuse"),
+    ("--fid of three", "eval.py", "args.fid and len(args.fid) != 2 and not", "args.fid and len(args.fid) < 2 and not",
+     "test_what_command_lines_refuse"),
+    ("a batch of 0 is advised", "data.py", "for b in (low, low + ranks) if b)", "for b in (low, low + ranks))",
+     "test_what_command_lines_refuse"),
+    ("index.json's shard", "eval.py", '"shard": shard, "protocol"', '"shard": len(inputs), "protocol"',
+     "test_files_of_latents_say_where_they_begin_and_of_which_data"),
 ]
 MUTANTS = [Mutant(*row) for row in TABLE]
 
@@ -673,16 +818,19 @@ def run_tests(folder, names, seconds):
 
 
 def verdict(mutant, folder, quick):
-    """"killed", "SURVIVED" or "equivalent", of the copy in `folder`, which is as it was afterwards."""
+    """"killed", "SURVIVED" or "equivalent", of the copy in `folder`, which is as it was afterwards, and why."""
     if mutant.equivalent:
-        return "equivalent"
+        return "equivalent", mutant.equivalent
     path = os.path.join(folder, mutant.file)
     original = open(path).read()
     try:
         open(path, "w").write(original.replace(mutant.text, mutant.replacement))
-        if not run_tests(folder, mutant.tests.split(), 150) or not quick and not run_tests(folder, [], 1800):
-            return "killed"
-        return "SURVIVED"
+        if not run_tests(folder, mutant.tests.split(), 150):
+            return "killed", ""
+        if quick or run_tests(folder, [], 1800):
+            return "SURVIVED", ""
+        others = [line.split()[1] for line in open(folder + ".txt", errors="replace") if line.startswith("FAILED ")]
+        return "killed", f"not by {mutant.tests}, but by {' '.join(others) or 'time'}"
     finally:
         open(path, "w").write(original)
 
@@ -708,7 +856,7 @@ def main(argv=None):
             copies.put(scratch_copy(os.path.join(tmp, str(job))))
         named = sorted({test for m in chosen if not m.equivalent for test in m.tests.split()})
         if named and not args.quick and not run_tests(copies.queue[0], named, 1800):
-            print(open(copies.queue[0] + ".txt").read(),
+            print(open(copies.queue[0] + ".txt", errors="replace").read(),
                   "the tests that these mutants name fail without a mutant: mend that first", sep="")
             return 1
 
@@ -722,8 +870,9 @@ def main(argv=None):
         with tqdm(total=len(chosen), unit="mutant") as bar:
             for task in concurrent.futures.as_completed(tasks):
                 m = tasks[task]
-                count[task.result()] += 1
-                tqdm.write(f"{task.result():10s} {m.file}: {m.name}" + (f" ({m.equivalent})" if m.equivalent else ""))
+                result, why = task.result()
+                count[result] += 1
+                tqdm.write(f"{result:10s} {m.file}: {m.name}" + f" ({why})" * bool(why))
                 bar.update()
     judged = count["killed"] + count["SURVIVED"]
     print(f"{len(chosen)} mutants: {count['killed']} killed, {count['SURVIVED']} survived "

@@ -105,6 +105,10 @@ def test_defaults_and_recipes_by_hand():
             assert {k: found[k] for k in expected} == expected, (name,
                                                                  {k: found[k] for k in expected
                                                                   if found[k] != expected[k]})
+    laptop = dict(batch_size=8, micro_batch=8, steps=400, endpoint=0.5)
+    for name, own in ("small", laptop), ("tiny", laptop), ("internvit", {}):  # without a GPU
+        expected, found = {**RECIPES[name], **own}, vars(train.parse_args(["--teacher", name]))
+        assert {k: found[k] for k in expected} == expected, name
     with tempfile.TemporaryDirectory() as tmp:  # a teacher of one's own has the paper's recipe at its own size
         found = vars(train.parse_args(["--teacher", micro_teacher(tmp)]))
         assert {k: found[k] for k in RECIPE} == RECIPE and found["size"] == 16
@@ -563,6 +567,12 @@ def test_the_probes_teacher_is_the_one_named():
             assert cosine().max() < 0.9, "as the weights file says, a random one"
             assert np.allclose(cosine("--teacher", itself), 1, atol=1e-5)
             assert np.allclose(cosine("--teacher", "micro", "--teacher_weights", itself), 1, atol=1e-5)
+            named = os.path.join(tmp, "named.safetensors")  # a file that names a teacher and its weights
+            config = {**encoder.read_config(weights), "teacher": "micro", "teacher_weights": itself}
+            encoder.write_model(named, config, load_file(weights))
+            assert np.allclose(cosine("--weights", named), 1, atol=1e-5)
+            other = os.path.join(tmp, "teacher.safetensors")  # which brings its own
+            assert cosine("--weights", named, "--teacher", other).max() < 0.9
 
 
 @unittest.mock.patch.object(evaluation, "InceptionV3", QuickInception)

@@ -112,6 +112,22 @@ def test_odd_metadata_cost_no_picture():
         odd = jpeg_with(f.getvalue(), *segments)
         assert np.array_equal(shown(odd), np.array(Image.open(f).convert("RGB")))
         assert shown(odd, 70).shape == (240, 320, 3)
+    # three channels numbered 1, 2, 3 are taken for YCbCr, unless Adobe's segment says that they are red, green, blue
+    Image.new("RGB", (16, 16), (200, 30, 40)).save(f := io.BytesIO(), "JPEG", quality=100, keep_rgb=True)
+    blob = f.getvalue()
+    frame, scan = blob.index(b"\xff\xc0") + 10, blob.index(b"\xff\xda") + 5
+    blob = bytearray(blob)
+    for k in range(3):
+        assert blob[frame + 3 * k] == blob[scan + 2 * k] == b"RGB"[k]
+        blob[frame + 3 * k] = blob[scan + 2 * k] = k + 1
+    assert abs(shown(bytes(blob)).astype(int) - (200, 30, 40)).max() <= 1
+    # of two EXIF segments the first counts, as for PIL, which appends the second to it
+    first, second = (tiff("<", (274, 3, 1, n)) for n in (6, 3))
+    twice = jpeg_with(plain, (0xE1, b"Exif\0\0" + first), (0xE1, b"Exif\0\0" + second))
+    assert np.array_equal(shown(twice), turned(stored, 6)) and Image.open(io.BytesIO(twice)).getexif()[274] == 6
+    for compression in "tiff_lzw", "tiff_adobe_deflate":  # whose rows may be kept as differences
+        rgb.save(g := io.BytesIO(), "TIFF", compression=compression, tiffinfo={317: 2})
+        assert Image.open(g).tag_v2[317] == 2 and np.array_equal(shown(g.getvalue()), raw), compression
     large.save(f := io.BytesIO(), "MPO", save_all=True, append_images=[rgb])  # of a phone: the first picture
     large.save(g := io.BytesIO(), "JPEG")
     assert np.array_equal(shown(f.getvalue()), np.array(Image.open(g)))
@@ -269,6 +285,25 @@ print(sys.getfilesystemencoding())
             f"{two_names} {ascii(['café', '中'])} [(1, 0), (2, 1)]", "ascii"], done.stdout + done.stderr
 
 
+def test_archives_that_are_encrypted_or_inflate_to_too_much():
+    with tempfile.TemporaryDirectory() as tmp:
+        for method in zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2:
+            path = os.path.join(tmp, f"{method}.zip")
+            with zipfile.ZipFile(path, "w", method) as z:
+                z.writestr("large.png", png_with(8, 0, 4, 4, [bytes(4)] * 4) + bytes(20_000))
+            if method == zipfile.ZIP_BZIP2:
+                raises(data.UserError, data.ImageDataset, path, None, False, words=["large.png", "unknown method"])
+                continue
+            assert data.ImageDataset(path, None, train=False)[0][0].shape == (3, 4, 4), "what follows IEND is nothing"
+            with unittest.mock.patch.object(data, "MAX_BYTES", 10_000):  # 20,000 bytes, packed or not
+                words = ["large.png", "10,001 bytes long" if method else "bytes long", "at most 10,000"]
+                raises(data.UserError, data.ImageDataset(path, None, train=False).__getitem__, 0, words=words)
+            blob = bytearray(open(path, "rb").read())
+            blob[blob.rindex(b"PK\x01\x02") + 8] |= 1  # the general purpose flag's first bit, APPNOTE 4.4.4
+            open(path, "wb").write(blob)
+            raises(data.UserError, data.ImageDataset, path, None, False, words=["large.png", "encrypted"])
+
+
 def test_folders_that_are_no_classes():
     with tempfile.TemporaryDirectory() as tmp:
         root = os.path.join(tmp, ".hidden", "set")  # that the root is hidden is the user's choice
@@ -361,6 +396,8 @@ def test_only_its_own_damage_replaces_a_picture():
         elsewhere = pickle.loads(pickle.dumps(handles))  # as a worker gets it that is started by spawn
         raises(data.MissingFile, elsewhere.__getitem__, 0, words=[archive, "is gone"])
         raises(data.MissingFile, data.ImageDataset, archive, 16, True, words=f"{archive}: no such folder")
+        named_like_one = f"{folder}/[Errno 2].png: not read in 4 attempts: [Errno {errno.EIO}] Input/output error"
+        assert data.MachineError(named_like_one).errno == errno.EIO, "a name is no number of an error"
         for kind in data.UserError, data.MissingFile:
             assert issubclass(kind, ValueError), "callers that know of ValueError alone"
         for code, kind in (errno.EMFILE, data.MachineError), (errno.EACCES, data.UserError):
@@ -378,6 +415,7 @@ def test_too_many_archives_are_refused():
             assert len(data.ImageDataset([archive] * 64, 16, train=True)) == 640
             words = ["160 archives", "128 files", "ulimit -n 416"]
             raises(data.UserError, data.ImageDataset, [archive] * 160, 16, True, words=words)
+            raises(data.UserError, data.ImageDataset, [archive] * 65, 16, True, words="65 archives")  # 63 are left
         with unittest.mock.patch("resource.getrlimit", lambda kind: (-1, -1)):
             assert len(data.ImageDataset([archive] * 160, 16, train=True)) == 1600, "no limit"
         script = os.path.join(tmp, "few.py")  # the limit itself: descriptors run out while pictures are read

@@ -18,8 +18,10 @@ import signal
 import sys
 import tempfile
 import unittest.mock
+import zipfile
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -244,6 +246,8 @@ def test_a_bug_shows_its_traceback():
             with fails(e):
                 status, out, err = as_command("--data", "x")
             assert status == 2 and not out and err in ("eval.py: last\n", f"eval.py: {e}\n"), err
+        with fails(KeyboardInterrupt()):
+            assert as_command("--data", "x") == (130, b"", ""), "as a shell says of SIGINT"
         one_class = os.path.join(folder, "class0")
         for wrong in (["--weights", "missing.safetensors"], ["--data", "missing"], ["--size", 8], ["--size", 17],
                       ["--inception", "missing.pth"], ["--inception", os.path.join(one_class, "0.png")],
@@ -414,6 +418,93 @@ def test_imports_where_posix_is_missing():
             assert signal.signal(number, handler) == signal.SIG_IGN
     with tempfile.NamedTemporaryFile() as empty:
         assert evaluation.sha256(empty.name).startswith("e3b0c44298fc1c14"), "SHA-256 of nothing"
+
+
+def test_inceptions_where_torch_does_not_read_pickles_safely():
+    """Up to torch 2.9 no file but the published one is read, which its SHA-256 tells; a stand-in has "abc" in it."""
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "inception.pth")
+        open(path, "w").write("abc")
+        for version, digest, words in (("2.5.1", None, "other pickles"), ("2.9.1+cu128", None, "other pickles"),
+                                       ("2.9.1", "ba7816bf", "is not pytorch-fid's"),  # FIPS 180-4's example
+                                       ("2.10.0", None, "is not pytorch-fid's")):
+            with patch.object(torch, "__version__", version), patch.object(evaluation, "INCEPTION_SHA256", digest or "6726825d"):
+                raises(evaluation.UserError, evaluation.InceptionV3, path, words=words)
+
+
+def test_arrays_and_statistics_that_are_no_measure():
+    with tempfile.TemporaryDirectory() as tmp:
+        path, images = os.path.join(tmp, "x.npz"), np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), np.uint8)
+        np.savez(path, images)
+        read = evaluation.read_npz(path)
+        assert all(np.array_equal(read[n][0].permute(1, 2, 0), images[n]) for n in range(5)), "row by row"
+        np.savez(path, np.asfortranarray(images))  # which lies column by column
+        raises(evaluation.UserError, evaluation.read_npz, path, words="uint8 (N, H, W, 3)")
+        for mu, sigma in ((np.array([0, np.nan]), np.eye(2)), (np.zeros(2), np.array([[1, 0], [0, np.inf]]))):
+            np.savez(path, mu=mu, sigma=sigma)
+            raises(evaluation.UserError, evaluation.read_npz, path, words="finite")
+
+
+def test_fp32_is_no_tf32():
+    """The protocol's words are "fp32 without TF32", of convolutions and of products, whatever was set before."""
+    places = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = True
+        job = evaluation.Job(evaluation.parse_args(["--data", "x"]))
+        assert job.precision == "fp32 without TF32" and not any(place.allow_tf32 for place in places)
+        assert not job.autocast._enabled and evaluation.Job(evaluation.parse_args(["--data", "x", "--bf16"])).autocast._enabled
+    finally:
+        for place, value in zip(places, before):
+            place.allow_tf32 = value
+
+
+def test_a_report_says_where_the_weights_come_from():
+    """Step, commit and teacher are those of the weights file, and the commit of this code stands beside them."""
+    with tempfile.TemporaryDirectory() as tmp:
+        plain, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=2)
+        weights, said = os.path.join(tmp, "said.safetensors"), {"step": 1234, "commit": "theirs", "teacher": "a teacher"}
+        encoder.write_model(weights, {**encoder.read_config(plain), **said}, safetensors.torch.load_file(plain))
+        report = evaluate("--data", folder, "--weights", weights, "--inception", "none", "--workers", 0)[1]
+        assert {k: report[k] for k in said} == said and report["code"] == evaluation.commit() and report["images"] == 2
+    assert evaluation.warn_of_few(2048) is None, "as many as dimensions"
+    assert evaluation.warn_of_few(2047).startswith("FID of 2047 images")
+
+
+def test_a_distance_is_never_below_0():
+    """Of equal statistics rounding would make it a little more or less than 0."""
+    torch.manual_seed(0)
+    found = []
+    for n in range(40):
+        x = torch.randn(20 + n, 24, dtype=torch.float64)
+        found.append(evaluation.frechet_distance(x.mean(0), torch.cov(x.T), x.mean(0), torch.cov(x.T)))
+    assert min(found) >= 0 and max(found) < 1e-9, (min(found), max(found))
+
+
+def test_files_of_latents_say_where_they_begin_and_of_which_data():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (_, archive) = tokenizer_file(tmp), picture_folder(tmp, n=5)
+        tensors = safetensors.torch.load_file(weights)
+        encoder.write_model(weights, encoder.read_config(weights), {**tensors, "latent_std": torch.full((8,), 2.0)})
+        out, save = os.path.join(tmp, "latents"), evaluation.save_latents
+        flags = ["--data", archive, "--weights", weights, "--workers", 0, "--save_latents", out]
+        with patch.object(evaluation, "save_latents", lambda *args: save(*args, shard=2)):
+            evaluate(*flags)
+            names = sorted(name for name in os.listdir(out) if name != "index.json")
+            assert len(names) == 3 and json.load(open(os.path.join(out, "index.json")))["shard"] == 2
+            for k, name in enumerate(names):
+                with safetensors.safe_open(os.path.join(out, name), "pt") as f:
+                    assert json.loads(f.metadata()["config"])["first"] == 2 * k and len(f.get_tensor("labels")) == min(2, 5 - 2 * k)
+            picture_folder(tmp, n=5)  # the same pictures again: nothing to do
+            evaluate(*flags)
+            with zipfile.ZipFile(archive) as z:
+                names = z.namelist()
+            with zipfile.ZipFile(archive, "w") as z:  # the same names, other pictures
+                for k, name in enumerate(names):
+                    picture(50 + k).save(f := io.BytesIO(), "PNG")
+                    z.writestr(name, f.getvalue())
+            raises(evaluation.UserError, evaluate, *flags, words="of other weights, data, size or precision")
 
 
 def test_weights_that_are_not_given():

@@ -12,6 +12,7 @@ import types
 import unittest.mock
 from dataclasses import asdict, replace
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp
@@ -108,6 +109,8 @@ def test_precisions():
                     close(a.double(), b.double(), tolerance)
                 assert hidden[-1].dtype == dtype and got[2].dtype == (dtype if dtype == torch.float64 else torch.float32)
                 assert dec.decode(z).shape == img.shape, "noise that is not given is drawn"
+                v = dec.velocity(noise.to(dtype), t.to(dtype), dec.condition(z))  # the flow's state is never of few bits
+                assert v.dtype == (dtype if dtype == torch.float64 else torch.float32)
     enc, dec = enc.double(), dec.double()
     enc(img)[0].sum().backward(), dec(z, img).backward()
 
@@ -279,7 +282,9 @@ def test_what_is_no_image_or_latent_is_refused():
     img, z, noise = torch.rand(2, 3, 16, 32), torch.randn(2, 8, 4, 8), torch.randn(2, 32, 48)
     wrong_images = {
         "torch.uint8 (2, 3, 16, 32)": (255 * img).byte(), "(2, 1, 16, 32)": img[:, :1], "(3, 16, 32)": img[0],
-        "30x16 pixels": img[..., :30], "0x16 pixels": img[..., :0], "from 0 to 255": torch.tensor([0.0, 255]).repeat(2, 3, 16, 16),
+        "30x16 pixels; sides must be multiples of the patch 4: try 32x16": img[..., :30],
+        "32x14 pixels; sides must be multiples of the patch 4: try 32x16": img[:, :, :14],
+        "0x16 pixels": img[..., :0], "from 0 to 255": torch.tensor([0.0, 255]).repeat(2, 3, 16, 16),
         "from -1 to 1": torch.tensor([-1.0, 1]).repeat(2, 3, 16, 16), "nan": img + float("nan"), "torch.int64": img.long(), "ndarray": img.numpy()}
     for words, wrong in wrong_images.items():
         for call in (enc, enc.encode, enc.features, lambda x: dec.loss(z, x)):
@@ -312,6 +317,8 @@ def test_features_of_several_layers():
         hidden = enc.vit(img)
         last, second = enc.vit.norm(hidden[-1])[:, 1:], hidden[-2][:, 1:]
         assert torch.equal(enc.features(img), last) and torch.equal(enc.features(img, -2), second)
+        assert torch.equal(enc.features(img, -1), hidden[-1][:, 1:]), "a layer asked for by number is not normed"
+        assert torch.equal(enc.features(img, -3), hidden[0][:, 1:]), "the first of three"
         got = enc.features(img, [None, -2, 0])
         assert all(torch.equal(a, b) for a, b in zip(got, (last, second, hidden[0][:, 1:]), strict=True))
         for h in range(2):
@@ -478,6 +485,70 @@ def test_export_of_plain_vits_registers_and_odd_mlps():
             assert (tokens - enc.features(img)).abs().max() < 3e-6 * max(1, tokens.abs().max()), name
         for wrong, words in (replace(MICRO_VIT, pre_norm=True), "pre_norm patch_bias"), (replace(REGISTERS, mlp_width=85), "mlp_width 85"):
             raises(encoder.UserError, encoder.Encoder(encoder.ViT(wrong)).save_hf, tmp, words=words)  # 85 / 32 is not rounded down
+
+
+def test_vision_towers_of_larger_models():
+    """A classifier of transformers, and the same names as CLIP, LLaVA, old and new, keep their tower under."""
+    from transformers import ViTConfig, ViTForImageClassification
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar(), torch.manual_seed(0)
+    c = MICRO_VIT
+    whole = ViTForImageClassification(ViTConfig(
+        hidden_size=c.width, num_hidden_layers=c.depth, num_attention_heads=c.heads, intermediate_size=c.mlp_width,
+        image_size=c.size, patch_size=c.patch, layer_norm_eps=c.eps)).eval()
+    for p in whole.parameters():
+        p.data = 0.2 * torch.randn_like(p)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in encoder.PIXEL_STATS["imagenet"])
+    img = torch.rand(2, 3, c.size, c.size)
+    with tempfile.TemporaryDirectory() as tmp, torch.no_grad():
+        path, expected = os.path.join(tmp, "model.safetensors"), whole.vit((img - mean) / std).last_hidden_state
+        whole.save_pretrained(tmp)
+        state = safetensors.torch.load_file(path)
+        for prefix in "vit.", "", "vision_model.", "vision_tower.", "model.vision_tower.":
+            named = {k.replace("vit.", prefix, 1): x for k, x in state.items() if prefix == "vit." or k.startswith("vit.")}
+            safetensors.torch.save_file({k: x.clone() for k, x in named.items()}, path)
+            vit = encoder.ViT(c).eval()
+            used = encoder.load_vit(vit, path)
+            assert all(k.startswith(prefix) for k in used)
+            close(vit.norm(vit(img)[-1]), expected, 1e-5)
+
+
+def test_half_precision_comes_from_files_and_leaves_for_hugging_face_as_fp32():
+    torch.manual_seed(0)
+    vit = encoder.ViT(MICRO_VIT).half()
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "half.safetensors")
+        encoder.write_model(path, {"vit": asdict(MICRO_VIT)}, dict(vit.named_parameters()))
+        read = encoder.load_teacher(path)  # 2 bytes a number are no damage
+        for name, x in vit.named_parameters():
+            got = read.get_parameter(name)
+            assert got.dtype == torch.float32 and torch.equal(got, x.float()), name
+        encoder.Encoder(vit).save_hf(tmp)  # whose config.json says float32
+        written = safetensors.torch.load_file(os.path.join(tmp, "model.safetensors"))
+        assert {x.dtype for x in written.values()} == {torch.float32}
+
+
+def test_a_mirror_is_asked_at_its_address():
+    with tempfile.TemporaryDirectory() as tmp:
+        for endpoint in "https://mirror.example/hf", "https://mirror.example/hf/":
+            with unittest.mock.patch.dict(os.environ, HF_ENDPOINT=endpoint, HF_HOME=tmp, TORCH_HOME=tmp):
+                url = "https://mirror.example/hf/facebook/dinov2-large/resolve/main/model.safetensors"
+                raises(encoder.MissingFile, encoder.fetch, "dinov2", True, words=f"{url} is not on this machine")
+
+
+def test_a_download_longer_than_declared_is_refused():
+    content, url = b"0123456789", "https://example.org/file.bin"
+    opener = types.SimpleNamespace(open=lambda *_, **__: types.SimpleNamespace(headers={"Content-Length": "10"}))
+    patch = unittest.mock.patch
+    with tempfile.TemporaryDirectory() as tmp, patch.object(encoder.urllib.request, "build_opener", lambda *_: opener):
+        for came in content, content[:9], content + b"x":
+            path, write = os.path.join(tmp, f"{len(came)}"), lambda url, part, sha: open(part, "wb").write(came)
+            with patch.object(torch.hub, "download_url_to_file", write), patch.object(encoder.sys, "stderr"):
+                if came == content:
+                    encoder.download(url, path)
+                else:
+                    raises(OSError, encoder.download, url, path, words=[f"{len(came)} bytes came", "10 were declared"])
+            assert os.path.exists(path) == (came == content)
 
 
 def test_pickles_where_torch_does_not_read_them_safely():

@@ -8,16 +8,24 @@ import json
 import os
 import re
 import shutil
+import signal
+import struct
 import sys
 import tempfile
+import time
+import types
 import unittest.mock
+from dataclasses import asdict
 
 from tests.helpers import (
-    HERE, MICRO_RUN, QuickInception, clip, evaluate, faulty_training, log_lines, micro_teacher, picture, picture_folder,
-    pixels, raises, run, same_weights, sampled, side_by_side, tokenizer_file, train_quietly, windows_like)
+    HERE, MICRO_RUN, QuickInception, clip, evaluate, faulty_training, log_lines, micro_models, micro_teacher, picture,
+    picture_folder, pixels, raises, run, same_weights, sampled, side_by_side, tokenizer_file, train_quietly, windows_like)
 
 import numpy as np
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
 from torch._utils import ExceptionWrapper
 
 import data
@@ -25,6 +33,7 @@ import decoder
 import encoder
 import eval as evaluation
 import sample
+import tools.run
 import train
 from tools.run import Run, finite, saving
 
@@ -48,9 +57,16 @@ def test_a_bug_is_no_users_error():
     for module in encoder, decoder, data, evaluation:
         for e in (module.UserError("a.png: none\nof PNG"), from_worker(module.UserError("a.png: none\nof PNG"))):
             assert evaluation.user_message(e) == "a.png: none of PNG", evaluation.user_message(e)
+        assert evaluation.user_message(module.UserError()) == "UserError()", "without a word it is the user's all the same"
     for e in (full, from_worker(full)):
         assert evaluation.user_message(e) == "[Errno 28] No space left: 'x'"
-    assert evaluation.user_message(PermissionError(errno.EACCES, "Permission denied", "x"))
+    # errno(3): no room or no right to write, a limit of the process or the system, a disk or a mount that fails; and the
+    # mistakes of a program, which no user can mend
+    for name in ("ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EMFILE ENFILE ENOMEM EAGAIN ENOLCK EBUSY EIO ENXIO ENODEV ESTALE "
+                 "ENOTCONN ETIMEDOUT EHOSTDOWN EREMOTEIO EPIPE ENAMETOOLONG").split():
+        assert evaluation.user_message(from_worker(OSError(getattr(errno, name), name, "x"))), name
+    for name in "EBADF EINVAL ENOENT EEXIST ENOTDIR EISDIR ESPIPE EFAULT ENOTEMPTY".split():
+        assert evaluation.user_message(OSError(getattr(errno, name), name, "x")) is None, name
     with contextlib.redirect_stderr(io.StringIO()) as err:
         for error, status in (data.UserError("of the user"), 2), (full, 2), (KeyboardInterrupt(), 130):
             with patch.object(sample, "main", side_effect=error), patch.object(sys, "stdout"):
@@ -332,6 +348,199 @@ def test_training_with_names_that_are_no_text():
         assert torch.load(os.path.join(out, "state.pt"), weights_only=True)["args"]["data"] == [folder]
 
 
+def test_a_run_without_a_checkpoint_sets_all_others_aside():
+    """Three runs into one folder, each without a state.pt: every file of every run is there, the oldest .old.old; what
+    is the user's own keeps its name."""
+    with tempfile.TemporaryDirectory() as tmp:
+        out = os.path.join(tmp, "a[b]")  # which a glob would read as a pattern
+        os.makedirs(os.path.join(out, "samples"))
+        names = ["bad_images.txt", "log.jsonl", "model.safetensors", "model_0000010.safetensors", "samples/step_000010.png"]
+        own = ["notes.txt", "model_best.safetensors", "samples/step_by_step.png"]
+        for name in own:
+            open(os.path.join(out, name), "w").write("own")
+        for k in "123":
+            for name in names:
+                open(os.path.join(out, name), "w").write(k)
+            Run(out).set_aside()
+        found = {os.path.relpath(os.path.join(folder, f), out): open(os.path.join(folder, f)).read()
+                 for folder, _, files in os.walk(out) for f in files}
+        assert found == {**dict.fromkeys(own, "own"), **{
+            name + end: k for name in names for end, k in ((".old", "1"), (".old.old", "2"), (".old.old.old", "3"))}}
+
+
+def test_half_written_files_of_a_killed_run_alone_are_removed():
+    with tempfile.TemporaryDirectory() as tmp:
+        now, left = time.time(), []
+        for name, age, stays in ((".0123456789ab.tmp", 700, False), (".0123456789ac.tmp", 500, True),  # may be written now
+                                 (".0123456789ab.tmp2", 700, True), (".mine.tmp", 700, True), ("state.pt", 700, True)):
+            open(os.path.join(tmp, name), "w").close()
+            os.utime(os.path.join(tmp, name), (now - age, now - age))
+            left += [name] * stays
+        held = Run(tmp)
+        held.hold_folder()
+        assert set(os.listdir(tmp)) == {*left, ".lock", "samples"}
+        held.close()
+
+
+def test_a_script_says_which_rank_and_ends_with_its_status():
+    full, none = OSError(errno.ENOSPC, "No space left"), {k: v for k, v in os.environ.items() if k != "RANK"}
+    for error, status, said in ((encoder.UserError("wrong"), 2, "x.py: wrong\n"), (KeyboardInterrupt(), 130, ""),
+                                (full, 2, "x.py: [Errno 28] No space left\n"), (KeyError("k"), 1, "Traceback")):
+        for environ, who in (none, ""), ({**none, "RANK": "3"}, "[rank 3] "):
+            with patch.dict(os.environ, environ, clear=True), patch.object(signal, "signal"), \
+                    patch.object(os, "_exit") as ended, contextlib.redirect_stderr(io.StringIO()) as err, \
+                    patch.object(tools.run, "open_streams"), patch.object(tools.run.multiprocessing, "active_children", list):
+                tools.run.command_line(unittest.mock.Mock(side_effect=error), "x.py")
+            ended.assert_called_once_with(status)
+            told = err.getvalue()
+            assert told.startswith(said) if status == 1 else told == (who + said) * bool(said), told
+
+
+def test_a_disk_that_fails_is_no_damaged_checkpoint():
+    """Who is told that a file is damaged moves it away; where the disk was at fault it is whole."""
+    with tempfile.TemporaryDirectory() as tmp:
+        path, args = os.path.join(tmp, "state.pt"), types.SimpleNamespace(resume_anyway=False)
+        load = lambda: tools.run.load_checkpoint(path, ["step"], args, ())
+        assert load() is None
+        torch.save({"step": 3, "args": {"flag_of_an_older_version": 1}}, path)
+        assert load()["step"] == 3
+        for code in errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES:
+            with patch.object(torch, "load", side_effect=OSError(code, os.strerror(code), path)):
+                raises(OSError, load, words=f"[Errno {code}]")
+        for damage in RuntimeError("x"), EOFError("x"), KeyError("x"), OSError("x"):
+            with patch.object(torch, "load", side_effect=damage):
+                raises(encoder.UserError, load, words=["is damaged", "move it away"])
+
+
+def test_moments_of_other_parameters_are_a_users_error():
+    a, b, c = (nn.Linear(n, 2) for n in (2, 2, 3))
+    adam = lambda *modules: torch.optim.AdamW([dict(params=list(m.parameters())) for m in modules], lr=0.5, weight_decay=0.25)
+    first, second, more = adam(a), adam(b), adam(b, c)
+    a(torch.ones(1, 2)).sum().backward(), first.step()
+    for group in second.param_groups:
+        group["lr"] = 0.125
+    tools.run.restore_optimizer(second, first.state_dict(), "x")
+    assert second.state[b.weight]["exp_avg"].equal(first.state[a.weight]["exp_avg"])
+    assert second.param_groups[0]["lr"] == 0.125, "settings are this command's"
+    words = ["state.pt has the optimizer of other parameters", "another --out"]
+    raises(encoder.UserError, tools.run.restore_optimizer, more, first.state_dict(), "state.pt", words=words)
+
+
+def test_peaks_are_those_of_the_data_sheets():
+    """TFLOP/s of dense bf16 products: NVIDIA's data sheets, half of what they say "with sparsity"."""
+    expected = {"NVIDIA H200": 1979 / 2, "NVIDIA H100 80GB HBM3": 1979 / 2, "NVIDIA H800": 1979 / 2, "NVIDIA A800-SXM4-80GB": 624 / 2,
+                "NVIDIA A100-SXM4-40GB": 624 / 2, "NVIDIA L40S": 724 / 2, "NVIDIA GeForce RTX 4090": 330.3 / 2, "NVIDIA GeForce RTX 3090": 142 / 2}
+    for card, peak in expected.items():
+        found, = (v for k, v in train.PEAK_TFLOPS.items() if k in card)
+        assert abs(found - peak) <= 1, card
+
+
+def test_a_log_is_cut_at_the_checkpoint_and_where_it_is_torn():
+    with tempfile.TemporaryDirectory() as tmp:
+        path, run_ = os.path.join(tmp, "log.jsonl"), Run(tmp)
+        kept = '{"step": 1}\n{"step": 3, "kind": "eval"}\n'
+        for torn in '{"step": 3, "loss": 0.5}', '{"step": 3, "lo', "", "\n", "3\n", '{"loss": 1}\n', '{"step": 4}\n', '{"step": null}\n':
+            with open(path, "w") as f:
+                f.write(kept + torn)  # a whole line, too, ends with its newline
+            run_.open_log(3)
+            run_.write(step=4)
+            run_.close()
+            assert open(path).read() == kept + '{"step": 4}\n', torn
+
+
+def test_what_command_lines_refuse():
+    """Each script names the flag, what came and what to do, before it begins; status 2."""
+    refused = {
+        sample.parse_args: {"x.png --seed -1": "--seed is -1", "x.png --steps 0": "--steps is 0", "x.png --size -1": "--size is -1",
+                            "x.png --save_latent z.pt": "z.pt", "z.safetensors --size 8": "not latents",
+                            "x.png --features --reconstruction": "in two runs", "- --features": "give --out FOLDER"},
+        train.parse_args: {"--crop_scale 0.5 1.1": "[0.5, 1.1]", "--crop_scale 0.9 0.5": "the smaller first",
+                           "--crop_scale 0 1": "above 0", "--size 30": "try --size 32", "--size 27": "try --size 24"},
+        evaluation.parse_args: {"--data x --workers -1": "workers -1", "--data x --steps 0": "steps 0",
+                                "--data x --batch_size 0": "batch_size 0", "--latent_stats --save_latents z --data x": "give one",
+                                "--fid a b c": "got 3", "--fid a": "got 1", "--fid a b --size 8": "--resolution 256",
+                                "--fid a b --inception none": "needs --inception", "--weights w": "--data PATH is needed"}}
+    for parse, cases in refused.items():
+        for flags, words in cases.items():
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                raises(SystemExit, parse, flags.split(), words="2")
+            assert words in err.getvalue().splitlines()[-1], (flags, err.getvalue())
+    with tempfile.TemporaryDirectory() as tmp:
+        teacher, weights, (folder, _) = micro_teacher(tmp), tokenizer_file(tmp), picture_folder(tmp, n=2)
+        raises(encoder.UserError, encoder.load_teacher, teacher, weights, words=[teacher, "leave out teacher_weights"])
+        for size, near in (15, 16), (18, 16), (19, 20), (1, 4):
+            raises(evaluation.UserError, evaluate, "--data", folder, "--weights", weights, "--size", size, words=f"try --size {near}")
+        raises(data.UserError, data.split_batch, 1, 1, 2, words="try 2")  # not 0
+        os.makedirs(os.path.join(tmp, "empty"))
+        raises(encoder.UserError, sample.find_pictures, [os.path.join(tmp, "empty")], words="holds no pictures")
+        before = open(weights, "rb").read()  # a latent must not take a tokenizer's place
+        status, _, err = sampled(os.path.join(folder, "class0", "0.png"), "--weights", weights, "--save_latent", weights)
+        assert status == 2 and "is no latent" in err and open(weights, "rb").read() == before
+
+
+def test_a_second_signal():
+    """Of SIGTERM torchrun may hand on two, which end no save; a second Ctrl-C does not wait for one."""
+    for signals, status in (([signal.SIGTERM] * 3, None), ([signal.SIGINT], None), ([signal.SIGTERM, signal.SIGINT], None),
+                            ([signal.SIGINT] * 2, 130), ([signal.SIGINT, signal.SIGTERM, signal.SIGINT], 130)):
+        with patch.object(tools.run, "INTERRUPTS", []) as noted, patch.object(os, "_exit") as ended:
+            for number in signals:
+                assert not ended.called
+                tools.run.interrupt(number, None)
+            assert noted == signals and ended.call_args_list == [unittest.mock.call(status)] * (status is not None)
+
+
+def test_sample_at_its_limits():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, out = tokenizer_file(tmp), os.path.join(tmp, "out")
+        flags = ["--weights", weights, "--size", 0, "--out", out]
+        for side, figure in (10, "n/a"), (11, r"-?[01]\.\d{4}"):  # the window of SSIM is 11 x 11
+            picture(0, 30, side).save(os.path.join(tmp, f"{side}.png"))
+            assert re.search(rf"SSIM {figure} ", sampled(os.path.join(tmp, f"{side}.png"), *flags)[1])
+        long = os.path.join(tmp, "n" * 244 + ".png")  # of 255 bytes _recon.png takes 10, but _features.png 13
+        picture(0, 30, 20).save(long)
+        status, _, err = sampled(long, *flags, "--features")
+        endings = sorted(name.split("_")[-1] for name in os.listdir(out) if name.startswith("nnn"))
+        assert status == 0 and endings == ["features.png", "recon.png"] and "too long" in err, err
+        # a teacher whose tokens are of another width shows nothing beside the student's
+        large, other = os.path.join(tmp, "large.safetensors"), os.path.join(tmp, "other.safetensors")
+        vit = encoder.ViT(encoder.ViTConfig(width=64, depth=1, heads=2, mlp_width=64, patch=4, size=16))
+        encoder.write_model(large, {"vit": asdict(vit.config)}, dict(vit.named_parameters()))
+        config = {**encoder.read_config(weights), "teacher": large}
+        encoder.write_model(other, config, load_file(weights))
+        status, said, err = sampled(os.path.join(tmp, "11.png"), "--weights", other, "--size", 0, "--out", out, "--features")
+        assert status == 0 and "without the teacher" in said and "structure is another" in said, said + err
+        assert pixels(os.path.join(out, "11_features.png"))[0].shape == (1, 11, 60, 3)
+
+
+def test_fast_takes_as_many_steps():
+    """Without a GPU fast's functions are encode and decode themselves: by the same noise as many Euler steps, no gradient."""
+    _, enc, dec = micro_models()
+    img = torch.rand(2, 3, 16, 16)
+    for steps in 1, 3:
+        encode, decode = sample.fast(enc, dec, img, steps)
+        with torch.no_grad():
+            latent = enc.encode(img)
+        torch.manual_seed(steps)
+        expected = dec.decode(latent, steps, torch.randn(2, 16, 48))
+        torch.manual_seed(steps)
+        got = decode(encode(img))
+        assert torch.equal(got, expected) and not got.requires_grad
+        assert steps == 1 or (got - dec.decode(latent, 1, torch.randn(2, 16, 48))).abs().max() > 0.01
+
+
+def test_the_psnr_of_an_animation_is_the_mean_of_its_frames():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, path = tokenizer_file(tmp), os.path.join(tmp, "a.webp")
+        frames = [Image.new("RGB", (16, 16), (v, v, v)) for v in (0, 128, 255)]  # far from one another's PSNR
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=50, lossless=True)
+        status, said, err = sampled(path, "--weights", weights, "--size", 0)
+        assert status == 0, err
+        both = pixels(os.path.join(tmp, "a_recon.webp"))[0]
+        error = ((both[:, :, :16] - both[:, :, 16:]) / 255) ** 2
+        each = -10 * np.log10(error.mean((1, 2, 3)))
+        assert np.ptp(each) > 0.5 and abs(float(re.search(r"PSNR ([\d.]+)", said)[1]) - each.mean()) < 0.006, (said, each)
+
+
 def test_results_are_not_put_into_the_data():
     with tempfile.TemporaryDirectory() as tmp:
         tmp = os.path.realpath(tmp)
@@ -345,6 +554,8 @@ def test_results_are_not_put_into_the_data():
                  "photos/deep/../../photos": "photos/deep/../../photos_recon"}
         upwards = "photos/.", "photos/././/", "photos/deep/..", "links/link/.", "photos/deep/up"
         cases = {**given, **dict.fromkeys(upwards, f"{tmp}/photos_recon")}
+        for earlier in "a_recon.png", "a_features.png":  # results are no pictures
+            picture(1).save(os.path.join(photos, "deep", earlier))
         try:
             os.chdir(tmp)
             for given, expected in cases.items():
@@ -386,6 +597,12 @@ def test_reconstructions_alone():
                 first = torch.from_numpy(rec[0][0]).permute(2, 0, 1)
                 assert torch.equal(b[i][0], first), "eval.py reads an animation's first frame"
             assert rec[1:] == ([100, 50, 70, 200], 2), "an animation keeps its timing"
+        once = os.path.join(tmp, "once.gif")  # a GIF that says nothing of loops plays once
+        picture(0).save(once, save_all=True, append_images=[picture(1)], duration=30)
+        assert sampled(once, *flags, "--reconstruction", "--out", os.path.join(tmp, "once"))[0] == 0
+        blob = open(os.path.join(tmp, "once", "once.png"), "rb").read()
+        at = blob.index(b"acTL") + 4
+        assert struct.unpack(">II", blob[at:at + 8]) == (2, 1), "frames and plays of an APNG, 0 for ever"
         with patch.object(evaluation, "InceptionV3", QuickInception):
             report = evaluate("--fid", folder, recs, "--inception", weights, "--resolution", 256)[1]
         assert "fid" in json.dumps(report).lower()
