@@ -164,7 +164,7 @@ TABLE = [
      "if size and int(size) > os.path.getsize(part):", "test_a_download_longer_than_declared_is_refused"),
     ("a mirror's slash", "encoder.py", 'os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")',
      'os.environ.get("HF_ENDPOINT", "https://huggingface.co")', "test_a_mirror_is_asked_at_its_address"),
-    ("the first layer by its negative number", "encoder.py", "not -L <= n < L for n", "not -L < n < L for n",
+    ("the first layer by its negative number", "encoder.py", "range(-L, L) for n", "range(1 - L, L) for n",
      "test_features_of_several_layers"),
     ("ViTs with a prefix", "encoder.py", '"model.vision_tower.", "vit.")', '"model.vision_tower.")',
      "test_vision_towers_of_larger_models"),
