@@ -372,6 +372,8 @@ def setup(args, run):
     s.models = s.averaged = {"encoder": s.encoder, "decoder": s.decoder}
     if args.ema:  # the averaged weights are evaluated and exported
         s.averaged = {part: copy.deepcopy(module).requires_grad_(False) for part, module in s.models.items()}
+        s.averages, s.weights = zip(*[(a, p) for part, module in s.models.items() for a, p in
+                                      zip(s.averaged[part].parameters(), module.parameters()) if p.requires_grad])
     run.connect()
     args.steps = args.steps or max(1, args.epochs * len(s.data) // args.batch_size)
     args.images, args.val_images = (  # a resume compares them: how many, and their names below --data and --val
@@ -447,9 +449,7 @@ def step(s, batches, micro_step, update):
         dist.all_reduce(stats)  # alpha and w are equal on all ranks
     row = update(stats / run.ranks)
     if args.ema:
-        pairs = [(a, p) for part, module in s.models.items()
-                 for a, p in zip(s.averaged[part].parameters(), module.parameters()) if p.requires_grad]
-        average_weights(*zip(*pairs), now.step, args.ema)
+        average_weights(s.averages, s.weights, now.step, args.ema)
     skipped = ~row.isfinite().all()
     now.sums += torch.where(skipped, 0, row)
     now.faults = torch.stack([now.faults[0] + skipped, (now.faults[1] + 1) * skipped])
