@@ -484,8 +484,8 @@ def split_batch(batch, micro_batch, ranks):
 
 
 def collate(samples):
-    """Samples of a dataset -> (uint8 (B, 3, S, S), their labels as a list). A worker sends a list through a pipe; a tensor
-    of labels would go through /dev/shm, by a thread that loses its errors."""
+    """Samples of a dataset -> (uint8 (B, 3, S, S), their labels as a list). A worker sends a list through a pipe; a
+    tensor of labels would go through /dev/shm, by a thread that loses its errors."""
     images, labels = zip(*samples)
     return default_collate(images), list(labels)
 

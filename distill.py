@@ -4,7 +4,8 @@
     w_l     = (l/L) exp(beta alpha_l) / sum_k (k/L) exp(beta alpha_k)              eq. 1, no gradient through w
     L_dist  = sum_l w_l alpha_l                                                    eq. 2
 
-H_U, H_T: student and teacher tokens after block l = 1..L, (B, N, D), spatial tokens only (the caller drops CLS, or `skip`s it).
+H_U, H_T: student and teacher tokens after block l = 1..L, (B, N, D), spatial tokens only (the caller drops CLS, or
+`skip`s it).
 
     loss, weights, distances = distill_loss(student_tokens, teacher_tokens)
 
