@@ -566,7 +566,7 @@ class Job:
             dist.gather_object(x, parts if self.rank == 0 else None)
         return parts if everywhere or self.rank == 0 else []
 
-    def together(self, moments):
+    def merge_ranks(self, moments):
         """The Moments of all ranks' rows, on the CPU."""
         whole = Moments()
         for count, mean, scatter in self.gather((moments.count, moments.mean.cpu(), moments.scatter.cpu())):
@@ -655,7 +655,7 @@ class Job:
         return report
 
 
-class Rated:
+class FidStatistics:
     """What FID and the Inception score need of the `total` images of `name`, added in any order, on any rank."""
 
     def __init__(self, network, total, name):
@@ -673,7 +673,7 @@ class Rated:
 
     def over_ranks(self, job):
         """(mean, covariance) of the pool features and (mean, deviation) of the Inception score, of all ranks' images."""
-        pools = job.together(self.pools)
+        pools = job.merge_ranks(self.pools)
         return (pools.mean, pools.covariance), score_of_sums(sum(job.gather(self.sums)))
 
 
@@ -699,7 +699,7 @@ def between_sets(job):
             found.append(data)
             table.append(f"{which}: statistics of {path}")
             continue
-        rated, start = Rated(network, len(data), path), time.time()
+        rated, start = FidStatistics(network, len(data), path), time.time()
         for n, img, _ in job.images(f"features of {which}", data):
             rated.add(img, n)
         statistics, score = rated.over_ranks(job)
@@ -743,7 +743,7 @@ def latent_statistics(job, enc, dec, inputs, info, about):
     for _, img, _ in job.images("latents", inputs):
         with job.autocast:
             latents.add(enc(img)[0].transpose(0, 1).flatten(1).T)  # (b*h*w, C), not normalised
-    latents = job.together(latents)
+    latents = job.merge_ranks(latents)
     mean, std = latents.mean.float(), (latents.scatter.diagonal() / latents.count).sqrt().float()
     if not (std > 0).all():
         constant = torch.nonzero(std <= 0).flatten().tolist()
@@ -823,7 +823,7 @@ def reconstruction(job, enc, dec, inputs, fit):
         raise UserError(f"pictures of {size}x{size} are smaller than SSIM's window of 11x11: give a larger --size")
     rows, results = ["tokenizer"] + [f"PCA, {C} per patch"] * args.pca, {}
     network, name = job.inception()
-    rated = {row: Rated(network, len(inputs), " ".join(args.data)) for row in ("reference", *rows)} if network else {}
+    rated = {row: FidStatistics(network, len(inputs), " ".join(args.data)) for row in ("reference", *rows)} if network else {}
 
     def compare_at(rec):  # (b, 3, native, native) -> (b, 3, size, size), rounded to uint8 before and after the resize
         rec = (rec * 255).round().to(torch.uint8).cpu()
@@ -833,7 +833,7 @@ def reconstruction(job, enc, dec, inputs, fit):
         return rec.to(job.device) / 255
 
     if args.pca:
-        mean, basis = (x.to(job.device) for x in fit_patch_pca((img for _, img, _ in job.images("fit PCA", fit)), p, C, job.together))
+        mean, basis = (x.to(job.device) for x in fit_patch_pca((img for _, img, _ in job.images("fit PCA", fit)), p, C, job.merge_ranks))
     scores = {row: torch.zeros(4, dtype=torch.float64) for row in rows}  # sums: PSNR, ssim, ssim_paper, perfect
     for n, *imgs, _ in job.images("reconstruct", inputs, *([job.crops(args.data, size)] if size != native else [])):
         img, ref = imgs[0], imgs[-1]  # what goes in, and the ADM crop of the original at the size of comparison

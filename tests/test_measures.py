@@ -100,7 +100,7 @@ def test_inception_score_of_any_order():
     logits = 5 * torch.randn(301, 1008, generator=torch.Generator().manual_seed(0))
     network, shares = lambda n: (torch.zeros(len(n), 4), logits[n]), []
     for ranks, batch in ((1, 301), (3, 7)):
-        rated = [evaluation.Rated(network, 301, "these") for _ in range(ranks)]
+        rated = [evaluation.FidStatistics(network, 301, "these") for _ in range(ranks)]
         for rank in range(ranks):
             mine = list(range(rank, 301, ranks))
             for i in range(0, len(mine), batch):
