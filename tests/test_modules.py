@@ -229,8 +229,7 @@ def test_empty_batches_and_what_would_be_broadcast():
     raises(ValueError, decoder.euler, same, noise, 0, words="steps is 0")
     for wrong in (x[:1], t, c), (x, t[:1], c), (x, t, c[:1]), (x, t[:, :1], c), (x, t, c[:, :1]), (x, t[:, 0], c):
         raises(ValueError, dec.velocity, *wrong, words="one t and one c for each vector")
-    for skip in 6, 7, -1:
-        raises(ValueError, distill.layer_distances, [c], [c], skip, words=f"skip is {skip}")
+    raises(ValueError, distill.layer_distances, [c[:, :0]], [c[:, :0]], words="N at least 1")
 
 
 def sharded(port, path):
@@ -463,8 +462,6 @@ def test_registers_equal_transformers_and_the_original_layout():
             enc = encoder.Encoder(vit, 8)
             assert (enc.features(img) - reference.last_hidden_state[:, 5:]).abs().max() < 5e-6
         assert encoder.TEACHERS["dinov2-reg"] == replace(encoder.TEACHERS["dinov2"], num_prefix=5)
-        teacher, student = [x[:, 5:] for x in hidden], [x[:, 5:] + 0.1 for x in hidden]
-        close(distill.layer_distances([x + 0.1 for x in hidden], hidden, skip=5), distill.layer_distances(student, teacher), 1e-6)
 
 
 def test_export_of_plain_vits_registers_and_odd_mlps():

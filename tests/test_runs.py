@@ -120,8 +120,8 @@ def test_the_log_is_json():
         shutil.move(picture_folder(tmp)[0], folder)
         plain = train.losses
 
-        def losses(*args):
-            loss_dist, loss_flow, weight, alpha = plain(*args)
+        def losses(*args, **how):
+            loss_dist, loss_flow, weight, alpha = plain(*args, **how)
             return loss_dist, loss_flow * float("inf"), weight, alpha
         with patch.object(train, "losses", losses):
             flags = "--data", folder, "--val", folder, "--steps", 1, "--out", out
@@ -177,23 +177,24 @@ def test_never_but_at_the_end():
         with contextlib.redirect_stderr(io.StringIO()) as err:
             for flags in (["--log_every", "0"], ["--crop_scale", "0.9", "0.8"], ["--seed", str(2 ** 63)]):
                 raises(SystemExit, train.parse_args, flags, words="2")
-                assert f"{flags[0]} is" in err.getvalue()
+                assert f"{flags[0]} is" in err.getvalue() or f"argument {flags[0]}: it is" in err.getvalue()
     line = dict.fromkeys("step loss loss_flow loss_dist grad_norm lr tflops_per_gpu memory_gib skipped".split(), 0)
     line.update(alpha=[0], weight=[1])
     for rate, words in (0.26, "0.3"), (42.04, "42.0"), (1234.5, "1,234"):
-        assert f"| {words} img/s |" in train.as_text({**line, "img_s": rate}, 2, None, 0)
+        assert f"| {words} img/s |" in train.as_text({**line, "img_s": rate}, 2, 0)
 
 
 def test_help_shows_the_defaults_of_the_teacher():
     with patch.dict(os.environ, COLUMNS="500"):
-        for teacher in "internvit", "siglip2", "tiny":
-            text, args = show(["--teacher", teacher, "--help"]), train.parse_args(["--teacher", teacher])
+        for teacher, *flags in ("internvit",), ("siglip2", "--recipe", "fast"), ("tiny",), ("tiny", "--recipe", "paper"):
+            flags = ["--teacher", teacher, *flags]
+            text, args = show([*flags, "--help"]), train.parse_args(flags)
             for name in ("size latent_dim gtb_depth flow_depth flow_width batch_size micro_batch lr lr_decay endpoint "
-                         "beta steps epochs").split():
+                         "beta beta1 beta2 warmup recipe steps epochs").split():
                 shown, = re.findall(rf"^  --{name} [^\[]*\[([^\[]*)\]$", text, re.M)
                 value = getattr(args, name)
                 assert shown == ("-" if value is None else str(value)), (teacher, name, shown, value)
-            assert f"--teacher {teacher}." in text
+            assert f"--teacher {teacher} --recipe {args.recipe}." in text
             groups = ["options", "data", "model", "method", "optimization", "length of the run", "machine", "output"]
             assert re.findall(r"^(\w[\w ]*):$", text, re.M) == groups
     assert not hasattr(args, "help"), "or a resume would compare it"
@@ -355,8 +356,8 @@ def test_a_run_without_a_checkpoint_sets_all_others_aside():
     with tempfile.TemporaryDirectory() as tmp:
         out = os.path.join(tmp, "a[b]")  # which a glob would read as a pattern
         os.makedirs(os.path.join(out, "samples"))
-        names = ["bad_images.txt", "log.jsonl", "model.safetensors", "model_0000010.safetensors", "samples/step_000010.png"]
-        own = ["notes.txt", "model_best.safetensors", "samples/step_by_step.png"]
+        names = ["bad_images.txt", "bad_images.rank12.txt", "log.jsonl", "model.safetensors", "model_0000010.safetensors", "samples/step_000010.png"]
+        own = ["notes.txt", "bad_images.mine.txt", "model_best.safetensors", "samples/step_by_step.png"]
         for name in own:
             open(os.path.join(out, name), "w").write("own")
         for k in "123":
@@ -425,15 +426,6 @@ def test_moments_of_other_parameters_are_a_users_error():
     assert second.param_groups[0]["lr"] == 0.125, "settings are this command's"
     words = ["state.pt has the optimizer of other parameters", "another --out"]
     raises(encoder.UserError, tools.run.restore_optimizer, more, first.state_dict(), "state.pt", words=words)
-
-
-def test_peaks_are_those_of_the_data_sheets():
-    """TFLOP/s of dense bf16 products: NVIDIA's data sheets, half of what they say "with sparsity"."""
-    expected = {"NVIDIA H200": 1979 / 2, "NVIDIA H100 80GB HBM3": 1979 / 2, "NVIDIA H800": 1979 / 2, "NVIDIA A800-SXM4-80GB": 624 / 2,
-                "NVIDIA A100-SXM4-40GB": 624 / 2, "NVIDIA L40S": 724 / 2, "NVIDIA GeForce RTX 4090": 330.3 / 2, "NVIDIA GeForce RTX 3090": 142 / 2}
-    for card, peak in expected.items():
-        found, = (v for k, v in train.PEAK_TFLOPS.items() if k in card)
-        assert abs(found - peak) <= 1, card
 
 
 def test_a_log_is_cut_at_the_checkpoint_and_where_it_is_torn():

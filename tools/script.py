@@ -27,7 +27,7 @@ TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUNS_FILE = "out/model.safetensors"  # what train.py leaves, as long as it is given no --out
 SHIPPED = os.path.join(TOP, "weights", "uniflow-tiny.safetensors")
 USER_ERRORS = data.UserError, decoder.UserError, encoder.UserError, evaluation.UserError
-MACHINES_TROUBLE = {getattr(errno, name, None) for name in (  # of the machine or its disk: no bug, nor the user's mistake
+MACHINES_TROUBLE = {getattr(errno, name, None) for name in (  # no bug, nor the user's mistake
     "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO EMFILE ENFILE ENOMEM EAGAIN EBUSY ESTALE ENOLCK ENODEV ENXIO ENOTCONN "
     "ETIMEDOUT EHOSTDOWN EREMOTEIO EPIPE ENAMETOOLONG").split()} - {None}
 # the signals on which a training run saves and stops; Windows lacks two of them
@@ -94,7 +94,7 @@ def open_streams():
 
 
 def ignore_signals(worker):
-    """For workers that load data: what the main process does on a signal needs them. A scheduler signals all processes."""
+    """For workers that load data. A scheduler signals all processes, but the main one still needs them to save."""
     for number in SAVE_AND_STOP:
         signal.signal(number, signal.SIG_IGN)
 

@@ -92,15 +92,18 @@ def train_speed(flags):
     micro_step = None  # frees its graph
     with autocast:
         x = img / 255
-        h_teacher, (z, h) = teacher(x), encoder(x)
+        h_teacher, (z, h) = [y[:, teacher.num_prefix:] for y in teacher(x)], encoder(x)
         z, h = z.detach().requires_grad_(), [y.detach().requires_grad_() for y in h]
 
         def student():
             y, hidden = encoder(x)
             torch.autograd.backward([y, *hidden], [z, *h])
 
+        distances = torch.compile(distill.layer_distances, dynamic=False) if args.compile else distill.layer_distances
+
         def distance():
-            loss, *_ = distill.distill_loss(h, h_teacher, args.beta, args.strategy, teacher.num_prefix)
+            spatial = [y[:, teacher.num_prefix:] for y in h]
+            loss, *_ = distill.distill_loss(spatial, h_teacher, args.beta, args.strategy, distances)
             torch.autograd.grad(loss, h)
         parts = {"teacher": lambda: teacher(x), "student": student, "decoder": lambda: decoder(z, x).backward(),
                  "distance": distance}
