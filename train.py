@@ -42,87 +42,8 @@ from tools.validate import spread, validate
 # When a run is resumed these may differ; the name of the recipe, too, but none of the values that it stands for.
 MAY_DIFFER = set("data val out recipe steps epochs workers micro_batch compile log_every eval_every save_every "
                  "keep_every max_bad_images resume_anyway".split())
-STATE = "encoder decoder optimizer latent_mean latent_std step samples sums faults unread args id config".split()
+STATE = "encoder decoder optimizer latent_mean latent_std step samples sums faults unreadable args id config".split()
 TOO_MANY_SKIPPED = 10  # steps in a row with a loss or gradient that is not finite
-
-
-def losses(teacher, encoder, decoder, img, args, t=None, noise=None, distances=layer_distances):
-    """Section 3 on one micro-batch: img (B, 3, H, W) in [0, 1] -> L_dist, L_flow, layer weights and distances (L,)."""
-    P, p = teacher.num_prefix, teacher.config.patch
-    with torch.no_grad():
-        h_teacher = [h[:, P:] for h in teacher(img)]  # H_T: L x (B, N, D), without CLS
-    z, h_student = encoder(img)  # z (B, C, h, w) = P_down(H_U^(L))
-    h_student = [h[:, P:] for h in h_student]  # H_U: L x (B, N, D)
-    loss_dist, weight, alpha = distill_loss(h_student, h_teacher, args.beta, args.strategy, distances)
-    if t is None:
-        t = sample_t((len(img), img.shape[2] * img.shape[3] // p ** 2), args.endpoint, img.device)  # per patch (B, N)
-    loss_flow = decoder(z, img, t, noise)
-    return loss_dist, loss_flow, weight, alpha
-
-
-def model_flops(encoder, decoder, size):
-    """Matrix-product FLOPs of one image of a training step: teacher 1 x, student and decoder 3 x the forward pass."""
-    with torch.device("meta"):
-        enc, dec = Encoder(ViT(encoder.vit.config), encoder.latent_dim, encoder.projector), Decoder(decoder.config)
-        img = torch.empty(1, 3, size, size)
-    with FlopCounterMode(display=False) as teacher_flops:
-        enc.vit(img)
-    with FlopCounterMode(display=False) as tokenizer_flops:
-        dec(enc(img)[0], img)
-    return teacher_flops.get_total_flops() + 3 * tokenizer_flops.get_total_flops()
-
-
-def training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_batch, accumulation, ranks=1):
-    """The training step: micro_step, which adds a micro-batch's gradients, and update, which follows the last."""
-    device, trained = decoder.mean.device, [p for group in optimizer.param_groups for p in group["params"]]
-    on_gpu = device.type == "cuda"
-    graphed = args.compile and on_gpu and ranks == 1
-    overwrites = graphed and accumulation == 1  # the last step's gradients: nothing to clear, and one pass less
-    distances = layer_distances
-    if args.compile:  # block by block: all blocks of a kind share one compilation
-        for block in (*teacher.blocks, *encoder.vit.blocks, *decoder.blocks, decoder.head):
-            block.compile(dynamic=False)
-        distances = torch.compile(layer_distances, dynamic=False)  # in one pass over the tokens
-    student, flow_decoder = encoder, decoder
-    if ranks > 1:  # the teacher stays outside
-        student, flow_decoder = (DistributedDataParallel(m, [device] if on_gpu else None, gradient_as_bucket_view=True)
-                                 for m in (encoder, decoder))
-        student.require_forward_param_sync = flow_decoder.require_forward_param_sync = False  # buffers are constants
-
-    def micro_step(img, last=True):
-        """Add the gradients of a uint8 micro-batch; returns L_flow, L_dist, alpha and w of each layer, (2 + 2L,)."""
-        student.require_backward_grad_sync = flow_decoder.require_backward_grad_sync = last
-        with autocast:
-            loss_dist, loss_flow, weight, alpha = losses(teacher, student, flow_decoder, img / 255, args,
-                                                          distances=distances)
-            loss = args.lambda_d * loss_dist + args.lambda_f * loss_flow  # eq. 6
-        (loss / accumulation).backward()
-        return torch.cat([torch.stack([loss_flow, loss_dist]), alpha, weight]).detach()
-
-    def update(stats):
-        """Clip the gradients, step, and clear them; returns the step's statistics, their norm, and 1. If any of these
-        is not finite (on one rank, so on all), the weights and the optimizer stay as they are."""
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip or math.inf)
-        row = torch.cat([stats, norm[None], torch.ones_like(stats[:1])])
-        # where GradScaler tells a fused optimizer to leave a step out, without a wait for the GPU
-        optimizer.found_inf = (~row.isfinite().all()).float()
-        optimizer.step()
-        if not overwrites:
-            optimizer.zero_grad(set_to_none=not graphed)  # a graph writes where it was recorded
-        return row
-
-    if graphed:
-        img = torch.zeros(micro_batch, 3, args.size, args.size, dtype=torch.uint8, device=device)
-        micro_step = capture_graph(micro_step, img, lambda: optimizer.zero_grad(set_to_none=overwrites))
-    return micro_step, update
-
-
-def export(state, path):
-    """The self-describing tokenizer file of a state."""
-    weights = state.get("averaged", state)  # with --ema the averages
-    tensors = {f"{part}.{k}": v for part in ("encoder", "decoder") for k, v in weights[part].items()}
-    tensors.update(latent_mean=state["latent_mean"], latent_std=state["latent_std"])
-    write_model(path, {**state["config"], "step": state["step"], "id": state["id"]}, tensors)
 
 
 def build_data(args):
@@ -173,16 +94,18 @@ def build_models(args):
     return teacher, encoder.train(), decoder.train()
 
 
-def as_text(x, steps, eta):
-    """A training line of log.jsonl, to be read: alpha and w of the first, middle and last layer; eta in seconds."""
-    three = lambda layers: " ".join(f"{layers[l]:.3f}" for l in (0, len(layers) // 2, -1))
-    return (f"step {x['step']:6d}/{steps} | loss {x['loss']:.4f} | flow {x['loss_flow']:.4f} | "
-            f"dist {x['loss_dist']:.4f} | alpha {three(x['alpha'])} | w {three(x['weight'])} | "
-            f"grad {x['grad_norm']:.2f} | lr {x['lr']:.1e} | {x['img_s']:,.{int(x['img_s'] < 100)}f} img/s | "
-            f"{x['tflops_per_gpu']:.1f} TFLOP/s | "
-            + (f"{x['memory_gib']:.1f} GiB | " if x["memory_gib"] else "")
-            + (f"{x['skipped']} steps skipped | " if x["skipped"] else "")
-            + f"eta {tqdm.format_interval(eta)}")
+def losses(teacher, encoder, decoder, img, args, t=None, noise=None, distances=layer_distances):
+    """Section 3 on one micro-batch: img (B, 3, H, W) in [0, 1] -> L_dist, L_flow, layer weights and distances (L,)."""
+    P, p = teacher.num_prefix, teacher.config.patch
+    with torch.no_grad():
+        h_teacher = [h[:, P:] for h in teacher(img)]  # H_T: L x (B, N, D), without CLS
+    z, h_student = encoder(img)  # z (B, C, h, w) = P_down(H_U^(L))
+    h_student = [h[:, P:] for h in h_student]  # H_U: L x (B, N, D)
+    loss_dist, weight, alpha = distill_loss(h_student, h_teacher, args.beta, args.strategy, distances)
+    if t is None:
+        t = sample_t((len(img), img.shape[2] * img.shape[3] // p ** 2), args.endpoint, img.device)  # per patch (B, N)
+    loss_flow = decoder(z, img, t, noise)
+    return loss_dist, loss_flow, weight, alpha
 
 
 def build_optimizer(args, encoder, decoder):
@@ -190,6 +113,89 @@ def build_optimizer(args, encoder, decoder):
     groups = [parameter_groups(module, args.lr * scale, args.weight_decay) for module, scale in
               ((encoder.vit, args.encoder_lr_scale), (encoder.latent_down, 1.0), (decoder, 1.0))]
     return torch.optim.AdamW(sum(groups, []), betas=(args.beta1, args.beta2), fused=True)
+
+
+def training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_batch, accumulation, ranks=1):
+    """The training step: micro_step, which adds a micro-batch's gradients, and update, which follows the last."""
+    device, trained = decoder.mean.device, [p for group in optimizer.param_groups for p in group["params"]]
+    on_gpu = device.type == "cuda"
+    graphed = args.compile and on_gpu and ranks == 1
+    overwrites = graphed and accumulation == 1  # the last step's gradients: nothing to clear, and one pass less
+    distances = layer_distances
+    if args.compile:  # block by block: all blocks of a kind share one compilation
+        for block in (*teacher.blocks, *encoder.vit.blocks, *decoder.blocks, decoder.head):
+            block.compile(dynamic=False)
+        distances = torch.compile(layer_distances, dynamic=False)  # in one pass over the tokens
+    student, flow_decoder = encoder, decoder
+    if ranks > 1:  # the teacher stays outside
+        student, flow_decoder = (DistributedDataParallel(m, [device] if on_gpu else None, gradient_as_bucket_view=True)
+                                 for m in (encoder, decoder))
+        student.require_forward_param_sync = flow_decoder.require_forward_param_sync = False  # buffers are constants
+
+    def micro_step(img, last=True):
+        """Add the gradients of a uint8 micro-batch; returns L_flow, L_dist, alpha and w of each layer, (2 + 2L,)."""
+        student.require_backward_grad_sync = flow_decoder.require_backward_grad_sync = last
+        with autocast:
+            loss_dist, loss_flow, weight, alpha = losses(teacher, student, flow_decoder, img / 255, args,
+                                                          distances=distances)
+            loss = args.lambda_d * loss_dist + args.lambda_f * loss_flow  # eq. 6
+        (loss / accumulation).backward()
+        return torch.cat([torch.stack([loss_flow, loss_dist]), alpha, weight]).detach()
+
+    def update(stats):
+        """Clip the gradients, step, and clear them; returns the step's statistics, their norm, and 1. If any of these
+        is not finite (on one rank, so on all), the weights and the optimizer stay as they are."""
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip or math.inf)
+        row = torch.cat([stats, norm[None], torch.ones_like(stats[:1])])
+        # where GradScaler tells a fused optimizer to leave a step out, without a wait for the GPU
+        optimizer.found_inf = (~row.isfinite().all()).float()
+        optimizer.step()
+        if not overwrites:
+            optimizer.zero_grad(set_to_none=not graphed)  # a graph writes where it was recorded
+        return row
+
+    if graphed:
+        img = torch.zeros(micro_batch, 3, args.size, args.size, dtype=torch.uint8, device=device)
+        micro_step = capture_graph(micro_step, img, lambda: optimizer.zero_grad(set_to_none=overwrites))
+    return micro_step, update
+
+
+def step(s, batches, micro_step, update):
+    """One optimizer step from `accumulation` micro-batches; its statistics (L_flow, L_dist, alpha and w of each layer,
+    gradient norm, 1) are added to now.sums. Returns the image numbers of this rank's samples that could not be read."""
+    args, now, run = s.args, s.now, s.run
+    factor = rate_factor(now.step, args)
+    for group, rate in zip(s.optimizer.param_groups, s.rates):
+        group["lr"] = rate * factor
+    stats, unreadable = 0, []
+    for m in range(s.accumulation):
+        img, labels = next(batches)
+        unreadable += [-1 - y for y in labels if y < 0]  # so data.py tells of a picture that another stands in for
+        seed_step(args.seed, now.step, m, run.rank)
+        stats = stats + micro_step(img.to(run.device, non_blocking=True), m == s.accumulation - 1) / s.accumulation
+    if run.ranks > 1:
+        dist.all_reduce(stats)  # alpha and w are equal on all ranks
+    row = update(stats / run.ranks)
+    if args.ema:
+        average_weights(s.averages, s.weights, now.step, args.ema)
+    skipped = ~row.isfinite().all()
+    now.sums += torch.where(skipped, 0, row)
+    now.faults = torch.stack([now.faults[0] + skipped, (now.faults[1] + 1) * skipped])
+    s.last_finite = torch.where(skipped, s.last_finite, row)
+    now.step, now.samples = now.step + 1, now.samples + args.batch_size
+    return unreadable
+
+
+def model_flops(encoder, decoder, size):
+    """Matrix-product FLOPs of one image of a training step: teacher 1 x, student and decoder 3 x the forward pass."""
+    with torch.device("meta"):
+        enc, dec = Encoder(ViT(encoder.vit.config), encoder.latent_dim, encoder.projector), Decoder(decoder.config)
+        img = torch.empty(1, 3, size, size)
+    with FlopCounterMode(display=False) as teacher_flops:
+        enc.vit(img)
+    with FlopCounterMode(display=False) as tokenizer_flops:
+        dec(enc(img)[0], img)
+    return teacher_flops.get_total_flops() + 3 * tokenizer_flops.get_total_flops()
 
 
 def setup(args, run):
@@ -217,7 +223,7 @@ def setup(args, run):
     L, grid = len(s.teacher.blocks), args.size // s.teacher.config.patch
     s.now = SimpleNamespace(  # what state.pt holds beside weights, optimizer and arguments
         id=uuid.uuid4().hex[:12], step=0, samples=0,
-        unread=0,  # samples that could not be read
+        unreadable=0,  # samples that could not be read
         sums=torch.zeros(4 + 2 * L, dtype=torch.float64, device=run.device),  # since the last log line: see `step`
         faults=torch.zeros(2, device=run.device))  # steps skipped, and skipped in a row
     millions = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
@@ -258,43 +264,17 @@ def resume(s):
     return now.step < args.steps
 
 
-def step(s, batches, micro_step, update):
-    """One optimizer step from `accumulation` micro-batches; its statistics (L_flow, L_dist, alpha and w of each layer,
-    gradient norm, 1) are added to now.sums. Returns the image numbers of this rank's samples that could not be read."""
-    args, now, run = s.args, s.now, s.run
-    factor = rate_factor(now.step, args)
-    for group, rate in zip(s.optimizer.param_groups, s.rates):
-        group["lr"] = rate * factor
-    stats, unread = 0, []
-    for m in range(s.accumulation):
-        img, labels = next(batches)
-        unread += [-1 - y for y in labels if y < 0]  # so data.py tells of a picture that another stands in for
-        seed_step(args.seed, now.step, m, run.rank)
-        stats = stats + micro_step(img.to(run.device, non_blocking=True), m == s.accumulation - 1) / s.accumulation
-    if run.ranks > 1:
-        dist.all_reduce(stats)  # alpha and w are equal on all ranks
-    row = update(stats / run.ranks)
-    if args.ema:
-        average_weights(s.averages, s.weights, now.step, args.ema)
-    skipped = ~row.isfinite().all()
-    now.sums += torch.where(skipped, 0, row)
-    now.faults = torch.stack([now.faults[0] + skipped, (now.faults[1] + 1) * skipped])
-    s.last_finite = torch.where(skipped, s.last_finite, row)
-    now.step, now.samples = now.step + 1, now.samples + args.batch_size
-    return unread
-
-
-def check(s, unread):
+def check(s, unreadable):
     """After a step: tell of pictures that cannot be read, stop a run that is not finite; whether signals came."""
     args, now, run = s.args, s.now, s.run
-    new = run.list_unread([s.data.path(i) for i in unread])
-    interrupted, new, found = run.sum(len(INTERRUPTS), new, len(unread))
-    now.unread += found
-    said = f"{now.unread:,} of the {now.samples:,} images so far could not be read"
+    new = run.list_unreadable([s.data.path(i) for i in unreadable])
+    interrupted, new, found = run.sum(len(INTERRUPTS), new, len(unreadable))
+    now.unreadable += found
+    said = f"{now.unreadable:,} of the {now.samples:,} images so far could not be read"
     if new:
         run.say(f"{said}, others stood in for them: see {run.path('bad_images*.txt')}")
     epochs = math.ceil(now.samples / len(s.data))  # begun; each reads an image once, so no rank need know the others'
-    if now.unread > args.max_bad_images * len(s.data) * epochs:
+    if now.unreadable > args.max_bad_images * len(s.data) * epochs:
         raise UserError(f"{said}, more than --max_bad_images {args.max_bad_images} allows in {epochs} passes over "
                         f"{len(s.data):,} images: see {run.path('bad_images*.txt')}")
     if (not run.on_gpu or now.step % 10 == 0) and now.faults[1] >= TOO_MANY_SKIPPED:  # a GPU would be waited for
@@ -303,6 +283,18 @@ def check(s, unread):
         run.stop_not_finite(now.step, int(now.faults[1]), f"flow {flow:.4f}, distillation {distance:.4f}",
                             [s.data.path(s.data.index(n)) for n in batch] if args.data else ["drawn pictures"])
     return interrupted
+
+
+def as_text(x, steps, eta):
+    """A training line of log.jsonl, to be read: alpha and w of the first, middle and last layer; eta in seconds."""
+    three = lambda layers: " ".join(f"{layers[l]:.3f}" for l in (0, len(layers) // 2, -1))
+    return (f"step {x['step']:6d}/{steps} | loss {x['loss']:.4f} | flow {x['loss_flow']:.4f} | "
+            f"dist {x['loss_dist']:.4f} | alpha {three(x['alpha'])} | w {three(x['weight'])} | "
+            f"grad {x['grad_norm']:.2f} | lr {x['lr']:.1e} | {x['img_s']:,.{int(x['img_s'] < 100)}f} img/s | "
+            f"{x['tflops_per_gpu']:.1f} TFLOP/s | "
+            + (f"{x['memory_gib']:.1f} GiB | " if x["memory_gib"] else "")
+            + (f"{x['skipped']} steps skipped | " if x["skipped"] else "")
+            + f"eta {tqdm.format_interval(eta)}")
 
 
 def log(s, seconds_a_step):
@@ -335,6 +327,14 @@ def evaluate(s):
     if run.rank == 0:
         path = run.path("samples", f"step_{now.step:06d}.png")
         write_atomically(path, lambda f: Image.fromarray(picture).save(f, "PNG"))
+
+
+def export(state, path):
+    """The self-describing tokenizer file of a state."""
+    weights = state.get("averaged", state)  # with --ema the averages
+    tensors = {f"{part}.{k}": v for part in ("encoder", "decoder") for k, v in weights[part].items()}
+    tensors.update(latent_mean=state["latent_mean"], latent_std=state["latent_std"])
+    write_model(path, {**state["config"], "step": state["step"], "id": state["id"]}, tensors)
 
 
 def save(s):
@@ -378,10 +378,10 @@ def main(argv=None, on_signal=None):
     tick, timed, interrupted = time.time(), 0, 0
     s.last_finite = now.sums  # statistics of the last step that was
     while now.step < args.steps and not interrupted:
-        unread = step(s, batches, *step_parts)
+        unreadable = step(s, batches, *step_parts)
         timed += 1
         bar.update()
-        interrupted = check(s, unread)
+        interrupted = check(s, unreadable)
 
         due = lambda every: now.step == args.steps or every and now.step % every == 0  # all three also at the end
         logging, evaluating = due(args.log_every), due(args.eval_every)

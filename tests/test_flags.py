@@ -144,12 +144,14 @@ def test_recipes_by_hand():
     with tempfile.TemporaryDirectory() as tmp:  # a teacher of one's own has the paper's recipe at its own size
         teacher = micro_teacher(tmp)
         for flags, recipe in ([], "paper"), (["--recipe", "fast"], "fast"):
-            expected, found = {**FOUNDATION, **RECIPES[recipe], "size": 16}, vars(train.parse_args(["--teacher", teacher, *flags]))
+            expected = {**FOUNDATION, **RECIPES[recipe], "size": 16}
+            found = vars(train.parse_args(["--teacher", teacher, *flags]))
             assert {k: found[k] for k in expected} == expected
         # a resume compares what the recipe stands for, not its name
         out = ["--teacher", teacher, "--out", os.path.join(tmp, "out")]
         train_quietly(*out, "--steps", 1)
-        words = ["beta1 was 0.5, is now 0.9", "endpoint was 0.0, is now 0.9", "lr_decay was 0.0, is now 0.5", "warmup was 0"]
+        words = ["beta1 was 0.5, is now 0.9", "endpoint was 0.0, is now 0.9", "lr_decay was 0.0, is now 0.5",
+                 "warmup was 0, is now 100"]
         raises(encoder.UserError, train_quietly, *out, "--steps", 2, "--recipe", "fast", words=words)
         same = "--recipe fast --beta1 0.5 --beta2 0.95 --endpoint 0 --lr_decay 0 --warmup 0".split()
         assert "resumed" in train_quietly(*out, "--steps", 2, *same)

@@ -1,8 +1,8 @@
 """What the code computes, against numbers that do not come from it: tables of published facts, closed forms, numpy."""
 from tests.helpers import (  # first: it sets the environment that torch reads when it is imported
-    HERE, MICRO_DECODER, MICRO_RUN, MICRO_VIT, QuickInception, close, evaluate, faulty_training, log_lines, micro_models,
-    micro_teacher, picture, picture_folder, pixels, raises, run_ranks, same_weights, sampled, tokenizer_file,
-    train_quietly)
+    HERE, MICRO_DECODER, MICRO_RUN, MICRO_VIT, QuickInception, close, evaluate, faulty_training, log_lines,
+    micro_models, micro_teacher, picture, picture_folder, pixels, raises, run_ranks, same_weights, sampled,
+    tokenizer_file, train_quietly)
 
 import glob
 import inspect
@@ -762,9 +762,9 @@ def test_a_resume_restores_every_field():
         train_quietly(*flags, "--steps", at[1] + 1)
         assert [os.path.basename(n)
                 for n in open(os.path.join(out, "bad_images.txt")).read().split()] == [names[at[0]], names[at[1]]]
-        assert state_of(out)["unread"] == 2
-        # two passes over the ten pictures meet both twice, in a run of one rank or of two, and no pass has more than 0.2
-        # of them; with 0.15 a run stops in its first pass, at the second of them, whichever rank meets it
+        assert state_of(out)["unreadable"] == 2
+        # two passes over the ten pictures meet both twice, in a run of one rank or of two, and no pass has more than
+        # 0.2 of them; with 0.15 a run stops in its first pass, at the second of them, whichever rank meets it
         for ranks in 1, 2:
             for limit, status in (0.2, 0), (0.15, 2):
                 out = os.path.join(tmp, f"passes-{ranks}-{limit}")
@@ -776,11 +776,12 @@ def test_a_resume_restores_every_field():
                 lists = [open(path).read().splitlines() for path in glob.glob(os.path.join(out, "bad_images*.txt"))]
                 assert all(len(x) == len(set(x)) for x in lists), "a rank names a picture once"
                 assert {os.path.basename(x) for x in sum(lists, [])} == {"3.png", "8.png"}
-            assert state_of(os.path.join(tmp, f"passes-{ranks}-0.2"))["unread"] == 4, "samples that others stood in for"
+            state = state_of(os.path.join(tmp, f"passes-{ranks}-0.2"))
+            assert state["unreadable"] == 4, "samples that others stood in for"
 
 
-MAY_DIFFER = set("data val out recipe steps epochs workers micro_batch compile log_every eval_every save_every keep_every "
-                 "max_bad_images resume_anyway".split())
+MAY_DIFFER = set("data val out recipe steps epochs workers micro_batch compile log_every eval_every save_every "
+                 "keep_every max_bad_images resume_anyway".split())
 
 
 def test_a_resume_compares_every_argument():
@@ -836,7 +837,7 @@ def test_what_ranks_share():
                          "--eval_every", 1)
         assert not any(d.returncode for d in done), [d.stderr[-1000:] for d in done]
         listed = [open(os.path.join(out, f"bad_images{rank}.txt")).read().splitlines() for rank in (".rank1", "")]
-        assert [names[0] for names in listed] == bad, "each rank names its own, and in the second pass what it meets there"
+        assert [names[0] for names in listed] == bad, "each rank names its own; in the second pass, what it meets there"
         assert all(len(names) == len(set(names)) and set(names) <= set(bad) for names in listed), listed
         lines = log_lines(out)
         assert lines[-1] == {"kind": "interrupted", "step": 2} and torch.load(os.path.join(out, "state.pt"),

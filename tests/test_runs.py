@@ -186,8 +186,8 @@ def test_never_but_at_the_end():
 
 def test_help_shows_the_defaults_of_the_teacher():
     with patch.dict(os.environ, COLUMNS="500"):
-        for teacher, *flags in ("internvit",), ("siglip2", "--recipe", "fast"), ("tiny",), ("tiny", "--recipe", "paper"):
-            flags = ["--teacher", teacher, *flags]
+        for teacher, recipe in ("internvit", ""), ("siglip2", "--recipe fast"), ("tiny", ""), ("tiny", "--recipe paper"):
+            flags = ["--teacher", teacher, *recipe.split()]
             text, args = show([*flags, "--help"]), train.parse_args(flags)
             for name in ("size latent_dim gtb_depth flow_depth flow_width batch_size micro_batch lr lr_decay endpoint "
                          "beta beta1 beta2 warmup recipe steps epochs").split():
@@ -356,7 +356,8 @@ def test_a_run_without_a_checkpoint_sets_all_others_aside():
     with tempfile.TemporaryDirectory() as tmp:
         out = os.path.join(tmp, "a[b]")  # which a glob would read as a pattern
         os.makedirs(os.path.join(out, "samples"))
-        names = ["bad_images.txt", "bad_images.rank12.txt", "log.jsonl", "model.safetensors", "model_0000010.safetensors", "samples/step_000010.png"]
+        names = ["bad_images.txt", "bad_images.rank12.txt", "log.jsonl", "model.safetensors",
+                 "model_0000010.safetensors", "samples/step_000010.png"]
         own = ["notes.txt", "bad_images.mine.txt", "model_best.safetensors", "samples/step_by_step.png"]
         for name in own:
             open(os.path.join(out, name), "w").write("own")

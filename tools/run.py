@@ -124,7 +124,7 @@ class Run:
             dist.all_reduce(total, group=self.control)
         return total.tolist()
 
-    def list_unread(self, paths):
+    def list_unreadable(self, paths):
         """Add files that cannot be read to this rank's list of them, bad_images.txt. Returns how many are new there."""
         if not paths:
             return 0
