@@ -91,7 +91,8 @@ def parse_args(argv=None):
     add("--micro_batch", type=number(int, 1), help="images per rank and forward pass [%(default)s]")
     length = ap.add_argument_group("length of the run").add_mutually_exclusive_group()
     length.add_argument("--steps", type=number(int, 1),
-                        help="in optimizer steps; without --data small and tiny take few, as a trial [%(default)s]")
+                        help="in optimizer steps; without --data small and tiny take few, of small batches: a trial "
+                        "[%(default)s]")
     length.add_argument("--epochs", type=number(int, 1), help="or in passes over the data [%(default)s]")
     add("--lr", type=number(float, 0), help="AdamW learning rate [%(default)s]")
     add("--lr_decay", type=number(float, 0, 1), metavar="FRACTION",

@@ -88,7 +88,8 @@ def train_speed(flags):
 
     # the last row's parts, one after the other
     adding, batch = seconds(lambda: micro_step(img)), args.batch_size
-    row(f"{batch} images a step (micro-batch x {batch / n:g})", batch, batch / n * adding + took - adding)
+    if batch > n:
+        row(f"{batch} images a step (micro-batch x {batch / n:g})", batch, batch / n * adding + took - adding)
     micro_step = None  # frees its graph
     with autocast:
         x = img / 255
