@@ -9,9 +9,9 @@
     cat img.png | python sample.py - > rec.png           # in a pipe: the reconstruction alone
     python sample.py photos/ --reconstruction --out recs # files of it alone, as eval.py --fid reads them
 
-The weights are --weights, else out/model.safetensors, else the file that ships in weights/. Pictures may have any size
-and aspect ratio. The noise depends on --seed alone and is the same for all frames. A picture that cannot be read, or
-whose result cannot be written, is named on standard error; the others go on, and the exit status is 1.
+Without --weights the tokenizer is out/model.safetensors, or if there is none, the one that ships in weights/. Pictures
+may have any size and aspect ratio. All frames are decoded from the same noise, that of --seed. A picture that cannot be
+read, or whose result cannot be written, is named on standard error; the others go on, and the exit status is 1.
 """
 import argparse
 import errno
@@ -48,7 +48,7 @@ def parse_args(argv=None):
     add("--size", type=int, help="short side in pixels; 0 keeps the picture's own [the model's native size]")
     add("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
     add("--seed", type=int, default=0, help="of the decoding noise [%(default)s]")
-    add("--out", metavar="FOLDER", help="where to write; - writes the reconstruction alone to standard output "
+    add("--out", metavar="FOLDER", help="where to write; - is standard output, for the reconstruction alone "
         "[beside each picture; - if FILES is -]")
     add("--reconstruction", action="store_true", help="write the reconstruction alone, as PNG, under the picture's own "
         "name: into --out, else into NAME_reconstruction beside a folder NAME; subfolders are kept")
@@ -83,7 +83,8 @@ def load_latent(path, dec, digest):
     try:
         with safe_open(path, "pt") as f:
             about, z = json.loads(f.metadata()["config"]), f.get_tensor("latent")
-        theirs, H, W, options = about["weights_sha256"], int(about["height"]), int(about["width"]), about["file"]
+        theirs, H, W = about["weights_sha256"], int(about["height"]), int(about["width"])
+        options = {"format": about["file"]["format"], **about["file"]}
     except Exception as e:  # damage raises nearly any type
         raise UserError(f"is damaged, or no picture or latent ({type(e).__name__}: {one_line(e)})") from None
     if theirs != digest:
@@ -147,12 +148,12 @@ class Tokenizer:
     dec: Decoder
     size: int  # short side of pictures, 0 for their own
     device: torch.device
-    digest: str | None  # SHA-256 of the weights, where latents come or go
-    teacher: Encoder | None  # where --features can show it
+    digest: str  # SHA-256 of the weights; None if no latent comes or goes
+    teacher: Encoder  # None if --features is not given, or cannot show it
 
 
 def load_tokenizer(args, log):
-    """The Tokenizer that the arguments ask for. Its first line of output says which weights it has found."""
+    """The Tokenizer that the arguments ask for. Says which one that is."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = find_weights(args.weights)
     enc, dec = Encoder.from_pretrained(path).to(device), Decoder.from_pretrained(path).to(device)
@@ -180,8 +181,18 @@ def find_teacher(info, enc, device):
         print(f"--features: without the teacher {one_line(name)} ({why})")
 
 
+def side_by_side(x, rec):
+    """Frames and their reconstructions -> an iterator of frames that show both, and those of a still the error too."""
+    width = x.shape[3] * (3 if len(x) == 1 else 2)
+    for a, b in zip(x, rec):
+        yield (255 * comparison(a / 255, b / 255)[:, :, :width]).round().to(torch.uint8)
+
+
 def convert(picture, folder, args, tokenizer, taken):
-    """Reconstruct one picture, animation or latent and write its results -> the line that says what became of it."""
+    """Reconstruct one picture, animation or latent, write its results, and return the line to print about it.
+
+    taken: the paths of the results so far (see free_path).
+    """
     enc, dec, device = tokenizer.enc, tokenizer.dec, tokenizer.device
     latent = picture.endswith(LATENT)
     if latent:
@@ -192,12 +203,9 @@ def convert(picture, folder, args, tokenizer, taken):
     z, rec = reconstruct(enc, dec, x, H, W, device, args.steps, args.seed)
     seconds = time.perf_counter() - start
     if args.reconstruction:
-        options = {"loop": 1, **options, "format": "PNG"}  # of an animation an animated one, without loss
-    shown = rec
-    if not (latent or args.reconstruction or args.out == "-"):
-        width = 3 * W if len(x) == 1 else 2 * W  # an animation without the error
-        shown = ((255 * comparison(a / 255, b / 255)[:, :, :width]).round().to(torch.uint8) for a, b in zip(x, rec))
-    content = picture_file(shown, options)
+        options = {"loop": 1, **options, "format": "PNG"}  # several frames make an animated PNG, without loss
+    alone = latent or args.reconstruction or args.out == "-"
+    content = picture_file(rec if alone else side_by_side(x, rec), options)
     if args.out == "-":
         result = "standard output"
         with open(1, "wb", closefd=False) as f:  # not sys.stdout, which at exit would try again where nobody reads

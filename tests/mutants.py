@@ -698,7 +698,7 @@ TABLE = [
      "test_sample_features_are_principal_components"),
     ("results among the data", "tools/pictures.py", "if is_within(path, folder) else path", "if False else path",
      "test_results_are_not_put_into_the_data"),
-    ("compared although alone", "sample.py", "if not (latent or args.reconstruction or", "if not (latent or",
+    ("compared although alone", "sample.py", "alone = latent or args.reconstruction or", "alone = latent or",
      "test_reconstructions_alone"),
     ("latents of other weights", "sample.py", "if theirs != digest:", "if False:", "test_sample_decodes_what_it_saved"),
     ("animations loop once more", "tools/pictures.py", '{"loop": img.info["loop"]}', '{"loop": img.info["loop"] + 1}',

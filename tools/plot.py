@@ -45,7 +45,7 @@ def draw(folders):
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    runs = dict(zip(labels(folders), map(read_log, folders), strict=True))
+    runs = dict(zip(labels(folders), map(read_log, folders)))
     rows = -(-(len(PANELS) + len(runs)) // 3)
     figure = Figure(figsize=(15, 4 * rows), layout="constrained")
     axes = figure.subplots(rows, 3).flatten()
