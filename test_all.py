@@ -2661,13 +2661,14 @@ def test_study_rows_are_commands():
 
 @unittest.mock.patch.object(evaluation, "InceptionV3", QuickInception)
 def test_readme_commands():
-    """Commands of the README: those that train or install parse (test_ranks..., slow_first_command and CI run their like), those
-    that sample and evaluate run, and so do its Python examples."""
-    text = open(os.path.join(HERE, "README.md")).read()
+    """Commands of README.md and docs/: those that train parse (test_ranks..., slow_first_command and CI run their like),
+    those that sample and evaluate run, and so do the Python examples."""
+    pages = ["README.md", *(f"docs/{name}.md" for name in ("evaluation", "training"))]
+    text = "\n".join(open(os.path.join(HERE, page)).read() for page in pages)
     parsers = {"train.py": train.parse_args, "sample.py": sample.parse_args, "eval.py": evaluation.parse_args}
     lines = [line.split("#")[0] for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.replace("\\\n", " ").splitlines()]
     commands = [c.removesuffix("&").split() for line in lines for c in map(str.strip, line.split("&&")) if any(s in c for s in parsers)]
-    assert len(commands) >= 9, f"only {len(commands)} commands found in README.md"
+    assert len(commands) >= 20, f"only {len(commands)} commands found in {pages}"
     before = os.getcwd()
     with tempfile.TemporaryDirectory() as tmp:
         folder, archive = picture_folder(tmp, n=3)
