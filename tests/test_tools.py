@@ -1,5 +1,5 @@
 """The scripts of tools/."""
-from tests.helpers import log_lines, micro_teacher, run, train_quietly  # first: it sets the environment that torch reads
+from tests.helpers import log_lines, micro_teacher, run, train_quietly  # first: it sets what torch reads when imported
 
 import os
 import tempfile
