@@ -27,7 +27,7 @@ TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUNS_FILE = "out/model.safetensors"  # what train.py leaves, as long as it is given no --out
 SHIPPED = os.path.join(TOP, "weights", "uniflow-tiny.safetensors")
 USER_ERRORS = data.UserError, decoder.UserError, encoder.UserError, evaluation.UserError
-MACHINES_TROUBLE = {getattr(errno, name, None) for name in (  # of the machine or its disk: no bug, nor the user's mistake
+MACHINES_TROUBLE = {getattr(errno, name, None) for name in (  # not a bug, and not the user's mistake
     "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO EMFILE ENFILE ENOMEM EAGAIN EBUSY ESTALE ENOLCK ENODEV ENXIO ENOTCONN "
     "ETIMEDOUT EHOSTDOWN EREMOTEIO EPIPE ENAMETOOLONG").split()} - {None}
 # the signals on which a training run saves and stops; Windows lacks two of them
@@ -93,8 +93,24 @@ def open_streams():
     sys.stdout.reconfigure(errors="backslashreplace")  # that of stderr is so
 
 
+def run_command(main, name):
+    """Run main() as the script `name`. What the user or the machine did wrong becomes one line, and exit status 2."""
+    open_streams()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as e:
+        if not (said := user_message(e)):
+            raise
+        who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{who}{name}: {said}", file=sys.stderr)
+        sys.stdout = None  # if it is broken, Python would fail at its end to write the rest, and change the status
+        sys.exit(2)
+
+
 def ignore_signals(worker):
-    """For workers that load data: what the main process does on a signal needs them. A scheduler signals all processes."""
+    """For workers that load data. A scheduler signals all processes, and the main one still needs its workers then."""
     for number in SAVE_AND_STOP:
         signal.signal(number, signal.SIG_IGN)
 
