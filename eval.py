@@ -341,11 +341,10 @@ class InceptionV3(nn.Module):
 
 
 def linear_probe(x, y, test_x, test_y, seed=0, epochs=40, batch=1024, rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3)):
-    """Accuracy in % of a linear classifier on frozen features, fitted on x (n, D) and labels y (n,), measured on test_x
-    and test_y.
+    """Accuracy in % of a linear classifier on frozen features: fitted on x (n, D), y (n,), measured on test_x, test_y.
 
     It is a softmax regression on standardised features by SGD (momentum 0.9, cosine schedule). Each learning rate has a
-    classifier, and a tenth of x that none was fitted on chooses among them. Returns (accuracy, learning rate), the same
+    classifier; a tenth of x, which none is fitted on, chooses among them. Returns (accuracy, learning rate), the same
     for the same seed. Raises UserError for features that are not finite.
     """
     refuse_unless_finite(x), refuse_unless_finite(test_x)
@@ -383,6 +382,7 @@ def nearest_neighbours(x, y, test_x, test_y, k=20, temperature=0.07):
 
 
 # ---- 2. the evaluation of a tokenizer ----
+# `job` (tools/job.py) has the arguments, this rank's share of the images, the exchange among ranks, and the report.
 
 def as_pictures(img, size):
     """Images (b, 3, H, W) in [0, 1] as picture files of size x size would hold them: rounded to uint8, then resized by
@@ -502,9 +502,9 @@ def load_probe_teacher(job, enc, info, images, fit):
     if shape(teacher.config) != shape(enc.vit.config):
         raise UserError(f"teacher {name} has another width, depth or patch than the tokenizer: "
                         "give its own with --teacher")
-    unknown = sorted(set(images.classes) - set(fit.classes))
-    if unknown or len(fit) < 20:
-        raise UserError(f"--fit has {len(fit)} images and lacks the classes {' '.join(unknown[:5]) or '-'}: it needs "
+    missing = sorted(set(images.classes) - set(fit.classes))
+    if missing or len(fit) < 20:
+        raise UserError(f"--fit has {len(fit)} images and lacks the classes {' '.join(missing[:5]) or '-'}: it needs "
                         "at least 20 images, and every class of --data (the folder that an image is in)")
     return teacher.to(job.device)
 
@@ -564,7 +564,7 @@ def parse_args(argv=None):
     add("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
     add("--inception", default=INCEPTION_URL, metavar="FILE", help="the network of FID and IS: pytorch-fid's file or a "
         "URL; none: no rFID, no IS [downloaded once, 91 MB]")
-    add = ap.add_argument_group("compare it with PCA, ask whether its encoder still understands").add_argument
+    add = ap.add_argument_group("also: compare it with PCA, ask whether its encoder still understands").add_argument
     add("--fit", nargs="+", metavar="PATH", help="the images that --pca and --probe are fitted on")
     add("--pca", action="store_true", help="also measure a linear PCA of single patches with as many components as the "
         "latent has channels")
@@ -572,9 +572,9 @@ def parse_args(argv=None):
         "its teacher, and the cosine between the two at every layer")
     add("--teacher", metavar="NAME|FILE", help="for --probe [the weights file names it]")
     add("--teacher_weights", metavar="PATH|random", help="for --probe [the weights file names them]")
-    add = ap.add_argument_group("or measure the FID between two sets of images").add_argument
-    add("--fid", nargs="+", metavar="A", help="of A and B, each a folder, a .zip, or an .npz of images (arr_0) or of "
-        "statistics (mu, sigma)")
+    add = ap.add_argument_group("or: measure the FID between two sets of images").add_argument
+    add("--fid", nargs="+", metavar=("A", "B"), help="two of these: folders, .zip archives, .npz files of images "
+        "(arr_0) or of statistics (mu, sigma)")
     add("--save_stats", metavar="FILE", help="write mu and sigma of A to this .npz; B may be left out")
     add = ap.add_argument_group("how to run, for all of these").add_argument
     add("--seed", type=int, default=0, help="of the decoding noise and of the probe [%(default)s]")
@@ -585,8 +585,8 @@ def parse_args(argv=None):
     add("--out", metavar="FILE", help="also write the report as JSON")
     args = ap.parse_args(argv)
     refusals = [
-        (min(args.batch_size, args.steps) < 1,
-         f"batch_size {args.batch_size} and steps {args.steps} must be at least 1"),
+        (args.batch_size < 1, f"batch_size {args.batch_size} must be at least 1"),
+        (args.steps < 1, f"steps {args.steps} must be at least 1"),
         (args.workers < 0, f"workers {args.workers} must be at least 0"),
         (args.fid and len(args.fid) != 2 and not (args.save_stats and len(args.fid) == 1),
          f"--fid compares A and B, got {len(args.fid or ())}; --fid A --save_stats FILE.npz only saves"),

@@ -490,7 +490,7 @@ TABLE = [
      '"commit": commit(), "data"', "test_a_report_says_where_the_weights_come_from"),
     ("2048 images warn", "tools/fid.py", "if n < 2048:", "if n <= 2048:",
      "test_a_report_says_where_the_weights_come_from"),
-    ("probes on ten images", "eval.py", "if unknown or len(fit) < 20:", "if unknown or len(fit) < 10:",
+    ("probes on ten images", "eval.py", "if missing or len(fit) < 20:", "if missing or len(fit) < 10:",
      "test_evaluation_refuses_before_it_begins"),
     ("a teacher with registers passes", "eval.py", "(c.width, c.depth, c.patch, c.num_prefix)",
      "(c.width, c.depth, c.patch)", "test_evaluation_refuses_before_it_begins"),
