@@ -1,9 +1,9 @@
-"""eval.py --fid: the FID between two sets of images or statistics; and what rFID needs of it.
+"""What `eval.py --fid` does: the FID between two sets of images or statistics. eval.py's rFID uses its first half.
 
     python eval.py --fid samples/ val.zip --resolution 256
 
 An .npz holds images as ADM's sample batches do (`arr_0`, uint8 (N, H, W, 3)) or statistics as pytorch-fid's do (`mu`,
-`sigma`). It is not in eval.py, which people copy for its measures: these are files, ranks and messages.
+`sigma`). The mathematics is in eval.py, for people to copy; here are the files, the ranks and the messages.
 """
 import math
 import os

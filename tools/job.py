@@ -108,7 +108,7 @@ class Job:
                             num_workers=self.args.workers, collate_fn=collate, pin_memory=on_gpu)
         check_locks(self.args.workers)
         bad = []
-        quiet = None if self.rank == 0 else True  # None: a bar if this is a terminal
+        quiet = None if self.rank == 0 else True  # tqdm's None: show the bar if this is a terminal
         with tqdm(total=len(numbers), desc=note, unit="img", disable=quiet, leave=False) as bar:
             for n, batches, labels, reasons in loader:
                 bad += reasons
@@ -139,6 +139,7 @@ class Job:
         return report
 
     def write_json(self, report):
+        """Write the report to args.out, whole or not at all, with null for what is not finite."""
         finite = json.loads(json.dumps(report), parse_constant=lambda name: None)  # JSON has no NaN and no Infinity
         content = json.dumps(finite, indent=1, allow_nan=False).encode()
         encoder.write_atomically(self.args.out, lambda f: f.write(content))
