@@ -10,8 +10,8 @@
     python eval.py --fid A B                      # FID between folders, archives, .npz of images or of statistics
 
 Part 1 is plain functions on images (B, 3, H, W) in [0, 1]. Copy this file alone to use them; they need torch and numpy.
-`python eval.py` without arguments shows some of them on noise. Part 2 evaluates a tokenizer; part 3 is the command line,
-with --fid, which is in tools/fid.py. Both use the files beside this one. The structure of the Inception network is from
+`python eval.py` without arguments shows some of them on noise. Part 2 evaluates a tokenizer. Part 3 is the command
+line; --fid goes on in tools/fid.py. Both use the files beside this one. The structure of the Inception network is from
 Szegedy et al. 2015, with the differences of TensorFlow's 2015 graph as in pytorch-fid.
 """
 import argparse
