@@ -407,7 +407,7 @@ def measure_reconstructions(job, enc, dec, images, fit):
     network, network_name = load_inception(job)
     rows = ["tokenizer"] + [f"PCA, {C} per patch"] * args.pca
     sums = {row: torch.zeros(4, dtype=torch.float64) for row in rows}  # PSNR, ssim, ssim_paper, perfect ones
-    rated = ["originals", *rows] if network else []
+    rated = ["originals", *rows] if network else []  # what the Inception network looks at
     statistics = {row: FidStatistics(network, len(images), " ".join(args.data)) for row in rated}
     if args.pca:
         batches = (img for _, img, _ in job.images("fit PCA", fit))
