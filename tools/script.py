@@ -94,8 +94,25 @@ def open_streams():
     sys.stdout.reconfigure(errors="backslashreplace")  # stderr does so by itself
 
 
+def run_command(main, name):
+    """main() as the script `name`; its result. What the user or the machine did wrong becomes one line, and exit status
+    2."""
+    open_streams()
+    try:
+        return main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as e:
+        if not (said := user_message(e)):
+            raise
+        who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{who}{name}: {said}", file=sys.stderr)
+        sys.stdout = None  # if it is broken, Python would fail at its end to write the rest, and change the status
+        sys.exit(2)
+
+
 def ignore_signals(worker):
-    """For workers that load data. A scheduler signals all processes, but the main one needs its workers to save."""
+    """For workers that load data. A scheduler signals all processes, and the main one still needs its workers then."""
     for number in SAVE_AND_STOP:
         signal.signal(number, signal.SIG_IGN)
 

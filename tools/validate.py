@@ -12,7 +12,7 @@ from tools.script import ignore_signals
 
 def pixels(items):
     """Pairs of a uint8 image (3, H, W) and a label -> the images as an array (b, 3, H, W), which workers
-    send through a pipe: see eval.collate."""
+    send through a pipe: see tools/job.py."""
     return torch.stack([img for img, _ in items]).numpy()
 
 
