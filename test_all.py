@@ -60,7 +60,9 @@ import encoder
 import eval as evaluation
 import sample
 import train
+import tools.run as running
 import tools.validate as validation
+from tools.drawn import ProceduralDataset
 
 # ---- distill.py ----
 
@@ -1006,7 +1008,7 @@ def test_sample_sequence_is_the_same_for_ranks_and_workers():
         dataset = data.ImageDataset(folder, 16, train=True, seed=3)
 
         def sequence(ranks, workers, micro_batch, first=0, batches=3):
-            by_rank = [torch.utils.data.DataLoader(dataset, num_workers=workers, batch_sampler=data.sample_numbers(
+            by_rank = [torch.utils.data.DataLoader(dataset, num_workers=workers, batch_sampler=running.sample_numbers(
                 first, 8, micro_batch, r, ranks, batches)) for r in range(ranks)]
             parts = [torch.cat([img for img, _ in loader]).view(batches, -1, 3, 16, 16) for loader in by_rank]
             return torch.cat(parts, 1)  # (batches, 8, 3, 16, 16)
@@ -1021,10 +1023,10 @@ def test_sample_sequence_is_the_same_for_ranks_and_workers():
 
 
 def test_split_batch():
-    assert data.split_batch(512, 32, 8) == (32, 2)
-    assert data.split_batch(24, 5, 2) == (4, 3), "12 a rank: 5 does not divide it, 4 is the largest below that does"
-    assert data.split_batch(4, 32, 4) == (1, 1)
-    raises(ValueError, data.split_batch, 10, 4, 4, words="8 or 12")
+    assert running.split_batch(512, 32, 8) == (32, 2)
+    assert running.split_batch(24, 5, 2) == (4, 3), "12 a rank: 5 does not divide it, 4 is the largest below that does"
+    assert running.split_batch(4, 32, 4) == (1, 1)
+    raises(ValueError, running.split_batch, 10, 4, 4, words="8 or 12")
 
 
 def test_every_kind_of_picture_becomes_rgb():
@@ -1054,7 +1056,7 @@ def test_every_kind_of_picture_becomes_rgb():
 
 
 def test_drawn_pictures():
-    a, b = data.ProceduralDataset(32, train=True, seed=0), data.ProceduralDataset(32, train=False, seed=0)
+    a, b = ProceduralDataset(32, train=True, seed=0), ProceduralDataset(32, train=False, seed=0)
     assert all(torch.equal(a[n][0], a[n][0]) for n in range(4)) and not torch.equal(a[0][0], b[0][0])
     labels = [a[n][1] for n in range(200)]
     assert all(30 < labels.count(k) < 75 for k in range(4)), "four kinds, equally often"
@@ -1062,7 +1064,7 @@ def test_drawn_pictures():
         x = a[n][0].float()
         if a[n][1] != 2:  # textures may be fine
             assert (x[:, :, 1:] - x[:, :, :-1]).abs().mean() < 20
-    assert data.ProceduralDataset(112, train=True)[10_000_001][0].shape == (3, 112, 112), "training never runs out"
+    assert ProceduralDataset(112, train=True)[10_000_001][0].shape == (3, 112, 112), "training never runs out"
 
 
 def png(width, height, *chunks):
@@ -2209,9 +2211,11 @@ def test_each_leaf_alone_in_an_empty_folder():
     prints = {"encoder": "latent", "decoder": "condition", "distill": "w(beta=5.0)", "data": "image", "eval": "psnr"}
 
     def alone(leaf):
-        with tempfile.TemporaryDirectory() as tmp:
+        with tempfile.TemporaryDirectory() as tmp, tempfile.TemporaryDirectory() as elsewhere:
             shutil.copy(os.path.join(HERE, leaf + ".py"), tmp)
-            code = f"import {leaf}, os, runpy; os.system('ls; ls >&2'); runpy.run_path('{leaf}.py', run_name='__main__')"
+            flags = [picture_folder(elsewhere, n=2)[0]] if leaf == "data" else []
+            code = (f"import {leaf}, os, runpy, sys; os.system('ls; ls >&2'); sys.argv[1:] = {flags}; "
+                    f"runpy.run_path('{leaf}.py', run_name='__main__')")
             done = run("python", "-B", "-c", code, cwd=tmp)
             assert done.returncode == 0 and prints[leaf] in done.stdout, f"{leaf}: {done.stderr}"
             for said in (done.stdout, done.stderr):

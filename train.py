@@ -31,11 +31,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import distill
-from data import ImageDataset, ProceduralDataset, collate, cores, sample_numbers, split_batch
+from data import ImageDataset, cores
 from decoder import Decoder, DecoderConfig, sample_t
 from encoder import (TEACHERS, Encoder, UserError, ViT, fetch, load_exactly, load_teacher, parameter_groups,
                      read_config, teacher_config, write_atomically, write_model)
-from tools.run import INTERRUPTS, Run, command_line, listen, load_checkpoint, restore_optimizer, saving, write_names
+from tools.drawn import ProceduralDataset
+from tools.run import (INTERRUPTS, Run, collate, command_line, listen, load_checkpoint, restore_optimizer,
+                       sample_numbers, saving, split_batch, write_names)
 from tools.script import check_locks, commit, ignore_signals
 from tools.validate import spread, validate
 
