@@ -443,7 +443,9 @@ class LatentDataset(Samples):
         except (FileNotFoundError, NotADirectoryError):
             raise MissingFile(f"{path} is missing, so these latents are not complete: run `python -m tools.latents "
                               "save` again, which goes on where it stopped") from None
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
+        except UserError:
+            raise
+        except (SafetensorError, KeyError, TypeError, ValueError) as e:
             raise UserError(f"{path} is damaged ({type(e).__name__}: {e}): delete it and run `python -m tools.latents "
                             "save` again") from None
 

@@ -65,12 +65,12 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
-def save_statistics(job, enc, dec, inputs, info, about):
+def save_statistics(job, enc, dec, images, info, about):
     """`stats`: per-channel mean and standard deviation of the latents, into the weights file or --out."""
     weights, target, latents = about["weights"], job.args.target or about["weights"], Moments()
     if "released" in info and not job.args.target:
         raise UserError(f"{weights} is the authors' file and stays as it is: give --out NEW.safetensors")
-    for _, img, _ in job.images("latents", inputs):
+    for _, img, _ in job.images("latents", images):
         with job.autocast:
             latents.add(enc(img)[0].transpose(0, 1).flatten(1).T)  # (b*h*w, C), not normalised
     latents = job.merge_ranks(latents)
@@ -87,9 +87,9 @@ def save_statistics(job, enc, dec, inputs, info, about):
             info = {**{k: v for k, v in info.items() if k != "released"}, "decoder": vars(dec.config)}
         else:
             tensors = load_file(weights)
-        info, tensors = {**info, "latent_images": len(inputs)}, {**tensors, "latent_mean": mean, "latent_std": std}
+        info, tensors = {**info, "latent_images": len(images)}, {**tensors, "latent_mean": mean, "latent_std": std}
         write_model(target, info, tensors)
-    protocol = f"ADM centre crops to {inputs.size} px, {job.precision}, per channel over images and positions"
+    protocol = f"ADM centre crops to {images.size} px, {job.precision}, per channel over images and positions"
     report = {**about, "latent_mean": mean.tolist(), "latent_std": std.tolist(), "protocol": protocol}
     return job.finish(report, [
         f"mean      {' '.join(f'{x:.3f}' for x in mean)}", f"deviation {' '.join(f'{x:.3f}' for x in std)}",
@@ -111,16 +111,16 @@ def saved_already(path, made_of):
 
 
 @torch.no_grad()
-def save_latents(job, enc, inputs, about):
+def save_latents(job, enc, images, about):
     """`save`: normalised latents and labels in files of SHARD images; those that are there stay."""
     args, folder, dtype = job.args, job.args.target, torch.bfloat16 if job.args.bf16 else torch.float32
     if not (enc.latent_mean.any() or (enc.latent_std != 1).any()):
         raise UserError(f"{about['weights']} has no latent statistics yet: "
                         f"python -m tools.latents stats --data TRAIN --weights {about['weights']}")
-    identity = hashlib.sha256(json.dumps([os.path.abspath(r) for r in inputs.roots]).encode() + inputs.names)
-    identity.update(inputs.name_ends.tobytes() + inputs.spans.tobytes())  # of archives: lengths and CRC-32
-    made_of = {"weights_sha256": about["weights_sha256"], "data_sha256": identity.hexdigest(), "images": len(inputs),
-               "size": inputs.size, "dtype": str(dtype), **({"flip": True} if args.flip else {})}
+    identity = hashlib.sha256(json.dumps([os.path.abspath(r) for r in images.roots]).encode() + images.names)
+    identity.update(images.name_ends.tobytes() + images.spans.tobytes())  # of archives: lengths and CRC-32
+    made_of = {"weights_sha256": about["weights_sha256"], "data_sha256": identity.hexdigest(), "images": len(images),
+               "size": images.size, "dtype": str(dtype), **({"flip": True} if args.flip else {})}
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as e:
@@ -128,11 +128,11 @@ def save_latents(job, enc, inputs, about):
 
     def path(first):
         return os.path.join(folder, f"latents_{first // SHARD:05d}.safetensors")
-    firsts = range(job.rank * SHARD, len(inputs), job.ranks * SHARD)  # images that this rank's files begin with
+    firsts = range(job.rank * SHARD, len(images), job.ranks * SHARD)  # images that this rank's files begin with
     missing = [first for first in firsts if not saved_already(path(first), made_of)]
-    numbers = [i for first in missing for i in range(first, min(len(inputs), first + SHARD))]
+    numbers = [i for first in missing for i in range(first, min(len(images), first + SHARD))]
     rows = {}  # of the file that is being filled
-    for n, img, labels in job.images("latents", inputs, numbers=numbers):
+    for n, img, labels in job.images("latents", images, numbers=numbers):
         with job.autocast:
             batch = {"latents": enc.encode(img).to(dtype).cpu(), "labels": labels}
             if args.flip:
@@ -140,37 +140,44 @@ def save_latents(job, enc, inputs, about):
         for k, i in enumerate(n):
             for name, x in batch.items():
                 rows.setdefault(name, []).append(x[k])
-            if (i + 1) % SHARD == 0 or i + 1 == len(inputs):  # the last of its file
+            if (i + 1) % SHARD == 0 or i + 1 == len(images):  # the last of its file
                 first = i // SHARD * SHARD
                 write_model(path(first), {**made_of, "first": first}, {name: torch.stack(x) for name, x in rows.items()})
                 rows = {}
     if job.rank == 0:
-        index = {**made_of, **about, "classes": inputs.classes, "shard": SHARD,
-                 "protocol": f"ADM centre crops to {inputs.size} px, {job.precision}"}
+        index = {**made_of, **about, "classes": images.classes, "shard": SHARD,
+                 "protocol": f"ADM centre crops to {images.size} px, {job.precision}"}
         write_atomically(os.path.join(folder, "index.json"), lambda f: f.write(json.dumps(index, indent=1).encode()))
-    return job.finish(about, [f"{len(inputs):,} normalised latents with labels{' and mirrored ones' * args.flip} in "
+    return job.finish(about, [f"{len(images):,} normalised latents with labels{' and mirrored ones' * args.flip} in "
                               f"{folder}, {sum(job.gather(len(missing)))} files of {SHARD} written now"])
+
+
+def load_tokenizer(job):
+    """The tokenizer and images that the command line names: (encoder, decoder, the file's configuration, dataset of the
+    crops that go in, the first entries of the report)."""
+    args, weights = job.args, find_weights(job.args.weights)
+    digest = sha256(weights)
+    enc, dec = (part.from_pretrained(weights).to(job.device) for part in (Encoder, Decoder))
+    info = read_config(weights)
+    if sha256(weights) != digest:
+        raise UserError(f"{weights} was written anew while it was read: run this again")
+    size, p = args.size or info["size"], dec.config.patch
+    if size < p or size % p:
+        nearest = max(1, round(size / p)) * p
+        raise UserError(f"--size {size} is no multiple of the patch {p} of {weights}: try --size {nearest}")
+    images = job.crops(args.data, size)
+    about = {"weights": weights, "weights_sha256": digest, "step": info.get("step"), "teacher": info.get("teacher"),
+             "commit": info.get("commit"), "data": args.data, "images": len(images)}
+    return enc, dec, info, images, about
 
 
 def main(argv=None, on_signal=None):
     """Do what the command line asks, print the report, and return it as a dict."""
-    args = parse_args(argv)
-    job, weights = Job(args), find_weights(args.weights)
-    digest = sha256(weights)
-    enc, dec = (part.from_pretrained(weights).to(job.device) for part in (Encoder, Decoder))
-    info, p = read_config(weights), dec.config.patch
-    if sha256(weights) != digest:
-        raise UserError(f"{weights} was written anew while it was read: run this again")
-    size = args.size or info["size"]
-    if size < p or size % p:
-        raise UserError(f"--size {size} is no multiple of the patch {p} of {weights}: try --size "
-                        f"{max(1, round(size / p)) * p}")
-    inputs = job.crops(args.data, size)
-    about = {"weights": weights, "weights_sha256": digest, "step": info.get("step"), "teacher": info.get("teacher"),
-             "commit": info.get("commit"), "data": args.data, "images": len(inputs)}
-    if args.part == "stats":
-        return save_statistics(job, enc, dec, inputs, info, about)
-    return save_latents(job, enc, inputs, about)
+    job = Job(parse_args(argv))
+    enc, dec, info, images, about = load_tokenizer(job)
+    if job.args.part == "stats":
+        return save_statistics(job, enc, dec, images, info, about)
+    return save_latents(job, enc, images, about)
 
 
 if __name__ == "__main__":
