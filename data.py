@@ -293,15 +293,15 @@ class ImageDataset(Samples):
             folders += [os.path.basename(os.path.dirname(name)) or top for name, *_ in found]
             spans += [span for _, *span in found]
             root_of += [r] * len(found)
-        classes, labels = np.unique(np.array(folders, object), return_inverse=True)
+        classes = {name: k for k, name in enumerate(sorted(set(folders)))}
         self.classes = [name.decode("utf-8", "backslashreplace") for name in classes]
-        self.labels = labels.astype(np.int32)
+        self.labels = np.array([classes[name] for name in folders], np.int32)
         # a span is an archive entry's offset, compressed length, method, length, CRC-32; all -1 of a file in a folder
         self.root_of, self.spans = np.array(root_of, np.int32), np.array(spans, np.int64).reshape(-1, 5)
         self.name_ends, self.names = np.cumsum([len(name) for name in names]), b"".join(names)
 
     def path(self, i):
-        """Where image i (in sorted order) lies: root and name."""
+        """Where image i lies: root and name."""
         start, end = self.name_ends[i - 1] if i else 0, self.name_ends[i]
         name, in_archive = self.names[start:end], self.spans[i, 1] >= 0
         name = name.decode("utf-8", "surrogatepass") if in_archive else os.fsdecode(name)
