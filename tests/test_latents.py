@@ -162,7 +162,7 @@ def test_statistics_refuse_what_would_be_wrong():
         for place, name, fault, words in ((evaluation.Moments, "add", meanwhile, "written anew meanwhile"),
                                           (decoder.Decoder, "from_pretrained", saved, "while it was read")):
             with patch.object(place, name, fault):
-                raises(encoder.UserError, command, "stats", "--data", folder, "--weights", weights, words=words)
+                raises(ValueError, command, "stats", "--data", folder, "--weights", weights, words=words)
             open(weights, "wb").write(before)
         tensors = load_file(weights)
         for key in "weight", "bias":
@@ -170,7 +170,7 @@ def test_statistics_refuse_what_would_be_wrong():
         encoder.write_model("constant.safetensors", encoder.read_config(weights), tensors)
         raises(encoder.UserError, command, "stats", "--data", folder, "--weights", "constant.safetensors",
                words="latent channels [3] are constant")
-        raises(encoder.UserError, command, "save", "--data", folder, "--weights", weights, "--out", "z", "--size", 18,
+        raises(ValueError, command, "save", "--data", folder, "--weights", weights, "--out", "z", "--size", 18,
                words=["18 is no multiple of the patch 4", "try --size 16"])
         for flags, words in ((["stats"], "--weights FILE"), (["stats", "--out", "x.json"], ".safetensors"),
                              (["save"], "--out"), (["save", "--out", "z", "--batch_size", "0"], "batch_size 0"),
