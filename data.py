@@ -120,10 +120,10 @@ def read_file(file):
 def open_image(file):
     """A path or binary file -> PIL image, not decoded yet. TURNS.get(img.info["orientation"]) is how to transpose it.
 
-    PIL refuses sound pixels for odd metadata of PNG, TIFF and AVIF files, so it is given the file without them.
+    PIL refuses some pictures with sound pixels for their odd metadata, so it is given the file without them.
     """
     blob, tags = read_file(file), {}
-    strips = {b"\x89P": strip_png, b"II": patch_tiff, b"MM": patch_tiff}
+    strips = {b"\xff\xd8": strip_jpeg, b"\x89P": strip_png, b"II": patch_tiff, b"MM": patch_tiff}
     strip = strip_avif if blob[4:8] == b"ftyp" else strips.get(blob[:2])
     if strip:
         with contextlib.suppress(struct.error, LookupError, ValueError):  # damaged: PIL says how
@@ -187,14 +187,27 @@ def patch_tiff(tiff):
 
 
 def strip_avif(blob):
-    """(an AVIF file with its EXIF hidden, no EXIF). AVIF has its own way to say how it is turned, which PIL reports."""
+    """(an AVIF file with its EXIF hidden, no tags). AVIF has its own way to say how it is turned, which PIL reports."""
     at = blob.index(b"meta")
     end = at - 4 + struct.unpack_from(">I", blob, at - 4)[0]
     return blob[:at] + blob[at:end].replace(b"Exif", b"skip") + blob[end:], {}
 
 
+def strip_jpeg(blob):
+    """(a JPEG file without metadata, its EXIF tags). JFIF's and Adobe's segments stay: they say what the colours are."""
+    kept, exif, at = [blob[:2]], b"", 2
+    while blob[at] == 0xFF and 0xC0 <= blob[at + 1] < 0xFF and blob[at + 1] != 0xDA:  # until the pixels begin
+        end = at + 2 + struct.unpack_from(">H", blob, at + 2)[0]
+        if blob[at + 1] not in (*range(0xE1, 0xEE), 0xEF, 0xFE):
+            kept.append(blob[at:end])
+        elif blob[at + 4:at + 10] == b"Exif\0\0":
+            exif = exif or blob[at + 4:end]
+        at = end
+    return b"".join(kept) + blob[at:], patch_tiff(exif)[1]
+
+
 def strip_png(blob):
-    """(a PNG file without metadata, its EXIF). The chunks of pixels, palette, transparency and animation stay."""
+    """(a PNG file without metadata, its EXIF tags). The chunks of pixels, palette, transparency and animation stay."""
     kept, exif, at, kind = [blob[:8]], b"", 8, b""
     while at < len(blob) and kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", blob, at)
