@@ -57,7 +57,7 @@ def odd_exif(orientation):
         yield tiff(order, turn, (282, 10, 1, at), after=struct.pack(order + "ii", -72, 1))  # a negative resolution
         yield tiff(order, turn, (282, 5, 1, at), after=struct.pack(order + "II", 72, 0))  # divided by zero
         yield tiff(order, turn, (282, 5, 2 ** 32 - 1, at))
-        yield tiff(order, turn, (282, 2, 1, 0), (296, 3, 1, 2))  # a resolution that is an empty text: PIL 13 stops at it
+        yield tiff(order, turn, (282, 2, 1, 0), (296, 3, 1, 2))  # a resolution that is an empty text
         yield tiff(order, (270, 2, 100, 2 ** 32 - 1), turn)  # a description beyond the end
         yield tiff(order, (270, 2, 2 ** 31, 0), (271, 99, 1, 0), turn, (34665, 4, 1, 8), (34853, 13, 9, 2 ** 31))
         yield tiff(order, turn, (34665, 2, 4, 0), (34853, 12, 1, 1))  # addresses that are text and a number

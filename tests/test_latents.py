@@ -180,7 +180,7 @@ def test_statistics_refuse_what_would_be_wrong():
                 raises(SystemExit, latents.main, [*flags, "--data", folder], words="2")
             assert words in said.getvalue(), said.getvalue()
         os.makedirs("alone"), shutil.copy(os.path.join(folder, "class0", "0.png"), "alone")
-        command("stats", "--data", "alone", "--weights", weights)  # one image is enough where no covariance is asked for
+        command("stats", "--data", "alone", "--weights", weights)  # one image is enough here
         for flags, words in ((["stats", "--data", "missing", "--weights", weights], "missing"),
                              (["save", "--data", folder, "--weights", weights, "--out", weights], "is no folder")):
             done = run("python", "-m", "tools.latents", *flags)
@@ -291,7 +291,7 @@ def test_latents_come_in_the_order_of_the_closed_rule():
                 seen.append(name)
         assert 35 < seen.count("mirrored") < 85, "half of 120"
         for attribute in vars(b).values():
-            assert not (isinstance(attribute, torch.Tensor) or isinstance(attribute, (list, dict)) and len(attribute) > 20)
+            assert not isinstance(attribute, torch.Tensor), "latents stay in their files"
         # data.py alone in a folder, its workers forked and spawned
         os.makedirs(os.path.join(tmp, "alone")), shutil.copy(os.path.join(HERE, "data.py"), os.path.join(tmp, "alone"))
         script = os.path.join(tmp, "alone", "look.py")
