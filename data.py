@@ -194,7 +194,7 @@ def strip_avif(blob):
 
 
 def strip_jpeg(blob):
-    """(a JPEG file without metadata, its EXIF tags). JFIF's and Adobe's segments stay: they say what the colours are."""
+    """(a JPEG file without metadata, its EXIF tags). JFIF's and Adobe's segments stay: they tell the colours."""
     kept, exif, at = [blob[:2]], b"", 2
     while blob[at] == 0xFF and 0xC0 <= blob[at + 1] < 0xFF and blob[at + 1] != 0xDA:  # until the pixels begin
         end = at + 2 + struct.unpack_from(">H", blob, at + 2)[0]

@@ -142,7 +142,8 @@ def save_latents(job, enc, images, about):
                 rows.setdefault(name, []).append(x[k])
             if (i + 1) % SHARD == 0 or i + 1 == len(images):  # the last of its file
                 first = i // SHARD * SHARD
-                write_model(path(first), {**made_of, "first": first}, {name: torch.stack(x) for name, x in rows.items()})
+                tensors = {name: torch.stack(x) for name, x in rows.items()}
+                write_model(path(first), {**made_of, "first": first}, tensors)
                 rows = {}
     if job.rank == 0:
         index = {**made_of, **about, "classes": images.classes, "shard": SHARD,
