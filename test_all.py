@@ -60,8 +60,10 @@ import encoder
 import eval as evaluation
 import sample
 import tools.pictures
+import tools.run as running
 import tools.validate as validation
 import train
+from tools.drawn import ProceduralDataset
 
 # ---- distill.py ----
 
@@ -1007,7 +1009,7 @@ def test_sample_sequence_is_the_same_for_ranks_and_workers():
         dataset = data.ImageDataset(folder, 16, train=True, seed=3)
 
         def sequence(ranks, workers, micro_batch, first=0, batches=3):
-            by_rank = [torch.utils.data.DataLoader(dataset, num_workers=workers, batch_sampler=data.sample_numbers(
+            by_rank = [torch.utils.data.DataLoader(dataset, num_workers=workers, batch_sampler=running.sample_numbers(
                 first, 8, micro_batch, r, ranks, batches)) for r in range(ranks)]
             parts = [torch.cat([img for img, _ in loader]).view(batches, -1, 3, 16, 16) for loader in by_rank]
             return torch.cat(parts, 1)  # (batches, 8, 3, 16, 16)
@@ -1022,10 +1024,10 @@ def test_sample_sequence_is_the_same_for_ranks_and_workers():
 
 
 def test_split_batch():
-    assert data.split_batch(512, 32, 8) == (32, 2)
-    assert data.split_batch(24, 5, 2) == (4, 3), "12 a rank: 5 does not divide it, 4 is the largest below that does"
-    assert data.split_batch(4, 32, 4) == (1, 1)
-    raises(ValueError, data.split_batch, 10, 4, 4, words="8 or 12")
+    assert running.split_batch(512, 32, 8) == (32, 2)
+    assert running.split_batch(24, 5, 2) == (4, 3), "12 a rank: 5 does not divide it, 4 is the largest below that does"
+    assert running.split_batch(4, 32, 4) == (1, 1)
+    raises(ValueError, running.split_batch, 10, 4, 4, words="8 or 12")
 
 
 def test_every_kind_of_picture_becomes_rgb():
@@ -1055,7 +1057,7 @@ def test_every_kind_of_picture_becomes_rgb():
 
 
 def test_drawn_pictures():
-    a, b = data.ProceduralDataset(32, train=True, seed=0), data.ProceduralDataset(32, train=False, seed=0)
+    a, b = ProceduralDataset(32, train=True, seed=0), ProceduralDataset(32, train=False, seed=0)
     assert all(torch.equal(a[n][0], a[n][0]) for n in range(4)) and not torch.equal(a[0][0], b[0][0])
     labels = [a[n][1] for n in range(200)]
     assert all(30 < labels.count(k) < 75 for k in range(4)), "four kinds, equally often"
@@ -1063,7 +1065,7 @@ def test_drawn_pictures():
         x = a[n][0].float()
         if a[n][1] != 2:  # textures may be fine
             assert (x[:, :, 1:] - x[:, :, :-1]).abs().mean() < 20
-    assert data.ProceduralDataset(112, train=True)[10_000_001][0].shape == (3, 112, 112), "training never runs out"
+    assert ProceduralDataset(112, train=True)[10_000_001][0].shape == (3, 112, 112), "training never runs out"
 
 
 def png(width, height, *chunks):
@@ -1568,61 +1570,6 @@ def test_fid_between_anything():
         assert "ADM crops of 256 px" in fid(b, "--save_stats", os.path.join(tmp, "c.npz"), "--resolution", "256")[0]
 
 
-def test_latent_statistics_and_saved_latents():
-    with tempfile.TemporaryDirectory() as tmp:
-        weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=11)
-        tensors, config = load_file(weights), encoder.read_config(weights)
-        tensors["encoder.latent_down.2.bias"] += 300  # a mean far beyond the deviation
-        encoder.write_model(weights, config, tensors)
-        read = data.ImageDataset(folder, 16, train=False)
-        img = torch.stack([read[n][0] for n in range(11)]) / 255
-        enc, dec, noise = encoder.Encoder.from_pretrained(weights), decoder.Decoder.from_pretrained(weights), torch.randn(11, 16, 48)
-        with torch.no_grad():
-            z, before = enc(img)[0], dec.decode(enc.encode(img), noise=noise)
-        raises(ValueError, evaluate, "--save_latents", os.path.join(tmp, "z"), "--data", folder, "--weights", weights, words="--latent_stats")
-        files = []
-        for ranks in (1, 3):
-            copy = os.path.join(tmp, f"{ranks}.safetensors")
-            shutil.copy(weights, copy)
-            flags = ["--latent_stats", "--data", folder, "--weights", copy, "--batch_size", 2]
-            if ranks == 1:
-                evaluate(*flags)
-            else:
-                done, *_ = run_ranks(3, "python", "eval.py", *flags)
-                assert done.returncode == 0, done.stderr[-2000:]
-            files.append(load_file(copy))
-        exact = z.double().transpose(0, 1).flatten(1)  # (C, B*h*w)
-        for name, expected in ("latent_mean", exact.mean(1)), ("latent_std", exact.std(1, correction=0)):
-            assert torch.equal(files[0][name], files[1][name]), "any number of ranks"
-            close(files[0][name].double(), expected, 1e-4 if name == "latent_std" else 1e-7)  # fp32 latents of size 300 carry 3e-5
-        enc, dec = encoder.Encoder.from_pretrained(copy), decoder.Decoder.from_pretrained(copy)
-        normal = enc.encode(img).transpose(0, 1).flatten(1)
-        assert normal.mean(1).abs().max() < 1e-3 and (normal.std(1) - 1).abs().max() < 0.01
-        close(dec.decode(enc.encode(img), noise=noise), before, 1e-5)
-        assert torch.equal(load_file(copy)["encoder.vit.pos_embed"], tensors["encoder.vit.pos_embed"]) and encoder.read_config(copy)["size"] == 16
-
-        out = os.path.join(tmp, "z")
-        flags = ["--save_latents", out, "--data", folder, "--weights", copy, "--batch_size", 3]
-        with unittest.mock.patch.object(evaluation, "save_latents", functools.partial(evaluation.save_latents, shard=4)):
-            assert "3 files of 4" in evaluate(*flags)[0]
-            os.remove(os.path.join(out, "latents_00001.safetensors"))
-            stamp = os.stat(os.path.join(out, "latents_00000.safetensors")).st_mtime_ns
-            assert "1 files of 4" in evaluate(*flags)[0], "what is there is not written again"
-            assert os.stat(os.path.join(out, "latents_00000.safetensors")).st_mtime_ns == stamp
-            raises(ValueError, evaluate, *flags, "--bf16", words="of other weights")
-            shutil.copytree(folder, os.path.join(tmp, "other"))  # the same names
-            raises(ValueError, evaluate, *[os.path.join(tmp, "other") if x == folder else x for x in flags], words="data")
-        args = train.parse_args(["--teacher", os.path.join(tmp, "teacher.safetensors"), *MICRO_RUN, "--gtb_depth", "2", "--init", copy])
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            _, *again = train.build_models(args)
-        assert "set back" in said.getvalue()
-        assert all(not x.latent_mean.any() and (x.latent_std == 1).all() for x in again), "of encoder and decoder"
-        shards = [load_file(os.path.join(out, f"latents_{k:05d}.safetensors")) for k in range(3)]
-        close(torch.cat([s["latents"] for s in shards]), enc.encode(img), 1e-5)
-        assert torch.cat([s["labels"] for s in shards]).tolist() == [read[n][1] for n in range(11)]
-        assert json.load(open(os.path.join(out, "index.json")))["classes"] == ["class0", "class1"]
-
-
 def test_eval_at_another_size():
     """--size 24 against crop, encode, decode and PSNR by hand."""
     with tempfile.TemporaryDirectory() as tmp:
@@ -1642,8 +1589,8 @@ def test_evaluation_refuses_before_it_begins():
     with tempfile.TemporaryDirectory() as tmp:
         weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=9)
         before, base = open(weights, "rb").read(), ["--data", folder, "--weights", weights, "--inception", "none"]
-        for flags, words in ((["--out", weights], ".json"), (["--latent_stats", "--out", "x.json"], ".safetensors"), (["--save_stats", "x.npz"], "--fid"),
-                             (["--probe"], "--fit"), (["--pca", "--fit", folder, "--latent_stats"], "leave them out"), (["--batch_size", "0"], "at least 1")):
+        for flags, words in ((["--out", weights], ".json"), (["--save_stats", "x.npz"], "--fid"),
+                             (["--probe"], "--fit"), (["--pca", "--fit", folder, "--fid", "a", "b"], "leave them out"), (["--batch_size", "0"], "at least 1")):
             with contextlib.redirect_stderr(io.StringIO()) as said:
                 raises(SystemExit, evaluation.main, [*base, *flags], words="2")
             assert words in said.getvalue(), said.getvalue()
@@ -1669,17 +1616,6 @@ def test_evaluation_refuses_before_it_begins():
         with unittest.mock.patch.object(decoder.Decoder, "from_pretrained", saved):
             raises(ValueError, evaluate, *base, words="written anew while it was read")
         open(weights, "wb").write(before)
-        whole = evaluation.Moments.add
-
-        def meanwhile(self, x):  # train.py saves while the statistics are being computed
-            whole(self, x)
-            open(weights, "ab").write(b" ")
-        with unittest.mock.patch.object(evaluation.Moments, "add", meanwhile):
-            raises(ValueError, evaluate, *base, "--latent_stats", words="written anew")
-        open(weights, "wb").write(before)
-        alone = os.path.join(tmp, "alone")
-        os.makedirs(alone), shutil.copy(os.path.join(folder, "class0", "0.png"), alone)
-        evaluate("--latent_stats", "--data", alone, "--weights", weights)  # one image is enough where no covariance of features is asked for
 
 
 def test_an_evaluation_drops_no_image():
@@ -2209,9 +2145,11 @@ def test_each_leaf_alone_in_an_empty_folder():
     prints = {"encoder": "latent", "decoder": "condition", "distill": "w(beta=5.0)", "data": "image", "eval": "psnr"}
 
     def alone(leaf):
-        with tempfile.TemporaryDirectory() as tmp:
+        with tempfile.TemporaryDirectory() as tmp, tempfile.TemporaryDirectory() as elsewhere:
             shutil.copy(os.path.join(HERE, leaf + ".py"), tmp)
-            code = f"import {leaf}, os, runpy; os.system('ls; ls >&2'); runpy.run_path('{leaf}.py', run_name='__main__')"
+            flags = [picture_folder(elsewhere, n=2)[0]] if leaf == "data" else []
+            code = (f"import {leaf}, os, runpy, sys; os.system('ls; ls >&2'); sys.argv[1:] = {flags}; "
+                    f"runpy.run_path('{leaf}.py', run_name='__main__')")
             done = run("python", "-B", "-c", code, cwd=tmp)
             assert done.returncode == 0 and prints[leaf] in done.stdout, f"{leaf}: {done.stderr}"
             for said in (done.stdout, done.stderr):

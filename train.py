@@ -28,14 +28,15 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import ImageDataset, ProceduralDataset, collate, sample_numbers, split_batch
+from data import ImageDataset
 from decoder import Decoder, DecoderConfig, sample_t
 from distill import distill_loss, layer_distances
 from encoder import (Encoder, UserError, ViT, fetch, load_exactly, load_teacher, parameter_groups, read_config,
                      write_atomically, write_model)
+from tools.drawn import ProceduralDataset
 from tools.recipes import parse_args
-from tools.run import (INTERRUPTS, Run, average_weights, capture_graph, command_line, listen, rate_factor,
-                       restore_optimizer, saving, seed_step)
+from tools.run import (INTERRUPTS, Run, average_weights, capture_graph, collate, command_line, listen, rate_factor,
+                       restore_optimizer, sample_numbers, saving, seed_step, split_batch)
 from tools.script import check_locks, commit, ignore_signals
 from tools.validate import spread, validate
 
@@ -82,7 +83,7 @@ def build_models(args):
             raise UserError(f"{args.init} has {', '.join(differ)}: pass what it was trained with")
         if (encoder.latent_mean.any() or (encoder.latent_std != 1).any()) and os.environ.get("RANK", "0") == "0":
             print(f"{args.init} has latent statistics: set back, as training moves the latent; afterwards run "
-                  "eval.py --latent_stats again")
+                  "`python -m tools.latents stats` again")
         for module in (encoder, decoder):
             module.latent_mean.zero_()
             module.latent_std.fill_(1)

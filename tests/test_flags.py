@@ -32,6 +32,7 @@ import encoder
 import eval as evaluation
 import sample
 import train
+from tools.drawn import ProceduralDataset
 
 MEAN, STD = np.array((0.485, 0.456, 0.406))[:, None, None], np.array((0.229, 0.224, 0.225))[:, None, None]
 
@@ -265,7 +266,7 @@ def test_data_flags_of_training():
         # drawn pictures, too; and --val: of another folder, against the mean colour, which an untrained regression
         # gives
         run = trained(tmp, "--decoder", "pixel", "--seed", 5)
-        drawn = np.stack([data.ProceduralDataset(16, train=True, seed=5)[n][0].numpy() for n in range(4)])
+        drawn = np.stack([ProceduralDataset(16, train=True, seed=5)[n][0].numpy() for n in range(4)])
         assert abs(run.lines[0]["loss_flow"] - (((drawn / 255 - MEAN) / STD) ** 2).mean()) < 1e-4
         val = os.path.join(tmp, "val")
         os.makedirs(val)

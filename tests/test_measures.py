@@ -219,10 +219,6 @@ def test_no_console_loses_the_report():
                 status, out, err = as_command("--fid", pictures, pictures, "--resolution", 256, *two, *stats)
         assert status == 2 and "stats.npz could not be written" in err and "disk full" in err, err
         assert said.splitlines()[-1].startswith("FID ") and said.splitlines()[-1] in out.decode(), "the same figure"
-        blocked = ["--data", pictures, "--weights", weights, "--workers", 0, "--save_latents", weights]
-        evaluate("--latent_stats", *blocked[:6])
-        status, _, err = as_command(*blocked)
-        assert status == 2 and f"--save_latents {weights} is no folder" in err and err.count("\n") == 1, err
 
 
 class ClosedLater:
@@ -505,31 +501,6 @@ def test_a_distance_is_never_below_0():
     assert min(found) >= 0 and max(found) < 1e-9, (min(found), max(found))
 
 
-def test_files_of_latents_say_where_they_begin_and_of_which_data():
-    with tempfile.TemporaryDirectory() as tmp:
-        weights, (_, archive) = tokenizer_file(tmp), picture_folder(tmp, n=5)
-        tensors = safetensors.torch.load_file(weights)
-        encoder.write_model(weights, encoder.read_config(weights), {**tensors, "latent_std": torch.full((8,), 2.0)})
-        out, save = os.path.join(tmp, "latents"), evaluation.save_latents
-        flags = ["--data", archive, "--weights", weights, "--workers", 0, "--save_latents", out]
-        with patch.object(evaluation, "save_latents", lambda *args: save(*args, shard=2)):
-            evaluate(*flags)
-            names = sorted(name for name in os.listdir(out) if name != "index.json")
-            assert len(names) == 3 and json.load(open(os.path.join(out, "index.json")))["shard"] == 2
-            for k, name in enumerate(names):
-                with safetensors.safe_open(os.path.join(out, name), "pt") as f:
-                    assert json.loads(f.metadata()["config"])["first"] == 2 * k and len(f.get_tensor("labels")) == min(2, 5 - 2 * k)
-            picture_folder(tmp, n=5)  # the same pictures again: nothing to do
-            evaluate(*flags)
-            with zipfile.ZipFile(archive) as z:
-                names = z.namelist()
-            with zipfile.ZipFile(archive, "w") as z:  # the same names, other pictures
-                for k, name in enumerate(names):
-                    picture(50 + k).save(f := io.BytesIO(), "PNG")
-                    z.writestr(name, f.getvalue())
-            raises(evaluation.UserError, evaluate, *flags, words="of other weights, data, size or precision")
-
-
 def test_weights_that_are_not_given():
     with tempfile.TemporaryDirectory() as tmp, contextlib.chdir(tmp):
         weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=2)
@@ -546,6 +517,3 @@ def test_weights_that_are_not_given():
         for weights in "out/model.safetensors", shipped:  # who names one, or has no other, is told nothing
             assert "there is no --weights" not in evaluate(*flags, "--weights", weights)[0]
         assert "there is no --weights" not in said.replace(told, "")
-        with contextlib.redirect_stderr(io.StringIO()) as err:  # which would change the file
-            raises(SystemExit, evaluation.main, ["--data", folder, "--latent_stats"], words="2")
-        assert "--weights FILE" in err.getvalue()

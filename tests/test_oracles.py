@@ -28,6 +28,7 @@ import distill
 import encoder
 import eval as evaluation
 from tests import mutants
+from tools.drawn import ProceduralDataset
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -393,8 +394,8 @@ def test_the_order_of_an_epoch_is_the_seeds():
 
 
 def test_drawn_pictures_are_the_seeds():
-    read = data.ProceduralDataset(16, train=True, seed=3)
-    assert not torch.equal(read[0][0], data.ProceduralDataset(16, train=True, seed=4)[0][0])
+    read = ProceduralDataset(16, train=True, seed=3)
+    assert not torch.equal(read[0][0], ProceduralDataset(16, train=True, seed=4)[0][0])
 
 
 # ---- eval.py ----

@@ -463,7 +463,7 @@ def test_what_command_lines_refuse():
         raises(encoder.UserError, encoder.load_teacher, teacher, weights, words=[teacher, "leave out teacher_weights"])
         for size, near in (15, 16), (18, 16), (19, 20), (1, 4):
             raises(evaluation.UserError, evaluate, "--data", folder, "--weights", weights, "--size", size, words=f"try --size {near}")
-        raises(data.UserError, data.split_batch, 1, 1, 2, words="try 2")  # not 0
+        raises(encoder.UserError, tools.run.split_batch, 1, 1, 2, words="try 2")  # not 0
         os.makedirs(os.path.join(tmp, "empty"))
         raises(encoder.UserError, tools.pictures.find_pictures, [os.path.join(tmp, "empty")], words="holds no pictures")
         before = open(weights, "rb").read()  # a latent must not take a tokenizer's place

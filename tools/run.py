@@ -26,6 +26,7 @@ import traceback
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from encoder import UserError, write_atomically
@@ -298,6 +299,38 @@ def saving(path, step):
             raise
         raise UserError(f"step {step} could not be saved ({why}); {path}, if there is one, is of the last save and "
                         "whole: make room, and run the same command again") from None
+
+
+def split_batch(batch, micro_batch, ranks):
+    """(micro-batch, accumulation steps) of each rank: micro-batch * accumulation * ranks = batch, exactly.
+
+    A micro-batch that does not divide the rank's share becomes the largest divisor below it.
+    """
+    if batch % ranks:
+        low = batch // ranks * ranks
+        near = " or ".join(str(b) for b in (low, low + ranks) if b)
+        raise UserError(f"batch_size {batch} does not divide among {ranks} ranks: try {near}")
+    share = batch // ranks
+    micro_batch = next(m for m in range(min(micro_batch, share), 0, -1) if share % m == 0)
+    return micro_batch, share // micro_batch
+
+
+def collate(samples):
+    """Samples of a dataset -> (uint8 (B, 3, S, S), their labels as a list). A worker sends a list through a pipe; a
+    tensor of labels would go through /dev/shm, by a thread that loses its errors."""
+    images, labels = zip(*samples)
+    return default_collate(images), list(labels)
+
+
+def sample_numbers(first, batch, micro_batch, rank, ranks, batches):
+    """Yields this rank's micro-batches as lists of global sample numbers: `batches` global batches from sample `first`.
+
+    Whatever the ranks, the global batches are the same samples: rank r has the r-th contiguous share of each.
+    """
+    share = batch // ranks
+    for start in range(first + rank * share, first + rank * share + batches * batch, batch):
+        for m in range(start, start + share, micro_batch):
+            yield list(range(m, m + micro_batch))
 
 
 def listen(on_signal):

@@ -18,10 +18,10 @@ import torch
 from torch.utils.data import DataLoader
 
 import distill
-from data import ImageDataset, cores, sample_numbers
+from data import ImageDataset, cores
 from decoder import Decoder, DecoderConfig
 from encoder import TEACHERS, Encoder, ViT, read_config
-from tools.run import Run, command_line
+from tools.run import Run, command_line, sample_numbers
 from tools.script import find_weights
 from train import build_models, build_optimizer, model_flops, parse_args, training_step
 
