@@ -33,10 +33,10 @@ from tqdm import tqdm
 import distill
 from data import ImageDataset, ProceduralDataset, collate, cores, sample_numbers, split_batch
 from decoder import Decoder, DecoderConfig, sample_t
-from encoder import (TEACHERS, Encoder, UserError, ViT, fetch, load_exactly, load_teacher, parameter_groups,
+from encoder import (TEACHERS, Encoder, UserError, ViT, load_exactly, load_teacher, parameter_groups,
                      read_config, teacher_config, write_atomically, write_model)
 from tools.run import INTERRUPTS, Run, command_line, listen, load_checkpoint, restore_optimizer, saving, write_names
-from tools.script import check_locks, commit, ignore_signals
+from tools.script import check_locks, commit, find_weights, ignore_signals
 from tools.validate import spread, validate
 
 # The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512);
@@ -323,7 +323,7 @@ def build_models(args):
         objective=args.decoder, pixel_stats=c.pixel_stats))
     if args.init:
         wanted = {**asdict(c), **asdict(decoder.config)}
-        path = fetch(args.init)
+        path = find_weights(args.init)
         encoder, decoder = Encoder.from_pretrained(path), Decoder.from_pretrained(path)
         have = {**asdict(encoder.vit.config), **asdict(decoder.config)}
         differ = [f"{k} {have[k]}, not {wanted[k]}" for k in have if have[k] != wanted[k] and k != "grid"]  # resized
