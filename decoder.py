@@ -69,7 +69,7 @@ class DecoderConfig:
                 raise UserError(f"{rule}: {self}")
 
 
-def check(name, x, shape):
+def check_tensor(name, x, shape):
     """Raise ValueError unless x is a floating-point tensor of that shape. A letter is any size; only B may be 0."""
     fits = isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim == len(shape)
     for n, wanted in zip(x.shape if fits else (), shape):
@@ -115,11 +115,11 @@ def flow_loss(velocity, x, t, noise):
     velocity: a callable v(x_t, t) -> like x. x: data (B, ...). noise: eps, like x. t: 1 = noise; its dimensions are the
     first ones of x, so that there is a time for each image (B) or for each patch (B, N). Any flow model can use it.
     """
-    check("noise", noise, x.shape)
-    check("t", t, x.shape[:t.ndim])
+    check_tensor("noise", noise, x.shape)
+    check_tensor("t", t, x.shape[:t.ndim])
     s = t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
     v = velocity((1 - s) * x + s * noise, t)
-    check("velocity", v, x.shape)  # one that is broadcast would make another loss, in silence
+    check_tensor("velocity", v, x.shape)  # one that is broadcast would make another loss, in silence
     # Differs from the paper: eq. 5 reads as a sum over the patch, 3p^2 times this mean (--lambda_f 588 at p = 14).
     return (v - (noise - x)).square().mean()
 
@@ -135,7 +135,7 @@ def euler(velocity, noise, steps=1):
     for i in range(steps):
         t = torch.full(x.shape[:-1], 1 - i / steps, dtype=torch.float32, device=x.device)
         v = velocity(x, t)
-        check("velocity", v, x.shape)
+        check_tensor("velocity", v, x.shape)
         x = x - v / steps
     return x
 
@@ -203,8 +203,8 @@ class FlowHead(nn.Module):
             nn.init.zeros_(m.bias)
 
     def forward(self, x, t, c):
-        check("t", t, x.shape[:-1])
-        check("c", c, (*x.shape[:-1], self.cond_proj.in_features))
+        check_tensor("t", t, x.shape[:-1])
+        check_tensor("c", c, (*x.shape[:-1], self.cond_proj.in_features))
         dtype = self.output.weight.dtype
         s = 1 - t  # the released network's time: it runs from noise at s = 0, and predicts x - eps, which is -v
         time = self.time_fc2(F.silu(self.time_fc1(sinusoid(1000 * s, 256).to(dtype))))  # (..., width)
@@ -283,7 +283,7 @@ class Decoder(nn.Module):
 
     def condition(self, z):
         """C of eq. 3 of the RAW z (B, C, h, w), not of a normalised latent -> (B, N, D), N = h*w row-major."""
-        check("z", z, ("B", self.config.latent_dim, "h", "w"))
+        check_tensor("z", z, ("B", self.config.latent_dim, "h", "w"))
         h, w = z.shape[2:]
         x = self.latent_up(z.flatten(2).transpose(1, 2).to(self.pos_embed.dtype))  # (B, N, D)
         x = x + resize_grid(self.pos_embed, h, w).to(x.dtype)  # under autocast the residual stream is bf16 from here on
@@ -302,9 +302,9 @@ class Decoder(nn.Module):
         network at t = 1 with zeros for noise: the loss is then the squared error of the pixels -v.
         """
         p = self.config.patch
-        check("z", z, ("B", self.config.latent_dim, "h", "w"))
+        check_tensor("z", z, ("B", self.config.latent_dim, "h", "w"))
         B, _, h, w = z.shape
-        check("img", img, (B, 3, h * p, w * p))
+        check_tensor("img", img, (B, 3, h * p, w * p))
         if img.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
             with contextlib.suppress(RuntimeError):  # an empty batch and vmap's tensors have no values
                 low, high = (x.item() for x in img.detach().aminmax())
@@ -315,7 +315,7 @@ class Decoder(nn.Module):
             t, noise = torch.ones(x.shape[:2], device=x.device), torch.zeros_like(x)
         t = sample_t(x.shape[:2], device=x.device) if t is None else t
         noise = torch.randn_like(x) if noise is None else noise
-        check("t", t, x.shape[:2])
+        check_tensor("t", t, x.shape[:2])
         c = self.condition(z)
         return flow_loss(lambda x_t, t: self.velocity(x_t, t, c), x, t, noise)
 
@@ -327,10 +327,10 @@ class Decoder(nn.Module):
         `steps` Euler steps lead from noise (B, N, 3p^2) to the image; the condition is computed once. The noise is
         standard normal, N row-major, and drawn if not given.
         """
-        check("latent", latent, ("B", self.config.latent_dim, "h", "w"))
+        check_tensor("latent", latent, ("B", self.config.latent_dim, "h", "w"))
         (B, _, h, w), p = latent.shape, self.config.patch
         x = torch.randn(B, h * w, 3 * p * p, device=latent.device) if noise is None else noise
-        check("noise", x, (B, h * w, 3 * p * p))
+        check_tensor("noise", x, (B, h * w, 3 * p * p))
         c = self.condition(latent * self.latent_std + self.latent_mean)
         if self.config.objective == "pixel":  # a regression: one step from zeros
             x, steps = torch.zeros_like(x), min(steps, 1)
