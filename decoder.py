@@ -344,7 +344,7 @@ class Decoder(nn.Module):
         try:
             with safe_open(path, "pt") as f:
                 if "chal_proj.c_fc.weight" in f.keys():
-                    raise ValueError("it is the authors' released file; make one of ours: "
+                    raise ValueError("the authors' released file; convert it: "
                                      f"python -m tools.convert released {path} OUT.safetensors")
                 c = DecoderConfig(**json.loads(f.metadata()["config"])["decoder"])
                 state = {k.removeprefix("decoder."): f.get_tensor(k) for k in f.keys() if k.startswith("decoder.")}

@@ -411,7 +411,7 @@ def read_config(path):
     try:
         with safe_open(path, "pt") as f:
             if "chal_proj.c_fc.weight" in f.keys():
-                raise ValueError("it is the authors' released file; make one of ours: "
+                raise ValueError("the authors' released file; convert it: "
                                  f"python -m tools.convert released {path} OUT.safetensors")
             config = json.loads(f.metadata()["config"])
         c = ViTConfig(**config["vit"])
@@ -548,11 +548,12 @@ def load_exactly(own, state, path):
     UserError if names (either way), shapes or types do not fit, or a number is not finite; then nothing is copied."""
     wrong = [f"missing {k}" for k in own.keys() - state.keys()] + [f"unknown {k}" for k in state.keys() - own.keys()]
     for k in own.keys() & state.keys():
-        x, shape = state[k], tuple(own[k].shape)
-        if x.shape != shape or x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            wrong.append(f"{k} is {tuple(x.shape)} {x.dtype}, expected {shape} of float32, 64, 16 or bfloat16")
-        elif not x.float().isfinite().all() or k == "latent_std" and x.float().min() <= 0:
-            wrong.append(f"{k} holds NaN, infinity, or a standard deviation that is not positive")
+        x = state[k]
+        usable = x.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        if x.shape != own[k].shape:
+            wrong.append(f"{k} is {tuple(x.shape)}, expected {tuple(own[k].shape)}")
+        elif not usable or not x.float().isfinite().all() or k == "latent_std" and x.float().min() <= 0:
+            wrong.append(f"{k} holds {x.dtype}, NaN, infinity, or a deviation that is not positive")
     if wrong:
         few = one_line("; ".join(sorted(wrong)[:3]))
         raise UserError(f"{path} does not fit the model ({len(wrong)} tensors): {few}")

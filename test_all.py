@@ -2300,7 +2300,7 @@ def test_sample_features_are_principal_components():
         read = lambda vit: vit.norm(vit(padded)[-1])[0, 1:].detach().double().numpy()
         for file, words in ((weights, ""), (copy, ""), (alone, "a random initialisation"), (gone, "internvit (not on this machine)")):
             asked = AssertionError("for a picture nothing is downloaded")
-            with unittest.mock.patch.object(encoder, "download", side_effect=asked):
+            with unittest.mock.patch.object(torch.hub, "download_url_to_file", side_effect=asked):
                 status, out, err = sampled(path, "--weights", file, "--size", 0, "--features")
             assert status == 0 and words in out and out.count("--features") == bool(words), out + err
             tokens = [read(encoder.Encoder.from_pretrained(file).vit)] + [read(teacher)] * (not words)
