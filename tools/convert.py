@@ -129,9 +129,9 @@ def to_released(path, out):
 
 def convert_once(path):
     """The path of a file of ours made of the authors' file `path`. It lies beside torch.hub's downloads, where its name
-    holds the SHA-256 of the authors' file; only the first call for this file converts it, and says so."""
-    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-    out = os.path.join(folder, f"uniflow-converted-from-{file_sha256(path)[:16]}.safetensors")
+    holds the size and time of the authors' file; only the first call for this file converts it, and says so."""
+    folder, about = os.path.join(torch.hub.get_dir(), "checkpoints"), os.stat(path)
+    out = os.path.join(folder, f"uniflow-converted-from-{about.st_size}-{about.st_mtime_ns}.safetensors")
     if not os.path.isfile(out):
         with locked(out):  # one process converts, the others wait
             if not os.path.isfile(out):
