@@ -222,14 +222,18 @@ def test_empty_batches_and_what_would_be_broadcast():
     for wrong in 1.5, "last", [None, "0"]:
         raises(ValueError, enc.features, img, wrong, words=["layer is", "integers from -3 to 2"])
     x, t, noise, same = torch.randn(4, 6, 48), torch.rand(4, 6), torch.randn(4, 6, 48), lambda x, t: x
-    for wrong in (x, t[:1], noise), (x, t, noise[:1]), (x, t, noise[..., :1]), (x, torch.rand(6), noise):
-        raises(ValueError, decoder.flow_loss, same, *wrong, words=["x is (4, 6, 48)", "noise of x's shape"])
+    needed = "expected a floating-point tensor "
+    for wrong, words in (((x, t[:1], noise), f"t is torch.float32 (1, 6); {needed}(4, 6)"),
+                         ((x, t, noise[:1]), f"noise is torch.float32 (1, 6, 48); {needed}(4, 6, 48)"),
+                         ((x, t, noise[..., :1]), f"noise is torch.float32 (4, 6, 1); {needed}(4, 6, 48)"),
+                         ((x, torch.rand(6), noise), f"t is torch.float32 (6,); {needed}(4)")):
+        raises(ValueError, decoder.flow_loss, same, *wrong, words=words)
     for one in (lambda x, t: x[..., :1]), (lambda x, t: x[:1]), (lambda x, t: x[None]):
-        raises(ValueError, decoder.flow_loss, one, x, t, noise, words="expected (4, 6, 48)")
-        raises(ValueError, decoder.euler, one, noise, words="expected (4, 6, 48)")
+        raises(ValueError, decoder.flow_loss, one, x, t, noise, words=["velocity is", needed + "(4, 6, 48)"])
+        raises(ValueError, decoder.euler, one, noise, words=["velocity is", needed + "(4, 6, 48)"])
     raises(ValueError, decoder.euler, same, noise, 0, words="steps is 0")
     for wrong in (x[:1], t, c), (x, t[:1], c), (x, t, c[:1]), (x, t[:, :1], c), (x, t, c[:, :1]), (x, t[:, 0], c):
-        raises(ValueError, dec.velocity, *wrong, words="one t and one c for each vector")
+        raises(ValueError, dec.velocity, *wrong, words=needed)
     for skip in 6, 7, -1:
         raises(ValueError, distill.layer_distances, [c], [c], skip, words=f"skip is {skip}")
 
