@@ -32,7 +32,7 @@ from encoder import (Encoder, UserError, file_sha256, load_teacher, one_line, op
                      write_atomically, write_model)
 from eval import comparison, image_noise, psnr, refuse_unless_finite, ssim
 from tools.pictures import find_pictures, free_path, load_frames, picture_file
-from tools.script import USER_ERRORS, find_weights, name_weights, open_streams, user_message
+from tools.script import USER_ERRORS, find_weights, name_weights, run_command
 
 LATENT = ".safetensors"  # how the names of latents end
 MAX_TOKENS = 2 ** 17  # of a picture: 3840 x 2160 pixels in patches of 8 have nearly as many
@@ -279,16 +279,7 @@ def main(argv=None):
 
 def run():
     """main() for the command line: its exit status."""
-    open_streams()
-    try:
-        return main()
-    except KeyboardInterrupt:
-        return 130
-    except Exception as e:
-        if not (said := user_message(e)):
-            raise
-        print(f"sample.py: {said}", file=sys.stderr)
-        return 2
+    return run_command(main, "sample.py")
 
 
 if __name__ == "__main__":

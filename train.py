@@ -31,13 +31,13 @@ from tqdm import tqdm
 from data import ImageDataset
 from decoder import Decoder, DecoderConfig, sample_t
 from distill import distill_loss, layer_distances
-from encoder import (Encoder, UserError, ViT, fetch, load_exactly, load_teacher, parameter_groups, read_config,
+from encoder import (Encoder, UserError, ViT, load_exactly, load_teacher, parameter_groups, read_config,
                      write_atomically, write_model)
 from tools.drawn import ProceduralDataset
 from tools.recipes import parse_args
 from tools.run import (INTERRUPTS, Run, average_weights, capture_graph, collate, command_line, listen, rate_factor,
                        restore_optimizer, sample_numbers, saving, seed_step, split_batch)
-from tools.script import check_locks, commit, ignore_signals
+from tools.script import check_locks, commit, find_weights, ignore_signals
 from tools.validate import spread, validate
 
 # When a run is resumed these may differ; the name of the recipe, too, but none of the values that it stands for.
@@ -75,7 +75,7 @@ def build_models(args):
         objective=args.decoder, pixel_stats=c.pixel_stats))
     if args.init:
         wanted = {**asdict(c), **asdict(decoder.config)}
-        path = fetch(args.init)
+        path = find_weights(args.init)
         encoder, decoder = Encoder.from_pretrained(path), Decoder.from_pretrained(path)
         have = {**asdict(encoder.vit.config), **asdict(decoder.config)}
         differ = [f"{k} {have[k]}, not {wanted[k]}" for k in have if have[k] != wanted[k] and k != "grid"]  # resized

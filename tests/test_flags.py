@@ -57,8 +57,7 @@ CHECKED = {
         "test_the_probes_teacher_is_the_one_named": "teacher teacher_weights",
         "test_eval_measures_the_pca_of_fit": "pca",
         "test_fid_between_anything": "fid inception",
-        "test_fid_statistics_by_numpy": "save_stats",
-        "test_latent_statistics_and_saved_latents": "latent_stats save_latents"},
+        "test_fid_statistics_by_numpy": "save_stats"},
     "sample.py": {
         "test_sample_against_numpy": "size steps seed save_latent",
         "test_train_sample_eval_end_to_end": "out",
@@ -78,8 +77,7 @@ DEFAULTS = {
                      drop_path=0.0, seed=0, checkpoint_activations=False, out="out", log_every=50, eval_every=1000,
                      save_every=1000, keep_every=None, resume_anyway=False, compile=False, workers=1),
     "eval.py": dict(weights=None, fit=None, pca=False, probe=False, teacher=None, teacher_weights=None,
-                    latent_stats=False, fid=None,
-                    save_latents=None, save_stats=None, size=None, resolution="native", steps=1, seed=0, batch_size=32,
+                    fid=None, save_stats=None, size=None, resolution="native", steps=1, seed=0, batch_size=32,
                     bf16=False, out=None),
     "sample.py": dict(weights=None, size=None, steps=1, seed=0, out=None, reconstruction=False, save_latent=None,
                       features=False)}

@@ -67,8 +67,8 @@ def parse_args(argv=None):
 def save_statistics(job, enc, dec, images, info, about):
     """`stats`: per-channel mean and standard deviation of the latents, into the weights file or --out."""
     weights, target, latents = about["weights"], job.args.target or about["weights"], Moments()
-    if "released" in info and not job.args.target:
-        raise UserError(f"{weights} is the authors' file and stays as it is: give --out NEW.safetensors")
+    if not job.args.target and weights != job.args.weights:  # the authors', converted beside the download
+        raise UserError(f"{job.args.weights} is no file to write into: give --out NEW.safetensors")
     for _, img, _ in job.images("latents", images):
         with job.autocast:
             latents.add(enc(img)[0].transpose(0, 1).flatten(1).T)  # (b*h*w, C), not normalised
@@ -80,14 +80,8 @@ def save_statistics(job, enc, dec, images, info, about):
     if job.rank == 0:
         if sha256(weights) != about["weights_sha256"]:
             raise UserError(f"{weights} was written anew meanwhile: run this again on a copy, or after its training")
-        if "released" in info:
-            tensors = {f"{part}.{k}": x for part, module in (("encoder", enc), ("decoder", dec))
-                       for k, x in module.cpu().named_parameters()}
-            info = {**{k: v for k, v in info.items() if k != "released"}, "decoder": vars(dec.config)}
-        else:
-            tensors = load_file(weights)
-        info, tensors = {**info, "latent_images": len(images)}, {**tensors, "latent_mean": mean, "latent_std": std}
-        write_model(target, info, tensors)
+        info = {**info, "latent_images": len(images)}
+        write_model(target, info, {**load_file(weights), "latent_mean": mean, "latent_std": std})
     protocol = f"ADM centre crops to {images.size} px, {job.precision}, per channel over images and positions"
     report = {**about, "latent_mean": mean.tolist(), "latent_std": std.tolist(), "protocol": protocol}
     return job.finish(report, [

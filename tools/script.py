@@ -22,6 +22,7 @@ import decoder
 import encoder
 import eval as evaluation
 from encoder import MissingFile, UserError, fetch
+from tools.convert import convert_once, is_released
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUNS_FILE = "out/model.safetensors"  # what train.py leaves, as long as it is given no --out
@@ -36,9 +37,11 @@ SAVE_AND_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP
 
 
 def find_weights(given):
-    """The tokenizer file to use: the one given (a path, a name or a URL), else that in out/, else the shipped one."""
+    """The tokenizer file to use: the one given (a path, a name or a URL), else that in out/, else the shipped one.
+    Where the authors' released file is given, it is a file of ours, which is made of that once."""
     if given:
-        return fetch(given)
+        path = fetch(given)
+        return convert_once(path) if is_released(path) else path
     for path in filter(os.path.isfile, (RUNS_FILE, SHIPPED)):
         return path
     raise MissingFile(f"no tokenizer at {RUNS_FILE} or {SHIPPED}: train one with `python train.py`, or give --weights")
