@@ -21,7 +21,6 @@ import http.client
 import json
 import os
 import re
-import sys
 import urllib.parse
 import urllib.request
 import uuid
@@ -498,15 +497,6 @@ def refuse_pickle(path, torch_version=torch.__version__):
                         "newer, or save it as .safetensors there")
 
 
-def file_sha256(path):
-    """SHA-256 of a file, in hex."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 24):
-            sha.update(chunk)
-    return sha.hexdigest()
-
-
 def names_in(layout, key):
     """The names under which a file of that layout keeps our ViT's parameter `key`: one, or three to be stacked."""
     names, parts = dict(zip(PARAMETERS, LAYOUTS[layout])), key.split(".")
@@ -606,10 +596,10 @@ def load_teacher(name_or_path, weights=None, offline=False):
 def fetch(name_or_url, offline=False):
     """The path of a file on this machine: a path stays as it is; a name in PUBLISHED or a URL is downloaded once.
 
-    It is looked for in Hugging Face's cache, then in torch.hub's, where a download goes, too. A download must have the
-    SHA-256 that is in its name or that Hugging Face's server declares. offline: do not download. The environment's
-    HF_ENDPOINT (a mirror), HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE are obeyed. Raises MissingFile, which tells the URL
-    and where to put the file by hand.
+    It is looked for in Hugging Face's cache, then in torch.hub's, where a download goes, too. torch.hub compares a
+    download with the SHA-256 in its name, if there is one; a cut .safetensors is refused when it is read. offline: do
+    not download. The environment's HF_ENDPOINT (a mirror), HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE are obeyed. Raises
+    MissingFile, which tells the URL and where to put the file by hand.
     """
     given = os.fspath(name_or_url)
     if os.path.isfile(given):
@@ -640,24 +630,11 @@ def fetch(name_or_url, offline=False):
     try:
         with locked(path):  # one process downloads, the others wait
             if not os.path.isfile(path):
-                torch.hub.download_url_to_file(url, path, sha[1] if sha else declared_sha256(url))
+                torch.hub.download_url_to_file(url, path, sha and sha[1])
     except (OSError, RuntimeError, http.client.HTTPException) as e:  # RuntimeError: torch.hub's, of a wrong hash
         raise MissingFile(f"{url} could not be fetched ({one_line(e) or type(e).__name__}): run it again; another "
                           f"mirror: HF_ENDPOINT; another folder: TORCH_HOME{by_hand}") from None
     return path
-
-
-def declared_sha256(url):
-    """The SHA-256 that Hugging Face's server declares of a file, where it redirects to the storage, or None."""
-    class Stay(urllib.request.HTTPRedirectHandler):
-        http_error_302 = http_error_307 = lambda self, request, answer, *more: answer
-
-    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "torch.hub"})
-    with urllib.request.build_opener(Stay).open(request, timeout=30) as answer:
-        found = re.fullmatch('"?([0-9a-f]{64})"?', answer.headers.get("X-Linked-ETag", ""))
-    if not found:
-        print(f"{url}: its server declares no SHA-256, so the download is not checked", file=sys.stderr)
-    return found and found[1]
 
 
 @contextlib.contextmanager

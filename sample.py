@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from data import MAX_PIXELS
 from decoder import Decoder
-from encoder import (Encoder, UserError, file_sha256, load_teacher, one_line, open_weights, read_config,
+from encoder import (Encoder, UserError, load_teacher, one_line, open_weights, read_config,
                      write_atomically, write_model)
-from eval import comparison, image_noise, psnr, refuse_unless_finite, ssim
+from eval import comparison, image_noise, psnr, refuse_unless_finite, sha256, ssim
 from tools.pictures import find_pictures, free_path, load_frames, picture_file
 from tools.script import USER_ERRORS, find_weights, name_weights, run_command
 
@@ -162,7 +162,7 @@ def load_tokenizer(args, log):
     sides = f"short side {size} px" if size else "original size"
     print(f"weights {name_weights(args.weights, path)}, {sides}, on {device.type}", file=log)
     needs_digest = args.save_latent or any(f.endswith(LATENT) for f in args.files)
-    return Tokenizer(enc, dec, size, device, file_sha256(path) if needs_digest else None,
+    return Tokenizer(enc, dec, size, device, sha256(path) if needs_digest else None,
                      find_teacher(info, enc, device) if args.features else None)
 
 

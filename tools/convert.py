@@ -19,8 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from decoder import Decoder, DecoderConfig
-from encoder import (PIXEL_STATS, TEACHERS, Encoder, UserError, ViT, file_sha256, locked, names_in, one_line,
+from encoder import (PIXEL_STATS, TEACHERS, Encoder, UserError, ViT, locked, names_in, one_line,
                      open_weights, resize_grid, write_atomically)
+from eval import sha256
 
 # ---- the authors' released file ----
 
@@ -107,7 +108,7 @@ def from_released(path, out):
     C = DECODER.latent_dim
     tensors |= {"latent_mean": torch.zeros(C), "latent_std": torch.ones(C)}
     config = {"vit": asdict(VIT), "decoder": asdict(DECODER), "size": SIZE, "teacher": "internvit",
-              "released": file_sha256(path)}
+              "released": sha256(path)}
     # One entry of metadata: safetensors writes several in any order, and equal files should have an equal SHA-256.
     data = safetensors.torch.save(tensors, {"config": json.dumps(config)})
     write_atomically(out, lambda f: f.write(data))
