@@ -60,6 +60,7 @@ def speed(shapes, path):
     import torch
 
     import train
+    from tools.speed import seconds
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -71,16 +72,16 @@ def speed(shapes, path):
         models = teacher, encoder, decoder = [m.to(device) for m in train.build_models(args)]
         averages = [copy.deepcopy(p.detach()) for m in models[1:] for p in m.parameters()]
         weights = [p.detach() for m in models[1:] for p in m.parameters()]
-        optimizer = torch.optim.AdamW(train.parameter_groups(encoder, decoder, 1e-4), fused=True)
+        optimizer = train.build_optimizer(args, encoder, decoder)
         micro_step, update = train.training_step(args, *models, optimizer, autocast, args.batch_size, 1)
         img = torch.randint(256, (args.batch_size, 3, args.size, args.size), dtype=torch.uint8, device=device)
         card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         step = lambda: update(micro_step(img))
         averaging = lambda: (step(), train.average_weights(averages, weights, 9, 0.9))
-        line = {"shape": shape, "device": card, "torch": torch.__version__, "seconds": train.seconds(step, 50),
-                "seconds_ema": train.seconds(averaging, 50)}
+        line = {"shape": shape, "device": card, "torch": torch.__version__, "seconds": seconds(step, 50),
+                "seconds_ema": seconds(averaging, 50)}
         with torch.no_grad(), autocast:
-            line["seconds_teacher"] = train.seconds(lambda: models[0](img / 255), 50)  # not as a graph: launches count
+            line["seconds_teacher"] = seconds(lambda: models[0](img / 255), 50)  # not as a graph: launches count
         line["gflop"] = train.model_flops(encoder, decoder, args.size) / 1e9
         with open(path, "a") as f:
             f.write(json.dumps(line) + "\n")
