@@ -48,6 +48,8 @@ LEVERS = {  # name -> flags of train.py after the base's; batch=x: times its bat
     "1:0": "--lambda_f 0",                                   # Table 5b: distillation alone, which trains no decoder
     "grow": "grow",  # 64, 128, 256 px in a row, in the GPU time of the full size
     "fast": "batch=0.5 --warmup 100", "growfast": "grow --warmup 50",
+    "fast-crop": "batch=0.5 --warmup 100 --crop_scale 1 1",  # at the size of the files, no crop: nothing is resized
+    "growfast-crop": "grow --warmup 50 --crop_scale 0.8 1",
 }
 ONE_RATE = "1:0",  # the distance is zero from the start: there is nothing to tune
 GROW = (64, 256, 0.2), (128, 64, 0.3), (256, 32, 0.5)  # size, batch, share of the GPU time
