@@ -121,7 +121,7 @@ def main(argv=None):
     add("--fit", nargs="+", required=True, metavar="PATH", help="photographs that the PCA is fitted on")
     add("--weights", default=evaluation.SHIPPED, metavar="FILE", help="[the shipped tokenizer]")
     add("--label", default="shipped", help="of these figures in results.json and in the table [%(default)s]")
-    add("--show", nargs="*", default=["kodim08", "kodim23"], metavar="NAME", help="pictures to write [%(default)s]")
+    add("--show", nargs="*", default=["kodim19", "kodim23"], metavar="NAME", help="pictures to write [%(default)s]")
     add("--out", default=HERE, metavar="FOLDER", help="[beside this file]")
     args = ap.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
