@@ -155,4 +155,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except evaluation.user_errors() as e:
+        print(f"latent_flow.py: {e}", file=sys.stderr)
+        sys.exit(2)
