@@ -824,6 +824,23 @@ TABLE = [
      "test_what_command_lines_refuse"),
     ("a batch of 0 is advised", "tools/run.py", "for b in (low, low + ranks) if b)", "for b in (low, low + ranks))",
      "test_what_command_lines_refuse"),
+    # ---- experiments: standard sets, the flow in a frozen autoencoder's space ----
+    ("flicker of frames", "experiments/standard_sets/measure.py", "return psnr(x[1:] - x[:-1], r[1:] - r[:-1])",
+     "return psnr(x[1:], r[1:])", "test_flicker_by_hand"),
+    ("every frame its own noise", "experiments/standard_sets/measure.py", "noise=noise.expand(len(part), -1, -1))",
+     "noise=torch.randn(len(part), *noise.shape[1:]))", "test_measure_takes_one_noise_for_a_clip"),
+    ("kodak has one noise", "experiments/standard_sets/measure.py", "noise = image_noise([number],",
+     "noise = image_noise([0],", "test_measure_takes_one_noise_for_a_clip"),
+    ("the mean of the first clip", "experiments/standard_sets/measure.py", "for row in members])",
+     "for row in members[:1]])", "test_table_of_the_sets"),
+    ("a flow whose codes are not standardised", "experiments/efficiency/latent_flow.py",
+     "self.patch_mean) @ self.basis / self.deviation", "self.patch_mean) @ self.basis",
+     "test_space_of_the_latent_flow"),
+    ("codes in bf16", "experiments/efficiency/latent_flow.py",
+     "with torch.autocast(img.device.type, enabled=False):  # fp32, as pixels are", "if True:",
+     "test_space_of_the_latent_flow"),
+    ("the latent flow's forward is the pixels'", "experiments/efficiency/latent_flow.py", "    forward = loss\n", "",
+     "test_latent_flow_loss_and_decoding_by_hand"),
 ]
 MUTANTS = [Mutant(*row) for row in TABLE]
 
