@@ -27,10 +27,13 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", ".."))
 import eval as evaluation
 import train
-from data import collate, sample_numbers
-from decoder import Decoder, FlowHead, at_least_fp32, check_image, euler, flow_loss, patchify, sample_t, unpatchify
+from decoder import Decoder, FlowHead, at_least_fp32, euler, flow_loss, patchify, sample_t, unpatchify
+from tools.job import Job
+from tools.run import collate, rate_factor, sample_numbers, seed_step
+from tools.script import commit, ignore_signals, run_command
+from tools.validate import validate
 
-ALWAYS = ("--teacher small --size 64 --batch_size 64 --micro_batch 64 --steps 10000 --lr 5e-4 --lr_decay 0.5 "
+ALWAYS = ("--teacher small --recipe paper --size 64 --batch_size 64 --micro_batch 64 --steps 10000 --lr 5e-4 --lr_decay 0.5 "
           "--warmup 0 --beta1 0.5 --beta2 0.95 --endpoint 0")  # written out, whatever train.py's defaults become
 
 
@@ -44,7 +47,11 @@ class LatentFlow(Decoder):
     def __init__(self, config, mean, basis, deviation):
         super().__init__(config)
         self.head = FlowHead(len(deviation), config.width, config.flow_width, config.flow_depth)
-        self.init_weights()
+        for m in self.head.modules():  # as the pixel flow's head starts
+            if isinstance(m, torch.nn.Linear):
+                torch.nn.init.xavier_uniform_(m.weight)
+                torch.nn.init.zeros_(m.bias)
+        self.head.zero_init()
         for name, x in ("patch_mean", mean), ("basis", basis), ("deviation", deviation):
             self.register_buffer(name, x.float())
 
@@ -60,7 +67,6 @@ class LatentFlow(Decoder):
         return unpatchify(patches, self.config.patch, H, W).clamp(0, 1)
 
     def loss(self, z, img, t=None, noise=None):
-        check_image(img, self.config.patch)
         x, c = self.code(img), self.condition(z)
         t = sample_t(x.shape[:2], device=x.device) if t is None else t
         noise = torch.randn_like(x) if noise is None else noise[..., :x.shape[2]]
@@ -87,7 +93,7 @@ def fit_space(batches, p, K, isotropic=False):
 def ceiling(job, inputs, config, mean, basis):
     """Figures of the PCA alone on `inputs`, measured as a tokenizer is."""
     pca = SimpleNamespace(config=config, decode=lambda img, *_: evaluation.patch_pca(img, mean, basis, config.patch))
-    return evaluation.reconstruction(job, SimpleNamespace(encode=lambda img: img), pca, inputs, None)[0]["tokenizer"]
+    return evaluation.measure_reconstructions(job, SimpleNamespace(encode=lambda img: img), pca, inputs, None)[0]["tokenizer"]
 
 
 def fit(args, teacher, encoder, decoder, data, val, device):
@@ -96,17 +102,17 @@ def fit(args, teacher, encoder, decoder, data, val, device):
     optimizer = train.build_optimizer(args, encoder, decoder)
     rates = [group["lr"] for group in optimizer.param_groups]
     micro_step, update = train.training_step(args, teacher, encoder, decoder, optimizer, autocast, args.batch_size, 1)
-    batches = DataLoader(data, num_workers=args.workers, collate_fn=collate, worker_init_fn=evaluation.ignore_signals,
+    batches = DataLoader(data, num_workers=args.workers, collate_fn=collate, worker_init_fn=ignore_signals,
                          batch_sampler=sample_numbers(0, args.batch_size, args.batch_size, 0, 1, args.steps))
     curve, sums, every = [], 0, max(1, args.steps // 4)
     for step, (img, _) in enumerate(tqdm(batches, "train", args.steps, mininterval=5)):
         for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * train.rate_factor(step, args)
-        train.seed_step(args.seed, step, 0, 0)
+            group["lr"] = rate * rate_factor(step, args)
+        seed_step(args.seed, step, 0, 0)
         sums = sums + update(micro_step(img.to(device), True))
         if (step + 1) % every == 0:
             loss_flow, loss_dist = (sums[:2] / every).tolist()
-            psnr, *_ = evaluation.validate(encoder, decoder, val, args.batch_size, args.seed, autocast, args.workers)
+            psnr, *_ = validate(encoder, decoder, val, args.batch_size, args.seed, autocast, args.workers)
             curve.append({"step": step + 1, "loss_flow": loss_flow, "loss_dist": loss_dist, "psnr": psnr})
             tqdm.write(f"step {step + 1}: flow {loss_flow:.4f}, dist {loss_dist:.4f}, PSNR of 512 images {psnr:.2f}")
             sums = 0
@@ -118,12 +124,12 @@ def main(argv=None):
     ap.add_argument("--space", required=True, choices=["pixel", "pca", "pca-isotropic"], help="where the flow runs; "
                     "pca: every coefficient standardised; pca-isotropic: all divided by one number")
     ap.add_argument("--results", default=os.path.join(HERE, "latent_flow.jsonl"), metavar="FILE", help="[%(default)s]")
-    ap.add_argument("--commit", default=evaluation.commit(), help="what the results say of the code [%(default)s]")
+    ap.add_argument("--commit", default=commit(), help="what the results say of the code [%(default)s]")
     own, flags = ap.parse_known_args(argv)
     args, start = train.parse_args([*ALWAYS.split(), *flags]), time.time()
     if not (args.data and args.val):
         ap.error("--data and --val are needed")
-    job = evaluation.Job(evaluation.parse_args(
+    job = Job(evaluation.parse_args(
         ["--data", *args.val, "--fit", *args.data, "--inception", "none", "--batch_size", "250", "--workers",
          str(args.workers), *["--bf16"] * torch.cuda.is_available()]))
     data, val, _ = train.build_data(args)
@@ -142,8 +148,8 @@ def main(argv=None):
     began = time.time()
     line.update(curve=fit(args, teacher, encoder, decoder, data, val, job.device), seconds_train=time.time() - began)
     encoder.eval(), decoder.eval()
-    results, protocol = evaluation.reconstruction(job, encoder, decoder, inputs, None)
-    probe, cosines = evaluation.understanding(job, encoder, teacher, inputs, fitted_on)
+    results, protocol = evaluation.measure_reconstructions(job, encoder, decoder, inputs, None)
+    probe, cosines = evaluation.measure_features(job, encoder, teacher, inputs, fitted_on)
     line.update(results["tokenizer"], probe=probe, cosine=cosines, protocol=protocol, commit=own.commit,
                 torch=torch.__version__, seconds=time.time() - start,
                 device=torch.cuda.get_device_name() if job.device.type == "cuda" else "cpu")
@@ -155,8 +161,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except evaluation.user_errors() as e:
-        print(f"latent_flow.py: {e}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, "latent_flow.py")

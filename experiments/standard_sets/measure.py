@@ -30,6 +30,7 @@ from data import ImageDataset, cores
 from decoder import Decoder
 from encoder import Encoder, UserError, write_atomically
 from eval import PERFECT, comparison, fit_patch_pca, image_noise, patch_pca, psnr, round_uint8, ssim
+from tools.script import SHIPPED, commit, run_command
 
 MARKS = "<!-- measure.py writes from here -->\n", "<!-- to here -->\n"
 SIZE = 256  # of the crops
@@ -119,7 +120,7 @@ def main(argv=None):
     add("--kodak", nargs="+", required=True, metavar="PATH", help="kodak24.zip, or a folder of its pictures")
     add("--davis", nargs="+", required=True, metavar="PATH", help="davis_video.zip: a folder for each clip")
     add("--fit", nargs="+", required=True, metavar="PATH", help="photographs that the PCA is fitted on")
-    add("--weights", default=evaluation.SHIPPED, metavar="FILE", help="[the shipped tokenizer]")
+    add("--weights", default=SHIPPED, metavar="FILE", help="[the shipped tokenizer]")
     add("--label", default="shipped", help="of these figures in results.json and in the table [%(default)s]")
     add("--show", nargs="*", default=["kodim19", "kodim23"], metavar="NAME", help="pictures to write [%(default)s]")
     add("--out", default=HERE, metavar="FOLDER", help="[beside this file]")
@@ -137,14 +138,10 @@ def main(argv=None):
     if unknown := set(args.show) - set(shown):
         raise UserError(f"--show: --kodak has no {' '.join(sorted(unknown))}")
     found = {"weights": os.path.basename(args.weights), "weights_sha256": evaluation.sha256(args.weights),
-             "code": evaluation.commit(), "torch": torch.__version__, "device": device, "fit_images": len(photographs),
+             "code": commit(), "torch": torch.__version__, "device": device, "fit_images": len(photographs),
              "pca": f"{C} components of {p}x{p} patches", "rows": rows}
     print(write_results(args.out, args.label, found, shown))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except evaluation.user_errors() as e:
-        print(f"measure.py: {e}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main, "measure.py")
