@@ -38,7 +38,7 @@ import tools.run
 import tools.speed
 import train
 import tools.script as script
-from tools.run import Run, finite, saving
+from tools.run import Run, explain_failed_save, finite
 
 patch = unittest.mock.patch
 
@@ -111,7 +111,7 @@ def test_training_tells_a_bug_from_a_users_error():
                 except Exception:
                     raise RuntimeError("unexpected pos 704 vs 598")
             def write():
-                with saving("state.pt", 1):
+                with explain_failed_save("state.pt", 1):
                     save({}, None)
             raises(kind, write, words=words)
 
@@ -410,6 +410,8 @@ def test_a_disk_that_fails_is_no_damaged_checkpoint():
         assert load() is None
         torch.save({"step": 3, "args": {"flag_of_an_older_version": 1}}, path)
         assert load()["step"] == 3
+        torch.save({"args": {}}, path)
+        raises(encoder.UserError, load, words=["older version", "it lacks step", "move it away"])
         for code in errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES:
             with patch.object(torch, "load", side_effect=OSError(code, os.strerror(code), path)):
                 raises(OSError, load, words=f"[Errno {code}]")
