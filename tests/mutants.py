@@ -462,7 +462,7 @@ TABLE = [
     ("bf16 ignored", "tools/job.py", "enabled=args.bf16)", "enabled=False)", "test_flags_of_eval"),
     ("report is not rounded", "eval.py", "pixels = (img * 255).round().to(torch.uint8)",
      "pixels = (img * 255).to(torch.uint8)", "test_flags_of_eval"),
-    ("pca fitted on --data", "eval.py", 'job.images("fit PCA", fit)', 'job.images("fit PCA", inputs)',
+    ("pca fitted on --data", "eval.py", 'job.images("fit PCA", fit)', 'job.images("fit PCA", images)',
      "test_eval_measures_the_pca_of_fit"),
     ("scores of one rank", "eval.py", "(sum(job.gather(x)) / len(images)).tolist() for row",
      "(x / len(images)).tolist() for row",

@@ -58,7 +58,7 @@ def parse_args(argv=None):
     add("--crop_scale", type=float, nargs=2, default=[0.8, 1.0], metavar=("MIN", "MAX"),
         help="random crop, fractions of the short side %(default)s")
     add("--max_bad_images", type=number(float, 0, 1), default=0.01, metavar="FRACTION",
-        help="stop if more than this fraction of the training images cannot be read [%(default)s]")
+        help="stop if more than this part of the training images cannot be read [%(default)s]")
     add("--workers", type=number(int, 0), help="data loading processes per rank "
         "[%(default)s: cores / ranks, at most 16; 1 without a GPU]")
     add = ap.add_argument_group("model").add_argument
@@ -117,16 +117,16 @@ def parse_args(argv=None):
         help="of initialisation, sample order, crops, times and noise [%(default)s]")
     add = ap.add_argument_group("machine").add_argument
     add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-        help="compile the blocks, and on a single GPU replay the step as a CUDA graph [%(default)s: on if there is a GPU]")
+        help="compile the blocks, and on a single GPU replay the step as a CUDA graph [%(default)s: on with a GPU]")
     add("--checkpoint_activations", action="store_true",
         help="recompute blocks in the backward pass: less memory, slower")
     add = ap.add_argument_group("output").add_argument
     add("--out", default="out", metavar="FOLDER", help="where the run lives [%(default)s]")
     add("--log_every", type=number(int, 1), default=50, metavar="STEPS", help="log a line [%(default)s]")
     add("--eval_every", type=number(int, 0), default=1000, metavar="STEPS",
-        help="evaluate, and save a picture, also at the end; 0: only at the end [%(default)s]")
+        help="evaluate, and draw a picture; also at the end, 0: only then [%(default)s]")
     add("--save_every", type=number(int, 0), default=1000, metavar="STEPS",
-        help="save, also at the end; 0: only at the end [%(default)s]")
+        help="save; also at the end, 0: only then [%(default)s]")
     add("--keep_every", type=number(int, 0), metavar="STEPS", help="keep a copy of the model [never]")
     add("--resume_anyway", action="store_true", help="resume although arguments differ")
     args = ap.parse_args(argv)
