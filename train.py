@@ -127,7 +127,7 @@ def training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_ba
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     # a CUDA graph launches all kernels at once: Python launches those of a small model more slowly than they run
     graphed = args.compile and on_gpu and ranks == 1
-    # with one micro-batch a step, the graph overwrites the last gradients: no pass over memory to clear and add them
+    # with one micro-batch a step, the graph overwrites the last gradients: no passes over memory to clear and to add
     overwrites = graphed and accumulation == 1
     distances = layer_distances
     if args.compile:  # block by block: all blocks of a kind share one compilation
@@ -186,7 +186,7 @@ def step(s, batches, micro_step, update):
     for m in range(s.accumulation):
         img, labels = next(batches)
         unreadable += [-1 - y for y in labels if y < 0]  # data.py labels the replacement of bad image i by -1 - i
-        seed_step(args.seed, now.step, m, run.rank)
+        seed_step(args.seed, now.step, m, run.rank)  # draws depend on these alone, so a resume repeats them
         stats = stats + micro_step(img.to(run.device, non_blocking=True), m == s.accumulation - 1) / s.accumulation
     if run.ranks > 1:
         dist.all_reduce(stats)  # alpha and w are the same on all ranks, so the mean leaves them as they are
@@ -295,12 +295,12 @@ def check(s, unreadable):
     new = run.list_unreadable([s.data.path(i) for i in unreadable])
     interrupted, new, found = run.sum(len(INTERRUPTS), new, len(unreadable))
     now.unreadable += found
-    said = f"{now.unreadable:,} of the {now.samples:,} images so far could not be read"
+    how_many = f"{now.unreadable:,} of the {now.samples:,} images so far could not be read"
     if new:
-        run.say(f"{said}, others stood in for them: see {run.path('bad_images*.txt')}")
+        run.say(f"{how_many}, other images replaced them: see {run.path('bad_images*.txt')}")
     passes = math.ceil(now.samples / len(s.data))  # over the data, begun so far; each reads a bad image once
     if now.unreadable > args.max_bad_images * len(s.data) * passes:
-        raise UserError(f"{said}, more than --max_bad_images {args.max_bad_images} allows in {passes} passes over "
+        raise UserError(f"{how_many}, more than --max_bad_images {args.max_bad_images} allows in {passes} passes over "
                         f"{len(s.data):,} images: see {run.path('bad_images*.txt')}")
     # Python waits for a GPU when it reads the counter: there it does so at every tenth step alone
     if (not run.on_gpu or now.step % 10 == 0) and now.faults[1] >= TOO_MANY_SKIPPED:
@@ -393,14 +393,15 @@ def main(argv=None, on_signal=None):
     if not resume(s):
         return
     now = s.now
-    s.last_finite = now.sums  # statistics of the last finite step, for an error message; before one, earlier sums
+    s.last_finite = now.sums  # of the last finite step, for an error message; until there is one, the sums stand in
     run.open_log(now.step)
-    step_parts = training_step(args, s.teacher, s.encoder, s.decoder, s.optimizer, s.autocast, s.micro_batch,
-                               s.accumulation, run.ranks)
+    micro_step, update = training_step(args, s.teacher, s.encoder, s.decoder, s.optimizer, s.autocast, s.micro_batch,
+                                       s.accumulation, run.ranks)
     if on_signal:
         listen(on_signal)
     check_locks(2 * args.workers)  # an evaluation has workers of its own beside those of training
     numbers = sample_numbers(now.samples, args.batch_size, s.micro_batch, run.rank, run.ranks, args.steps - now.step)
+    # pinned memory is copied to the GPU while it computes; four batches a worker bridge the change of an epoch
     batches = iter(DataLoader(s.data, batch_sampler=numbers, num_workers=args.workers, collate_fn=collate,
                               prefetch_factor=4 if args.workers else None, pin_memory=run.on_gpu,
                               worker_init_fn=ignore_signals))
@@ -411,7 +412,7 @@ def main(argv=None, on_signal=None):
 
     tick, timed, interrupted = time.time(), 0, 0  # timed: the steps since tick
     while now.step < args.steps and not interrupted:
-        unreadable = step(s, batches, *step_parts)
+        unreadable = step(s, batches, micro_step, update)
         timed += 1
         bar.update()
         interrupted = check(s, unreadable)
