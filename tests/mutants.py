@@ -210,7 +210,8 @@ TABLE = [
      "resize_grid(self.pos_embed, h, w)", "test_position_tables test_released_uniflow_file"),
     ("decoder grid align corners", "decoder.py", "align_corners=False", "align_corners=True",
      "test_position_grid_resize test_position_tables"),
-    ("x_t the other way", "decoder.py", "velocity((1 - s) * x + s * noise, t)", "velocity(s * x + (1 - s) * noise, t)",
+    ("x_t the other way", "decoder.py", "velocity((1 - share) * x + share * noise, t)",
+     "velocity(share * x + (1 - share) * noise, t)",
      "test_flow_loss_closed_form"),
     ("velocity to the image", "decoder.py", "(v - (noise - x)).square()", "(v - (x - noise)).square()",
      "test_flow_loss_closed_form"),
@@ -240,7 +241,7 @@ TABLE = [
     ("a picture of another height", "decoder.py", 'check_tensor("img", img, (B, 3, h * p, w * p))',
      'check_tensor("img", img, (B, 3, "H", w * p))', "test_what_is_no_image_or_latent_is_refused"),
     ("a velocity that is broadcast", "decoder.py",
-     '    check_tensor("velocity", v, x.shape)  # one that is broadcast', '    #',
+     '    check_tensor("velocity", v, x.shape)  # broadcasting', '    #',
      "test_empty_batches_and_what_would_be_broadcast"),
     ("deviations of 0", "decoder.py", 'k == "latent_std" and x.float().min() <= 0', "False", "test_hostile_weights"),
     # ---- tools/convert.py ----
