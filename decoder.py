@@ -339,8 +339,8 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path):
-        """The decoder of a tokenizer file, in eval mode, on the CPU, in fp32. Raises UserError if it holds no decoder, or
-        one whose tensors do not fit its configuration."""
+        """The decoder of a tokenizer file, in eval mode, on the CPU, in fp32. UserError if the file holds no decoder,
+        or one whose tensors do not fit its configuration."""
         try:
             with safe_open(path, "pt") as f:
                 if "chal_proj.c_fc.weight" in f.keys():
