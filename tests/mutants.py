@@ -281,7 +281,7 @@ TABLE = [
     ("alpha is no copy", "distill.py", "mean_alpha = alpha.detach().clone()", "mean_alpha = alpha.detach()",
      "", "a rank's loss becomes the mean of all ranks', which is what is logged; the gradient reads no distance"),
     # ---- data.py ----
-    ("deep pictures", "data.py", "deep >> bits - 8", "deep >> bits - 7", "test_every_kind_of_picture_becomes_rgb"),
+    ("deep pictures", "data.py", "deep >> (bits - 8)", "deep >> (bits - 7)", "test_every_kind_of_picture_becomes_rgb"),
     ("transparent is black", "data.py", 'Image.new("RGBA", img.size, "white")', 'Image.new("RGBA", img.size, "black")',
      "test_every_kind_of_picture_becomes_rgb"),
     ("jpeg decoded too small", "data.py", "img.draft(None, (2 * short, 2 * short))", "img.draft(None, (short, short))",
@@ -323,7 +323,8 @@ TABLE = [
      "test_the_order_of_an_epoch_is_the_seeds"),
     ("crop_scale not handed on", "data.py", "np.random.default_rng([self.seed, n, 1]), self.crop_scale)",
      "np.random.default_rng([self.seed, n, 1]))", "test_data_flags_of_training"),
-    ("signed pictures", "data.py", "(1 << bits) - 1 ^ 1 << bits - 1", "(1 << bits) - 1", "test_deep_and_transparent_pictures_by_hand"),
+    ("signed pictures", "data.py", "((1 << bits) - 1)) ^ (1 << (bits - 1))", "((1 << bits) - 1))",
+     "test_deep_and_transparent_pictures_by_hand"),
     ("white at 0", "data.py", "grey = 255 - grey", "pass", "test_deep_and_transparent_pictures_by_hand"),
     ("exif of a png lost", "data.py", "exif = blob[at + 8:at + 8 + length]", "pass",
      "test_every_kind_of_picture_becomes_rgb test_odd_metadata_cost_no_picture"),
@@ -372,7 +373,7 @@ TABLE = [
     ("latents of two saves", "data.py", "any(self.about.get(k) != made_of[k] for k in made_of)", "False",
      "test_a_folder_of_latents_that_is_not_whole"),
     ("a TIFF's metadata stay", "data.py", "if tag not in TIFF_PIXELS:", "if False:", "test_odd_metadata_cost_no_picture"),
-    ("signs of a deep TIFF stay", "data.py", "or tag == 339 and tags[tag] == 2)", "or False)",
+    ("signs of a deep TIFF stay", "data.py", "or (tag == SAMPLE_FORMAT and tags[tag] == 2))", "or False)",
      "test_deep_and_transparent_pictures_by_hand"),
     # ---- tools/latents.py ----
     ("sample deviation of latents", "tools/latents.py", "latents.scatter.diagonal() / latents.count)",
