@@ -69,7 +69,7 @@ def cores():
 def load_image(file, short=None):
     """A path or binary file -> PIL image in RGB, turned as its EXIF says, transparency on white, the first frame.
 
-    short: allows to decode a JPEG 2, 4 or 8 times smaller, which is quicker; its shorter side stays >= 2 * short.
+    short: a JPEG may be decoded 2, 4 or 8 times smaller, which is quicker; its shorter side stays >= 2 * short.
     Raises UserError if the file cannot be read as an image; OSError and MemoryError are the machine's trouble.
     """
     blob = read_file(file)
@@ -78,7 +78,7 @@ def load_image(file, short=None):
             warnings.simplefilter("ignore")  # PIL's
             img = open_image(io.BytesIO(blob))
             full, turn = img.size, TURNS.get(img.info["orientation"])
-            if short and (turn is None or full[0] % 8 == full[1] % 8 == 0):  # turned: only if no odd row is left
+            if short and (turn is None or full[0] % 8 == full[1] % 8 == 0):  # turned: only where no odd row is cut
                 img.draft(None, (2 * short, 2 * short))
             img.load()
         scale = round(full[0] / img.width)
@@ -132,7 +132,7 @@ def open_image(file):
     img = Image.open(io.BytesIO(blob), formats=FORMATS)
     if img.width * img.height > MAX_PIXELS:  # from the header: nothing is decoded yet
         raise UserError(f"{img.width}x{img.height} pixels, more than {MAX_PIXELS:,}")
-    if img.mode == "F" or img.format == "TIFF" and img.mode == "I" and img.tag_v2[BITS] != (16,):
+    if img.mode == "F" or (img.format == "TIFF" and img.mode == "I" and img.tag_v2[BITS] != (16,)):
         raise UserError("has 32 bits a channel, and nothing says which number is white: save it with 8 or 16")
     tags = tags or patch_tiff(img.info.get("exif", b""))[1]
     img.info["orientation"] = tags.get(ORIENTATION)
@@ -189,7 +189,7 @@ def patch_tiff(tiff):
 
 
 def strip_avif(blob):
-    """An AVIF file -> (the file with its EXIF hidden, no tags). AVIF itself says how it is turned, and PIL obeys."""
+    """An AVIF file -> (the file with its EXIF hidden, no tags). AVIF itself says how it is turned; PIL tells it."""
     at = blob.index(b"meta")
     end = at - 4 + struct.unpack_from(">I", blob, at - 4)[0]
     return blob[:at] + blob[at:end].replace(b"Exif", b"skip") + blob[end:], {}
@@ -335,8 +335,8 @@ class ImageDataset(Samples):
                 f.seek(sum(struct.unpack("<26xHH", f.read(30))), os.SEEK_CUR)
                 data = f.read(length)
             if method == zipfile.ZIP_DEFLATED:
-                data = zlib.decompressobj(-15).decompress(data, size + 1)  # no more, even if it holds more
-        except FileNotFoundError:  # of a whole archive, no picture is replaced
+                data = zlib.decompressobj(-15).decompress(data, size + 1)  # at most one byte too many
+        except FileNotFoundError:  # a whole archive is gone: no picture of it is replaced
             raise MissingFile(f"{root} is gone") from None
         except (struct.error, zlib.error) as e:
             raise UserError(f"damaged in the archive ({e})") from None
@@ -423,7 +423,7 @@ def list_archive(path):
         if e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or e.flag_bits & 1:
             raise UserError(f"{path}: {e.filename} is encrypted or compressed by an unknown method; repack the archive")
         if not 0 <= e.header_offset <= end - e.compress_size:
-            raise UserError(f"{path} is a damaged .zip archive: it lists {e.filename} outside of itself")
+            raise UserError(f"{path} is a damaged .zip archive: its entry {e.filename} lies outside of the file")
         yield name, e.header_offset, e.compress_size, e.compress_type, min(e.file_size, MAX_BYTES + 1), e.CRC
 
 

@@ -144,8 +144,8 @@ def norm_rows(norm, x):
 
 
 def scaled(linear, x, scale):
-    """scale * linear(x), where None is a scale of 1. It is the weights that are scaled: to scale the activations costs
-    5% of a training step and 4 GiB at InternViT's size on an H100."""
+    """scale * linear(x), where None is a scale of 1. The scale goes into the weights: on the activations it would cost
+    5% of a training step and 4 GiB, at InternViT's size on an H100."""
     if scale is None:
         return linear(x)
     if type(linear) is not nn.Linear:  # for instance LoRA's layer, which computes more than weight and bias
@@ -603,7 +603,7 @@ def fetch(name_or_url, offline=False):
     if os.path.isfile(given):
         return given
     url, name = given, os.path.basename(urllib.parse.urlsplit(given).path)
-    sha = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+$", name)  # names of torch.hub end in its first digits
+    sha = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+$", name)  # torch.hub's names end in its first digits
     if given in PUBLISHED:
         org, repo, file = PUBLISHED[given].split("/")
         name = f"{org}--{repo}--{file}"
