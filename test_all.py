@@ -853,7 +853,7 @@ def test_released_uniflow_file():
         with contextlib.redirect_stderr(io.StringIO()) as said:
             convert.to_released(ours, back)
         assert "statistics are left out" in said.getvalue() and load_file(back).keys() == state.keys()
-        raises(ValueError, convert.to_released, tokenizer_file(tmp), back, words=["cannot build", "depth 3 for 2", "latent_dim 8 for 64"])
+        raises(ValueError, convert.to_released, tokenizer_file(tmp), back, words=["cannot build", "depth 3 instead of 2", "latent_dim 8 instead of 64"])
         moved = {k: x.T.contiguous() if k == "chal_unproj.c_fc.weight" else x for k, x in state.items() if k != "decoder_pos_embed"}
         save_file(moved, path)
         raises(ValueError, convert.from_released, path, ours, words=["missing decoder_pos_embed", "chal_unproj.c_fc.weight is (64, 32), expected (32, 64)"])
