@@ -22,10 +22,10 @@ import decoder
 import eval as evaluation
 
 STANDARD_SETS = os.path.join(HERE, "experiments", "standard_sets")
-sys.path[:0] = [os.path.join(HERE, "experiments", "efficiency"), STANDARD_SETS]
-import latent_flow
-import measure
-del sys.path[:2]
+EFFICIENCY = os.path.join(HERE, "experiments", "efficiency")
+with unittest.mock.patch.object(sys, "path", [EFFICIENCY, STANDARD_SETS, *sys.path]):
+    import latent_flow
+    import measure
 
 LATENT_FLOW_RUN = ("--size 16 --latent_dim 8 --gtb_depth 1 --flow_depth 2 --flow_width 96 --batch_size 8 "
                    "--micro_batch 8 --steps 48 --lr 1e-2 --endpoint 1 --workers 0 --seed 3")
