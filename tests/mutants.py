@@ -860,11 +860,11 @@ TABLE = [
     ("the batch after the one at fault", "train.py", "batch = range(now.samples - args.batch_size, now.samples)",
      "batch = range(now.samples, now.samples + args.batch_size)", "test_numbers_that_go_wrong"),
     ("the kept model after the checkpoint", "train.py",
-     "        if every and s.now.step % every == 0:  # first, as a resume from this step would not write it again\n"
+     "        if every and s.now.step % every == 0:\n"
      '            export(state, s.run.path(f"model_{s.now.step:07d}.safetensors"))\n'
      "        write_atomically(path, lambda f: torch.save(state, f))\n",
      "        write_atomically(path, lambda f: torch.save(state, f))\n"
-     "        if every and s.now.step % every == 0:  # first, as a resume from this step would not write it again\n"
+     "        if every and s.now.step % every == 0:\n"
      '            export(state, s.run.path(f"model_{s.now.step:07d}.safetensors"))\n',
      "test_a_kill_between_any_two_writes_changes_nothing"),
     ("colours from the student's range", "sample.py", "low, high = (centred[-1] @ axes)",
@@ -885,8 +885,8 @@ TABLE = [
      "np.isfinite(mu.sum())", "test_statistics_that_are_no_gaussian_are_refused"),
     ("no commit outside a checkout", "tools/script.py", '.stdout.strip() or "unknown"', ".stdout.strip()",
      "test_the_commit_is_that_of_the_code"),
-    ("a hint to what is used already", "tools/script.py", "unnamed = not given and found == RUNS_FILE",
-     "unnamed = not given", "test_only_a_run_found_unasked_is_explained"),
+    ("a hint to what is used already", "tools/script.py", "by_default = not given and found == RUNS_FILE",
+     "by_default = not given", "test_only_a_run_found_unasked_is_explained"),
     ("the encoder stays in eval mode", "tools/validate.py", "encoder.train(), decoder.train()", "decoder.train()",
      "test_validation_during_training"),
     ("the first eight are shown", "tools/validate.py", "[numbers[k] for k in spread(len(numbers), 8)]", "numbers[:8]",
