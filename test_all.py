@@ -1,8 +1,10 @@
-"""Tests of the whole project, each with its oracle inside: a number worked by hand, a closed form, or another implementation.
+"""Tests of the whole project, each with its oracle inside: a number worked by hand, a closed form, or another
+implementation.
 
     python test_all.py [NAME ...]        # all, or those whose name contains NAME; closes with "N passed, N failed"
 
-The tests of tests/test_*.py run with them, and share tests/helpers.py. They run on the CPU in tiny configurations and need requirements-test.txt; `pytest test_all.py` runs the same functions.
+The tests of tests/test_*.py run with them, and share tests/helpers.py. They run on the CPU in tiny configurations and
+need requirements-test.txt; `pytest test_all.py` runs the same functions.
 """
 import collections
 import concurrent.futures
@@ -112,7 +114,8 @@ def test_training_step_drops_cls_and_draws_t_per_patch():
 
         def forward(self, img):
             torch.manual_seed(0)  # the same spatial tokens, whatever the CLS token
-            return [torch.cat([torch.full((len(img), 1, 32), self.cls), torch.randn(len(img), 16, 32)], 1) for _ in range(3)]
+            return [torch.cat([torch.full((len(img), 1, 32), self.cls), torch.randn(len(img), 16, 32)], 1)
+                    for _ in range(3)]
 
     seen = {}
 
@@ -121,7 +124,8 @@ def test_training_step_drops_cls_and_draws_t_per_patch():
         return torch.zeros(())
     args = types.SimpleNamespace(**vars(METHOD))
     student = Tokens(-5.0)
-    loss_dist, *_ = train.losses(Tokens(5.0), lambda img: (None, student(img)), flow_loss, torch.rand(2, 3, 16, 16), args)
+    loss_dist, *_ = train.losses(Tokens(5.0), lambda img: (None, student(img)), flow_loss,
+                                 torch.rand(2, 3, 16, 16), args)
     assert abs(loss_dist.item()) < 1e-6, f"opposite CLS tokens moved the distillation loss to {loss_dist.item()}"
     assert seen["t"].shape == (2, 16) and len(seen["t"].unique()) == 32, "every patch must have its own time"
     args.endpoint = 1.0
@@ -152,7 +156,8 @@ def test_patchify_by_hand():
     patches = decoder.patchify(img, 2)
     assert patches.shape == (1, 6, 12)
     assert patches[0, 0].tolist() == [0, 1, 10, 11, 100, 101, 110, 111, 200, 201, 210, 211]
-    assert patches[0, 4].tolist() == [22, 23, 32, 33, 122, 123, 132, 133, 222, 223, 232, 233]  # second row, second column
+    # second row, second column
+    assert patches[0, 4].tolist() == [22, 23, 32, 33, 122, 123, 132, 133, 222, 223, 232, 233]
     close(patches, F.unfold(img, 2, stride=2).transpose(1, 2), 0)
     assert torch.equal(decoder.unpatchify(patches, 2, 4, 6), img)
 
@@ -160,7 +165,8 @@ def test_patchify_by_hand():
 def test_flow_loss_closed_form():
     _, _, dec = micro_models()
     img, z, noise, t = torch.rand(2, 3, 16, 16), torch.randn(2, 8, 4, 4), torch.randn(2, 16, 48), torch.rand(2, 16)
-    x = decoder.patchify((img - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None], 4)
+    x = decoder.patchify((img - torch.tensor([0.485, 0.456, 0.406])[:, None, None])
+                         / torch.tensor([0.229, 0.224, 0.225])[:, None, None], 4)
     seen = {}
 
     def perfect(x_t, t, c):
@@ -170,7 +176,8 @@ def test_flow_loss_closed_form():
     assert dec.loss(z, img, t, noise).item() < 1e-12, "the true velocity eps - x must have no loss"
     close(seen["x_t"], (1 - t[..., None]) * x + t[..., None] * noise, 1e-6)
     dec.velocity = lambda x_t, t, c: noise - x + 0.5
-    assert abs(dec.loss(z, img, t, noise).item() - 0.25) < 1e-5, "a mean over patches and elements: 0.5 everywhere is 0.25"
+    assert abs(dec.loss(z, img, t, noise).item() - 0.25) < 1e-5, (
+        "a mean over patches and elements: 0.5 everywhere is 0.25")
 
 
 def test_euler_closed_form():
@@ -204,14 +211,16 @@ def test_flow_head_is_patchwise_and_gtb_is_not():
         z2 = z.clone()
         z2[0, :, 1, 1] += 1  # one latent token, number 5
         changed = (dec.condition(z2) - dec.condition(z)).abs().sum(-1)[0] > 1e-6
-        assert changed.sum() == moved and changed[5], f"with {depth} global blocks one latent token moved {changed.sum()} tokens"
+        assert changed.sum() == moved and changed[5], (
+            f"with {depth} global blocks one latent token moved {changed.sum()} tokens")
         c = dec.condition(z)
         c2, x2 = c.clone(), x_t.clone()
         c2[0, 3] += 1
         x2[0, 7] += 1
         for other in (dec.velocity(x_t, t, c2), dec.velocity(x2, t, c)):
             touched = (other - dec.velocity(x_t, t, c)).abs().sum(-1)[0] > 0
-            assert touched.sum() == 1 and (touched[3] or touched[7]), "the flow head must see one patch and its own condition"
+            assert touched.sum() == 1 and (touched[3] or touched[7]), (
+                "the flow head must see one patch and its own condition")
 
 
 def test_sample_t_distribution():
@@ -227,10 +236,12 @@ def test_sample_t_distribution():
 
 
 def test_pixel_decoder_learns_from_its_own_initialisation():
-    """Half of what the best constant patch leaves, which is all that is learned where no gradient passes the zeros of the head."""
+    """Half of what the best constant patch leaves, which is all that is learned where no gradient passes the zeros of
+    the head."""
     torch.manual_seed(0)
     dec = decoder.Decoder(replace(MICRO_DECODER, objective="pixel"))
-    z, img = torch.randn(4, MICRO_DECODER.latent_dim, 4, 4), torch.rand(4, 3, 4 * MICRO_DECODER.patch, 4 * MICRO_DECODER.patch)
+    z, img = (torch.randn(4, MICRO_DECODER.latent_dim, 4, 4),
+              torch.rand(4, 3, 4 * MICRO_DECODER.patch, 4 * MICRO_DECODER.patch))
     optimizer = torch.optim.AdamW(dec.parameters(), 1e-2)
     for _ in range(80):
         optimizer.zero_grad()
@@ -254,7 +265,8 @@ def test_pixel_objective_regresses_the_pixels():
 # ---- encoder.py ----
 
 def test_parameter_counts_of_full_size_models():
-    counts = {"internvit": 304_012_288, "dinov2": 304_367_616, "siglip2": 412_649_712, "siglip2-l": 303_361_024, "clip": 303_179_776}
+    counts = {"internvit": 304_012_288, "dinov2": 304_367_616, "siglip2": 412_649_712, "siglip2-l": 303_361_024,
+              "clip": 303_179_776}
     count = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
     for name, expected in counts.items():  # the published backbones, TEACHERS.md
         args = train.parse_args(["--teacher", name])
@@ -262,11 +274,14 @@ def test_parameter_counts_of_full_size_models():
             vit = encoder.ViT(encoder.TEACHERS[name])
             dec = decoder.Decoder(decoder.DecoderConfig(
                 latent_dim=args.latent_dim, width=vit.config.width, heads=vit.config.heads, gtb_depth=args.gtb_depth,
-                flow_depth=args.flow_depth, flow_width=args.flow_width, patch=vit.config.patch, grid=args.size // vit.config.patch))
-            loss = dec(encoder.Encoder(vit)(torch.empty(1, 3, args.size, args.size))[0], torch.empty(1, 3, args.size, args.size))
+                flow_depth=args.flow_depth, flow_width=args.flow_width, patch=vit.config.patch,
+                grid=args.size // vit.config.patch))
+            loss = dec(encoder.Encoder(vit)(torch.empty(1, 3, args.size, args.size))[0],
+                       torch.empty(1, 3, args.size, args.size))
         assert count(vit) == expected, f"{name} has {count(vit):,} parameters, published {expected:,}"
         assert loss.shape == ()
-        if name == "internvit":  # as released: 64*1024+1024 + 1024^2+1024; 6*(12*1024^2 + 13*1024); the flow head's list
+        # as released: 64*1024+1024 + 1024^2+1024; 6*(12*1024^2 + 13*1024); the flow head's list
+        if name == "internvit":
             assert count(dec.latent_up) == 1_116_160 and count(dec.blocks) == 75_577_344
             assert count(dec.head) == 68_667_980
 
@@ -286,7 +301,8 @@ def test_random_teacher_is_seeded():
     with contextlib.redirect_stdout(io.StringIO()) as said:
         a, b = (encoder.load_teacher("tiny", "random").state_dict() for _ in range(2))
     assert all(torch.equal(a[k], b[k]) for k in a) and said.getvalue().count("RANDOM") == 2
-    raises(FileNotFoundError, encoder.load_teacher, "small", words="teacher_weights FILE|random")  # none ships, and nothing stands in for it
+    # none ships, and nothing stands in for it
+    raises(FileNotFoundError, encoder.load_teacher, "small", words="teacher_weights FILE|random")
 
 
 def test_latent_layout_is_row_major():
@@ -341,7 +357,8 @@ def test_file_round_trip_and_latent_statistics():
     mean, std = torch.randn(8), torch.rand(8) + 0.5
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "model.safetensors")
-        state = {"encoder": enc.state_dict(), "decoder": dec.state_dict(), "latent_mean": mean, "latent_std": std, "step": 7, "id": "x",
+        state = {"encoder": enc.state_dict(),
+                 "decoder": dec.state_dict(), "latent_mean": mean, "latent_std": std, "step": 7, "id": "x",
                  "config": {"vit": asdict(MICRO_VIT), "decoder": asdict(MICRO_DECODER), "size": 16}}
         train.export(state, path)
         enc2, dec2 = encoder.Encoder.from_pretrained(path), decoder.Decoder.from_pretrained(path)
@@ -363,10 +380,11 @@ FAMILIES = {  # name: (transformers' classes, our configuration at a small size,
     "internvit": (("InternVLVisionConfig", "InternVLVisionModel"), dict(final_norm=False, layer_scale=1.0),
                   ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
     "dinov2": (("Dinov2Config", "Dinov2Model"), dict(layer_scale=1.0), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
-    "siglip2": (("SiglipVisionConfig", "SiglipVisionModel"), dict(num_prefix=0, activation="gelu_tanh", pixel_stats="half"),
-                ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))),
-    "clip": (("CLIPVisionConfig", "CLIPVisionModel"), dict(patch_bias=False, pre_norm=True, eps=1e-5, activation="quick_gelu",
-                                                           pixel_stats="openai"),
+    "siglip2": (("SiglipVisionConfig", "SiglipVisionModel"),
+                dict(num_prefix=0, activation="gelu_tanh", pixel_stats="half"), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))),
+    "clip": (("CLIPVisionConfig", "CLIPVisionModel"),
+             dict(patch_bias=False, pre_norm=True, eps=1e-5, activation="quick_gelu",
+                  pixel_stats="openai"),
              ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))),
 }
 
@@ -378,13 +396,15 @@ def reference(family, depth=3, width=72, heads=4, mlp=144, patch=7, size=28):
     square = (lambda x: [x, x]) if family == "internvit" else (lambda x: x)
     kind = {"internvit": dict(attention_bias=True), "dinov2": dict(mlp_ratio=mlp // width)}.get(family, {})
     config = getattr(transformers, config_class)(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
-                                                 intermediate_size=mlp, image_size=square(size), patch_size=square(patch), **kind)
+                                                 intermediate_size=mlp, image_size=square(size),
+                                                 patch_size=square(patch), **kind)
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(config).eval()
     for name, p in model.named_parameters():  # norms and scales near 1; small embeddings, so that the epsilons matter
         p.data = (0.02 if "embeddings" in name else 0.1) * torch.randn_like(p) + (p.ndim == 1) * (p.data.mean() > 0.5)
     assert ours.items() <= asdict(encoder.TEACHERS[family]).items(), "the published model must be of this structure"
-    return model, encoder.ViTConfig(width=width, depth=depth, heads=heads, mlp_width=mlp, patch=patch, size=size, **ours)
+    return model, encoder.ViTConfig(width=width, depth=depth, heads=heads, mlp_width=mlp, patch=patch,
+                                    size=size, **ours)
 
 
 def reference_tokens(family, model, img):
@@ -416,7 +436,8 @@ def fuse(state, pattern, fused):
     state = dict(state)
     for name in [n for n in state if re.search(pattern.format("q"), n)]:
         parts = [state.pop(re.sub(pattern.format("q"), lambda m: m[0].replace(*swap), name)) for swap in
-                 ((("q_proj", x + "_proj") if "q_proj" in name else ("query", {"q": "query", "k": "key", "v": "value"}[x])) for x in "qkv")]
+                 ((("q_proj", x + "_proj") if "q_proj" in name
+                   else ("query", {"q": "query", "k": "key", "v": "value"}[x])) for x in "qkv")]
         state[re.sub(pattern.format("q"), fused, name)] = torch.cat(parts)
     return state
 
@@ -435,38 +456,50 @@ def layouts_of(family, hf):
         fused = fuse(hf, r"attention\.{}_proj", "attn.qkv")
         remote = renamed(fused, ("cls_token", "class_embedding"), ("position_embeddings", "position_embedding"),
                          (r"patch_embeddings\.projection", "patch_embedding"), (r"encoder\.layer\.", "encoder.layers."),
-                         ("layernorm_before", "norm1"), ("layernorm_after", "norm2"), (r"attention\.projection_layer", "attn.proj"),
-                         ("lambda_", "ls"))
-        timm = renamed(remote, (r"embeddings\.class_embedding", "cls_token"), (r"embeddings\.position_embedding", "pos_embed"),
-                       (r"embeddings\.patch_embedding", "patch_embed.proj"), (r"encoder\.layers\.", "blocks."), (r"(ls\d)", r"\1.gamma"))
-        whole = {**renamed(hf, ("^", "vision_tower.")), "language_model.model.embed.weight": extra, "multi_modal_projector.linear.bias": extra}
+                         ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
+                         (r"attention\.projection_layer", "attn.proj"), ("lambda_", "ls"))
+        timm = renamed(remote, (r"embeddings\.class_embedding", "cls_token"),
+                       (r"embeddings\.position_embedding", "pos_embed"),
+                       (r"embeddings\.patch_embedding", "patch_embed.proj"), (r"encoder\.layers\.", "blocks."),
+                       (r"(ls\d)", r"\1.gamma"))
+        whole = {**renamed(hf, ("^", "vision_tower.")), "language_model.model.embed.weight": extra,
+                 "multi_modal_projector.linear.bias": extra}
         return {"remote": remote, "hf": hf, "hf whole": whole, "timm": timm}
     if family == "dinov2":
         fused = fuse(hf, r"attention\.attention\.{}uery", "attn.qkv")
         timm = renamed(fused, (r"embeddings\.cls_token", "cls_token"), (r"embeddings\.mask_token", "mask_token"),
-                       (r"embeddings\.position_embeddings", "pos_embed"), (r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+                       (r"embeddings\.position_embeddings", "pos_embed"),
+                       (r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
                        (r"encoder\.layer\.", "blocks."), (r"attention\.output\.dense", "attn.proj"),
                        (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"), ("^layernorm", "norm"))
         return {"hf": hf, "original": timm, "timm": {k: v for k, v in timm.items() if k != "mask_token"}}
     fused = fuse(hf, r"self_attn\.{}_proj", "attn.qkv")
-    blocks = [(r"encoder\.layers\.", "blocks."), ("layer_norm", "norm"), (r"self_attn\.out_proj", "attn.proj"), ("post_layernorm", "norm"),
-              (r"embeddings\.patch_embedding", "patch_embed.proj"), ("pre_layrnorm", "norm_pre")]
-    timm = renamed(fused, *blocks, (r"embeddings\.position_embedding\.weight", "pos_embed"), (r"embeddings\.class_embedding", "cls_token"))
+    blocks = [(r"encoder\.layers\.", "blocks."), ("layer_norm", "norm"), (r"self_attn\.out_proj", "attn.proj"),
+              ("post_layernorm", "norm"), (r"embeddings\.patch_embedding", "patch_embed.proj"),
+              ("pre_layrnorm", "norm_pre")]
+    timm = renamed(fused, *blocks, (r"embeddings\.position_embedding\.weight", "pos_embed"),
+                   (r"embeddings\.class_embedding", "cls_token"))
     timm = {k: v for k, v in timm.items() if not k.startswith("head.")}
     timm["pos_embed"] = timm["pos_embed"][None]
-    towers = {**renamed(hf, ("^", "vision_model.")), "logit_scale": extra, "text_model.encoder.layers.0.mlp.fc1.weight": extra,
+    towers = {**renamed(hf, ("^", "vision_model.")), "logit_scale": extra,
+              "text_model.encoder.layers.0.mlp.fc1.weight": extra,
               "text_model.embeddings.position_ids": torch.arange(3)}
     if family == "siglip2":
         timm["attn_pool.latent"] = extra
         return {"hf": hf, "two towers": {**towers, "logit_bias": extra}, "timm": timm}
     timm.update({"cls_token": timm["cls_token"].view(1, 1, -1), "head.weight": extra})
-    openclip = renamed(fused, (r"embeddings\.class_embedding", "class_embedding"), (r"embeddings\.position_embedding\.weight", "positional_embedding"),
-                       (r"embeddings\.patch_embedding", "conv1"), ("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post"),
-                       (r"encoder\.layers\.", "transformer.resblocks."), (r"layer_norm(\d)", r"ln_\1"), (r"attn\.qkv\.", "attn.in_proj_"),
-                       (r"self_attn\.out_proj", "attn.out_proj"), (r"mlp\.fc1", "mlp.c_fc"), (r"mlp\.fc2", "mlp.c_proj"), ("^", "visual."))
-    openclip.update({"visual.proj": extra, "positional_embedding": extra, "token_embedding.weight": extra, "ln_final.bias": extra,
-                     "transformer.resblocks.0.ln_1.weight": extra, "transformer.resblocks.0.attn.out_proj.weight": extra,
-                     "text_projection": extra, "logit_scale": extra})
+    openclip = renamed(fused, (r"embeddings\.class_embedding", "class_embedding"),
+                       (r"embeddings\.position_embedding\.weight", "positional_embedding"),
+                       (r"embeddings\.patch_embedding", "conv1"), ("pre_layrnorm", "ln_pre"),
+                       ("post_layernorm", "ln_post"), (r"encoder\.layers\.", "transformer.resblocks."),
+                       (r"layer_norm(\d)", r"ln_\1"), (r"attn\.qkv\.", "attn.in_proj_"),
+                       (r"self_attn\.out_proj", "attn.out_proj"), (r"mlp\.fc1", "mlp.c_fc"),
+                       (r"mlp\.fc2", "mlp.c_proj"), ("^", "visual."))
+    openclip.update({"visual.proj": extra, "positional_embedding": extra,
+                     "token_embedding.weight": extra, "ln_final.bias": extra,
+                     "transformer.resblocks.0.ln_1.weight": extra,
+                     "transformer.resblocks.0.attn.out_proj.weight": extra, "text_projection": extra,
+                     "logit_scale": extra})
     towers = {**towers, "visual_projection.weight": extra, "vision_model.embeddings.position_ids": torch.arange(3)}
     return {"hf": hf, "two towers": towers, "timm": timm, "open_clip": openclip}
 
@@ -481,7 +514,8 @@ def test_published_layouts_equal_transformers():
                 expected, last = reference_tokens(family, model, img)
                 for name, state in layouts.items():
                     path = os.path.join(tmp, "weights.bin")
-                    torch.save({"state_dict": {"module." + k: v for k, v in state.items()}} if name == "open_clip" else state, path)
+                    torch.save({"state_dict": {"module." + k: v for k, v in state.items()}} if name == "open_clip"
+                               else state, path)
                     vit = loaded(config, path)
                     with torch.no_grad():
                         ours = vit(img)
@@ -500,7 +534,8 @@ def test_published_layouts_equal_transformers():
 
 
 def test_parity_sees_each_structural_mistake():
-    """Every detail that a loader gets wrong in practice must move the output by more than the tolerance of the parity test."""
+    """Every detail that a loader gets wrong in practice must move the output by more than the tolerance of the parity
+    test."""
     swap = {"gelu": "gelu_tanh", "gelu_tanh": "gelu", "quick_gelu": "gelu"}
     for family in FAMILIES:
         model, config = reference(family)
@@ -508,10 +543,12 @@ def test_parity_sees_each_structural_mistake():
         expected = reference_tokens(family, model, img)[0][-1]
         with tempfile.TemporaryDirectory() as tmp:
             saved_by_transformers(model, tmp)
-            mistakes = {"activation": dict(activation=swap[config.activation]), "epsilon": dict(eps=1e-5 if config.eps == 1e-6 else 1e-6)}
+            mistakes = {"activation": dict(activation=swap[config.activation]),
+                        "epsilon": dict(eps=1e-5 if config.eps == 1e-6 else 1e-6)}
             for name, change in mistakes.items():
                 vit = loaded(replace(config, **change), os.path.join(tmp, "model.safetensors"))
-                assert (vit(img)[-1] - expected).norm() / expected.norm() > 5e-6, f"{family}: a wrong {name} went unseen"
+                assert (vit(img)[-1] - expected).norm() / expected.norm() > 5e-6, (
+                    f"{family}: a wrong {name} went unseen")
             vit = loaded(config, os.path.join(tmp, "model.safetensors"))
             if config.pre_norm:
                 vit.norm_pre = nn.Identity()
@@ -538,12 +575,11 @@ def test_files_that_do_not_fit_are_refused():
     with tempfile.TemporaryDirectory() as tmp:
         state = saved_by_transformers(model, tmp)
         path = os.path.join(tmp, "x.safetensors")
-        first = "encoder.layers.1.mlp.fc1.weight"
+        first, grid = "encoder.layers.1.mlp.fc1.weight", "embeddings.position_embedding.weight"
         cases = {"missing " + first: {k: v for k, v in state.items() if k != first},
                  "unknown surprise.weight": {**state, "surprise.weight": torch.zeros(1)},
                  first + " is (72, 144), expected (144, 72)": {**state, first: state[first].T.contiguous()},
-                 "embeddings.position_embedding.weight is (72, 17)": {**state, "embeddings.position_embedding.weight":
-                                                                      state["embeddings.position_embedding.weight"].T.contiguous()},
+                 grid + " is (72, 17)": {**state, grid: state[grid].T.contiguous()},
                  "no known layout": {"a": torch.zeros(1)}, "unknown blocks.0": {**state, "blocks.0": torch.zeros(1)}}
         for words, broken in cases.items():
             save_file(broken, path)
@@ -567,7 +603,8 @@ class Payload:
 
 
 def ways_in(path):
-    """Each function that reads weights, on `path`: {name: what it gave, or its error's text}; the error must be of the right kind."""
+    """Each function that reads weights, on `path`: {name: what it gave, or its error's text}; the error must be of the
+    right kind."""
     results = {}
     for name, load in {"read_config": encoder.read_config, "encoder": encoder.Encoder.from_pretrained,
                        "decoder": decoder.Decoder.from_pretrained, "own teacher": encoder.load_teacher,
@@ -582,13 +619,15 @@ def ways_in(path):
 
 def test_hostile_weights():
     encoder.TEACHERS["micro"] = MICRO_VIT
-    junk = {"width": [10 ** 6, 0, -32, "32", True, None, 32.0, [], 2 ** 70], "depth": [10 ** 9, 1000, "24", 1e3, -1, {}], "heads": [0, 3],
-            "patch": [0, 5], "activation": [[], "relu"], "eps": [math.nan, 0, -1e-6, "x"], "layer_scale": [math.inf, True, 1],
-            "num_prefix": [6, -1], "patch_bias": [1, "no"], "size": [0, 17, 10 ** 9], "surprise": [1], "pixel_stats": [{}, ""]}
-    junk_decoder = {"latent_dim": [0, -8, 10 ** 12, True, "8", None, [8]], "grid": [0, 65536, 10 ** 9], "gtb_depth": [-1, 10 ** 9, True],
-                    "width": [65536, 30], "flow_width": [65536, 0], "projector": [0, "x", []], "flow_depth": [999], "surprise": [1],
-                    "patch": [0, 65535]}
-    large = {("depth", 1000), ("flow_depth", 999), ("grid", 65536), ("patch", 65535), ("width", 65536), ("flow_width", 65536)}
+    junk = {"width": [10 ** 6, 0, -32, "32", True, None, 32.0, [], 2 ** 70],
+            "depth": [10 ** 9, 1000, "24", 1e3, -1, {}], "heads": [0, 3], "patch": [0, 5], "activation": [[], "relu"],
+            "eps": [math.nan, 0, -1e-6, "x"], "layer_scale": [math.inf, True, 1], "num_prefix": [6, -1],
+            "patch_bias": [1, "no"], "size": [0, 17, 10 ** 9], "surprise": [1], "pixel_stats": [{}, ""]}
+    junk_decoder = {"latent_dim": [0, -8, 10 ** 12, True, "8", None, [8]], "grid": [0, 65536, 10 ** 9],
+                    "gtb_depth": [-1, 10 ** 9, True], "width": [65536, 30], "flow_width": [65536, 0],
+                    "projector": [0, "x", []], "flow_depth": [999], "surprise": [1], "patch": [0, 65535]}
+    large = {("depth", 1000), ("flow_depth", 999), ("grid", 65536), ("patch", 65535), ("width", 65536),
+             ("flow_width", 65536)}
     with tempfile.TemporaryDirectory() as tmp:
         path, bad = tokenizer_file(tmp), os.path.join(tmp, "bad.safetensors")
         state, config = load_file(path), encoder.read_config(path)
@@ -597,18 +636,22 @@ def test_hostile_weights():
         def refused_by(path, *ways, words=""):
             results = ways_in(path)
             for way in ways:
-                assert isinstance(results[way], str) and words in results[way], f"{way} of {path}, {words}: {results[way]}"
-        for part, values, ways in ("vit", junk, ["read_config", "encoder", "own teacher"]), ("decoder", junk_decoder, ["decoder"]):
+                assert isinstance(results[way], str) and words in results[way], (
+                    f"{way} of {path}, {words}: {results[way]}")
+        for part, values, ways in (("vit", junk, ["read_config", "encoder", "own teacher"]),
+                                   ("decoder", junk_decoder, ["decoder"])):
             for field, x in ((k, x) for k in values for x in values[k]):
                 encoder.write_model(bad, {**config, part: {**config[part], field: x}}, state)
                 refused_by(bad, *ways, words="asks for" if type(x) is int and (field, x) in large else field)
-        for key, x in [("size", v) for v in (0, -16, 18, "16", None, True, 1e3, 10 ** 9, [])] + [("vit", 3), ("vit", []), ("vit", None)]:
+        sizes = 0, -16, 18, "16", None, True, 1e3, 10 ** 9, []
+        for key, x in [("size", v) for v in sizes] + [("vit", 3), ("vit", []), ("vit", None)]:
             encoder.write_model(bad, {**config, key: x}, state)
             refused_by(bad, "read_config", "encoder")
         for x in (3, [], "x", None, {}):
             encoder.write_model(bad, {**config, "decoder": x}, state)
             refused_by(bad, "encoder", "decoder")
-        for metadata in ({"config": "{"}, {"config": "[" * 10 ** 5}, {"config": '"x"'}, {"config": "[]"}, {"x": ""}, {"config": "{}"}, None):
+        for metadata in ({"config": "{"}, {"config": "[" * 10 ** 5}, {"config": '"x"'}, {"config": "[]"}, {"x": ""},
+                         {"config": "{}"}, None):
             save_file(state, bad, metadata)
             refused_by(bad, "read_config", "encoder", "decoder", "own teacher", "teacher")
         assert peak() < before + 300, "something was allocated for a file of 900 kB"
@@ -618,21 +661,25 @@ def test_hostile_weights():
             both, x = (way, "decoder") if name[0] == "l" else (way,), state[name]
             poisoned = x.double()
             poisoned.view(-1)[3] = 1e300  # infinite as float32; 1e-300 is 0
-            broken = [x.clone().fill_(math.nan), poisoned, torch.full_like(x, -math.inf), x.int(), x.to(torch.float8_e4m3fn),
-                      x.to(torch.complex64), x.flatten()[:1].clone(), x[None].clone()]
+            broken = [x.clone().fill_(math.nan), poisoned, torch.full_like(x, -math.inf), x.int(),
+                      x.to(torch.float8_e4m3fn), x.to(torch.complex64), x.flatten()[:1].clone(), x[None].clone()]
             for y in broken + ([0 * x, -x, 1e-300 * x.double()] if name == "latent_std" else []):
                 encoder.write_model(bad, config, {**state, name: y})
                 refused_by(bad, *both, words=name.removeprefix(way + "."))
             encoder.write_model(bad, config, {k: v for k, v in state.items() if k != name})
             refused_by(bad, *both, words=name.removeprefix(way + "."))
             encoder.write_model(bad, config, {**state, name: x.double()})
-            assert not any(isinstance(r, str) for w, r in ways_in(bad).items() if "teacher" not in w), "float64 that fits is fine"
+            assert not any(isinstance(r, str) for w, r in ways_in(bad).items() if "teacher" not in w), (
+                "float64 that fits is fine")
 
         encoder.write_model(bad, config, {k: x.bfloat16() for k, x in state.items()})
-        assert not any(isinstance(r, str) for w, r in ways_in(bad).items() if "teacher" not in w), "two bytes a number are fine"
+        assert not any(isinstance(r, str) for w, r in ways_in(bad).items() if "teacher" not in w), (
+            "two bytes a number are fine")
 
-        pickles = {"evil": Payload(os.path.join(tmp, "ran")), "wrapped": {"state_dict": Payload(os.path.join(tmp, "ran"))}, "list": [1], "int": 3,
-                   "tensor": torch.ones(3), "meta": encoder.ViT(MICRO_VIT).to("meta").state_dict(), "keys": {3: torch.ones(3)},
+        pickles = {"evil": Payload(os.path.join(tmp, "ran")),
+                   "wrapped": {"state_dict": Payload(os.path.join(tmp, "ran"))}, "list": [1], "int": 3,
+                   "tensor": torch.ones(3),
+                   "meta": encoder.ViT(MICRO_VIT).to("meta").state_dict(), "keys": {3: torch.ones(3)},
                    "sparse": {k: v.to_sparse() for k, v in encoder.ViT(MICRO_VIT).state_dict().items()},
                    "int8": {k: v.to(torch.int8) for k, v in encoder.ViT(MICRO_VIT).state_dict().items()}}
         everything = "read_config", "encoder", "decoder", "own teacher", "teacher"
@@ -646,10 +693,12 @@ def test_hostile_weights():
             refused_by(os.path.join(tmp, "bare" + ending), *everything)
         assert not os.path.exists(os.path.join(tmp, "ran")), "a pickle was executed"
         save_file({"chal_proj.c_fc.weight": torch.ones(1)}, bad)  # says that it is the released model
-        refused_by(bad, "read_config", "encoder", "decoder", words=f"python -m tools.convert released {bad} OUT.safetensors")
+        refused_by(bad, "read_config", "encoder", "decoder",
+                   words=f"python -m tools.convert released {bad} OUT.safetensors")
         raises(ValueError, convert.from_released, bad, path, words=[bad, "missing embeddings.class_embedding"])
-        files = {"empty": b"", "short": b"1234567", "huge": struct.pack("<Q", 2 ** 60) + blob[8:], "zero": bytes(1000), "text": b"weights\n" * 99,
-                 "deep": struct.pack("<Q", 10 ** 5) + b"[" * 10 ** 5, "truncated": blob[:-1], "half": blob[:len(blob) // 2], "head": blob[:100]}
+        files = {"empty": b"", "short": b"1234567", "huge": struct.pack("<Q", 2 ** 60) + blob[8:], "zero": bytes(1000),
+                 "text": b"weights\n" * 99, "deep": struct.pack("<Q", 10 ** 5) + b"[" * 10 ** 5, "truncated": blob[:-1],
+                 "half": blob[:len(blob) // 2], "head": blob[:100]}
         for name, content in files.items():
             open(bad, "wb").write(content)
             refused_by(bad, *everything)
@@ -669,7 +718,8 @@ def damaged_weights(rng, blob):
     header, body = json.loads(blob[8:8 + n]), bytearray(blob[8 + n:])
     kind, names = rng.integers(8), sorted(k for k in header if k != "__metadata__")
     name, other = rng.choice(names, 2, False)
-    values = [0, 1, -1, 2, 3, 7, 10 ** 6, 10 ** 9, 2 ** 63, 2 ** 70, 1e3, 0.5, math.nan, math.inf, "24", "", "x\ny" * 999, True, None, [], {}, [[[]]]]
+    values = [0, 1, -1, 2, 3, 7, 10 ** 6, 10 ** 9, 2 ** 63, 2 ** 70, 1e3, 0.5, math.nan, math.inf, "24", "",
+              "x\ny" * 999, True, None, [], {}, [[[]]]]
     if kind == 0:  # a value of the configuration, and perhaps a name
         config = json.loads(header["__metadata__"]["config"])
         inside = config[rng.choice(["vit", "decoder"])] if "decoder" in config and rng.random() < 0.9 else config
@@ -682,20 +732,24 @@ def damaged_weights(rng, blob):
         header["__metadata__"]["config"] = json.dumps(config)
     elif kind == 1:  # the text of the metadata
         text = header["__metadata__"]["config"]
-        header["__metadata__"] = {"config": mutated(rng, text.encode(), b"[{" * 99).decode("latin1")} if rng.random() < 0.9 else {}
+        header["__metadata__"] = ({"config": mutated(rng, text.encode(), b"[{" * 99).decode("latin1")}
+                                  if rng.random() < 0.9 else {})
     elif kind == 2:  # names
         header[(str(name) + "x", str(other), "a\nb\x85", "encoder.vit.mean")[rng.integers(4)]] = header.pop(name)
     elif kind == 3:  # types, shapes and places
         field = rng.choice(["dtype", "shape", "data_offsets"])
-        header[name][field] = (str(rng.choice(["I32", "U32", "F16", "F64", "F8_E4M3", "C64", "BOOL", "F4", "X"])) if field == "dtype" else
-                               [values[rng.integers(8)] for _ in header[name][field]] if rng.random() < 0.5 else header[name][field][::-1])
+        header[name][field] = (str(rng.choice(["I32", "U32", "F16", "F64", "F8_E4M3", "C64", "BOOL", "F4", "X"]))
+                               if field == "dtype" else
+                               [values[rng.integers(8)] for _ in header[name][field]] if rng.random() < 0.5
+                               else header[name][field][::-1])
     elif kind == 4:  # numbers
         a, b = header[name]["data_offsets"]
         at = a + 4 * int(rng.integers((b - a) // 4))
         body[at:at + 4] = struct.pack("<f", rng.choice([math.nan, math.inf, -math.inf, 0, -1, 1]))
     text = json.dumps(header).encode()
     blob = struct.pack("<Q", len(text)) + text + bytes(body)
-    return blob if kind < 5 else mutated(rng, blob[:n], bytes(99)) + blob[n:] if kind == 5 else mutated(rng, blob, bytes(99))
+    return (blob if kind < 5 else mutated(rng, blob[:n], bytes(99)) + blob[n:] if kind == 5
+            else mutated(rng, blob, bytes(99)))
 
 
 def fuzz_weights(count):
@@ -709,12 +763,14 @@ def fuzz_weights(count):
         vit = encoder.ViT(MICRO_VIT).state_dict()
         for new in (True, False):
             torch.save(vit, os.path.join(tmp, f"good{int(new)}.pt"), _use_new_zipfile_serialization=new)
-        good = [open(os.path.join(tmp, name), "rb").read() for name in ("tokenizer.safetensors", "teacher.safetensors", "good0.pt", "good1.pt")]
+        good = [open(os.path.join(tmp, name), "rb").read()
+                for name in ("tokenizer.safetensors", "teacher.safetensors", "good0.pt", "good1.pt")]
         for i in range(count):
             which = rng.choice(4, p=[0.6, 0.2, 0.1, 0.1])
             path = os.path.join(tmp, "bad.safetensors" if which < 2 else "bad.pt")
             with open(path, "wb") as f:
-                f.write(damaged_weights(rng, good[which]) if which < 2 else mutated(rng, good[which], good[which - 1][:3000]))
+                f.write(damaged_weights(rng, good[which]) if which < 2
+                        else mutated(rng, good[which], good[which - 1][:3000]))
             faulthandler.dump_traceback_later(30, exit=True)  # a hang
             results = ways_in(path)
             for way, r in results.items():
@@ -725,7 +781,8 @@ def fuzz_weights(count):
                     extreme = any(x.abs().max() > 1e3 or k == "latent_std" and x.min() < 1e-3
                                   for k, x in [*r.state_dict().items(), *r.named_buffers()])
                     assert out.isfinite().all() or extreme, f"{way}: not finite"
-                    seen[way + (" loaded" if out.isfinite().all() else " loaded; a flipped bit made a huge finite weight")] += 1
+                    seen[way + (" loaded" if out.isfinite().all()
+                                else " loaded; a flipped bit made a huge finite weight")] += 1
                 elif isinstance(r, str):
                     seen[way + " refused"] += 1
             start = start if i > 50 else peak()
@@ -745,16 +802,19 @@ def slow_fuzz_weights():
 
 
 def released_forward(s, img, noise, heads, depth, gtb_depth, gtb_heads, flow_depth, p, steps=1):
-    """The authors' tokenizer, written out from its description on a state dict with the released names: image -> latent, image."""
+    """The authors' tokenizer, written out from its description on a state dict with the released names: image ->
+    latent, image."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     lin = lambda x, n: x @ s[n + ".weight"].T + s[n + ".bias"]
-    norm = lambda x, n, eps: F.layer_norm(x, x.shape[-1:], s[n + ".weight"], s[n + ".bias"], eps) if n else F.layer_norm(x, x.shape[-1:], eps=eps)
+    norm = (lambda x, n, eps: F.layer_norm(x, x.shape[-1:], s[n + ".weight"], s[n + ".bias"], eps) if n
+            else F.layer_norm(x, x.shape[-1:], eps=eps))
 
     def attention(x, n, heads):
         q, k, v = (y.unflatten(-1, (heads, -1)).transpose(-2, -3) for y in lin(x, n + ".qkv").chunk(3, -1))
         y = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v
         return lin(y.transpose(-2, -3).flatten(-2), n + ".proj")
-    x = F.conv2d((img - mean) / std, s["embeddings.patch_embedding.weight"], s["embeddings.patch_embedding.bias"], stride=p).flatten(2).mT
+    x = F.conv2d((img - mean) / std, s["embeddings.patch_embedding.weight"], s["embeddings.patch_embedding.bias"],
+                 stride=p).flatten(2).mT
     x = torch.cat([s["embeddings.class_embedding"].expand(len(x), -1, -1), x], 1) + s["embeddings.position_embedding"]
     for i in range(depth):
         n = f"encoder.layers.{i}."
@@ -788,20 +848,24 @@ def released_state(D=32, mlp=64, depth=2, gtb_depth=2, flow_depth=3, flow_width=
     shapes = {"embeddings.class_embedding": (1, 1, D), "embeddings.position_embedding": (1, 1 + grid ** 2, D),
               "embeddings.patch_embedding.weight": (D, 3, p, p), "embeddings.patch_embedding.bias": (D,),
               "global_block_pos_embed": (1, grid ** 2, D), "decoder_pos_embed": (1, grid ** 2, D)}
-    linears = {"chal_proj.c_fc": (D, D), "chal_proj.c_proj": (C, D), "chal_unproj.c_fc": (D, C), "chal_unproj.c_proj": (D, D)}
+    linears = {"chal_proj.c_fc": (D, D), "chal_proj.c_proj": (C, D), "chal_unproj.c_fc": (D, C),
+               "chal_unproj.c_proj": (D, D)}
     norms = {}
     for i in range(depth):
         n = f"encoder.layers.{i}."
         shapes.update({n + "ls1": (D,), n + "ls2": (D,)})
-        linears.update({n + "attn.qkv": (3 * D, D), n + "attn.proj": (D, D), n + "mlp.fc1": (mlp, D), n + "mlp.fc2": (D, mlp)})
+        linears.update({n + "attn.qkv": (3 * D, D), n + "attn.proj": (D, D), n + "mlp.fc1": (mlp, D),
+                        n + "mlp.fc2": (D, mlp)})
         norms.update({n + "norm1": D, n + "norm2": D})
     for i in range(gtb_depth):
         n = f"global_blocks.{i}."
-        linears.update({n + "attn.qkv": (3 * D, D), n + "attn.proj": (D, D), n + "mlp.fc1": (4 * D, D), n + "mlp.fc2": (D, 4 * D)})
+        linears.update({n + "attn.qkv": (3 * D, D), n + "attn.proj": (D, D), n + "mlp.fc1": (4 * D, D),
+                        n + "mlp.fc2": (D, 4 * D)})
         norms.update({n + "norm1": D, n + "norm2": D})
     n, W, q = "flow_head.net.", flow_width, 3 * p * p
-    linears.update({n + "input_proj": (W, q), n + "time_embed.mlp.0": (W, 256), n + "time_embed.mlp.2": (W, W), n + "cond_embed": (W, D),
-                    n + "final_layer.linear": (q, W), n + "final_layer.adaLN_modulation.1": (2 * W, W)})
+    linears.update({n + "input_proj": (W, q), n + "time_embed.mlp.0": (W, 256), n + "time_embed.mlp.2": (W, W),
+                    n + "cond_embed": (W, D), n + "final_layer.linear": (q, W),
+                    n + "final_layer.adaLN_modulation.1": (2 * W, W)})
     for i in range(flow_depth):
         b = f"{n}res_blocks.{i}."
         linears.update({b + "mlp.0": (W, W), b + "mlp.2": (W, W), b + "adaLN_modulation.1": (3 * W, W)})
@@ -820,7 +884,8 @@ def test_released_uniflow_file():
     state = released_state()
     img, noise = torch.rand(2, 3, 16, 16), torch.randn(2, 16, 48)
     z, rec = released_forward(state, img, noise, 2, 2, 2, 2, 3, 4)
-    small = unittest.mock.patch.multiple(convert, VIT=small_vit, DECODER=small_decoder, SIZE=16)  # the same code at a small size
+    # the same code at a small size
+    small = unittest.mock.patch.multiple(convert, VIT=small_vit, DECODER=small_decoder, SIZE=16)
     with tempfile.TemporaryDirectory() as tmp, small, unittest.mock.patch.dict(os.environ, TORCH_HOME=tmp):
         path, ours, back = (os.path.join(tmp, name + ".safetensors") for name in ("theirs", "ours", "back"))
         extras = ["mlp1.0.weight", "encoder.extra", "chal_proj.norm.weight", "flow_head.net.extra"]
@@ -830,11 +895,14 @@ def test_released_uniflow_file():
         assert all(name in said.getvalue() for name in extras), f"what is ignored must be listed: {said.getvalue()}"
         enc, dec = encoder.Encoder.from_pretrained(found), decoder.Decoder.from_pretrained(found)
         config = encoder.read_config(found)
-        assert config["size"] == 16 and config["teacher"] == "internvit" and config["released"] == evaluation.sha256(path)
+        assert (config["size"] == 16 and config["teacher"] == "internvit"
+                and config["released"] == evaluation.sha256(path))
         close(enc.encode(img), z.mT.unflatten(-1, (4, 4)), 5e-6)
         close(dec.decode(enc.encode(img), noise=noise), rec, 5e-6)
-        close(dec.decode(enc.encode(img), 3, noise), released_forward(state, img, noise, 2, 2, 2, 2, 3, 4, steps=3)[1], 5e-6)
-        assert (rec > 0).float().mean() > 0.2 and (rec < 1).float().mean() > 0.2, "the comparison must not be of clamped pixels"
+        close(dec.decode(enc.encode(img), 3, noise),
+              released_forward(state, img, noise, 2, 2, 2, 2, 3, 4, steps=3)[1], 5e-6)
+        assert (rec > 0).float().mean() > 0.2 and (rec < 1).float().mean() > 0.2, (
+            "the comparison must not be of clamped pixels")
         with contextlib.redirect_stderr(io.StringIO()) as said:  # once; a file of ours is itself
             assert find_weights(path) == found != path and find_weights(found) == found and not said.getvalue()
         assert os.path.dirname(found) == os.path.join(tmp, "hub", "checkpoints")
@@ -842,7 +910,8 @@ def test_released_uniflow_file():
             raises(ValueError, load, path, words=f"python -m tools.convert released {path} OUT.safetensors")
         save_file({k: x.bfloat16() for k, x in state.items()}, path)
         convert.from_released(path, ours)
-        assert open(find_weights(path), "rb").read() == open(ours, "rb").read(), "another file, and the same bytes each time"
+        assert open(find_weights(path), "rb").read() == open(ours, "rb").read(), (
+            "another file, and the same bytes each time")
         convert.to_released(ours, back)
         returned = load_file(back)
         assert returned.keys() == state.keys(), returned.keys() ^ state.keys()
@@ -853,10 +922,13 @@ def test_released_uniflow_file():
         with contextlib.redirect_stderr(io.StringIO()) as said:
             convert.to_released(ours, back)
         assert "statistics are left out" in said.getvalue() and load_file(back).keys() == state.keys()
-        raises(ValueError, convert.to_released, tokenizer_file(tmp), back, words=["cannot build", "depth 3 for 2", "latent_dim 8 for 64"])
-        moved = {k: x.T.contiguous() if k == "chal_unproj.c_fc.weight" else x for k, x in state.items() if k != "decoder_pos_embed"}
+        raises(ValueError, convert.to_released, tokenizer_file(tmp), back,
+               words=["cannot build", "depth 3 for 2", "latent_dim 8 for 64"])
+        moved = {k: x.T.contiguous() if k == "chal_unproj.c_fc.weight" else x for k, x in state.items()
+                 if k != "decoder_pos_embed"}
         save_file(moved, path)
-        raises(ValueError, convert.from_released, path, ours, words=["missing decoder_pos_embed", "chal_unproj.c_fc.weight is (64, 32), expected (32, 64)"])
+        raises(ValueError, convert.from_released, path, ours,
+               words=["missing decoder_pos_embed", "chal_unproj.c_fc.weight is (64, 32), expected (32, 64)"])
 
 
 def test_export_to_hugging_face():
@@ -870,7 +942,8 @@ def test_export_to_hugging_face():
         with tempfile.TemporaryDirectory() as tmp:
             convert.save_hf(enc, tmp)
             model, info = getattr(transformers, model_class).from_pretrained(tmp, output_loading_info=True)
-            assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], (family, info)
+            assert (not info["missing_keys"] and not info["unexpected_keys"]
+                    and not info["mismatched_keys"]), (family, info)
             for size in ((28, 28), (42, 21)):
                 img = torch.rand(1, 3, *size)
                 expected, last = reference_tokens(family, model.eval(), img)
@@ -878,10 +951,12 @@ def test_export_to_hugging_face():
                     close(a, b, 5e-6)
                 close(enc.vit.norm(enc.vit(img)[-1]), last, 5e-6)
             said = json.load(open(os.path.join(tmp, "preprocessor_config.json")))
-            assert said.get("crop_size", said["size"])["height"] == 28 and said["resample"] == (2 if family == "siglip2" else 3)
+            assert (said.get("crop_size", said["size"])["height"] == 28
+                    and said["resample"] == (2 if family == "siglip2" else 3))
             assert tuple(map(tuple, (said["image_mean"], said["image_std"]))) == FAMILIES[family][2]
             vit = loaded(config, os.path.join(tmp, "model.safetensors"))
-            assert all(torch.equal(a, b) for a, b in zip(vit.state_dict().values(), enc.vit.state_dict().values(), strict=True))
+            assert all(torch.equal(a, b)
+                       for a, b in zip(vit.state_dict().values(), enc.vit.state_dict().values(), strict=True))
         with tempfile.TemporaryDirectory() as tmp:
             enc.size = 42  # trained at another size than its position grid's
             convert.save_hf(enc, tmp)
@@ -893,8 +968,9 @@ def test_export_to_hugging_face():
 
 @contextlib.contextmanager
 def hub(content, cut=None, fail=(), stall=0.0):
-    """A Hugging Face hub on loopback that redirects to a storage server, as the true one does. cut: break the transfer after
-    so many bytes; fail: status codes of the first requests. Yields the list of (method, path) seen, and a cache folder."""
+    """A Hugging Face hub on loopback that redirects to a storage server, as the true one does. cut: break the transfer
+    after so many bytes; fail: status codes of the first requests. Yields the list of (method, path) seen, and a cache
+    folder."""
     seen, fail = [], list(fail)
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -920,9 +996,11 @@ def hub(content, cut=None, fail=(), stall=0.0):
         do_HEAD = do_GET
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.dict(encoder.PUBLISHED, model="org/repo/model.safetensors"), \
-            unittest.mock.patch.dict(os.environ, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", TORCH_HOME=tmp,
-                                     HF_HOME=os.path.join(tmp, "hf")), contextlib.redirect_stderr(io.StringIO()):
+    with (tempfile.TemporaryDirectory() as tmp,
+          unittest.mock.patch.dict(encoder.PUBLISHED, model="org/repo/model.safetensors"),
+          unittest.mock.patch.dict(os.environ, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", TORCH_HOME=tmp,
+                                   HF_HOME=os.path.join(tmp, "hf")),
+          contextlib.redirect_stderr(io.StringIO())):
         try:
             yield seen, tmp
         finally:
@@ -944,7 +1022,8 @@ def test_downloads():
         storage = os.environ["HF_ENDPOINT"].replace("127.0.0.1", "localhost") + "/storage"
         a, b = (encoder.fetch(f"{storage}/{x}/resolve/main/model.safetensors") for x in "ab")
         assert a != b and read(a) == content, "two files of one name must not be taken for each other"
-        raises(FileNotFoundError, encoder.fetch, f"{storage}/model-0123abcd.pth", words="0123abcd")  # it does not have the hash in its name
+        # it does not have the hash in its name
+        raises(FileNotFoundError, encoder.fetch, f"{storage}/model-0123abcd.pth", words="0123abcd")
         named = f"{storage}/model-{hashlib.sha256(content).hexdigest()[:8]}.pth"
         assert read(encoder.fetch(named)) == content
         assert encoder.fetch(f"{storage}/vit-20240101.pth"), "a date is no hash"
@@ -964,12 +1043,15 @@ def test_downloads():
         snapshot = os.path.join(tmp, "hf", "hub", "models--org--repo", "snapshots", "abc")
         os.makedirs(snapshot)
         open(os.path.join(snapshot, "model.safetensors"), "wb").write(b"cached")
-        assert read(encoder.fetch("model")) == b"cached" and not seen, "an existing Hugging Face cache comes before any download"
+        assert read(encoder.fetch("model")) == b"cached" and not seen, (
+            "an existing Hugging Face cache comes before any download")
     with hub(content, stall=0.3) as (seen, tmp):
         script = os.path.join(tmp, "fetch.py")
-        open(script, "w").write("import encoder; encoder.PUBLISHED['model'] = 'org/repo/model.safetensors'; print(encoder.fetch('model'))")
+        open(script, "w").write(
+            "import encoder; encoder.PUBLISHED['model'] = 'org/repo/model.safetensors'; print(encoder.fetch('model'))")
         said = [done.stdout for done in run_ranks(3, "python", script)]
-        assert len(set(said)) == 1 and read(said[0].strip()) == content and len(seen) == 2, f"three processes must download once: {seen}"
+        assert len(set(said)) == 1 and read(said[0].strip()) == content and len(seen) == 2, (
+            f"three processes must download once: {seen}")
 
 
 # ---- data.py ----
@@ -1002,13 +1084,15 @@ def test_center_crop_by_hand():
     ramp[:] = np.arange(16)[None, :, None]
     crop = np.array(data.center_crop(Image.fromarray(ramp), 8))
     assert crop.shape == (8, 8, 3) and crop[0, :, 0].tolist() == list(range(4, 12)), "same size: the middle columns"
-    half = np.array(data.center_crop(Image.fromarray(ramp), 4))  # one box halving: (0+1)/2 rounded up, ... then columns 2 to 5
+    # one box halving: (0+1)/2 rounded up, ... then columns 2 to 5
+    half = np.array(data.center_crop(Image.fromarray(ramp), 4))
     assert half.shape == (4, 4, 3) and half[0, :, 0].tolist() == [5, 7, 9, 11]
 
 
 def test_random_crop_range():
     img = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 3), np.uint8))
-    sides = {rng.integers(math.ceil(16 / 1.0), math.ceil(16 / 0.5) + 1) for rng in [np.random.default_rng(0)] for _ in range(500)}
+    sides = {rng.integers(math.ceil(16 / 1.0), math.ceil(16 / 0.5) + 1) for rng in [np.random.default_rng(0)]
+             for _ in range(500)}
     assert sides == set(range(16, 33)), "the oracle: shorter sides of 16 to 32 pixels at crop_scale (0.5, 1)"
     rng = np.random.default_rng(1)
     with unittest.mock.patch.object(data, "shrink", wraps=data.shrink) as shrink:
@@ -1016,7 +1100,8 @@ def test_random_crop_range():
     seen = {call.args[1] for call in shrink.call_args_list}
     assert seen == sides and {c.size for c in crops} == {(16, 16)}
     y, x = np.mgrid[:32, :32]
-    ramps = Image.fromarray(np.stack([4 * x, 4 * y, 0 * x], -1).astype(np.uint8))  # red grows to the right, green downwards
+    # red grows to the right, green downwards
+    ramps = Image.fromarray(np.stack([4 * x, 4 * y, 0 * x], -1).astype(np.uint8))
     crops = [np.array(data.random_crop(ramps, 16, rng, (0.5, 0.5))).astype(int) for _ in range(4000)]
     mirrored = sum(c[0, 0, 0] > c[0, -1, 0] for c in crops)
     assert abs(mirrored - 2000) < 5 * 32, f"half of the crops are mirrored, not {mirrored} of 4000"
@@ -1038,7 +1123,8 @@ def test_sample_sequence_is_the_same_for_ranks_and_workers():
         one = sequence(1, 0, 8)
         for ranks, workers, micro_batch in ((1, 2, 4), (2, 0, 2), (2, 2, 4), (4, 0, 1)):
             assert torch.equal(sequence(ranks, workers, micro_batch), one), (ranks, workers, micro_batch)
-        assert torch.equal(sequence(2, 0, 2, first=16, batches=1), one[2:]), "a resumed run goes on with the next samples"
+        assert torch.equal(sequence(2, 0, 2, first=16, batches=1), one[2:]), (
+            "a resumed run goes on with the next samples")
         assert sorted(dataset.index(n) for n in range(7)) == list(range(7)), "an epoch sees every image once"
         orders = [[dataset.index(n) for n in range(e * 7, e * 7 + 7)] for e in range(3)]
         assert orders[0] != orders[1] != orders[2], "each epoch has its own order"
@@ -1091,12 +1177,15 @@ def test_drawn_pictures():
 
 
 def png(width, height, *chunks):
-    """The bytes of a grey PNG of that size whose pixels are all 0 (compressed: 1/1000), with chunks (kind, content) before them."""
+    """The bytes of a grey PNG of that size whose pixels are all 0 (compressed: 1/1000), with chunks (kind, content)
+    before them."""
     deflate, pixels = zlib.compressobj(), b""
     for _ in range(height):
         pixels += deflate.compress(bytes(width + 1))
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), *chunks, (b"IDAT", pixels + deflate.flush()), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), *chunks,
+              (b"IDAT", pixels + deflate.flush()), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c))
+                                           for k, c in chunks)
 
 
 def test_hostile_pictures():
@@ -1104,9 +1193,11 @@ def test_hostile_pictures():
     picture(0).save(good, "PNG"), picture(0).save(pcx, "PCX")
     good = good.getvalue()
     header = lambda kind, w, h: kind + struct.pack("<HH", w, h) + bytes(20)
-    bad = {"truncated": good[:-60], "flipped": good[:60] + b"\xff" + good[61:], "zero": b"", "zeros": bytes(1000), "text": b"no image", "pcx": pcx.getvalue(),
-           "ghostscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) print\n", "bomb": png(2 ** 17, 1100),
-           "gif": header(b"GIF89a", 65535, 65535), "tall": b"P5 1 200000000 255 ", "tiff": b"II*\0\x08\0\0\0\x02\0" + struct.pack(
+    bad = {"truncated": good[:-60], "flipped": good[:60] + b"\xff" + good[61:], "zero": b"", "zeros": bytes(1000),
+           "text": b"no image", "pcx": pcx.getvalue(),
+           "ghostscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) print\n",
+           "bomb": png(2 ** 17, 1100), "gif": header(b"GIF89a", 65535, 65535), "tall": b"P5 1 200000000 255 ",
+           "tiff": b"II*\0\x08\0\0\0\x02\0" + struct.pack(
                "<HHIIHHII", 256, 4, 1, 10 ** 6, 257, 4, 1, 10 ** 6)}
     with tempfile.TemporaryDirectory() as tmp:
         folder, archive = os.path.join(tmp, "folder"), os.path.join(tmp, "a.zip")
@@ -1134,14 +1225,17 @@ def test_hostile_pictures():
                         assert name != "good.png" and plain.path(n) in str(e) and len(str(e).splitlines()) == 1, e
                 seen = sorted(train_set[n][1] for n in range(len(plain)))
                 i = next(n for n in range(len(plain)) if "good" in plain.path(n))
-                assert seen == sorted(0 if n == i else -1 - n for n in range(len(plain))), f"labels name what was replaced: {seen}"
+                assert seen == sorted(0 if n == i else -1 - n for n in range(len(plain))), (
+                    f"labels name what was replaced: {seen}")
                 loader = torch.utils.data.DataLoader(train_set, 4, num_workers=2)
                 assert sorted(torch.cat([label for _, label in loader]).tolist()) == seen, "also through workers"
                 if root == folder:
                     os.remove(os.path.join(folder, "good.png"))  # while the run goes on; nothing readable is left
-                    raises(ValueError, train_set.__getitem__, 0, words=[f"nor can the {len(plain) - 1} after it", train_set.path(train_set.index(0))])
+                    raises(ValueError, train_set.__getitem__, 0,
+                           words=[f"nor can the {len(plain) - 1} after it", train_set.path(train_set.index(0))])
         assert peak() < before + 400 and not said.getvalue()
-        raises(ValueError, tools.pictures.resize_short_side, Image.new("RGB", (20_000, 10)), 448, words=["896000x448", "--size"])
+        raises(ValueError, tools.pictures.resize_short_side, Image.new("RGB", (20_000, 10)), 448,
+               words=["896000x448", "--size"])
         # what is readable, whatever its shape
         for size in ((1, 1), (20_000, 10), (10, 20_000)):
             img = Image.new("RGB", size, "red")
@@ -1153,9 +1247,11 @@ def test_hostile_pictures():
             first.save(os.path.join(tmp, "x." + ext), save_all=True, append_images=rest, lossless=True)
             shown = np.array(data.load_image(os.path.join(tmp, "x." + ext))).astype(int)
             assert np.abs(shown - np.array(first)).mean() < 10, f"the first frame of an animated {ext}"
-        for mode, img in (("P", first.quantize(60)), ("LA", Image.merge("LA", (first.convert("L"), Image.new("L", first.size, 0))))):
+        for mode, img in (("P", first.quantize(60)),
+                          ("LA", Image.merge("LA", (first.convert("L"), Image.new("L", first.size, 0))))):
             img.save(os.path.join(tmp, "x.png"), **({"transparency": img.getpixel((3, 3))} if mode == "P" else {}))
-            assert data.load_image(os.path.join(tmp, "x.png")).getpixel((3, 3)) == (255, 255, 255), f"{mode}: what is transparent is white"
+            assert data.load_image(os.path.join(tmp, "x.png")).getpixel((3, 3)) == (255, 255, 255), (
+                f"{mode}: what is transparent is white")
 
 
 def test_long_pictures_are_cut_first():
@@ -1219,7 +1315,8 @@ def test_archive_that_is_damaged_or_changes():
             for attempt in (lambda: again[0], lambda: data.ImageDataset(path, 16, train=False)):
                 try:
                     attempt()
-                    assert attempt is not data.ImageDataset and content and len(content) > 200, "a damaged archive was accepted"
+                    assert attempt is not data.ImageDataset and content and len(content) > 200, (
+                        "a damaged archive was accepted")
                 except (ValueError, FileNotFoundError) as e:
                     assert archive in str(e) and len(str(e).splitlines()) == 1
 
@@ -1240,7 +1337,8 @@ def sources():
                 img.save(f, {"jpg": "JPEG", "tif": "TIFF", "pgm": "PPM"}.get(ext, ext), **how)
                 files[f"{img.mode.replace(';', '')}{kind}.{ext}"] = f.getvalue()
     animated = dict(save_all=True, append_images=frames)
-    add("jpg", rgb, rgb.convert("L"), rgb.convert("CMYK"), plain={}, progressive={"progressive": True}, exif={"exif": exif})
+    add("jpg", rgb, rgb.convert("L"), rgb.convert("CMYK"), plain={}, progressive={"progressive": True},
+        exif={"exif": exif})
     add("png", rgb, rgb.convert("L"), rgb.convert("1"), alpha, alpha.convert("LA"), palette, deep)
     add("png", palette, transparent={"transparency": 3}, icc={"icc_profile": bytes(3000), "exif": exif})
     add("png", rgb, apng=animated)
@@ -1258,7 +1356,8 @@ def sources():
 
 
 def mutated(rng, blob, other):
-    """The bytes with one to three kinds of damage: cut, flipped bits, extreme bytes near the start, a piece of `other`, a piece twice."""
+    """The bytes with one to three kinds of damage: cut, flipped bits, extreme bytes near the start, a piece of `other`,
+    a piece twice."""
     for kind in rng.integers(0, 6, rng.integers(1, 4)):
         at, n = int(rng.integers(len(blob) + 1)), int(rng.integers(1, 40))
         b = bytearray(blob)
@@ -1294,7 +1393,8 @@ def fuzz_pictures(count):
             return str(e)
     for first in range(0, count, 100):
         with tempfile.TemporaryDirectory() as tmp:
-            blobs = {f"{i:03d}{kinds[i % len(kinds)]}": mutated(rng, good[kinds[i % len(kinds)]], good[rng.choice(kinds)])
+            blobs = {f"{i:03d}{kinds[i % len(kinds)]}": mutated(rng, good[kinds[i % len(kinds)]],
+                                                                good[rng.choice(kinds)])
                      for i in rng.choice(1000, min(100, count - first), False).tolist()}
             blobs.update({f"{k}99{name}": good[name] for k, name in enumerate(rng.choice(kinds, 10))})
             os.makedirs(os.path.join(tmp, "folder"))
@@ -1307,18 +1407,21 @@ def fuzz_pictures(count):
             for n, r in enumerate(results):
                 seen[re.search(r"cannot be read as an image \((none|\w+)", r)[1] if isinstance(r, str) else "read"] += 1
                 same = look(b, n)
-                assert type(same) is type(r) and (isinstance(r, str) or torch.equal(r[0], same[0])), "folder and archive differ"
+                assert type(same) is type(r) and (isinstance(r, str) or torch.equal(r[0], same[0])), (
+                    "folder and archive differ")
             a, b = (data.ImageDataset(os.path.join(tmp, x), 16, train=True) for x in ("folder", "a.zip"))
             for n in range(len(a)):
                 i = a.index(n)
                 j = next(j % len(a) for j in range(i, i + len(a)) if not isinstance(results[j % len(a)], str))
-                expected = data.random_crop(data.load_image(io.BytesIO(a.read(j))), 16, np.random.default_rng([0, n, 1]))
+                expected = data.random_crop(data.load_image(io.BytesIO(a.read(j))), 16,
+                                            np.random.default_rng([0, n, 1]))
                 for img, label in (look(a, n), look(b, n)):
                     assert torch.equal(img, data.to_tensor(expected)), "the next readable image, cropped as sample n"
                     assert label == (0 if i == j else -1 - i)
             for k in range(10):  # the archive itself is damaged
                 names = rng.choice(kinds, 4, False)
-                with zipfile.ZipFile(os.path.join(tmp, "b.zip"), "w", zipfile.ZIP_DEFLATED if k % 2 else zipfile.ZIP_STORED) as z:
+                with zipfile.ZipFile(os.path.join(tmp, "b.zip"), "w",
+                                     zipfile.ZIP_DEFLATED if k % 2 else zipfile.ZIP_STORED) as z:
                     for name in names:
                         z.writestr(name, good[name])
                 blob = mutated(rng, open(os.path.join(tmp, "b.zip"), "rb").read(), bytes(100))
@@ -1331,7 +1434,8 @@ def fuzz_pictures(count):
                     continue
                 for r in (look(c, n) for n in range(len(c))):
                     seen["archive damaged, image " + ("refused" if isinstance(r, str) else "read")] += 1
-                    assert isinstance(r, str) or any(torch.equal(r[0], original[name]) for name in names), "bit rot went unnoticed"
+                    assert isinstance(r, str) or any(torch.equal(r[0], original[name]) for name in names), (
+                        "bit rot went unnoticed")
         start = start or peak()
     faulthandler.cancel_dump_traceback_later()
     print(f"{sum(seen.values()):,} images, peak memory {peak() - start:.0f} MB higher than after the first hundred")
@@ -1345,9 +1449,11 @@ def fuzz(function, count):
     Allowed are the lines that libtiff and Pillow's TIFF reader print themselves (ZIPDecode: ..., tempfile.tif: ...).
     """
     with tempfile.TemporaryDirectory() as tmp:
-        open(os.path.join(tmp, "fuzz.py"), "w").write(f"import faulthandler, test_all; faulthandler.enable(); test_all.{function}({count})")
+        open(os.path.join(tmp, "fuzz.py"),
+             "w").write(f"import faulthandler; from tests import hostile; faulthandler.enable(); hostile.{function}({count})")
         done = run("python", os.path.join(tmp, "fuzz.py"))
-    said = [line for line in done.stderr.splitlines() if not re.match(r"(tempfile\.tif|\w+|More samples[\w ]*): |$", line)]
+    said = [line for line in done.stderr.splitlines()
+            if not re.match(r"(tempfile\.tif|\w+|More samples[\w ]*): |$", line)]
     assert done.returncode == 0 and not said, f"status {done.returncode}\n{done.stdout}\n" + "\n".join(said[-40:])
     return done.stdout
 
@@ -1383,8 +1489,8 @@ def test_ssim_equals_scikit_image():
         ours = evaluation.ssim(ta, tb)
         paper = evaluation.ssim(ta, tb, "uniform", 2.0)
         for i in range(2):
-            gaussian = structural_similarity(a[i], b[i], channel_axis=-1, data_range=1.0, gaussian_weights=True, sigma=1.5,
-                                             use_sample_covariance=False)
+            gaussian = structural_similarity(a[i], b[i], channel_axis=-1, data_range=1.0, gaussian_weights=True,
+                                             sigma=1.5, use_sample_covariance=False)
             assert abs(ours[i].item() - gaussian) < 1e-6
             assert abs(paper[i].item() - structural_similarity(a[i], b[i], channel_axis=-1, data_range=2.0)) < 1e-6
             assert abs(evaluation.psnr(ta, tb)[i].item() - peak_signal_noise_ratio(a[i], b[i], data_range=1.0)) < 1e-6
@@ -1422,16 +1528,20 @@ def test_inception_equals_plain_functions():
     with tempfile.TemporaryDirectory() as tmp:
         broken = os.path.join(tmp, "broken.pth")
         state = torch.load(path, weights_only=True)
-        for change, words in (({"fc.weight": torch.zeros(1000, 2048)}, "fc.weight"), ({"extra": torch.zeros(1)}, "extra")):
+        for change, words in (({"fc.weight": torch.zeros(1000, 2048)}, "fc.weight"),
+                              ({"extra": torch.zeros(1)}, "extra")):
             torch.save({**state, **change}, broken)
             raises(ValueError, evaluation.InceptionV3, broken, words=words)
         open(broken, "wb").write(b"junk")
         raises(ValueError, evaluation.InceptionV3, broken, words="pytorch-fid")
         for i in range(2):  # as eval.py uses it
             os.makedirs(os.path.join(tmp, "pictures"), exist_ok=True)
-            Image.fromarray((255 * img[i]).byte().permute(1, 2, 0).numpy()).save(os.path.join(tmp, "pictures", f"{i}.png"))
-        said, _ = evaluate("--fid", os.path.join(tmp, "pictures"), "--inception", path, "--save_stats", os.path.join(tmp, "stats.npz"))
-        close(torch.from_numpy(np.load(os.path.join(tmp, "stats.npz"))["mu"]), inception_reference((255 * img).byte() / 255, state)[0].double().mean(0), 1e-5)
+            Image.fromarray((255 * img[i]).byte().permute(1, 2, 0).numpy()).save(os.path.join(tmp, "pictures",
+                f"{i}.png"))
+        said, _ = evaluate("--fid", os.path.join(tmp, "pictures"), "--inception", path, "--save_stats",
+                           os.path.join(tmp, "stats.npz"))
+        close(torch.from_numpy(np.load(os.path.join(tmp, "stats.npz"))["mu"]),
+              inception_reference((255 * img).byte() / 255, state)[0].double().mean(0), 1e-5)
         assert "NOT that of pytorch-fid" in said
 
 
@@ -1456,14 +1566,18 @@ def test_frechet_distance():
     between = (mu1 - mu2) @ (mu1 - mu2)
     fid = evaluation.frechet_distance
     assert abs(fid(mu1, q * a @ q.T, mu2, q * a @ q.T) - between) < 1e-9, "equal covariances: the distance of the means"
-    assert math.isclose(fid(mu1, q * a @ q.T, mu2, q * b @ q.T), between + ((a ** 0.5 - b ** 0.5) ** 2).sum(), rel_tol=1e-9), "commuting"
+    assert math.isclose(fid(mu1, q * a @ q.T, mu2, q * b @ q.T), between + ((a ** 0.5 - b ** 0.5) ** 2).sum(),
+                        rel_tol=1e-9), "commuting"
     a[10:], b[:5] = 0, 0  # of rank 10 and 59, with five dimensions in common
-    assert math.isclose(fid(mu1, q * a @ q.T, mu2, q * b @ q.T), between + ((a ** 0.5 - b ** 0.5) ** 2).sum(), rel_tol=1e-9), "low rank"
-    x, y = rng.normal(size=(500, 64)) @ rng.normal(size=(64, 64)), rng.normal(size=(500, 64)) @ rng.normal(size=(64, 64)) + 1
+    assert math.isclose(fid(mu1, q * a @ q.T, mu2, q * b @ q.T), between + ((a ** 0.5 - b ** 0.5) ** 2).sum(),
+                        rel_tol=1e-9), "low rank"
+    x, y = (rng.normal(size=(500, 64)) @ rng.normal(size=(64, 64)),
+            rng.normal(size=(500, 64)) @ rng.normal(size=(64, 64)) + 1)
     s1, s2 = np.cov(x.T), np.cov(y.T)
     by_scipy = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * sqrtm(s1 @ s2).real)
     assert math.isclose(fid(x.mean(0), s1, y.mean(0), s2), by_scipy, rel_tol=1e-6)
-    assert math.isclose(fid(*map(torch.tensor, (x.mean(0), s1, y.mean(0), s2))), by_scipy, rel_tol=1e-6), "numpy or torch"
+    assert math.isclose(fid(*map(torch.tensor, (x.mean(0), s1, y.mean(0), s2))), by_scipy, rel_tol=1e-6), (
+        "numpy or torch")
     raises(ValueError, fid, mu1, s1, mu2[:32], s2[:32, :32], words="(32, 32)")
     raises(ValueError, fid, mu1 * np.nan, s1, mu2, s2, words="finite")
 
@@ -1496,12 +1610,15 @@ def test_linear_probe_and_nearest_neighbours():
     rng = torch.Generator().manual_seed(0)
     y, test_y = (torch.randint(0, 2, (n,), generator=rng) for n in (4000, 4000))
     x, test_x = (torch.randn(len(c), 16, generator=rng) * 5 + 100 for c in (y, test_y))
-    x[:, 3] += 10 * y  # two Gaussians 10 apart, of deviation 5: the best classifier is right in Phi(1) = 84.13% of cases
+    # two Gaussians 10 apart, of deviation 5: the best classifier is right in Phi(1) = 84.13% of cases
+    x[:, 3] += 10 * y
     test_x[:, 3] += 10 * test_y
     accuracy, rate = evaluation.linear_probe(x, y, test_x, test_y, epochs=10)
     assert abs(accuracy - 84.13) < 1.5, accuracy
-    assert evaluation.linear_probe(x, y, test_x, test_y, epochs=10) == (accuracy, rate), "the same seed gives the same figure"
-    x, y, test_x = torch.randn(50, 8, generator=rng), torch.randint(0, 4, (50,), generator=rng), torch.randn(30, 8, generator=rng)
+    assert evaluation.linear_probe(x, y, test_x, test_y, epochs=10) == (accuracy, rate), (
+        "the same seed gives the same figure")
+    x, y, test_x = (torch.randn(50, 8, generator=rng), torch.randint(0, 4, (50,), generator=rng),
+                    torch.randn(30, 8, generator=rng))
     right = 0
     for i, t in enumerate(test_x):  # by loops
         cosine = [float(t @ a / t.norm() / a.norm()) for a in x]
@@ -1520,30 +1637,38 @@ def test_figures_do_not_depend_on_batch_or_ranks():
         report = os.path.join(tmp, "report.json")
         flags = ["--data", archive, "--weights", weights, "--inception", weights, "--fit", more]
         script = os.path.join(tmp, "quick.py")
-        open(script, "w").write("import sys, eval, test_all; eval.InceptionV3 = test_all.QuickInception; eval.main(sys.argv[1:])")
-        one, two, four = side_by_side(*(functools.partial(run_ranks, ranks, "python", script, *flags, "--batch_size", batch, *others)
-                                        for ranks, batch, others in ((1, 7, ["--probe"]), (2, 1, ["--probe"]), (4, 64, ["--out", report]))))
-        assert not any(done.returncode for done in (*one, *two, *four)), [done.stderr[-2000:] for done in (*one, *two, *four)]
+        open(script, "w").write(
+            "import sys, eval, tests.helpers; eval.InceptionV3 = tests.helpers.QuickInception; eval.main(sys.argv[1:])")
+        one, two, four = side_by_side(
+            *(functools.partial(run_ranks, ranks, "python", script, *flags, "--batch_size", batch, *others)
+              for ranks, batch, others in ((1, 7, ["--probe"]), (2, 1, ["--probe"]), (4, 64, ["--out", report]))))
+        assert not any(done.returncode for done in (*one, *two, *four)), (
+            [done.stderr[-2000:] for done in (*one, *two, *four)])
         printed = [ranks[0].stdout for ranks in (one, two, four)]
         assert not any(done.stdout for done in (*two[1:], *four[1:])), "rank 0 alone reports"
         rows = [[line for line in text.splitlines() if line.startswith("tokenizer")] for text in printed]
         assert len(rows[0]) == 1 and all(r == rows[0] for r in rows), rows
-        assert re.search(r"tokenizer +\d+\.\d\d  -?0\.\d{4} +-?0\.\d{4} +\d+\.\d{3}  +\d+\.\d\d ", rows[0][0]), rows[0][0]
+        assert re.search(r"tokenizer +\d+\.\d\d  -?0\.\d{4} +-?0\.\d{4} +\d+\.\d{3}  +\d+\.\d\d ", rows[0][0]), (
+            rows[0][0])
         probes = [text[text.index("accuracy"):] for text in printed if "accuracy" in text]
         assert len(probes) == 2 and probes[0] == probes[1], probes
         assert "fewer than the 2048" in printed[0] and "NOT that of pytorch-fid" in printed[0]
         report = json.load(open(report))
-        assert report["ranks"] == 4 and report["images"] == 11 and report["weights_sha256"] == hashlib.sha256(open(weights, "rb").read()).hexdigest()
+        assert (report["ranks"] == 4 and report["images"] == 11
+                and report["weights_sha256"] == hashlib.sha256(open(weights, "rb").read()).hexdigest())
         assert {"torch", "code", "commit", "protocol", "device", "seconds"} <= set(report)
         # and they are right: from all pictures at once
-        enc, dec, network = encoder.Encoder.from_pretrained(weights), decoder.Decoder.from_pretrained(weights), QuickInception(weights)
+        enc, dec, network = (encoder.Encoder.from_pretrained(weights), decoder.Decoder.from_pretrained(weights),
+                             QuickInception(weights))
         img = torch.stack([x for x, _ in data.ImageDataset(archive, 16, train=False)]) / 255
         rec = evaluation.round_uint8(dec.decode(enc.encode(img), noise=evaluation.image_noise(range(11), 16, 48)))
         (ours, logits), (theirs, _) = network(rec), network(img)
-        fid = evaluation.frechet_distance(ours.double().mean(0), ours.double().T.cov(), theirs.double().mean(0), theirs.double().T.cov())
+        fid = evaluation.frechet_distance(ours.double().mean(0), ours.double().T.cov(), theirs.double().mean(0),
+                                          theirs.double().T.cov())
         expected = [evaluation.psnr(img, rec).mean().item(), fid, *evaluation.inception_score(logits)]
         got = [report["results"]["tokenizer"][k] for k in ("psnr", "rfid", "is", "is_std")]
-        assert np.allclose(got, expected, rtol=1e-4) and expected[2] > 1.01, (got, expected)  # one of the ten splits has two images
+        # one of the ten splits has two images
+        assert np.allclose(got, expected, rtol=1e-4) and expected[2] > 1.01, (got, expected)
 
 
 @unittest.mock.patch.object(evaluation, "InceptionV3", QuickInception)
@@ -1565,16 +1690,20 @@ def test_fid_between_anything():
         fid(a, "--save_stats", os.path.join(tmp, "a.npz"))
         text, report = fid(os.path.join(tmp, "a.npz"), b)
         pools = [evaluation.InceptionV3(path)(torch.tensor(x).permute(0, 3, 1, 2) / 255)[0].double() for x in arrays]
-        expected = evaluation.frechet_distance(*(f(p) for p in pools for f in (lambda p: p.mean(0), lambda p: torch.cov(p.T))))
-        assert math.isclose(report["fid"], expected, rel_tol=1e-4) and f"FID {report['fid']:.3f}" in text and "means little" in text
+        expected = evaluation.frechet_distance(*(f(p) for p in pools
+                                                 for f in (lambda p: p.mean(0), lambda p: torch.cov(p.T))))
+        assert (math.isclose(report["fid"], expected, rel_tol=1e-4) and f"FID {report['fid']:.3f}" in text
+                and "means little" in text)
         saved = lambda name: np.load(os.path.join(tmp, name))
         fid(b, "--save_stats", os.path.join(tmp, "stats.npz"))
         for other in ("b.zip", "b.npz", "b2.npz"):
             fid(os.path.join(tmp, other), "--save_stats", os.path.join(tmp, "other.npz"))
-            assert all(np.allclose(saved("stats.npz")[k], saved("other.npz")[k], rtol=1e-4, atol=1e-7) for k in ("mu", "sigma")), other
+            assert all(np.allclose(saved("stats.npz")[k], saved("other.npz")[k], rtol=1e-4, atol=1e-7)
+                       for k in ("mu", "sigma")), other
         np.savez(os.path.join(tmp, "three.npz"), arrays[0][:3])
         for pair in ("three.npz", "b.npz"), ("b.npz", "three.npz"):
-            assert fid(*(os.path.join(tmp, x) for x in pair))[1]["warning"].startswith("FID of 3 images"), "the smaller set"
+            assert fid(*(os.path.join(tmp, x) for x in pair))[1]["warning"].startswith("FID of 3 images"), (
+                "the smaller set")
         np.savez(os.path.join(tmp, "small.npz"), mu=np.zeros(32), sigma=np.eye(32))
         np.savez(os.path.join(tmp, "float.npz"), np.zeros((2, 8, 8, 3)))
         one = os.path.join(tmp, "one")
@@ -1582,9 +1711,11 @@ def test_fid_between_anything():
         whole = open(os.path.join(tmp, "a.npz"), "rb").read()
         for name, content in ("torn.npz", whole[:-1000]), ("empty.npz", b""), ("text.npz", b"no zip"):
             open(os.path.join(tmp, name), "wb").write(content)
-        np.savez(os.path.join(tmp, "scalar.npz"), mu=1.0, sigma="x"), np.savez(os.path.join(tmp, "alone.npz"), arrays[1][:1])
-        for other, words in (("small.npz", "(32, 32)"), ("float.npz", "float64"), ("none", "no such"), ("one", "at least 2"), ("alone.npz", "at least 2"),
-                             ("torn.npz", "neither"), ("empty.npz", "neither"), ("text.npz", "neither"), ("scalar.npz", "neither")):
+        np.savez(os.path.join(tmp, "scalar.npz"), mu=1.0, sigma="x")
+        np.savez(os.path.join(tmp, "alone.npz"), arrays[1][:1])
+        for other, words in (("small.npz", "(32, 32)"), ("float.npz", "float64"), ("none", "no such"),
+                             ("one", "at least 2"), ("alone.npz", "at least 2"), ("torn.npz", "neither"),
+                             ("empty.npz", "neither"), ("text.npz", "neither"), ("scalar.npz", "neither")):
             raises((OSError, ValueError), fid, os.path.join(tmp, "a.npz"), os.path.join(tmp, other), words=words)
         picture(0, 30, 20).save(os.path.join(b, "0.png")), open(os.path.join(b, "3.png"), "w").write("text")
         raises(ValueError, fid, a, b, words="of 4 images cannot be used")
@@ -1604,7 +1735,8 @@ def test_eval_at_another_size():
         mse = ((rec * 255).round() / 255 - img).double().square().mean((1, 2, 3))
         assert abs(report["results"]["tokenizer"]["psnr"] - (-10 * mse.log10()).mean().item()) < 1e-4
         assert "crop to 24 px" in report["protocol"]
-        raises(ValueError, evaluate, "--data", folder, "--weights", weights, "--size", 21, words="21 is no multiple of the patch")
+        raises(ValueError, evaluate, "--data", folder, "--weights", weights, "--size", 21,
+               words="21 is no multiple of the patch")
 
 
 def test_evaluation_refuses_before_it_begins():
@@ -1612,7 +1744,8 @@ def test_evaluation_refuses_before_it_begins():
         weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=9)
         before, base = open(weights, "rb").read(), ["--data", folder, "--weights", weights, "--inception", "none"]
         for flags, words in ((["--out", weights], ".json"), (["--save_stats", "x.npz"], "--fid"),
-                             (["--probe"], "--fit"), (["--pca", "--fit", folder, "--fid", "a", "b"], "leave them out"), (["--batch_size", "0"], "at least 1")):
+                             (["--probe"], "--fit"), (["--pca", "--fit", folder, "--fid", "a", "b"], "leave them out"),
+                             (["--batch_size", "0"], "at least 1")):
             with contextlib.redirect_stderr(io.StringIO()) as said:
                 raises(SystemExit, evaluation.main, [*base, *flags], words="2")
             assert words in said.getvalue(), said.getvalue()
@@ -1621,7 +1754,8 @@ def test_evaluation_refuses_before_it_begins():
         bare = os.path.join(tmp, "bare.safetensors")  # of the same shape, but without CLS
         vit = encoder.ViT(replace(MICRO_VIT, num_prefix=0))
         encoder.write_model(bare, {"vit": asdict(vit.config)}, dict(vit.named_parameters()))
-        raises(evaluation.UserError, evaluate, *base, "--probe", "--fit", folder, "--teacher", bare, words="another width")
+        raises(evaluation.UserError, evaluate, *base, "--probe", "--fit", folder, "--teacher", bare,
+               words="another width")
         nineteen, _ = picture_folder(os.path.join(tmp, "few"), n=19)
         raises(evaluation.UserError, evaluate, *base, "--probe", "--fit", nineteen, words="19 images")
         with unittest.mock.patch.object(evaluation, "InceptionV3", QuickInception):
@@ -1630,7 +1764,8 @@ def test_evaluation_refuses_before_it_begins():
         nameless, tensors = encoder.read_config(weights), load_file(weights)
         del nameless["teacher"]
         encoder.write_model(os.path.join(tmp, "nameless.safetensors"), nameless, tensors)
-        raises(ValueError, evaluate, *base, "--weights", os.path.join(tmp, "nameless.safetensors"), "--probe", "--fit", folder, words="teacher None is neither")
+        raises(ValueError, evaluate, *base, "--weights", os.path.join(tmp, "nameless.safetensors"), "--probe", "--fit",
+               folder, words="teacher None is neither")
         read = decoder.Decoder.from_pretrained
 
         def saved(path):  # train.py saves between encoder and decoder
@@ -1646,7 +1781,8 @@ def test_an_evaluation_drops_no_image():
         for i in (0, 5):  # the first in order is one of them
             open(os.path.join(folder, f"class{i % 2}", f"{i}.png"), "wb").write(b"")
         for batch in (1, 64):
-            raises(ValueError, evaluate, "--data", folder, "--weights", weights, "--inception", "none", "--batch_size", batch, words="2 of 9 images")
+            raises(ValueError, evaluate, "--data", folder, "--weights", weights, "--inception", "none", "--batch_size",
+                   batch, words="2 of 9 images")
 
 
 def test_noise_depends_on_seed_and_image_number_only():
@@ -1668,7 +1804,8 @@ def test_validation_during_training():
     expected = evaluation.psnr(img, rec)
     quality, flow_by_t, grid = validation.validate(enc, dec, dataset, 3, 3, contextlib.nullcontext())
     assert abs(quality - expected.mean().item()) < 1e-4 and enc.training and dec.training
-    assert np.array_equal(grid[:16, 16:32], (rec[0] * 255).round().permute(1, 2, 0).numpy().astype(np.uint8)) and grid.shape == (64, 96, 3)
+    assert (np.array_equal(grid[:16, 16:32], (rec[0] * 255).round().permute(1, 2, 0).numpy().astype(np.uint8))
+            and grid.shape == (64, 96, 3))
     dec.velocity = lambda x_t, t, c: t[..., None].expand_as(x_t)  # so that the loss tells where in [0, 1] t was drawn
     _, flow_by_t, _ = validation.validate(enc, dec, dataset, 7, 3, contextlib.nullcontext())
     x = decoder.patchify((img - dec.mean) / dec.std, 4)
@@ -1677,7 +1814,8 @@ def test_validation_during_training():
         assert abs(loss - (u - (k + 0.5) / 10).square().mean().item()) < 0.05 * abs(u.mean().item()) + 0.01, k
     del dec.velocity
     with unittest.mock.patch.object(dist, "all_reduce", lambda x: None):  # each rank's own share
-        shares = [validation.validate(enc, dec, dataset, 3, 3, contextlib.nullcontext(), rank=r, ranks=2)[0] for r in (0, 1)]
+        shares = [validation.validate(enc, dec, dataset, 3, 3, contextlib.nullcontext(), rank=r, ranks=2)[0]
+                  for r in (0, 1)]
     assert abs(shares[0] - expected[0::2].mean().item()) < 1e-4 and abs(shares[1] - expected[1::2].mean().item()) < 1e-4
 
 
@@ -1685,11 +1823,13 @@ def test_validation_during_training():
 
 def test_each_parameter_in_one_optimizer_group_and_teacher_in_none():
     teacher, enc, dec = micro_models()
-    groups = encoder.parameter_groups([enc.vit], 1e-3, 0.05) + encoder.parameter_groups([enc.latent_down, dec], 1e-2, 0.05)
+    groups = (
+        encoder.parameter_groups([enc.vit], 1e-3, 0.05) + encoder.parameter_groups([enc.latent_down, dec], 1e-2, 0.05))
     ids = [id(p) for g in groups for p in g["params"]]
     everything = {id(p): p for m in (enc, dec) for p in m.parameters()}
     assert len(ids) == len(set(ids)) and set(ids) == set(everything)
-    weights = {id(m.weight) for part in (enc, dec) for m in part.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+    weights = {id(m.weight) for part in (enc, dec) for m in part.modules()
+               if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
     for g in groups:
         for p in g["params"]:
             assert (g["weight_decay"] == 0.05) == (id(p) in weights)
@@ -1722,9 +1862,11 @@ def joint_step(wrap, part):
     torch.manual_seed(5)
     img, t, noise = torch.rand(4, 3, 16, 16), torch.rand(4, 16), torch.randn(4, 16, 48)
     student, flow_decoder = wrap(enc), wrap(dec)  # DDP must outlive the backward pass
-    loss_dist, loss_flow, weight, alpha = train.losses(teacher, student, flow_decoder, img[part], METHOD, t[part], noise[part])
+    loss_dist, loss_flow, weight, alpha = train.losses(teacher, student, flow_decoder, img[part], METHOD, t[part],
+                                                       noise[part])
     (loss_dist + loss_flow).backward()
-    return [loss_dist.detach(), loss_flow.detach(), weight, alpha, torch.cat([p.grad.flatten() for m in (enc, dec) for p in m.parameters()])]
+    return [loss_dist.detach(), loss_flow.detach(), weight, alpha,
+            torch.cat([p.grad.flatten() for m in (enc, dec) for p in m.parameters()])]
 
 
 def test_two_ranks_equal_one():
@@ -1735,7 +1877,8 @@ def test_two_ranks_equal_one():
         for k in range(5):  # L_dist, L_flow, w, alpha, gradients
             close(both[k], one[k], 1e-5)
         halves = [joint_step(lambda m: m, slice(0, 2)), joint_step(lambda m: m, slice(2, 4))]
-        assert (halves[0][2] - halves[1][2]).abs().max() > 1e-3, "the halves differ, so weights formed per rank would show"
+        assert (halves[0][2] - halves[1][2]).abs().max() > 1e-3, (
+            "the halves differ, so weights formed per rank would show")
 
 
 def test_resume_is_exact():
@@ -1754,12 +1897,14 @@ def test_resume_is_exact():
         assert "finished" in said and "--steps 8" in said
         state = torch.load(os.path.join(parts, "state.pt"), weights_only=True)
         assert state["step"] == 4 and state["samples"] == 16
-        raises(ValueError, train_quietly, *flags, "--out", parts, "--steps", 6, "--beta", "3", words="beta was 2.0, is now 3.0")
+        raises(ValueError, train_quietly, *flags, "--out", parts, "--steps", 6, "--beta", "3",
+               words="beta was 2.0, is now 3.0")
 
 
 def test_optimizer_sees_clipped_gradients_and_this_runs_settings():
     with tempfile.TemporaryDirectory() as tmp:
-        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], "--weight_decay", 0.1, "--encoder_lr_scale", 0]
+        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], "--weight_decay", 0.1,
+                 "--encoder_lr_scale", 0]
         out = os.path.join(tmp, "out")
         train_quietly(*flags, "--out", out, "--steps", 1, "--clip", 0.01, "--keep_every", 1)
         state = torch.load(os.path.join(out, "state.pt"), weights_only=True)
@@ -1771,20 +1916,24 @@ def test_optimizer_sees_clipped_gradients_and_this_runs_settings():
         assert abs(squares - 0.05 * 0.01 ** 2) < 1e-10, "(1 - beta2) = 0.05 times its square"
         assert {g["weight_decay"] for g in state["optimizer"]["param_groups"]} == {0.0, 0.1}
         vit, teacher = state["encoder"], load_file(flags[1])
-        assert all(torch.equal(vit["vit." + k], v) for k, v in teacher.items() if "vit." + k in vit), "--encoder_lr_scale 0 must leave the ViT as it is"
+        assert all(torch.equal(vit["vit." + k], v) for k, v in teacher.items() if "vit." + k in vit), (
+            "--encoder_lr_scale 0 must leave the ViT as it is")
         kept = os.path.join(out, "model_0000001.safetensors")
         assert os.path.exists(kept)
         train_quietly(*flags, "--out", out, "--steps", 2, "--clip", 0.01, "--lr", 1e-12, "--resume_anyway")
         a, b = load_file(kept), load_file(os.path.join(out, "model.safetensors"))
-        assert all(torch.allclose(a[k], b[k], atol=1e-9) for k in a), "the command's learning rate, not the checkpoint's"
+        assert all(torch.allclose(a[k], b[k], atol=1e-9) for k in a), (
+            "the command's learning rate, not the checkpoint's")
         torch.save({"args": {}}, os.path.join(out, "state.pt"))
         raises(ValueError, train_quietly, *flags, "--out", out, "--steps", 3, words="no checkpoint of train.py")
 
 
 def test_learning_rate_decay():
-    """--lr_decay 0.5 of four steps: 1, 1, 1, 1/2 of the rate, each group of its own; the same run by hand, with another --lr for its last step."""
+    """--lr_decay 0.5 of four steps: 1, 1, 1, 1/2 of the rate, each group of its own; the same run by hand, with another
+    --lr for its last step."""
     with tempfile.TemporaryDirectory() as tmp:
-        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], "--encoder_lr_scale", 0.25, "--log_every", 1, "--out"]
+        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], "--encoder_lr_scale", 0.25,
+                 "--log_every", 1, "--out"]
         decayed, by_hand = os.path.join(tmp, "decayed"), os.path.join(tmp, "by_hand")
         train_quietly(*flags, decayed, "--steps", 4, "--lr", 1e-3, "--lr_decay", 0.5)
         assert [line["lr"] for line in log_lines(decayed) if "lr" in line] == [1e-3, 1e-3, 1e-3, 5e-4]
@@ -1799,12 +1948,13 @@ def test_every_micro_step_draws_its_own_noise():
     with tempfile.TemporaryDirectory() as tmp:
         grey = os.path.join(tmp, "grey")
         os.makedirs(grey)
-        Image.new("RGB", (16, 16), (90, 90, 90)).save(os.path.join(grey, "0.png"))  # all samples are alike; at step 1, v = 0
+        # all samples are alike; at step 1, v = 0
+        Image.new("RGB", (16, 16), (90, 90, 90)).save(os.path.join(grey, "0.png"))
         first = {}
         for name, batch, seed in (("two", 2, 0), ("two again", 2, 0), ("twice two", 4, 0), ("other seed", 2, 1)):
             out = os.path.join(tmp, name)
-            train_quietly("--teacher", micro_teacher(tmp), "--data", grey, "--out", out, "--steps", 2, "--batch_size", batch,
-                          "--micro_batch", 2, "--seed", seed, "--lr", 1e-12)
+            train_quietly("--teacher", micro_teacher(tmp), "--data", grey, "--out", out, "--steps", 2,
+                          "--batch_size", batch, "--micro_batch", 2, "--seed", seed, "--lr", 1e-12)
             first[name] = [x["loss_flow"] for x in log_lines(out) if "loss_flow" in x]
         assert first["two"] == first["two again"] != first["other seed"]
         assert first["two"][0] != first["two"][1], "each step draws its own"
@@ -1815,10 +1965,11 @@ def test_log_has_what_it_should():
     with tempfile.TemporaryDirectory() as tmp:
         folder, _ = picture_folder(tmp)
         out = os.path.join(tmp, "out")
-        said = train_quietly("--teacher", micro_teacher(tmp), "--data", folder, "--val", folder, "--steps", 3, "--log_every", 2,
-                             "--out", out, "--lambda_f", 2)
+        said = train_quietly("--teacher", micro_teacher(tmp), "--data", folder, "--val", folder, "--steps", 3,
+                             "--log_every", 2, "--out", out, "--lambda_f", 2)
         training, final, judged = log_lines(out, timing=True)
-        assert {"step", "loss", "loss_flow", "loss_dist", "alpha", "weight", "grad_norm", "lr", "img_s"} <= training.keys()
+        assert ({"step", "loss", "loss_flow", "loss_dist", "alpha", "weight", "grad_norm", "lr", "img_s"}
+                <= training.keys())
         assert (training["step"], final["step"]) == (2, 3) and len(training["alpha"]) == len(training["weight"]) == 3
         assert math.isclose(sum(training["weight"]), 1, rel_tol=1e-5)
         assert math.isclose(training["loss"], training["loss_dist"] + 2 * training["loss_flow"], rel_tol=1e-9)
@@ -1826,17 +1977,21 @@ def test_log_has_what_it_should():
         grid = Image.open(os.path.join(out, "samples", "step_000003.png"))
         assert grid.size == (2 * 3 * 16, 4 * 16), "eight pictures, original | reconstruction | error, two a row"
         assert "img/s" in said and "eta" in said
-        rec = np.array(grid)[:16, :48].astype(int)  # the first triple: the third is four times the difference of the first two
+        # the first triple: the third is four times the difference of the first two
+        rec = np.array(grid)[:16, :48].astype(int)
         assert np.array_equal(rec[:, 32:], np.minimum(4 * abs(rec[:, :16] - rec[:, 16:32]), 255))
 
 
 def test_recipes_are_the_papers():
     """Tables 6-9, and the text where they differ on the batch; small and tiny are ours."""
-    for name, size, width in (("internvit", 448, 1024), ("dinov2", 378, 1024), ("siglip2", 256, 1152), ("clip", 224, 1024)):
+    for name, size, width in (("internvit", 448, 1024), ("dinov2", 378, 1024), ("siglip2", 256, 1152),
+                              ("clip", 224, 1024)):
         args = train.parse_args(["--teacher", name])
-        got = (args.size, args.flow_width, args.latent_dim, args.gtb_depth, args.flow_depth, args.lr, args.batch_size, args.epochs, args.steps)
+        got = (args.size, args.flow_width, args.latent_dim, args.gtb_depth, args.flow_depth, args.lr, args.batch_size,
+               args.epochs, args.steps)
         assert got == (size, width, 64, 6, 12, 2e-4, 512, 30, None), name
-        assert (args.beta, args.lambda_d, args.lambda_f, args.endpoint, args.lr_decay, args.weight_decay, args.drop_path) == (2, 1, 1, 0, 0, 0, 0)
+        assert (args.beta, args.lambda_d, args.lambda_f, args.endpoint, args.lr_decay, args.weight_decay,
+                args.drop_path) == (2, 1, 1, 0, 0, 0, 0)
         assert (args.recipe, args.beta1, args.beta2, args.warmup) == ("paper", 0.5, 0.95, 0)
     assert train.parse_args(["--endpoint", "0"]).endpoint == 0 and train.parse_args(["--epochs", "2"]).steps is None
 
@@ -1846,8 +2001,9 @@ def test_options_of_the_method():
         teacher, (folder, _) = micro_teacher(tmp), picture_folder(tmp)
         frozen = load_file(teacher)
         options = [["--strategy", s] for s in distill.STRATEGIES] + [
-            ["--gtb_depth", 0], ["--flow_depth", 1], ["--latent_dim", 4], ["--projector", "linear"], ["--decoder", "pixel"],
-            ["--beta", 5], ["--drop_path", 0.5], ["--endpoint", 1], ["--freeze_encoder"], ["--lambda_f", 0], ["--lambda_d", 0], ["--checkpoint_activations"], ["--size", 20]]
+            ["--gtb_depth", 0], ["--flow_depth", 1], ["--latent_dim", 4], ["--projector", "linear"],
+            ["--decoder", "pixel"], ["--beta", 5], ["--drop_path", 0.5], ["--endpoint", 1], ["--freeze_encoder"],
+            ["--lambda_f", 0], ["--lambda_d", 0], ["--checkpoint_activations"], ["--size", 20]]
         for i, option in enumerate(options):
             out = os.path.join(tmp, f"out{i}")
             train_quietly("--teacher", teacher, "--data", folder, "--steps", 4, "--out", out, *option)
@@ -1856,13 +2012,16 @@ def test_options_of_the_method():
             dec = decoder.Decoder.from_pretrained(os.path.join(out, "model.safetensors"))
             assert dec.decode(enc.encode(torch.rand(1, 3, 20, 16))).shape == (1, 3, 20, 16), option
             moved = {k for k, v in enc.vit.state_dict().items() if not torch.equal(v, frozen[k])}
-            assert bool(moved) == ("--freeze_encoder" not in option) and not moved & {"norm.weight", "norm.bias"}, (option, moved)
+            assert (bool(moved) == ("--freeze_encoder" not in option)
+                    and not moved & {"norm.weight", "norm.bias"}), (option, moved)
             last = [x for x in log_lines(out) if "alpha" in x][-1]
             if option[0] == "--strategy":
-                expected = {"final": [0, 0, 1], "uniform": [1 / 3] * 3, "progressive": [1 / 6, 2 / 6, 3 / 6]}.get(option[1])
+                expected = {"final": [0, 0, 1], "uniform": [1 / 3] * 3,
+                            "progressive": [1 / 6, 2 / 6, 3 / 6]}.get(option[1])
                 assert expected is None or np.allclose(last["weight"], expected), option
             if option[0] == "--drop_path":
-                assert max(log_lines(out)[0]["alpha"]) > 1e-4, "at step 1 stochastic depth alone sets student and teacher apart"
+                assert max(log_lines(out)[0]["alpha"]) > 1e-4, (
+                    "at step 1 stochastic depth alone sets student and teacher apart")
             beta = 5 if option[0] == "--beta" else 2
             if option[0] != "--strategy":
                 w = np.arange(1, 4) * np.exp(beta * np.array(last["alpha"]))  # eq. 1
@@ -1872,11 +2031,12 @@ def test_options_of_the_method():
                 assert config["size"] == 20 and dec.config.grid == 5
         start = os.path.join(tmp, "out5", "model.safetensors")  # flow_depth 1
         out = os.path.join(tmp, "init")
-        train_quietly("--teacher", teacher, "--data", folder, "--steps", 1, "--out", out, "--init", start, "--flow_depth", 1, "--lr", 1e-12)
+        train_quietly("--teacher", teacher, "--data", folder, "--steps", 1, "--out", out, "--init", start,
+                      "--flow_depth", 1, "--lr", 1e-12)
         a, b = load_file(start), load_file(os.path.join(out, "model.safetensors"))
         assert all(torch.allclose(a[k], b[k], atol=1e-9) for k in a), "--init must start from the file's weights"
-        raises(ValueError, train_quietly, "--teacher", teacher, "--data", folder, "--steps", 1, "--out", out + "2", "--init", start,
-               words="flow_depth 1, not 2")
+        raises(ValueError, train_quietly, "--teacher", teacher, "--data", folder, "--steps", 1, "--out", out + "2",
+               "--init", start, words="flow_depth 1, not 2")
 
 
 def test_overfits_one_batch():
@@ -1913,10 +2073,11 @@ def test_flops_against_the_closed_form():
 
 
 def test_ranks_and_accumulation_give_one_run():
-    """With the pixel objective nothing is drawn, and with fixed layer weights accumulation changes nothing: one process, one
-    that accumulates, and two ranks that accumulate and are interrupted must log the same."""
+    """With the pixel objective nothing is drawn, and with fixed layer weights accumulation changes nothing: one
+    process, one that accumulates, and two ranks that accumulate and are interrupted must log the same."""
     with tempfile.TemporaryDirectory() as tmp:
-        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], "--decoder", "pixel", "--strategy", "progressive"]
+        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], "--decoder", "pixel", "--strategy",
+                 "progressive"]
         train_quietly(*flags, "--out", os.path.join(tmp, "whole"), "--steps", 4)
         train_quietly(*flags, "--out", os.path.join(tmp, "accumulated"), "--steps", 4, "--micro_batch", 1)
         flags = ["train.py", *MICRO_RUN, *flags, "--micro_batch", 1, "--out", os.path.join(tmp, "ranks"), "--steps"]
@@ -1924,7 +2085,8 @@ def test_ranks_and_accumulation_give_one_run():
         done = run("torchrun", "--nproc_per_node=2", *flags, 4)
         assert done.returncode == 0, done.stderr[-2000:]
         assert "resumed" in done.stdout and "2 ranks" in done.stdout
-        whole, *others = ([x for x in log_lines(os.path.join(tmp, n)) if "loss" in x] for n in ("whole", "accumulated", "ranks"))
+        whole, *others = ([x for x in log_lines(os.path.join(tmp, n)) if "loss" in x]
+                          for n in ("whole", "accumulated", "ranks"))
         for lines in others:
             assert [x["step"] for x in lines] == [1, 2, 3, 4], "steps never appear twice, and rank 0 alone writes"
             for a, b in zip(whole, lines):
@@ -1934,40 +2096,53 @@ def test_ranks_and_accumulation_give_one_run():
 
 def test_signals_save_and_stop():
     with tempfile.TemporaryDirectory() as tmp:
-        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], *MICRO_RUN, "--steps", 12, "--log_every", 2, "--save_every", 5]
+        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], *MICRO_RUN, "--steps", 12,
+                 "--log_every", 2, "--save_every", 5]
         train_quietly(*flags[2:], "--teacher", flags[1], "--out", os.path.join(tmp, "whole"))
         out = os.path.join(tmp, "out")
-        for name, status in ("SIGTERM", -signal.SIGTERM), ("SIGINT", 130):  # before the first step, in a download say: at once
-            early = f"import os, signal, sys, train; train.build_models = lambda args: os.kill(os.getpid(), signal.{name}); train.run()"
+        # before the first step, in a download say: at once
+        for name, status in ("SIGTERM", -signal.SIGTERM), ("SIGINT", 130):
+            early = ("import os, signal, sys, train; "
+                     f"train.build_models = lambda args: os.kill(os.getpid(), signal.{name}); train.run()")
             done = run("python", "-c", early, *flags, "--out", out, cwd=HERE)
-            assert done.returncode == status and "Traceback" not in done.stderr and not os.path.exists(os.path.join(out, "state.pt")), done
-        for at, name in ((3, "SIGTERM"), (4, "SIGUSR1"), (2, "SIGINT"), (1, "SIGHUP")):  # in the middle of the step, to the process alone or to its group
-            script = faulty_training(tmp, f"    if step == {at}: os.{'killpg(0' if name == 'SIGTERM' else 'kill(os.getpid()'}, signal.{name})")
+            assert (done.returncode == status and "Traceback" not in done.stderr
+                    and not os.path.exists(os.path.join(out, "state.pt"))), done
+        # in the middle of the step, to the process alone or to its group
+        for at, name in ((3, "SIGTERM"), (4, "SIGUSR1"), (2, "SIGINT"), (1, "SIGHUP")):
+            target = "killpg(0" if name == "SIGTERM" else "kill(os.getpid()"
+            script = faulty_training(tmp, f"    if step == {at}: os.{target}, signal.{name})")
             done = run("python", script, *flags, "--workers", 1, "--out", out)
             assert done.returncode == 0 and "interrupted and saved" in done.stdout, done.stdout + done.stderr
         assert [x["step"] for x in log_lines(out) if x.get("kind") == "interrupted"] == [3, 7, 9, 10]
         train_quietly(*flags[2:], "--teacher", flags[1], "--out", out)
         whole = log_lines(os.path.join(tmp, "whole"))
-        assert [x for x in log_lines(out) if x.get("kind") != "interrupted"] == whole, "an interrupted step must be finished, once"
+        assert [x for x in log_lines(out) if x.get("kind") != "interrupted"] == whole, (
+            "an interrupted step must be finished, once")
         assert same_weights(os.path.join(out, "model.safetensors"), os.path.join(tmp, "whole", "model.safetensors"))
         # a terminal that closes, under nohup; an output that nobody reads any more
         flags = " ".join(map(str, flags))
         done = run("bash", "-c", f"trap '' HUP; exec {sys.executable} {script} {flags} --out {tmp}/nohup")
-        assert done.returncode == 0 and "SIGHUP" in open(script).read() and "done: " in done.stdout, done.stdout + done.stderr
-        done = run("bash", "-c", f"set -o pipefail; {sys.executable} train.py {flags} --steps 1000 --out {tmp}/head | head -1", cwd=HERE)
+        assert done.returncode == 0 and "SIGHUP" in open(script).read() and "done: " in done.stdout, (
+            done.stdout + done.stderr)
+        done = run("bash", "-c",
+                   f"set -o pipefail; {sys.executable} train.py {flags} --steps 1000 --out {tmp}/head | head -1",
+                   cwd=HERE)
         *_, last = log_lines(os.path.join(tmp, "head"))
-        assert done.returncode == 0 and not done.stderr and last["kind"] == "interrupted" and last["step"] < 100, (done, last)
+        assert (done.returncode == 0 and not done.stderr and last["kind"] == "interrupted"
+                and last["step"] < 100), (done, last)
         assert torch.load(os.path.join(tmp, "head", "state.pt"), weights_only=True)["step"] == last["step"]
 
 
 def test_numbers_that_go_wrong():
     with tempfile.TemporaryDirectory() as tmp:
-        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], *MICRO_RUN, "--steps", 4, "--eval_every", 100, "--save_every", 1, "--keep_every", 1]
+        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], *MICRO_RUN, "--steps", 4,
+                 "--eval_every", 100, "--save_every", 1, "--keep_every", 1]
         script = faulty_training(tmp, "    if step == 3 and rank == 1: fault = float('inf')")
         done, _ = run_ranks(2, "python", script, *flags, "--out", os.path.join(tmp, "ranks"))
         assert done.returncode == 0 and "1 steps skipped" in done.stdout, done.stdout + done.stderr
         lines = [x for x in log_lines(os.path.join(tmp, "ranks")) if "loss" in x]
-        assert [x["skipped"] for x in lines] == [0, 0, 1, 1] and [x["loss"] is None for x in lines] == [False, False, True, False]
+        assert ([x["skipped"] for x in lines] == [0, 0, 1, 1]
+                and [x["loss"] is None for x in lines] == [False, False, True, False])
         kept = [os.path.join(tmp, "ranks", f"model_{n:07d}.safetensors") for n in (1, 2, 3, 4)]
         assert same_weights(kept[1], kept[2]), "one rank's infinity must leave the weights of all as they are"
         assert not same_weights(kept[0], kept[1]) and not same_weights(kept[2], kept[3])
@@ -1977,12 +2152,14 @@ def test_numbers_that_go_wrong():
         script = faulty_training(tmp, "    if step > 2: fault = float('nan')")
         out = os.path.join(tmp, "out")
         done = run("python", script, *flags[:-6], "--steps", 50, "--eval_every", 100, "--save_every", 100, "--out", out)
-        assert done.returncode == 2 and "at step 12 " in done.stderr and "10 steps in a row" in done.stderr and "state.pt" in done.stderr, done.stderr
+        assert (done.returncode == 2 and "at step 12 " in done.stderr and "10 steps in a row" in done.stderr
+                and "state.pt" in done.stderr), done.stderr
         flow = [x for x in log_lines(out) if x["step"] == 2][0]["loss_flow"]
         assert f"flow {flow:.4f}" in done.stderr, "the last finite loss"
         read = data.ImageDataset(picture_folder(tmp)[0], 16, True)
         expected = [read.path(read.index(n)) for n in range(44, 48)]  # the twelfth batch of four
-        assert open(os.path.join(out, "not_finite.txt")).read().splitlines() == expected and os.path.basename(expected[0]) in done.stderr
+        assert (open(os.path.join(out, "not_finite.txt")).read().splitlines() == expected
+                and os.path.basename(expected[0]) in done.stderr)
 
 
 def test_a_full_disk_loses_nothing():
@@ -1991,11 +2168,16 @@ def test_a_full_disk_loses_nothing():
         train_quietly(*flags, "--steps", 2)
         state = os.path.join(tmp, "out", "state.pt")
         before = open(state, "rb").read()
-        script = faulty_training(tmp, "    import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)")
+        script = faulty_training(tmp, """    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)""")
         done = run("python", script, *flags, "--steps", 4)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "could not be saved" in done.stderr and state in done.stderr, done.stderr
-        assert open(state, "rb").read() == before and not [n for n in os.listdir(os.path.join(tmp, "out")) if n.endswith(".tmp")]
-        shutil.copy(os.path.join(tmp, "teacher.safetensors"), os.path.join(tmp, "out", "model.safetensors"))  # of something else
+        assert (done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "could not be saved" in done.stderr
+                and state in done.stderr), done.stderr
+        assert open(state, "rb").read() == before and not [n for n in os.listdir(os.path.join(tmp, "out"))
+                                                           if n.endswith(".tmp")]
+        # of something else
+        shutil.copy(os.path.join(tmp, "teacher.safetensors"), os.path.join(tmp, "out", "model.safetensors"))
         with open(os.path.join(tmp, "out", "log.jsonl"), "a") as f:
             f.write('{"step": 2, "lo')  # torn
         said = train_quietly(*flags, "--steps", 4)
@@ -2012,7 +2194,8 @@ def test_a_full_disk_loses_nothing():
             done = run("python", "train.py", *flags, "--steps", 5)
             assert done.returncode == 2 and "another run is writing" in done.stderr, done.stderr
             assert same_weights(model, os.path.join(tmp, "teacher.safetensors")), "a second run must write nothing"
-        with unittest.mock.patch.object(fcntl, "lockf", side_effect=OSError(38, "Function not implemented")):  # as Lustre's without flock
+        # as Lustre's without flock
+        with unittest.mock.patch.object(fcntl, "lockf", side_effect=OSError(38, "Function not implemented")):
             assert "cannot be locked" in train_quietly(*flags, "--steps", 4)
         os.remove(state)
         for n in (1, 2):  # without state.pt: a new run, the old one's files stay beside it
@@ -2022,7 +2205,8 @@ def test_a_full_disk_loses_nothing():
         names = os.listdir(os.path.join(tmp, "out"))
         assert {"log.jsonl.old", "log.jsonl.old.old", "model.safetensors.old", "model.safetensors.old.old",
                 "model_0000001.safetensors", "model_0000001.safetensors.old"} <= set(names), names
-        assert len(log_lines(os.path.join(tmp, "out"))) == 2 and len(open(os.path.join(tmp, "out", "log.jsonl.old")).readlines()) >= 4
+        assert (len(log_lines(os.path.join(tmp, "out"))) == 2
+                and len(open(os.path.join(tmp, "out", "log.jsonl.old")).readlines()) >= 4)
 
 
 def test_training_goes_on_without_bad_pictures():
@@ -2034,32 +2218,38 @@ def test_training_goes_on_without_bad_pictures():
         logs = []
         for workers in (0, 1, 4):
             out = os.path.join(tmp, str(workers))
-            said = train_quietly(*flags, "--workers", workers, "--max_bad_images", 0.1, "--out", out, "--steps", 3 if workers == 1 else 6)
+            said = train_quietly(*flags, "--workers", workers, "--max_bad_images", 0.1, "--out", out, "--steps",
+                                 3 if workers == 1 else 6)
             if workers == 1:
                 said = train_quietly(*flags, "--workers", 0, "--max_bad_images", 0.1, "--out", out, "--steps", 6)
             logs.append([x for x in log_lines(out) if x["step"] != 3])
             assert "2 of the " in said and "images so far could not be read" in said
-            assert sorted(open(os.path.join(out, "bad_images.txt")).read().split()) == [os.path.join(folder, "class0", "8.png"), os.path.join(folder, "class1", "3.png")]
+            assert (sorted(open(os.path.join(out, "bad_images.txt")).read().split())
+                    == [os.path.join(folder, "class0", "8.png"), os.path.join(folder, "class1", "3.png")])
         assert logs[0] == logs[1] == logs[2], "the same for 0, 1 and 4 workers, and across a resume"
         done = run("python", "train.py", *flags, "--steps", 6, "--out", os.path.join(tmp, "strict"))
         assert done.returncode == 2 and "more than --max_bad_images 0.01" in done.stderr, done.stderr
-        done = run("python", "train.py", "--teacher", flags[1], *MICRO_RUN, "--val", folder, "--out", os.path.join(tmp, "val"), "--steps", 1)
-        assert done.returncode == 2 and "8.png" in done.stderr and "train" not in done.stdout, "an evaluation drops no image, and is tried before the training"
+        done = run("python", "train.py", "--teacher", flags[1], *MICRO_RUN, "--val", folder, "--out",
+                   os.path.join(tmp, "val"), "--steps", 1)
+        assert done.returncode == 2 and "8.png" in done.stderr and "train" not in done.stdout, (
+            "an evaluation drops no image, and is tried before the training")
 
 
 def test_a_rank_that_dies_takes_the_others_down():
     with tempfile.TemporaryDirectory() as tmp:
         script = faulty_training(tmp, "    if step == 3 and rank == 1: raise RuntimeError('rank 1 says why')")
         start = time.time()
-        done = run("torchrun", "--nproc_per_node=2", script, "--teacher", micro_teacher(tmp), *MICRO_RUN, "--steps", 1000,
-                   "--out", os.path.join(tmp, "out"))
-        assert done.returncode and "RuntimeError: rank 1 says why" in done.stderr and time.time() - start < 60, done.stderr[-3000:]
+        done = run("torchrun", "--nproc_per_node=2", script, "--teacher", micro_teacher(tmp), *MICRO_RUN,
+                   "--steps", 1000, "--out", os.path.join(tmp, "out"))
+        assert done.returncode and "RuntimeError: rank 1 says why" in done.stderr and time.time() - start < 60, (
+            done.stderr[-3000:])
 
 
 def test_a_clean_run_is_quiet():
     with tempfile.TemporaryDirectory() as tmp:
-        done = run("python", "-X", "dev", "-W", "always", "train.py", "--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[1], *MICRO_RUN,
-                   "--steps", 3, "--eval_every", 2, "--workers", 1, "--out", os.path.join(tmp, "out"))
+        done = run("python", "-X", "dev", "-W", "always", "train.py", "--teacher", micro_teacher(tmp), "--data",
+                   picture_folder(tmp)[1], *MICRO_RUN, "--steps", 3, "--eval_every", 2, "--workers", 1, "--out",
+                   os.path.join(tmp, "out"))
         ours = [line for line in done.stderr.splitlines() if "Warning" in line and "site-packages" not in line]
         assert done.returncode == 0 and not ours, done.stderr
 
@@ -2068,10 +2258,13 @@ def slow_torchrun_is_told_to_stop():
     """SIGTERM to torchrun with two ranks saves and stops; the same command goes on. By name only."""
     with tempfile.TemporaryDirectory() as tmp:
         out = os.path.join(tmp, "out")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", "train.py", "--teacher", micro_teacher(tmp),
-                   *MICRO_RUN, "--workers", "1", "--eval_every", "1000", "--save_every", "1000", "--out", out, "--steps"]
-        start = subprocess.Popen([*command, "100000"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        while not os.path.exists(os.path.join(out, "log.jsonl")) or len(open(os.path.join(out, "log.jsonl")).readlines()) < 20:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                   "--max-restarts=3", "train.py", "--teacher", micro_teacher(tmp), *MICRO_RUN, "--workers", "1",
+                   "--eval_every", "1000", "--save_every", "1000", "--out", out, "--steps"]
+        start = subprocess.Popen([*command, "100000"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 text=True)
+        log = os.path.join(out, "log.jsonl")
+        while not os.path.exists(log) or len(open(log).readlines()) < 20:
             assert start.poll() is None, start.stdout.read()
             time.sleep(0.1)
         began = time.time()
@@ -2081,32 +2274,39 @@ def slow_torchrun_is_told_to_stop():
         assert last["kind"] == "interrupted" and "interrupted and saved" in said, said
         print(f"stopped at step {last['step']} in {time.time() - began:.1f} s")
         done = run(*command, last["step"] + 5)
-        assert done.returncode == 0 and f"resumed from {out}/state.pt at step {last['step']:,}" in done.stdout, done.stdout + done.stderr
+        assert done.returncode == 0 and f"resumed from {out}/state.pt at step {last['step']:,}" in done.stdout, (
+            done.stdout + done.stderr)
         assert [x["step"] for x in log_lines(out) if "loss" in x] == list(range(1, last["step"] + 6))
 
 
 def slow_two_thousand_steps():
-    """No growth of memory or of open files over 2,000 steps. By name only: python test_all.py slow_two_thousand_steps"""
+    """No growth of memory or of open files over 2,000 steps. By name only: python test_all.py
+    slow_two_thousand_steps"""
     with tempfile.TemporaryDirectory() as tmp:
         script = faulty_training(tmp, """    if step in (300, 2000):
         import gc; gc.collect()
         memory = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")][0]
         print(f"step {step}: {memory} KB, {len(os.listdir('/proc/self/fd'))} files", file=sys.stderr, flush=True)""")
-        done = run("python", script, "--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[1], *MICRO_RUN, "--steps", 2000, "--eval_every", 50,
-                   "--save_every", 50, "--log_every", 10, "--out", os.path.join(tmp, "out"))
-        (first, files), (last, files_then) = (map(int, x) for x in re.findall(r"step \d+: (\d+) KB, (\d+) files", done.stderr))
+        done = run("python", script, "--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[1], *MICRO_RUN,
+                   "--steps", 2000, "--eval_every", 50, "--save_every", 50, "--log_every", 10, "--out",
+                   os.path.join(tmp, "out"))
+        (first, files), (last, files_then) = (map(int, x)
+                                              for x in re.findall(r"step \d+: (\d+) KB, (\d+) files", done.stderr))
         print(f"{first} KB, {files} files at step 300; {last} KB, {files_then} files at step 2000")
         assert last - first < 20_000 and files == files_then, done.stderr
 
 
 def crashing_runs(out, flags, ranks, kills, rng):
-    """train.py, killed (SIGKILL, every rank) at random moments and begun again until there were `kills`; then it may finish."""
+    """train.py, killed (SIGKILL, every rank) at random moments and begun again until there were `kills`; then it may
+    finish."""
     log = os.path.join(out, "log.jsonl")
     lines = lambda: open(log).read().count("\n") if os.path.exists(log) else 0
     for k in itertools.count():
         env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        roles = [{"RANK": str(r), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(r)} for r in range(ranks)] if ranks > 1 else [{}]
-        children = [start_script(["train.py", *flags, "--out", out], HERE, {**env, **role}, out + ".txt", out + ".txt") for role in roles]
+        roles = ([{"RANK": str(r), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(r)} for r in range(ranks)] if ranks > 1
+                 else [{}])
+        children = [start_script(["train.py", *flags, "--out", out], HERE, {**env, **role}, out + ".txt", out + ".txt")
+                    for role in roles]
         if k < kills:
             target = lines() + rng.integers(16)
             while lines() < target and not multiprocessing.connection.wait([children[0].sentinel], timeout=0.002):
@@ -2124,8 +2324,9 @@ def crash_and_resume(kills, ranks, seed=0):
     """A run killed at random moments equals the uninterrupted one: log and weights, bit for bit."""
     steps = 20 + 8 * kills
     with tempfile.TemporaryDirectory() as tmp:
-        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp, n=13)[1], *MICRO_RUN, "--steps", str(steps), "--drop_path", "0.1",
-                 "--save_every", "7", "--eval_every", "10", "--keep_every", "11", "--workers", "1"]
+        flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp, n=13)[1], *MICRO_RUN, "--steps",
+                 str(steps), "--drop_path", "0.1", "--save_every", "7", "--eval_every", "10", "--keep_every", "11",
+                 "--workers", "1"]
         whole, crashed = (os.path.join(tmp, n) for n in ("whole", "crashed"))
         for out, n in (whole, 0), (crashed, kills):
             crashing_runs(out, flags, ranks, n, np.random.default_rng(seed))
@@ -2133,9 +2334,11 @@ def crash_and_resume(kills, ranks, seed=0):
         assert a == b, next((x, y) for x, y in zip(a, b) if x != y)
         assert [x["step"] for x in a if "loss" in x] == list(range(1, steps + 1)), "steps never appear twice"
         kept = [f"model_{n:07d}.safetensors" for n in range(11, steps + 1, 11)]
-        assert sorted(n for n in os.listdir(whole) if n.startswith("model_")) == kept, "at every 11th step, whatever --save_every"
+        assert sorted(n for n in os.listdir(whole) if n.startswith("model_")) == kept, (
+            "at every 11th step, whatever --save_every")
         for name in sorted(os.listdir(whole)):
-            assert not name.endswith(".safetensors") or same_weights(os.path.join(whole, name), os.path.join(crashed, name)), name
+            assert not name.endswith(".safetensors") or same_weights(os.path.join(whole, name),
+                                                                     os.path.join(crashed, name)), name
         resumed = open(crashed + ".txt").read().count("resumed from")
         print(f"{kills} kills, {ranks} ranks: resumed {resumed} times")
 
@@ -2155,7 +2358,8 @@ def test_ranks_that_see_different_checkpoints_stop():
         flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0]]
         train_quietly(*flags, "--out", os.path.join(tmp, "1"), "--steps", 1, "--batch_size", 4)
         env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        both = (functools.partial(run, "python", "train.py", *MICRO_RUN, *flags, "--out", os.path.join(tmp, r), "--steps", 2, RANK=r, LOCAL_RANK=r, **env)
+        both = (functools.partial(run, "python", "train.py", *MICRO_RUN, *flags, "--out", os.path.join(tmp, r),
+                                  "--steps", 2, RANK=r, LOCAL_RANK=r, **env)
                 for r in "01")
         _, done = side_by_side(*both)
         assert done.returncode == 2 and "file system that all nodes share" in done.stderr, done.stderr
@@ -2203,10 +2407,12 @@ def test_sample_decodes_what_it_saved():
                 img = tools.pictures.resize_short_side(data.load_image(path), size)
                 padded = np.pad(np.array(img), ((0, -img.height % 4), (0, -img.width % 4), (0, 0)), "edge")
                 latent = enc.encode(torch.from_numpy(padded).permute(2, 0, 1)[None] / 255)
-                decoded = dec.decode(latent, steps, evaluation.image_noise([0], latent[0, 0].numel(), 48, seed))[0, :, :img.height, :img.width]
+                decoded = dec.decode(latent, steps, evaluation.image_noise([0], latent[0, 0].numel(), 48, seed))
+                decoded = decoded[0, :, :img.height, :img.width]
                 assert torch.equal(load_file(z)["latent"], latent) and sampled(z, *flags)[0] == 0
                 triple, rec = pixels(os.path.join(tmp, "img_recon.png"))[0][0], pixels(result)[0][0]
-                assert (rec == (255 * decoded).round().permute(1, 2, 0).numpy()).all() and (rec == triple[:, img.width:2 * img.width]).all(), (width, size)
+                assert ((rec == (255 * decoded).round().permute(1, 2, 0).numpy()).all()
+                        and (rec == triple[:, img.width:2 * img.width]).all()), (width, size)
         other, torn, wrong = (os.path.join(tmp, name + ".safetensors") for name in ("other", "torn", "wrong"))
         encoder.write_model(other, encoder.read_config(weights), {**load_file(weights), "latent_mean": torch.ones(8)})
         blob = open(z, "rb").read()
@@ -2215,8 +2421,10 @@ def test_sample_decodes_what_it_saved():
         encoder.write_model(wrong, {**json.loads(about), "width": 99}, load_file(z))
         digest = evaluation.sha256(other)
         status, _, err = sampled(path, "--weights", weights, "--save_latent", other)
-        assert status == 2 and "is no latent" in err and evaluation.sha256(other) == digest, "a latent is never written over a model"
-        for file, by, words in ((z, other, "of other weights"), (torn, weights, "damaged"), (wrong, weights, "for 99x"), (weights, weights, "no picture or")):
+        assert status == 2 and "is no latent" in err and evaluation.sha256(other) == digest, (
+            "a latent is never written over a model")
+        for file, by, words in ((z, other, "of other weights"), (torn, weights, "damaged"), (wrong, weights, "for 99x"),
+                                (weights, weights, "no picture or")):
             status, _, err = sampled(file, "--weights", by)
             assert status == 1 and len(err.splitlines()) == 1 and words in err and file in err, err
 
@@ -2232,14 +2440,16 @@ def test_sample_features_are_principal_components():
         weights, path, result = tokenizer_file(tmp), os.path.join(tmp, "img.png"), os.path.join(tmp, "img_features.png")
         config, tensors = encoder.read_config(weights), load_file(weights)
         teacher, copy = encoder.load_teacher(config["teacher"]), os.path.join(tmp, "copy.safetensors")
-        encoder.write_model(copy, config, {**tensors, **{f"encoder.vit.{k}": v for k, v in teacher.state_dict().items()}})
+        encoder.write_model(copy, config,
+                            {**tensors, **{f"encoder.vit.{k}": v for k, v in teacher.state_dict().items()}})
         alone, gone = (os.path.join(tmp, name + ".safetensors") for name in ("alone", "gone"))
         encoder.write_model(alone, {**config, "teacher": "tiny", "teacher_weights": "random"}, tensors)
         encoder.write_model(gone, {**config, "teacher": "internvit"}, tensors)
         picture(0, 83, 61).save(path)  # 16 x 21 tokens, the last row and column cut
         padded = sample.pad_to_patches(data.to_tensor(Image.open(path))[None] / 255, 4)
         read = lambda vit: vit.norm(vit(padded)[-1])[0, 1:].detach().double().numpy()
-        for file, words in ((weights, ""), (copy, ""), (alone, "a random initialisation"), (gone, "internvit (not on this machine)")):
+        for file, words in ((weights, ""), (copy, ""), (alone, "a random initialisation"),
+                            (gone, "internvit (not on this machine)")):
             asked = AssertionError("for a picture nothing is downloaded")
             with unittest.mock.patch.object(torch.hub, "download_url_to_file", side_effect=asked):
                 status, out, err = sampled(path, "--weights", file, "--size", 0, "--features")
@@ -2248,9 +2458,11 @@ def test_sample_features_are_principal_components():
             expected = [colours(x, tokens[-1]).reshape(16, 21, 3).repeat(4, 0).repeat(4, 1)[:61, :83] for x in tokens]
             got = pixels(result)[0][0]
             assert got.shape == (61, 83 * (1 + len(tokens)), 3) and (got[:, :83] == np.array(Image.open(path))).all()
-            assert np.abs(got[:, 83:] - np.concatenate(expected, 1)).max() < 0.51, "rounded colours of an independent SVD"
+            assert np.abs(got[:, 83:] - np.concatenate(expected, 1)).max() < 0.51, (
+                "rounded colours of an independent SVD")
             if len(tokens) == 2:
-                assert (got[:, 83:166] == got[:, 166:]).all() == (file == copy), "an untrained copy has its teacher's colours, another student has not"
+                assert (got[:, 83:166] == got[:, 166:]).all() == (file == copy), (
+                    "an untrained copy has its teacher's colours, another student has not")
 
 
 def test_sample_animations():
@@ -2262,21 +2474,26 @@ def test_sample_animations():
             status, said, err = sampled(path, "--weights", weights, "--out", out, "--seed", 4, "--save_latent", z)
             assert status == 0 and re.search(r"4 frames, latent 8x4x6 \| .* dB on average", said), said + err
             frames, durations, loop = pixels(os.path.join(out, name.replace(".", "_recon.")))
-            assert frames.shape == (4, 16, 42, 3) and durations == [100, 50, 70, 200] and loop == 2, (name, frames.shape, durations, loop)
+            assert (frames.shape == (4, 16, 42, 3) and durations == [100, 50, 70, 200]
+                    and loop == 2), (name, frames.shape, durations, loop)
             for i, frame in enumerate(pixels(path)[0]):
                 Image.fromarray(frame.astype(np.uint8)).save(os.path.join(stills, f"{i}.png"))
             said_alone = sampled(stills, "--weights", weights, "--out", out, "--seed", 4)[1]
             alone = np.stack([pixels(os.path.join(out, f"{i}_recon.png"))[0][0] for i in range(4)])
             difference = np.abs(frames - alone[:, :, :42])
-            # a GIF's frame has 256 colours for 672 pixels, nearly all different; else the last bit, as a batch may be summed in another order
-            assert difference.mean() < 8 if name == "a.gif" else difference.max() <= 1 and difference.mean() < 0.01, (name, difference.max())
+            # a GIF's frame has 256 colours for 672 pixels, nearly all different; else the last bit, as a batch may be
+            # summed in another order
+            assert (difference.mean() < 8 if name == "a.gif" else difference.max() <= 1
+                    and difference.mean() < 0.01), (name, difference.max())
             figures = [float(x) for x in re.findall(r"PSNR ([\d.]+)", said_alone)]
             assert abs(float(re.search(r"PSNR ([\d.]+)", said)[1]) - sum(figures) / 4) < 0.011
             assert sampled(z, "--weights", weights, "--out", out, "--seed", 4)[0] == 0
             rec = pixels(os.path.join(out, "z_recon" + os.path.splitext(name)[1]))
             assert rec[1:] == (durations, loop) and rec[0].shape == (4, 16, 21, 3)
-            assert name == "a.gif" or (rec[0] == frames[:, :, 21:]).all(), "the latent of an animation decodes to the animation"
-        # an APNG's picture for where nothing moves is none of its frames; a GIF that says nothing of loops plays once; transparency is white
+            assert name == "a.gif" or (rec[0] == frames[:, :, 21:]).all(), (
+                "the latent of an animation decodes to the animation")
+        # an APNG's picture for where nothing moves is none of its frames; a GIF that says nothing of loops plays
+        # once; transparency is white
         clip(os.path.join(tmp, "d.png"), default_image=True)
         clear = [Image.new("RGBA", (40, 30), (255, 0, 0, 0)), Image.new("RGBA", (40, 30), (255, 0, 0, 255))]
         clear[0].save(os.path.join(tmp, "e.webp"), save_all=True, append_images=clear[1:], lossless=True, exact=True)
@@ -2287,13 +2504,19 @@ def test_sample_animations():
         status, _, err = sampled(os.path.join(tmp, "large.png"), "--weights", weights, "--size", 0, "--out", out)
         assert status == 0, err
         picture(0, 4, 300).save(os.path.join(tmp, "strip.png"))
-        status, said, err = sampled(*(os.path.join(tmp, n) for n in ("strip.png", "large.png")), "--weights", weights, "--size", 256, "--out", out)
-        assert status == 1 and "strip.png has 256x19200 pixels at this --size, more than 2,097,152" in err and "large_recon.png" in said, err
-        status, _, err = sampled(torn, *(os.path.join(tmp, n) for n in ("d.png", "e.webp", "f.gif")), "--weights", weights, "--size", 0, "--out", out)
-        assert status == 1 and len(err.splitlines()) == 1 and torn in err and not os.path.exists(os.path.join(out, "torn_recon.gif")), err
-        assert len(pixels(os.path.join(out, "d_recon.png"))[0]) == 3 and pixels(os.path.join(out, "f_recon.gif"))[1:] == ([30, 30], None)
+        status, said, err = sampled(*(os.path.join(tmp, n) for n in ("strip.png", "large.png")), "--weights", weights,
+                                    "--size", 256, "--out", out)
+        assert (status == 1 and "strip.png has 256x19200 pixels at this --size, more than 2,097,152" in err
+                and "large_recon.png" in said), err
+        status, _, err = sampled(torn, *(os.path.join(tmp, n) for n in ("d.png", "e.webp", "f.gif")), "--weights",
+                                 weights, "--size", 0, "--out", out)
+        assert (status == 1 and len(err.splitlines()) == 1 and torn in err
+                and not os.path.exists(os.path.join(out, "torn_recon.gif"))), err
+        assert (len(pixels(os.path.join(out, "d_recon.png"))[0]) == 3
+                and pixels(os.path.join(out, "f_recon.gif"))[1:] == ([30, 30], None))
         assert pixels(os.path.join(out, "e_recon.webp"))[0][:, 0, 0].tolist() == [[255, 255, 255], [255, 0, 0]]
-        # one that says which way is up; one that is too wide for its format beside the original, and the next still goes on
+        # one that says which way is up; one that is too wide for its format beside the original, and the next still
+        # goes on
         turned, wide = os.path.join(tmp, "turned.webp"), os.path.join(tmp, "wide.webp")
         exif = Image.Exif()
         exif[0x0112] = 6  # a quarter clockwise
@@ -2301,14 +2524,17 @@ def test_sample_animations():
         clear[1].resize((8200, 4)).save(wide, save_all=True, append_images=[clear[0].resize((8200, 4))])
         status, _, err = sampled(wide, turned, "--weights", weights, "--size", 0, "--out", out)
         assert status == 1 and len(err.splitlines()) == 1 and f"{wide} cannot be written as WEBP" in err, err
-        assert pixels(os.path.join(out, "turned_recon.webp"))[0].shape == (2, 40, 60, 3), "40 x 30, turned, and beside it the reconstruction"
+        assert pixels(os.path.join(out, "turned_recon.webp"))[0].shape == (2, 40, 60, 3), (
+            "40 x 30, turned, and beside it the reconstruction")
         # memory: frames go to the network in batches; what does not fit together is refused
-        enc, dec = encoder.Encoder(encoder.ViT(replace(MICRO_VIT, patch=16)), 8), decoder.Decoder(replace(MICRO_DECODER, patch=16))
+        enc, dec = (encoder.Encoder(encoder.ViT(replace(MICRO_VIT, patch=16)), 8),
+                    decoder.Decoder(replace(MICRO_DECODER, patch=16)))
         seen, img = [], torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
         enc.vit.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
         rec = sample.reconstruct(enc, dec, img.repeat(2 ** 11, 1, 1, 1), 16, 16, torch.device("cpu"))[1]
         assert seen == [2 ** 12, 2 ** 11], "a million pixels at a time"
-        assert len(rec) == 3 * 2 ** 11 and (rec == rec[0]).all(), "one noise for all frames, which is all that an untrained decoder shows"
+        assert len(rec) == 3 * 2 ** 11 and (rec == rec[0]).all(), (
+            "one noise for all frames, which is all that an untrained decoder shows")
         with unittest.mock.patch.object(tools.pictures, "MAX_PIXELS", 600):
             status, _, err = sampled(os.path.join(tmp, "a.gif"), "--weights", weights, "--out", out)
         assert status == 1 and "has 4 frames of 21x16, more than 1,200 pixels" in err, err
@@ -2319,17 +2545,22 @@ def test_sample_in_a_pipe():
         weights, still, z = tokenizer_file(tmp), os.path.join(tmp, "img.png"), os.path.join(tmp, "z.safetensors")
         picture(0).save(still)
         moving = clip(os.path.join(tmp, "clip.gif"))
-        pipe = lambda content: subprocess.run([sys.executable, os.path.join(HERE, "sample.py"), "-", "--weights", weights], input=content, capture_output=True)
+        pipe = lambda content: subprocess.run([sys.executable, os.path.join(HERE, "sample.py"), "-", "--weights",
+                                               weights], input=content, capture_output=True)
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             *results, bad = pool.map(pipe, (*(open(path, "rb").read() for path in (still, moving)), b"no picture"))
         for path, done in zip((still, moving), results):
             assert done.returncode == 0 and b"standard output: " in done.stderr, done.stderr
             sampled(path, "--weights", weights, "--save_latent", z), sampled(z, "--weights", weights)
-            assert done.stdout == open(os.path.join(tmp, "z_recon" + os.path.splitext(path)[1]), "rb").read(), "the reconstruction alone, nothing said"
-        assert bad.returncode == 1 and not bad.stdout and bad.stderr.splitlines()[-1].startswith(b"sample.py: stdin cannot be read"), bad.stderr
-        for flags, words in ((["-", "--features"], "give --out FOLDER"), ([still, "--save_latent", still], "must end in .safetensors"),
-                             ([z, "--features"], "not latents"), ([still, moving, "--save_latent", z], "2 pictures"), (["-", still], "2 pictures"),
-                             ([still, "--seed", -1], "--seed is -1"), ([z, "--weights", still], "img.png")):
+            assert done.stdout == open(os.path.join(tmp, "z_recon" + os.path.splitext(path)[1]), "rb").read(), (
+                "the reconstruction alone, nothing said")
+        assert (bad.returncode == 1 and not bad.stdout
+                and bad.stderr.splitlines()[-1].startswith(b"sample.py: stdin cannot be read")), bad.stderr
+        for flags, words in ((["-", "--features"], "give --out FOLDER"),
+                             ([still, "--save_latent", still], "must end in .safetensors"),
+                             ([z, "--features"], "not latents"), ([still, moving, "--save_latent", z], "2 pictures"),
+                             (["-", still], "2 pictures"), ([still, "--seed", -1], "--seed is -1"),
+                             ([z, "--weights", still], "img.png")):
             status, out, err = sampled(*flags)
             assert status == 2 and not out and words in err and "Traceback" not in err, (flags, err)
         assert not [n for n in os.listdir(tmp) if "tmp" in n or "stdin" in n]
@@ -2349,18 +2580,21 @@ def test_train_sample_eval_end_to_end():
         done = run("python", script("sample.py"), "img.png", photos, cwd=tmp)
         assert done.returncode == 0, done.stderr
         assert "out/model.safetensors" in done.stdout, "it says which weights it used"
-        lines = re.findall(r"latent (\d+)x(\d+)x(\d+) \| ([\d.]+)x \| PSNR ([\d.]+) dB \| SSIM (-?[\d.]+) \| [\d.]+ s", done.stdout)
+        lines = re.findall(r"latent (\d+)x(\d+)x(\d+) \| ([\d.]+)x \| PSNR ([\d.]+) dB \| SSIM (-?[\d.]+) \| [\d.]+ s",
+                           done.stdout)
         assert [x[:3] for x in lines] == [("16", "8", "8"), ("16", "22", "8"), ("16", "8", "15")], done.stdout
         assert lines[0][3] == "12.0", "3 * 64 * 64 values against 16 * 8 * 8"
         assert Image.open(os.path.join(tmp, "img_recon.png")).size == (3 * 64, 64)
-        assert sorted(os.listdir(photos)) == ["a.jpg", "a.png"], "a folder may be data, so the results are not put into it"
+        assert sorted(os.listdir(photos)) == ["a.jpg", "a.png"], (
+            "a folder may be data, so the results are not put into it")
         results = [Image.open(os.path.join(photos + "_recon", n)).size for n in os.listdir(photos + "_recon")]
         assert sorted(results) == [(3 * 64, 175), (3 * 119, 64)], results
         first = open(os.path.join(tmp, "img_recon.png"), "rb").read()
         again = run("python", script("sample.py"), "img.png", photos, "--out", "again", "--size", 0, cwd=tmp)
         assert again.returncode == 0 and len(os.listdir(os.path.join(tmp, "again"))) == 3
         assert Image.open(os.path.join(tmp, "again", "img_recon.png")).size == (192, 64)
-        assert open(os.path.join(tmp, "again", "img_recon.png"), "rb").read() == first, "the same seed gives the same picture"
+        assert open(os.path.join(tmp, "again", "img_recon.png"), "rb").read() == first, (
+            "the same seed gives the same picture")
         for k in range(4):
             os.makedirs(os.path.join(tmp, f"s{k}"))
             picture(k).save(os.path.join(tmp, f"s{k}", "same.png"))
@@ -2368,13 +2602,14 @@ def test_train_sample_eval_end_to_end():
         assert len(os.listdir(os.path.join(tmp, "same"))) == 4, "pictures of one name must not overwrite each other"
         os.renames(os.path.join(tmp, "s0"), os.path.join(tmp, "nested", "deep"))
         for _ in range(2):  # the second time beside the first one's results
-            found = tools.pictures.find_pictures([os.path.join(tmp, "nested")])
-            assert found == [(os.path.join(tmp, "nested", "deep", "same.png"), os.path.join(tmp, "nested_recon", "deep"))], found
-            picture(0).save(os.path.join(tmp, "nested", "deep", "same_recon.png"))
+            found, deep = tools.pictures.find_pictures([os.path.join(tmp, "nested")]), os.path.join(tmp, "nested", "deep")
+            assert found == [(os.path.join(deep, "same.png"), os.path.join(tmp, "nested_recon", "deep"))], found
+            picture(0).save(os.path.join(deep, "same_recon.png"))
         # eval: whatever the batch size, and equal to sample.py's own figure on the same picture
         folder, _ = picture_folder(tmp, n=7)
         flags = ["--inception", "none", "--weights", os.path.join(tmp, "out", "model.safetensors"), "--data"]
-        (_, one), (said, three) = (evaluate(*flags, folder, "--batch_size", batch, "--pca", "--fit", folder) for batch in (1, 3))
+        (_, one), (said, three) = (evaluate(*flags, folder, "--batch_size", batch, "--pca", "--fit", folder)
+                                   for batch in (1, 3))
         for row in one["results"]:
             for metric in ("psnr", "ssim", "ssim_paper"):
                 assert abs(one["results"][row][metric] - three["results"][row][metric]) < 1e-4
@@ -2382,7 +2617,8 @@ def test_train_sample_eval_end_to_end():
         os.renames(os.path.join(tmp, "img.png"), os.path.join(tmp, "alone", "img.png"))
         single = evaluate(*flags, os.path.join(tmp, "alone"))[1]["results"]["tokenizer"]
         assert abs(single["psnr"] - float(lines[0][4])) < 0.006 and abs(single["ssim"] - float(lines[0][5])) < 6e-5
-        bigger = run("python", script("eval.py"), "--data", folder, "--resolution", 256, "--inception", "none", "--out", "report.json", cwd=tmp)
+        bigger = run("python", script("eval.py"), "--data", folder, "--resolution", 256, "--inception", "none", "--out",
+                     "report.json", cwd=tmp)
         assert bigger.returncode == 0 and "compared at 256 px" in bigger.stdout
         assert json.load(open(os.path.join(tmp, "report.json")))["images"] == 7
 
@@ -2405,13 +2641,17 @@ def test_bad_input_is_one_line_and_status_2():
             (["train.py", *micro, "--data", empty], "holds no images"),
             (["train.py", *micro, "--data", os.path.join(tmp, "torn.zip")], "torn.zip"),
             (["train.py", *micro, "--data", bad, "--steps", "1"], "text.jpg"),
-            (["train.py", *micro, "--data", bad, "--steps", "1", "--workers", "1", "--out", os.path.join(tmp, "out2")], "text.jpg"),
+            (["train.py", *micro, "--data", bad, "--steps", "1", "--workers", "1", "--out", os.path.join(tmp, "out2")],
+             "text.jpg"),
             (["train.py", *micro, "--data", folder, "--size", "18"], "try --size 16"),
             (["train.py", "--teacher", "intern"], "internvit"),
-            (["train.py", "--teacher", "internvit", "--out", out], "OpenGVLab/InternViT-300M-448px/resolve/main/model.safetensors"),
-            (["train.py", "--teacher", "tiny", "--teacher_weights", "/missing", "--out", out], "/missing: no such file"),
+            (["train.py", "--teacher", "internvit", "--out", out],
+             "OpenGVLab/InternViT-300M-448px/resolve/main/model.safetensors"),
+            (["train.py", "--teacher", "tiny", "--teacher_weights", "/missing", "--out", out],
+             "/missing: no such file"),
             (["train.py", *tokenizer_as_teacher], "of no known layout"),
-            (["train.py", *micro, "--data", folder, "--init", os.path.join(tmp, "junk.safetensors")], "junk.safetensors"),
+            (["train.py", *micro, "--data", folder, "--init", os.path.join(tmp, "junk.safetensors")],
+             "junk.safetensors"),
             (["train.py", *micro[:-1], os.path.join(teacher, "out"), "--data", folder], "teacher.safetensors"),
             (["train.py", *micro, "--data", folder, "--steps", "0"], "--steps"),
             (["train.py", *micro, "--data", folder, "--drop_path", "1"], "--drop_path"),
@@ -2429,11 +2669,13 @@ def test_bad_input_is_one_line_and_status_2():
             (["sample.py", "z.safetensors", "--size", "64", "--weights", good], "--size are for pictures, not latents"),
             (["data.py", "/nonexistent"], "/nonexistent"),
         ]
-        results = side_by_side(*(functools.partial(run, "python", *flags, HF_HUB_OFFLINE="1", TORCH_HOME=tmp, HF_HOME=tmp) for flags, _ in cases))
+        results = side_by_side(*(functools.partial(run, "python", *flags, HF_HUB_OFFLINE="1", TORCH_HOME=tmp,
+                                                   HF_HOME=tmp) for flags, _ in cases))
         for (command, names), done in zip(cases, results):
             lines = [line for line in done.stderr.splitlines() if line and not line.startswith(("usage:", " "))]
             assert done.returncode == 2, f"{command}: status {done.returncode}\n{done.stderr}"
-            assert "Traceback" not in done.stderr and len(lines) == 1 and names in lines[0], f"{command}:\n{done.stderr}"
+            assert "Traceback" not in done.stderr and len(lines) == 1 and names in lines[0], (
+                f"{command}:\n{done.stderr}")
         names = [os.path.join(bad, "text.jpg"), os.path.join(folder, "class0")]
         done = run("python", "sample.py", *names, "--weights", good, "--out", os.path.join(tmp, "reconstructed"))
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "text.jpg" in done.stderr, done.stderr
@@ -2452,13 +2694,15 @@ def test_fewer_passes_same_numbers():
     try:
         def without_cpp(f, options=None, **kw):
             compiled_f = compile_(f, backend="aot_eager", **kw)  # the same graphs
-            return compiled_f if f is not distill.layer_distances else lambda *x: called.append(len(x)) or compiled_f(*x)
+            return (compiled_f if f is not distill.layer_distances else lambda *x: called.append(len(x))
+                    or compiled_f(*x))
         torch.compile = without_cpp
         for compiled in (False, True):
             args = train.parse_args(["--size", "16", "--batch_size", "2"] + ["--compile"] * compiled)
             optimizer = torch.optim.AdamW(encoder.parameter_groups([enc, dec], 1e-3))
             optimizer.zero_grad()
-            micro_step, _ = train.training_step(args, teacher, enc, dec, optimizer, torch.autocast("cpu", enabled=False), 2, 1)
+            micro_step, _ = train.training_step(args, teacher, enc, dec, optimizer,
+                                                torch.autocast("cpu", enabled=False), 2, 1)
             train.seed_step(1, 2)
             results.append((micro_step(img), [p.grad.clone() for p in (*enc.parameters(), *dec.parameters())]))
     finally:
@@ -2483,7 +2727,8 @@ def test_autocast_keeps_the_residual_stream_in_bf16():
         assert {h.dtype for h in hidden} == {dec.condition(z).dtype} == {torch.bfloat16}, "half the bytes of fp32"
         found = train.losses(teacher, enc, dec, img, METHOD, t, noise)
     for a, b in zip(expected, found):
-        assert b.dtype == torch.float32 and (a - b).abs().max() < 0.03 * a.abs().max(), "losses and distances are fp32 all the same"
+        assert b.dtype == torch.float32 and (a - b).abs().max() < 0.03 * a.abs().max(), (
+            "losses and distances are fp32 all the same")
 
 
 def test_large_jpegs_are_decoded_smaller_without_moving_the_crop():
@@ -2499,33 +2744,37 @@ def test_large_jpegs_are_decoded_smaller_without_moving_the_crop():
             side = (803, 605) if orientation == 1 else (800, 608)
             smooth.resize(side, Image.Resampling.BICUBIC).convert(mode).save(file, "JPEG", quality=95, exif=exif)
             full, small = data.load_image(file), data.load_image(file, 70)
-            assert [s // 4 for s in full.size] == list(small.size), f"{full.size} came as {small.size}: a quarter still has twice 70"
+            assert [s // 4 for s in full.size] == list(small.size), (
+                f"{full.size} came as {small.size}: a quarter still has twice 70")
             a, b = (data.random_crop(img, 56, np.random.default_rng(1)) for img in (full, small))
             moved = error(a.crop((1, 0, 56, 56)), a.crop((0, 0, 55, 56)))
-            assert error(a, b) < 0.35 * moved, f"{mode} {orientation}: {error(a, b):.2f}, one pixel's shift is {moved:.2f}"
+            assert error(a, b) < 0.35 * moved, (
+                f"{mode} {orientation}: {error(a, b):.2f}, one pixel's shift is {moved:.2f}")
     assert data.load_image(file, 153).size == full.size, "304 pixels would be less than twice 153"
 
 
 def test_benches_print_consistent_figures():
     with tempfile.TemporaryDirectory() as tmp:
         _, archive = picture_folder(tmp)
-        text = run("python", "-m", "tools.speed", "train", "--teacher", micro_teacher(tmp), *MICRO_RUN, "--micro_batch", 4,
-                   "--out", os.path.join(tmp, "out")).stdout
+        text = run("python", "-m", "tools.speed", "train", "--teacher", micro_teacher(tmp), *MICRO_RUN,
+                   "--micro_batch", 4, "--out", os.path.join(tmp, "out")).stdout
         rows = re.findall(r"^ *(\d+) x 1.*?\| +([\d.,]+) img/s \| +([\d.]+) ms", text, re.M)
         assert {int(row[0]) for row in rows} == {1, 2, 4, 8} and "teacher" in text and "checkpoint" in text, text
         for micro, rate, ms in rows:
-            assert abs(float(rate.replace(",", "")) * float(ms) / 1e3 / int(micro) - 1) < 0.05, f"img/s times seconds is the micro-batch: {text}"
+            assert abs(float(rate.replace(",", "")) * float(ms) / 1e3 / int(micro) - 1) < 0.05, (
+                f"img/s times seconds is the micro-batch: {text}")
         assert not os.path.exists(os.path.join(tmp, "out")), "measuring leaves no run behind"
         train_quietly("--teacher", micro_teacher(tmp), *MICRO_RUN, "--steps", 1, "--out", os.path.join(tmp, "out"))
-        text = run("python", "-m", "tools.speed", "sample", "--weights", os.path.join(tmp, "out", "model.safetensors")).stdout
+        text = run("python", "-m", "tools.speed", "sample", "--weights",
+                   os.path.join(tmp, "out", "model.safetensors")).stdout
         assert "encode + decode" in text and "decode in 2 steps" in text and "RANDOM" not in text, text
         text = run("python", "-m", "tools.speed", "data", archive, "--size", 16, "--seconds", 0.2).stdout
         assert "10 images at 16 px" in text and "1 workers" in text, text
 
 
 def test_shipped_weights():
-    """The weights in weights/: small, a teacher that is none at random, and the README's figures on a picture that they never saw,
-    beside a PCA of 16 components per patch by numpy, fitted on other photographs."""
+    """The weights in weights/: small, a teacher that is none at random, and the README's figures on a picture that they
+    never saw, beside a PCA of 16 components per patch by numpy, fitted on other photographs."""
     skimage_data = os.path.join(os.path.dirname(importlib.util.find_spec("skimage").origin), "data")
     photo = lambda name: Image.open(os.path.join(skimage_data, name)).convert("RGB")
     folder = os.path.join(HERE, "weights")
@@ -2536,10 +2785,13 @@ def test_shipped_weights():
         done = run("python", os.path.join(HERE, "sample.py"), "img.png", "--features", cwd=tmp)
         assert done.returncode == 0 and os.path.exists(os.path.join(tmp, "img_features.png")), done.stderr
         found = float(re.search(r"PSNR ([\d.]+)", done.stdout)[1])
-        assert "latent 16x32x32" in done.stdout and abs(found - 29.64) < 0.05, f"the README says 29.64 dB: {done.stdout}"
+        assert "latent 16x32x32" in done.stdout and abs(found - 29.64) < 0.05, (
+            f"the README says 29.64 dB: {done.stdout}")
         assert Image.open(os.path.join(tmp, "img_features.png")).size == (3 * 256, 256), "picture, student and teacher"
-    patches = lambda img: np.asarray(img, float).reshape(32, 8, -1, 8, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 192) / 255
-    others = np.concatenate([patches(photo(name).resize((256, 256))) for name in ("chelsea.png", "coffee.png", "rocket.jpg")])
+    def patches(img):
+        return np.asarray(img, float).reshape(32, 8, -1, 8, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 192) / 255
+    others = np.concatenate([patches(photo(name).resize((256, 256)))
+                             for name in ("chelsea.png", "coffee.png", "rocket.jpg")])
     mean, x = others.mean(0), patches(photo("astronaut.png").resize((256, 256)))
     basis = np.linalg.svd(others - mean, full_matrices=False)[2][:16]
     error = ((x - mean) @ basis.T @ basis + mean - x) ** 2
@@ -2551,48 +2803,58 @@ def test_shipped_weights():
     with torch.no_grad():
         alpha = distill.layer_distances([h[:, 1:] for h in enc.vit(img)], [h[:, 1:] for h in teacher(img)])
     assert alpha.max() < 0.05, f"the student has stayed near the teacher: {alpha}"
-    assert torch.equal(enc.vit.norm.weight, teacher.norm.weight) and torch.equal(enc.vit.norm.bias, teacher.norm.bias), "frozen"
+    assert (torch.equal(enc.vit.norm.weight, teacher.norm.weight)
+            and torch.equal(enc.vit.norm.bias, teacher.norm.bias)), "frozen"
 
 
 def test_study_rows_are_commands():
-    """Every row of the study differs from the default by its flags alone; every result is of a row; the grid artifact by plain loops."""
+    """Every row of the study differs from the default by its flags alone; every result is of a row; the grid artifact
+    by plain loops."""
     sys.path.insert(0, os.path.join(HERE, "experiments", "tiny_imagenet"))
     try:
         import study
         import tables
     finally:
         sys.path.pop(0)
-    parsed = {name: vars(train.parse_args(f"--data x {study.ALWAYS} {flags}".split())) for name, flags in study.ROWS.items()}
+    parsed = {name: vars(train.parse_args(f"--data x {study.ALWAYS} {flags}".split()))
+              for name, flags in study.ROWS.items()}
     differ = {name: {k for k in args if args[k] != parsed["default"][k]} for name, args in parsed.items()}
-    assert differ["default"] == set() and differ["gtb-0"] == {"gtb_depth"} and differ["sum@1"] == {"lambda_f", "seed"}, differ
+    assert (differ["default"] == set() and differ["gtb-0"] == {"gtb_depth"}
+            and differ["sum@1"] == {"lambda_f", "seed"}), differ
     of_two = ("default", "best", "best-20", "pixel-gtb-0", "1:100-final", "1:100-uniform", "1:100-progressive")
     assert all(len(d) == 1 for name, d in differ.items() if name not in of_two and "@" not in name), differ
     with open(study.__file__.replace("study.py", "results.jsonl")) as f:
         for line in map(json.loads, f):
-            flags = vars(train.parse_args(f"--data x --recipe paper {line['flags']}".split()))  # they are older than recipes
+            # they are older than recipes
+            flags = vars(train.parse_args(f"--data x --recipe paper {line['flags']}".split()))
             output = "log_every", "eval_every"
             assert {k for k in flags if flags[k] != parsed[line["row"]][k]}.issubset(output), line["row"]
             if line["row"] == "longer":
-                row = "| default, 20,000 steps |" + "".join(f" {line[k]:.{d}f} |" for k, d in (("psnr", 2), ("ssim", 4), ("ssim_paper", 4), ("linear", 2)))
+                decimals = ("psnr", 2), ("ssim", 4), ("ssim_paper", 4), ("linear", 2)
+                row = "| default, 20,000 steps |" + "".join(f" {line[k]:.{d}f} |" for k, d in decimals)
     with tempfile.TemporaryDirectory() as tmp:
         for name in ("results.jsonl", "results-short.jsonl", "log-default.jsonl", "README.md"):
             shutil.copy(study.__file__.replace("study.py", name), tmp)
         shown = open(os.path.join(tmp, "README.md")).read()
         with unittest.mock.patch.object(tables, "HERE", tmp):
             tables.main()
-        assert row in shown and open(os.path.join(tmp, "README.md")).read() == shown, "README.md's tables are those of results.jsonl: run tables.py"
+        assert row in shown and open(os.path.join(tmp, "README.md")).read() == shown, (
+            "README.md's tables are those of results.jsonl: run tables.py")
         assert Image.open(os.path.join(tmp, "layers.png")).size == (720, 240)
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "results.jsonl")
-        open(path, "w").write("".join(json.dumps({"row": row, "psnr": x}) + "\n" for row, x in (("b", 1), ("a@1", 2), ("a", 3), ("a", 4))))
-        assert {name: tables.values(lines, "psnr") for name, lines in tables.load(path).items()} == {"a": [4, 2], "b": [1]}, "a row run again is no other seed"
+        open(path, "w").write("".join(json.dumps({"row": row, "psnr": x}) + "\n"
+                                      for row, x in (("b", 1), ("a@1", 2), ("a", 3), ("a", 4))))
+        assert ({name: tables.values(lines, "psnr") for name, lines in tables.load(path).items()}
+                == {"a": [4, 2], "b": [1]}), "a row run again is no other seed"
     pair = [{"psnr": [20.0, 21.0], "cosine": [[0.5, 0.7], [0.9]]}, {"psnr": [30.0, 33.0], "cosine": [[1.0], [1.0]]}]
     rows = {i: [{key: v[seed] for key, v in row.items()} for seed in (0, 1)] for i, row in enumerate(pair)}
     assert abs(tables.spread(rows, "psnr") - math.sqrt((0.5 + 4.5) / 2)) < 1e-12  # by hand
     assert abs(tables.spread(rows, "cosine") - math.sqrt(0.045 / 2)) < 1e-12
     with tempfile.TemporaryDirectory() as tmp:
         weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=2)
-        enc, dec, found = encoder.Encoder.from_pretrained(weights), decoder.Decoder.from_pretrained(weights), study.grid_artifact(weights, [folder])
+        enc, dec, found = (encoder.Encoder.from_pretrained(weights), decoder.Decoder.from_pretrained(weights),
+                           study.grid_artifact(weights, [folder]))
         border, inside = [], []
         for n in range(2):
             img = data.ImageDataset(folder, 64, train=False)[n][0][None] / 255
@@ -2604,29 +2866,34 @@ def test_study_rows_are_commands():
 
 @unittest.mock.patch.object(evaluation, "InceptionV3", QuickInception)
 def test_readme_commands():
-    """Commands of README.md and docs/: those that train parse (test_ranks..., slow_first_command and CI run their like),
-    those that sample and evaluate run, and so do the Python examples."""
+    """Commands of README.md and docs/: those that train parse (test_ranks..., slow_first_command and CI run their
+    like), those that sample and evaluate run, and so do the Python examples."""
     pages = ["README.md", *(f"docs/{name}.md" for name in ("evaluation", "training"))]
     text = "\n".join(open(os.path.join(HERE, page)).read() for page in pages)
     scripts = {"train.py": train, "sample.py": sample, "eval.py": evaluation, "tools.latents": latents,
                "tools.convert": convert}
-    lines = [line.split("#")[0] for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.replace("\\\n", " ").splitlines()]
-    commands = [c.removesuffix("&").split() for line in lines for c in map(str.strip, line.split("&&")) if any(s in c for s in scripts)]
+    lines = [line.split("#")[0] for block in re.findall(r"```sh\n(.*?)```", text, re.S)
+             for line in block.replace("\\\n", " ").splitlines()]
+    commands = [c.removesuffix("&").split() for line in lines for c in map(str.strip, line.split("&&"))
+                if any(s in c for s in scripts)]
     assert len(commands) >= 20, f"only {len(commands)} commands found in {pages}"
     before = os.getcwd()
     with tempfile.TemporaryDirectory() as tmp:
         folder, archive = picture_folder(tmp, n=3)
         os.renames(picture_folder(os.path.join(tmp, "more"), n=20)[1], os.path.join(tmp, "train.zip"))
-        train_quietly("--teacher", micro_teacher(tmp), "--steps", 1, "--data", folder, "--out", os.path.join(tmp, "out", "mine"))
+        train_quietly("--teacher", micro_teacher(tmp), "--steps", 1, "--data", folder, "--out",
+                      os.path.join(tmp, "out", "mine"))
         shutil.copy(os.path.join(tmp, "out", "mine", "model.safetensors"), os.path.join(tmp, "out"))
-        network = os.path.join(tmp, "hub", "checkpoints", os.path.basename(evaluation.INCEPTION_URL))  # as if downloaded
+        # as if downloaded
+        network = os.path.join(tmp, "hub", "checkpoints", os.path.basename(evaluation.INCEPTION_URL))
         os.makedirs(os.path.dirname(network)), shutil.copy(os.path.join(tmp, "out", "model.safetensors"), network)
         for name in ("val.zip", "samples.zip"):
             shutil.copy(archive, os.path.join(tmp, name))
         for name in ("photos", "imagenet/val"):
             shutil.copytree(folder, os.path.join(tmp, name))
         shutil.copytree(os.path.join(folder, "class0"), os.path.join(tmp, "samples"))
-        shutil.copytree(os.path.join(HERE, "docs"), os.path.join(tmp, "docs")), shutil.copytree(os.path.join(HERE, "weights"), os.path.join(tmp, "weights"))
+        shutil.copytree(os.path.join(HERE, "docs"), os.path.join(tmp, "docs"))
+        shutil.copytree(os.path.join(HERE, "weights"), os.path.join(tmp, "weights"))
         picture(0).save(os.path.join(tmp, "photos", "x.png")), picture(1).save(os.path.join(tmp, "img.png"))
         for words in commands:
             script = next(w for w in words if w in scripts)
@@ -2641,7 +2908,8 @@ def test_readme_commands():
             if script != "train.py" and "uniflow-internvit" not in flags:
                 os.chdir(tmp)
                 try:
-                    with unittest.mock.patch.dict(os.environ, TORCH_HOME=tmp), contextlib.redirect_stdout(io.StringIO()):
+                    with (unittest.mock.patch.dict(os.environ, TORCH_HOME=tmp),
+                          contextlib.redirect_stdout(io.StringIO())):
                         assert scripts[script].main(flags) != 1, "a picture was not read"
                 except Exception as e:
                     raise AssertionError(f"README: {' '.join(words)}") from e
@@ -2657,8 +2925,8 @@ def test_readme_commands():
 
 
 def slow_first_command():
-    """The README's first command, as it stands: about three minutes on two cores, then a simple picture at 18 dB or more.
-    By name only: python test_all.py slow_first_command"""
+    """The README's first command, as it stands: about three minutes on two cores, then a simple picture at 18 dB or
+    more. By name only: python test_all.py slow_first_command"""
     with tempfile.TemporaryDirectory() as tmp:
         start = time.time()
         done = run(sys.executable, os.path.join(HERE, "train.py"), cwd=tmp, OMP_NUM_THREADS=str(os.cpu_count()))
@@ -2672,7 +2940,8 @@ def slow_first_command():
         assert float(re.search(r"PSNR ([\d.]+)", line)[1]) >= 18
 
 
-for module in sorted(glob.glob(os.path.join(HERE, "tests", "test_*.py"))):  # their tests become this file's, for pytest too
+# their tests become this file's, for pytest too
+for module in sorted(glob.glob(os.path.join(HERE, "tests", "test_*.py"))):
     module = importlib.import_module(f"tests.{os.path.basename(module)[:-3]}")
     globals().update({name: x for name, x in vars(module).items() if name.startswith(("test_", "slow_"))})
 
