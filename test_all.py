@@ -5,40 +5,30 @@
 
 The sections of this file, in its order, and the files of tests/ that run with it:
 
-    distill.py                       equation 1, distances, and no gradient through the weights
-    decoder.py                       patches, the flow's loss, Euler steps, times, the pixel objective
-    encoder.py                       sizes, layout, position grids, files
-    data.py                          folders and archives, crops, the order of samples, kinds of pictures
-    eval.py                          PSNR, SSIM, PCA, Inception, FID, the probe, and whole evaluations
-    train.py                         losses, options, optimizer, ranks, resume, log
-    sample.py                        latents, features, animations, pipes
-    a user's path                    each file alone, train then sample then evaluate, the shipped weights
-    faults                           what a user gets wrong, and pictures that cannot be read
-    this file                        its table of contents, its list, its runner
-    tests/test_commands.py           Commands that others rely on: those of README.md and docs/, the benches, the rows
-                                     of the study
-    tests/test_efficiency_flags.py   The flags that make training cheaper: AdamW's betas, warm-up, the shape of the
-                                     decay, averaged weights
-    tests/test_faults.py             Hostile and damaged files, full disks, signals, numbers that go wrong, crashes,
-                                     ranks that die
-    tests/test_flags.py              Every flag of every script arrives: not that something moves, but the quantity that
-                                     the flag says
-    tests/test_images.py             Tests of data.py: odd metadata, archives and folders of all sorts, trouble of the
-                                     machine, other systems
-    tests/test_latents.py            Tests of tools/latents.py and data.LatentDataset: statistics, saved latents, their
-                                     order, faults of the folder
-    tests/test_measures.py           eval.py: measures that do not depend on the order of files, figures that are never
-                                     lost, workers that never hang
-    tests/test_modules.py            Encoder, Decoder and distill.py in other people's code: state dicts, precisions,
-                                     wrappers, checks, interfaces
-    tests/test_oracles.py            What the code computes, against numbers that do not come from it: tables of
-                                     published facts, closed forms, numpy
-    tests/test_published.py          Published weights: layouts of every family, the released file both ways, the
-                                     export, downloads
-    tests/test_runs.py               train.py and sample.py at their boundaries: a user's error and a bug, names,
-                                     targets, data that moved
-    tests/test_standard_sets.py      The experiments on standard sets, and the flow in a frozen autoencoder's space
-    tests/test_tools.py              The scripts of tools/
+    distill.py                      equation 1, distances, and no gradient through the weights
+    decoder.py                      patches, the flow's loss, Euler steps, times, the pixel objective
+    encoder.py                      sizes, layout, position grids, files
+    data.py                         folders and archives, crops, the order of samples, kinds of pictures
+    eval.py                         PSNR, SSIM, PCA, Inception, FID, the probe, and whole evaluations
+    train.py                        losses, options, optimizer, ranks, resume, log
+    sample.py                       latents, features, animations, pipes
+    a user's path                   each file alone, train then sample then evaluate, the shipped weights
+    faults                          what a user gets wrong, and pictures that cannot be read
+    this file                       its table of contents, its list, its runner
+    tests/test_commands.py          Commands of README.md and docs/, the benches, the rows of the study
+    tests/test_efficiency_flags.py  Flags that make training cheaper: AdamW's betas, warm-up, decay, averaged weights
+    tests/test_faults.py            Hostile and damaged files, full disks, signals, bad numbers, crashes, ranks that die
+    tests/test_flags.py             Every flag of every script changes the quantity that it names, by what it says
+    tests/test_images.py            Odd metadata, all sorts of archives and folders, trouble of the machine, other
+                                    systems
+    tests/test_latents.py           Saved latents: their statistics, their order, faults of the folder
+    tests/test_measures.py          Measures in any order of files, figures that never get lost, workers that end
+    tests/test_modules.py           The models in other people's code: state dicts, precisions, wrappers, interfaces
+    tests/test_oracles.py           What the code computes, against tables of published facts, closed forms and numpy
+    tests/test_published.py         Published weights: layouts of each family, the released file, the export, downloads
+    tests/test_runs.py              Scripts at their boundaries: a user's error and a bug, names, targets, moved data
+    tests/test_standard_sets.py     The experiments on standard sets, and the flow in a frozen autoencoder's space
+    tests/test_tools.py             The scripts of tools/
 
 What the tests share is in tests/: helpers.py (micro models, pictures, processes), published.py (reference networks and
 layouts), hostile.py (damaged files, fuzzers), crashes.py (killed runs), mutants.py (mistakes that the tests must
@@ -428,8 +418,10 @@ def test_random_crop_range():
 
 
 def test_long_pictures_are_cut_first():
-    """A picture up to 16 times as long as wide is cropped as ever; a longer one gives the same crop, but for the rounding
-    of the resized length."""
+    """A picture up to 16 times as long as wide is cropped as ever, and a longer one like it.
+
+    Of a longer one only the rounding of the resized length differs.
+    """
     rng = np.random.default_rng(0)
     strip = Image.fromarray(rng.integers(0, 256, (6, 100, 3), np.uint8)).resize((1700, 100), Image.Resampling.BICUBIC)
     for img in (strip, strip.transpose(Image.Transpose.ROTATE_90)):
@@ -446,7 +438,7 @@ def test_long_pictures_are_cut_first():
 
 
 def test_large_jpegs_are_decoded_smaller_without_moving_the_crop():
-    """Pixels may differ as they do between two resamplings; a crop that is off by one pixel differs five times as much."""
+    """Pixels may differ as between two resamplings; a crop that is off by one pixel differs five times as much."""
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
     error = lambda a, b: np.abs(np.array(a, float) - np.array(b, float)).mean()
@@ -904,7 +896,7 @@ def test_options_of_the_method():
             if option[0] != "--strategy":
                 w = np.arange(1, 4) * np.exp(beta * np.array(last["alpha"]))  # eq. 1
                 assert np.allclose(last["weight"], w / w.sum(), atol=1e-6), option
-                assert option[0] != "--beta" or max(last["alpha"]) > 1e-4, "where nothing has moved, any beta would pass"
+                assert option[0] != "--beta" or max(last["alpha"]) > 1e-4, "if nothing has moved, any beta would pass"
             if option == ["--size", 20]:
                 assert config["size"] == 20 and dec.config.grid == 5
         start = os.path.join(tmp, "out5", "model.safetensors")  # flow_depth 1
@@ -918,7 +910,7 @@ def test_options_of_the_method():
 
 
 def test_recipes_are_the_papers():
-    """The recipes are those of Tables 6-9, and of the text where it differs on the batch; small and tiny are ours."""
+    """The recipes are those of Tables 6-9, and of the text where they differ on the batch; small and tiny are ours."""
     for name, size, width in (("internvit", 448, 1024), ("dinov2", 378, 1024), ("siglip2", 256, 1152),
                               ("clip", 224, 1024)):
         args = train.parse_args(["--teacher", name])
@@ -1456,7 +1448,7 @@ def test_train_sample_eval_end_to_end():
 
 
 def test_shipped_weights():
-    """The shipped weights are small, their teacher is not random, and a picture that they never saw has the README's PSNR.
+    """The shipped weights are small, their teacher is not random, and a new picture has the PSNR of the README.
 
     They must beat a PCA of 16 components per patch, which numpy fits on other photographs.
     """
@@ -1660,7 +1652,7 @@ def first_sentence(doc):
 
 def table_of_contents():
     """The table of the docstring, as it must read."""
-    return "\n".join(textwrap.fill(what, 120, initial_indent=f"    {name:32} ", subsequent_indent=" " * 37,
+    return "\n".join(textwrap.fill(what, 120, initial_indent=f"    {name:30}  ", subsequent_indent=" " * 36,
                                    break_on_hyphens=False) for name, what, _ in contents())
 
 

@@ -27,8 +27,7 @@ FAMILIES = {  # name: (transformers' classes, our configuration at a small size,
     "siglip2": (("SiglipVisionConfig", "SiglipVisionModel"),
                 dict(num_prefix=0, activation="gelu_tanh", pixel_stats="half"), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))),
     "clip": (("CLIPVisionConfig", "CLIPVisionModel"),
-             dict(patch_bias=False, pre_norm=True, eps=1e-5, activation="quick_gelu",
-                  pixel_stats="openai"),
+             dict(patch_bias=False, pre_norm=True, eps=1e-5, activation="quick_gelu", pixel_stats="openai"),
              ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))),
 }
 

@@ -1,4 +1,4 @@
-"""Commands that others rely on: those of README.md and docs/, the benches, the rows of the study."""
+"""Commands of README.md and docs/, the benches, the rows of the study."""
 import contextlib
 import io
 import itertools
@@ -30,7 +30,7 @@ from tools import convert, latents
 
 @unittest.mock.patch.object(evaluation, "InceptionV3", QuickInception)
 def test_readme_commands():
-    """Commands of README.md and docs/ that train must parse; those that sample and evaluate, and the examples, must run.
+    """Commands of README.md and docs/ that train must parse; those that sample or evaluate and the examples must run.
 
     test_ranks_and_accumulation_give_one_run, slow_first_command and CI run commands like those that train.
     """

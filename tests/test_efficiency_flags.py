@@ -1,4 +1,4 @@
-"""The flags that make training cheaper: AdamW's betas, warm-up, the shape of the decay, averaged weights."""
+"""Flags that make training cheaper: AdamW's betas, warm-up, decay, averaged weights."""
 import contextlib
 import io
 import math

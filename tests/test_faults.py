@@ -1,4 +1,4 @@
-"""Hostile and damaged files, full disks, signals, numbers that go wrong, crashes, ranks that die.
+"""Hostile and damaged files, full disks, signals, bad numbers, crashes, ranks that die.
 
 What makes the files is in tests/hostile.py, what kills the runs in tests/crashes.py.
 """

@@ -1,4 +1,4 @@
-"""Tests of data.py: odd metadata, archives and folders of all sorts, trouble of the machine, other systems.
+"""Odd metadata, all sorts of archives and folders, trouble of the machine, other systems.
 
 Files are put together by hand with struct and zlib; what they show is worked out by hand, too.
 """

@@ -1,4 +1,4 @@
-"""eval.py: measures that do not depend on the order of files, figures that are never lost, workers that never hang."""
+"""Measures in any order of files, figures that never get lost, workers that end."""
 from tests.helpers import (
     HERE, QuickInception, evaluate, micro_models, picture, picture_folder, raises, sampled, tokenizer_file)
 

@@ -1,4 +1,4 @@
-"""Encoder, Decoder and distill.py in other people's code: state dicts, precisions, wrappers, checks, interfaces."""
+"""The models in other people's code: state dicts, precisions, wrappers, interfaces."""
 from tests.helpers import (
     FORKS, HERE, MICRO_DECODER, MICRO_VIT, REFUSE_OTHER, REFUSE_PICKLE, close, free_port, micro_models, raises, run,
     tokenizer_file)

@@ -1,4 +1,4 @@
-"""Published weights: layouts of every family, the released file both ways, the export, downloads.
+"""Published weights: layouts of each family, the released file, the export, downloads.
 
 The reference networks and the authors' tokenizer are in tests/published.py.
 """

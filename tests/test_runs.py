@@ -1,4 +1,4 @@
-"""train.py and sample.py at their boundaries: a user's error and a bug, names, targets, data that moved."""
+"""Scripts at their boundaries: a user's error and a bug, names, targets, moved data."""
 import contextlib
 import errno
 import functools
