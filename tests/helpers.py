@@ -23,7 +23,8 @@ import zipfile
 from dataclasses import asdict
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests' tolerances and recipes are the CPU's, on any machine
-os.environ["OMP_NUM_THREADS"] = "1"  # on such small models more threads only wait for each other, on a busy machine ten times as long
+# on such small models more threads only wait for each other, on a busy machine ten times as long
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import torch
@@ -44,13 +45,16 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):  # the tests' ow
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the root of the repository
 MICRO_VIT = encoder.ViTConfig(width=32, depth=3, heads=2, mlp_width=64, patch=4, size=16)
-MICRO_DECODER = decoder.DecoderConfig(latent_dim=8, width=32, heads=2, gtb_depth=2, flow_depth=2, flow_width=96, patch=4, grid=4)
+MICRO_DECODER = decoder.DecoderConfig(latent_dim=8, width=32, heads=2, gtb_depth=2, flow_depth=2, flow_width=96,
+                                      patch=4, grid=4)
 MICRO_RUN = ["--latent_dim", "8", "--gtb_depth", "1", "--flow_depth", "2", "--flow_width", "96", "--batch_size", "4",
              "--lr", "1e-3", "--log_every", "1", "--workers", "0"]
-METHOD = types.SimpleNamespace(beta=2.0, strategy="adaptive", endpoint=0.0)  # what train.losses reads of the command line
+# what train.losses reads of the command line
+METHOD = types.SimpleNamespace(beta=2.0, strategy="adaptive", endpoint=0.0)
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["__main__", "tests.helpers", "torch._dynamo"])  # the last is what an optimizer imports
-STARTING = threading.Lock()  # a process that starts looks after all that have ended, and two must not read the same status
+# a process that starts looks after all that have ended, and two must not read the same status
+STARTING = threading.Lock()
 
 
 def micro_models(seed=0, config=MICRO_DECODER):
@@ -74,7 +78,8 @@ def micro_teacher(folder):
 
 
 def as_script(command, cwd, env, out, err):
-    """What `python SCRIPT FLAG ..` does in the folder cwd: the target of a process of FORKS, which has imported torch already."""
+    """What `python SCRIPT FLAG ..` does in the folder cwd: the target of a process of FORKS, which has imported torch
+    already."""
     os.setsid()
     for fd, path in (1, out), (2, err):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)
@@ -109,8 +114,8 @@ def exit_status(process):
 
 
 def run(*command, cwd=HERE, **env):
-    """Run a command to its end; `python` and `torchrun` mean this interpreter's. A script gets a process forked off one that has
-    imported torch: an import takes longer than most scripts do."""
+    """Run a command to its end; `python` and `torchrun` mean this interpreter's. A script gets a process forked off one
+    that has imported torch: an import takes longer than most scripts do."""
     start = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
     command, env = list(map(str, command)), {**os.environ, **env}
     if command[0] != "python" or command[1].startswith("-") and command[1] != "-m":
@@ -123,14 +128,16 @@ def run(*command, cwd=HERE, **env):
 
 
 def windows_like():
-    """First lines of a script that hide what Python lacks on Windows, or on macOS too: modules and names. Workers that are
-    started by spawn or forkserver run them too, since they import the script. torch comes first: it may use what Linux has."""
+    """First lines of a script that hide what Python lacks on Windows, or on macOS too: modules and names. Workers that
+    are started by spawn or forkserver run them too, since they import the script. torch comes first: it may use what
+    Linux has."""
     return """
 import os, signal, sys
 import torch.utils.data
 for name in ("fcntl", "resource", "pwd", "grp", "termios", "tty"):
     sys.modules[name] = None  # an import fails
-for module, names in ((os, "pread pwrite sched_getaffinity getuid geteuid mkfifo fchmod posix_fadvise sysconf statvfs killpg"),
+for module, names in ((os, "pread pwrite sched_getaffinity getuid geteuid mkfifo fchmod posix_fadvise sysconf "
+                           "statvfs killpg"),
                       (signal, "SIGHUP SIGUSR1 SIGUSR2 SIGQUIT SIGALRM SIGPIPE")):
     for name in names.split():
         if hasattr(module, name):
@@ -152,7 +159,8 @@ def free_port():
 
 def run_ranks(n, *command, **env):
     """Run a script in n processes that find each other, as torchrun's; a list of what each gave."""
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), **env}
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(n),
+           "LOCAL_WORLD_SIZE": str(n), **env}
     with concurrent.futures.ThreadPoolExecutor(n) as pool:
         return list(pool.map(lambda rank: run(*command, RANK=str(rank), LOCAL_RANK=str(rank), **env), range(n)))
 
@@ -166,7 +174,8 @@ def train_quietly(*flags):
 def log_lines(folder, timing=False):
     """The lines of a run's log; without what the clock and the machine decide."""
     lines = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
-    return lines if timing else [{k: v for k, v in x.items() if k not in ("img_s", "tflops_per_gpu", "memory_gib")} for x in lines]
+    return lines if timing else [{k: v for k, v in x.items() if k not in ("img_s", "tflops_per_gpu", "memory_gib")}
+                                 for x in lines]
 
 
 def picture(seed, width=40, height=30):
@@ -189,16 +198,19 @@ def picture_folder(folder, n=10):
 
 
 def inception_reference(img, state):
-    """The 2015 Inception as plain functions of a state dict in pytorch-fid's names: img (B, 3, 299, 299) in [0, 1] -> (pool, logits).
-    Parameters that `state` does not have are drawn and added, so that shapes, too, are this function's own."""
+    """The 2015 Inception as plain functions of a state dict in pytorch-fid's names: img (B, 3, 299, 299) in [0, 1] ->
+    (pool, logits). Parameters that `state` does not have are drawn and added, so that shapes, too, are this function's
+    own."""
     def conv(x, name, n, kernel, stride=1, padding=0):
         if f"{name}.conv.weight" not in state:
             fan = x.shape[1] * np.prod(kernel if isinstance(kernel, tuple) else (kernel, kernel))
             size = kernel if isinstance(kernel, tuple) else (kernel, kernel)
             state[f"{name}.conv.weight"] = torch.randn(n, x.shape[1], *size) * (2 / fan) ** 0.5
-            for key, low, high in (("weight", 0.5, 1.2), ("bias", -0.2, 0.2), ("running_mean", -0.2, 0.2), ("running_var", 0.8, 1.6)):
+            for key, low, high in (("weight", 0.5, 1.2), ("bias", -0.2, 0.2), ("running_mean", -0.2, 0.2),
+                                   ("running_var", 0.8, 1.6)):
                 state[f"{name}.bn.{key}"] = low + (high - low) * torch.rand(n)
-        gain, shift, mean, var = (state[f"{name}.bn.{key}"].view(-1, 1, 1) for key in ("weight", "bias", "running_mean", "running_var"))
+        gain, shift, mean, var = (state[f"{name}.bn.{key}"].view(-1, 1, 1)
+                                  for key in ("weight", "bias", "running_mean", "running_var"))
         x = F.conv2d(x, state[f"{name}.conv.weight"], None, stride, padding)
         return ((x - mean) / (var + 0.001).sqrt() * gain + shift).clamp(min=0)
 
@@ -210,25 +222,31 @@ def inception_reference(img, state):
     x = F.max_pool2d(conv(conv(x, "Conv2d_3b_1x1", 80, 1), "Conv2d_4a_3x3", 192, 3), 3, 2)
     for m, pool in ("Mixed_5b.", 32), ("Mixed_5c.", 64), ("Mixed_5d.", 64):
         five = conv(conv(x, m + "branch5x5_1", 48, 1), m + "branch5x5_2", 64, 5, 1, 2)
-        double = conv(conv(conv(x, m + "branch3x3dbl_1", 64, 1), m + "branch3x3dbl_2", 96, 3, 1, 1), m + "branch3x3dbl_3", 96, 3, 1, 1)
+        double = conv(conv(conv(x, m + "branch3x3dbl_1", 64, 1), m + "branch3x3dbl_2", 96, 3, 1, 1),
+                      m + "branch3x3dbl_3", 96, 3, 1, 1)
         x = torch.cat([conv(x, m + "branch1x1", 64, 1), five, double, conv(average(x), m + "branch_pool", pool, 1)], 1)
     m = "Mixed_6a."
-    double = conv(conv(conv(x, m + "branch3x3dbl_1", 64, 1), m + "branch3x3dbl_2", 96, 3, 1, 1), m + "branch3x3dbl_3", 96, 3, 2)
+    double = conv(conv(conv(x, m + "branch3x3dbl_1", 64, 1), m + "branch3x3dbl_2", 96, 3, 1, 1),
+                  m + "branch3x3dbl_3", 96, 3, 2)
     x = torch.cat([conv(x, m + "branch3x3", 384, 3, 2), double, F.max_pool2d(x, 3, 2)], 1)
     for m, c in ("Mixed_6b.", 128), ("Mixed_6c.", 160), ("Mixed_6d.", 160), ("Mixed_6e.", 192):
-        seven = conv(conv(conv(x, m + "branch7x7_1", c, 1), m + "branch7x7_2", c, (1, 7), 1, (0, 3)), m + "branch7x7_3", 192, (7, 1), 1, (3, 0))
+        seven = conv(conv(conv(x, m + "branch7x7_1", c, 1), m + "branch7x7_2", c, (1, 7), 1, (0, 3)), m + "branch7x7_3",
+                     192, (7, 1), 1, (3, 0))
         double = conv(x, m + "branch7x7dbl_1", c, 1)
-        for k, (n, kernel, padding) in enumerate([(c, (7, 1), (3, 0)), (c, (1, 7), (0, 3)), (c, (7, 1), (3, 0)), (192, (1, 7), (0, 3))], 2):
+        for k, (n, kernel, padding) in enumerate([(c, (7, 1), (3, 0)), (c, (1, 7), (0, 3)), (c, (7, 1), (3, 0)),
+                                                  (192, (1, 7), (0, 3))], 2):
             double = conv(double, f"{m}branch7x7dbl_{k}", n, kernel, 1, padding)
         x = torch.cat([conv(x, m + "branch1x1", 192, 1), seven, double, conv(average(x), m + "branch_pool", 192, 1)], 1)
     m = "Mixed_7a."
     three = conv(conv(x, m + "branch3x3_1", 192, 1), m + "branch3x3_2", 320, 3, 2)
-    seven = conv(conv(conv(x, m + "branch7x7x3_1", 192, 1), m + "branch7x7x3_2", 192, (1, 7), 1, (0, 3)), m + "branch7x7x3_3", 192, (7, 1), 1, (3, 0))
+    seven = conv(conv(conv(x, m + "branch7x7x3_1", 192, 1), m + "branch7x7x3_2", 192, (1, 7), 1, (0, 3)),
+                 m + "branch7x7x3_3", 192, (7, 1), 1, (3, 0))
     x = torch.cat([three, conv(seven, m + "branch7x7x3_4", 192, 3, 2), F.max_pool2d(x, 3, 2)], 1)
     for m in "Mixed_7b.", "Mixed_7c.":
         three = conv(x, m + "branch3x3_1", 384, 1)
         double = conv(conv(x, m + "branch3x3dbl_1", 448, 1), m + "branch3x3dbl_2", 384, 3, 1, 1)
-        forks = [conv(y, m + name + letter, 384, (1, 3) if letter == "a" else (3, 1), 1, (0, 1) if letter == "a" else (1, 0))
+        forks = [conv(y, m + name + letter, 384, (1, 3) if letter == "a" else (3, 1), 1,
+                      (0, 1) if letter == "a" else (1, 0))
                  for y, name in ((three, "branch3x3_2"), (double, "branch3x3dbl_3")) for letter in "ab"]
         pooled = average(x) if m == "Mixed_7b." else F.max_pool2d(x, 3, 1, 1)
         x = torch.cat([conv(x, m + "branch1x1", 320, 1), *forks, conv(pooled, m + "branch_pool", 192, 1)], 1)
@@ -251,7 +269,8 @@ def random_inception():
 
 
 class QuickInception(nn.Module):
-    """Instead of eval.py's network where any will do: 64 features, whose covariance has eigenvalues in no time, and 1008 logits."""
+    """Instead of eval.py's network where any will do: 64 features, whose covariance has eigenvalues in no time, and
+    1008 logits."""
 
     def __init__(self, path):
         super().__init__()
@@ -285,11 +304,14 @@ def close(a, b, tolerance=1e-6):
 
 
 def tokenizer_file(folder):
-    """Path of a tokenizer of MICRO_VIT with random parameters, whose teacher is that of micro_teacher in the same folder."""
+    """Path of a tokenizer of MICRO_VIT with random parameters, whose teacher is that of micro_teacher in the same
+    folder."""
     _, enc, dec = micro_models()
     path = os.path.join(folder, "tokenizer.safetensors")
-    tensors = {f"{part}.{k}": v for part, module in (("encoder", enc), ("decoder", dec)) for k, v in module.state_dict().items()}
-    encoder.write_model(path, {"vit": asdict(MICRO_VIT), "decoder": asdict(MICRO_DECODER), "size": 16, "teacher": micro_teacher(folder)},
+    tensors = {f"{part}.{k}": v for part, module in (("encoder", enc), ("decoder", dec))
+               for k, v in module.state_dict().items()}
+    encoder.write_model(path, {"vit": asdict(MICRO_VIT), "decoder": asdict(MICRO_DECODER), "size": 16,
+                               "teacher": micro_teacher(folder)},
                         {**tensors, "latent_mean": torch.zeros(8), "latent_std": torch.ones(8)})
     return path
 
@@ -340,7 +362,8 @@ def sampled(*flags):
 def pixels(path):
     """(frames in RGB as integers (T, H, W, 3), durations in ms, loops) of a picture file, as PIL reads it."""
     with Image.open(path) as img:  # a WebP tells the duration once it is decoded
-        frames = [(np.array(frame.convert("RGB")).astype(int), frame.info.get("duration")) for frame in ImageSequence.Iterator(img)]
+        frames = [(np.array(frame.convert("RGB")).astype(int), frame.info.get("duration"))
+                  for frame in ImageSequence.Iterator(img)]
         return np.stack([x for x, _ in frames]), [duration for _, duration in frames], img.info.get("loop")
 
 

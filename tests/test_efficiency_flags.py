@@ -1,4 +1,4 @@
-"""The flags that make training cheaper: AdamW's betas, warm-up, the shape of the decay, averaged weights."""
+"""Flags that make training cheaper: AdamW's betas, warm-up, decay, averaged weights."""
 import contextlib
 import io
 import math
@@ -38,8 +38,8 @@ def test_average_of_a_known_sequence():
 
 
 def test_betas_and_warmup_reach_the_optimizer():
-    """After one step from zero moments AdamW holds (1 - beta1) g and (1 - beta2) g^2; its first update moves each weight
-    by the rate times sign(g), and by the rate's first warm-up fraction of that with --warmup."""
+    """After one step from zero moments AdamW holds (1 - beta1) g and (1 - beta2) g^2; its first update moves each
+    weight by the rate times sign(g), and by the rate's first warm-up fraction of that with --warmup."""
     with tempfile.TemporaryDirectory() as tmp:
         flags = ["--teacher", micro_teacher(tmp), "--data", picture_folder(tmp)[0], "--steps", 1, "--clip", 0.01,
                  "--lr_decay", 0]

@@ -1,4 +1,4 @@
-"""Every flag of every script arrives: not that something moves, but the quantity that the flag says."""
+"""Every flag of every script changes the quantity that it names, by what it says."""
 from tests.helpers import (  # first: it sets the environment that torch reads when it is imported
     HERE, MICRO_VIT, QuickInception, close, evaluate, log_lines, micro_teacher, picture, picture_folder, pixels,
     raises, sampled, tokenizer_file, train_quietly)

@@ -1,4 +1,4 @@
-"""Tests of data.py: odd metadata, archives and folders of all sorts, trouble of the machine, other systems.
+"""Odd metadata, all sorts of archives and folders, trouble of the machine, other systems.
 
 Files are put together by hand with struct and zlib; what they show is worked out by hand, too.
 """
@@ -310,8 +310,8 @@ def test_folders_that_are_no_classes():
     with tempfile.TemporaryDirectory() as tmp:
         root = os.path.join(tmp, ".hidden", "set")  # that the root is hidden is the user's choice
         for name in ("cat/a.png", "cat/b.png", "cat/._a.png", "cat/.c.png", "cat/.ipynb_checkpoints/a.png",
-                     "cat/@eaDir/a.png", ".thumbnails/a.png", "@eaDir/a.png/x.png", "__MACOSX/a.png", "lost+found/a.png",
-                     "more/zebra/d.png"):
+                     "cat/@eaDir/a.png", ".thumbnails/a.png", "@eaDir/a.png/x.png", "__MACOSX/a.png",
+                     "lost+found/a.png", "more/zebra/d.png"):
             os.makedirs(os.path.dirname(os.path.join(root, name)), exist_ok=True)
             picture(0).save(os.path.join(root, name))
         outside = os.path.join(tmp, "outside")

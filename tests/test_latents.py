@@ -1,4 +1,7 @@
-"""Tests of tools/latents.py and data.LatentDataset: statistics, saved latents, their order, faults of the folder."""
+"""Saved latents: their statistics, their order, faults of the folder.
+
+The code is in tools/latents.py and data.LatentDataset.
+"""
 import contextlib
 import functools
 import io

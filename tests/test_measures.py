@@ -1,4 +1,4 @@
-"""eval.py: measures that do not depend on the order of files, figures that are never lost, workers that never hang."""
+"""Measures in any order of files, figures that never get lost, workers that end."""
 from tests.helpers import (
     HERE, QuickInception, evaluate, micro_models, picture, picture_folder, raises, sampled, tokenizer_file)
 
@@ -447,7 +447,8 @@ def test_inceptions_where_torch_does_not_read_pickles_safely():
         for version, digest, words in (("2.5.1", None, "other pickles"), ("2.9.1+cu128", None, "other pickles"),
                                        ("2.9.1", "ba7816bf", "is not pytorch-fid's"),  # FIPS 180-4's example
                                        ("2.10.0", None, "is not pytorch-fid's")):
-            with patch.object(torch, "__version__", version), patch.object(evaluation, "INCEPTION_SHA256", digest or "6726825d"):
+            with (patch.object(torch, "__version__", version),
+                  patch.object(evaluation, "INCEPTION_SHA256", digest or "6726825d")):
                 raises(evaluation.UserError, evaluation.InceptionV3, path, words=words)
 
 
@@ -473,7 +474,8 @@ def test_fp32_is_no_tf32():
             place.allow_tf32 = True
         job = jobs.Job(evaluation.parse_args(["--data", "x"]))
         assert job.precision == "fp32 without TF32" and not any(place.allow_tf32 for place in places)
-        assert not job.autocast._enabled and jobs.Job(evaluation.parse_args(["--data", "x", "--bf16"])).autocast._enabled
+        assert (not job.autocast._enabled
+                and jobs.Job(evaluation.parse_args(["--data", "x", "--bf16"])).autocast._enabled)
     finally:
         for place, value in zip(places, before):
             place.allow_tf32 = value
@@ -483,7 +485,8 @@ def test_a_report_says_where_the_weights_come_from():
     """Step, commit and teacher are those of the weights file, and the commit of this code stands beside them."""
     with tempfile.TemporaryDirectory() as tmp:
         plain, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=2)
-        weights, said = os.path.join(tmp, "said.safetensors"), {"step": 1234, "commit": "theirs", "teacher": "a teacher"}
+        weights, said = os.path.join(tmp, "said.safetensors"), {"step": 1234, "commit": "theirs",
+                                                                "teacher": "a teacher"}
         encoder.write_model(weights, {**encoder.read_config(plain), **said}, safetensors.torch.load_file(plain))
         report = evaluate("--data", folder, "--weights", weights, "--inception", "none", "--workers", 0)[1]
         assert {k: report[k] for k in said} == said and report["code"] == script.commit() and report["images"] == 2

@@ -1,4 +1,4 @@
-"""Encoder, Decoder and distill.py as parts of other people's code: state dicts, precisions, wrappers, checks, interfaces."""
+"""The models in other people's code: state dicts, precisions, wrappers, interfaces."""
 from tests.helpers import (
     FORKS, HERE, MICRO_DECODER, MICRO_VIT, REFUSE_OTHER, REFUSE_PICKLE, close, free_port, micro_models, raises, run,
     tokenizer_file)
@@ -77,21 +77,25 @@ def test_a_file_made_of_state_dicts_is_read_and_training_writes_parameters_alone
     enc, dec = with_statistics()
     with tempfile.TemporaryDirectory() as tmp:
         path, config = tokenizer_file(tmp), {"vit": asdict(MICRO_VIT), "decoder": asdict(MICRO_DECODER), "size": 16}
-        tensors = {f"{part}.{k}": x for part, m in (("encoder", enc), ("decoder", dec)) for k, x in m.state_dict().items()}
+        tensors = {f"{part}.{k}": x for part, m in (("encoder", enc), ("decoder", dec))
+                   for k, x in m.state_dict().items()}
         stats = {"latent_mean": enc.latent_mean.flatten() + 1, "latent_std": enc.latent_std.flatten() * 2}
-        for file in (tensors | stats, {k: x for k, x in tensors.items() if k.split(".")[-1] not in ("mean", "std", *stats)} | stats):
+        for file in (tensors | stats,
+                     {k: x for k, x in tensors.items() if k.split(".")[-1] not in ("mean", "std", *stats)} | stats):
             encoder.write_model(path, config, file)
             loaded = encoder.Encoder.from_pretrained(path), decoder.Decoder.from_pretrained(path)
             for module in loaded:  # the file's own statistics count, those of a module's state_dict are older
                 assert torch.equal(module.latent_mean.flatten(), stats["latent_mean"]), "the file's latent_mean"
                 assert torch.equal(module.latent_std.flatten(), stats["latent_std"])
-                assert torch.equal((module if module is loaded[1] else module.vit).std.flatten(), torch.tensor([0.229, 0.224, 0.225]))
+                assert torch.equal((module if module is loaded[1] else module.vit).std.flatten(),
+                                   torch.tensor([0.229, 0.224, 0.225]))
     names = {name for name, _ in (*enc.named_parameters(), *dec.named_parameters())}
     assert not {"vit.mean", "vit.std", "mean", "std", "latent_mean", "latent_std"} & names
 
 
 def test_precisions():
-    """bfloat16 keeps 8 bits and half 11: their images and losses differ from fp32's by little more; double by fp32's rounding."""
+    """bfloat16 keeps 8 bits and half 11: their images and losses differ from fp32's by little more; double by fp32's
+    rounding."""
     img, noise = torch.rand(2, 3, 16, 20), torch.randn(2, 20, 48)
     t = torch.rand(2, 20)
     for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.06), (torch.float16, 0.01)):
@@ -108,9 +112,11 @@ def test_precisions():
                 got = hidden[-1], dec.decode(enc.encode(given), 2, noise), dec(z, given, t, noise), enc.features(given)
                 for a, b in zip(got, expected):
                     close(a.double(), b.double(), tolerance)
-                assert hidden[-1].dtype == dtype and got[2].dtype == (dtype if dtype == torch.float64 else torch.float32)
+                assert (hidden[-1].dtype == dtype
+                        and got[2].dtype == (dtype if dtype == torch.float64 else torch.float32))
                 assert dec.decode(z).shape == img.shape, "noise that is not given is drawn"
-                v = dec.velocity(noise.to(dtype), t.to(dtype), dec.condition(z))  # the flow's state is never of few bits
+                # the flow's state is never of few bits
+                v = dec.velocity(noise.to(dtype), t.to(dtype), dec.condition(z))
                 assert v.dtype == (dtype if dtype == torch.float64 else torch.float32)
     enc, dec = enc.double(), dec.double()
     enc(img)[0].sum().backward(), dec(z, img).backward()
@@ -163,7 +169,8 @@ def test_layers_that_stand_in_for_linear_ones():
 def test_compile():
     enc, dec = with_statistics()
     expected = round_trip(enc, dec)
-    whole = types.SimpleNamespace(encode=torch.compile(enc.encode, backend="eager", fullgraph=True), parameters=enc.parameters)
+    whole = types.SimpleNamespace(encode=torch.compile(enc.encode, backend="eager", fullgraph=True),
+                                  parameters=enc.parameters)
     parts = types.SimpleNamespace(decode=torch.compile(dec.decode, backend="eager", fullgraph=True))
     for a, b in zip(round_trip(whole, parts), expected):
         close(a, b, 1e-5)
@@ -292,8 +299,10 @@ def test_what_is_no_image_or_latent_is_refused():
             raises(ValueError, call, wrong, words=words)
         raises(ValueError, dec.loss, z, wrong, words=[str(tuple(wrong.shape)), "(2, 3, 16, 32)"])
     wrong_images = {
-        "torch.uint8 (2, 3, 16, 32)": (255 * img).byte(), "(2, 1, 16, 32)": img[:, :1], "(3, 16, 32)": img[0], "from 0 to 255": torch.tensor([0.0, 255]).repeat(2, 3, 16, 16),
-        "from -1 to 1": torch.tensor([-1.0, 1]).repeat(2, 3, 16, 16), "nan": img + float("nan"), "torch.int64": img.long(), "ndarray": img.numpy()}
+        "torch.uint8 (2, 3, 16, 32)": (255 * img).byte(), "(2, 1, 16, 32)": img[:, :1], "(3, 16, 32)": img[0],
+        "from 0 to 255": torch.tensor([0.0, 255]).repeat(2, 3, 16, 16),
+        "from -1 to 1": torch.tensor([-1.0, 1]).repeat(2, 3, 16, 16), "nan": img + float("nan"),
+        "torch.int64": img.long(), "ndarray": img.numpy()}
     for words, wrong in wrong_images.items():
         for call in (enc, enc.encode, enc.features, lambda x: dec.loss(z, x)):
             raises(ValueError, call, wrong, words=words)
@@ -302,7 +311,8 @@ def test_what_is_no_image_or_latent_is_refused():
     for words, wrong in wrong_latents.items():
         for call in (dec.condition, dec.decode, lambda x: dec.loss(x, img)):
             raises(ValueError, call, wrong, words=words)
-    raises(ValueError, dec.loss, z.transpose(2, 3), img, words=["(2, 3, 16, 32)", "(2, 3, 32, 16)"])  # as many patches, another grid
+    # as many patches, another grid
+    raises(ValueError, dec.loss, z.transpose(2, 3), img, words=["(2, 3, 16, 32)", "(2, 3, 32, 16)"])
     raises(ValueError, dec.loss, z[:1], img, words=["is torch.float32 (2, 3, 16, 32)", "tensor (1, 3, 16, 32)"])
     raises(ValueError, dec.loss, z, img[:1], words=["is torch.float32 (1, 3, 16, 32)", "tensor (2, 3, 16, 32)"])
     raises(ValueError, dec.loss, z, img, torch.rand(2, 1), words=["t is torch.float32 (2, 1)", "(2, 32)"])
@@ -311,7 +321,8 @@ def test_what_is_no_image_or_latent_is_refused():
     raises(ValueError, dec.decode, z, 0, words="steps is 0")
     enc(img * 1.2 - 0.1), dec.loss(z, img * 1.2 - 0.1)  # what a bicubic resize overshoots is no fault
     tokens = [torch.randn(4, 6, 8) for _ in range(3)]
-    for teacher in ([x[:1] for x in tokens], [x[:, :5] for x in tokens], [x[..., :1] for x in tokens], tokens[:2], [x[0] for x in tokens]):
+    for teacher in ([x[:1] for x in tokens], [x[:, :5] for x in tokens], [x[..., :1] for x in tokens], tokens[:2],
+                    [x[0] for x in tokens]):
         raises(ValueError, distill.distill_loss, tokens, teacher, words="expected the same (B, N, D)")
     with torch.device("meta"):  # nothing is read, so nothing waits for a device
         vit = encoder.ViT(MICRO_VIT)
@@ -344,14 +355,16 @@ def test_features_of_several_layers():
 
 
 def test_gradients_reach_pixels_and_weights():
-    """No call stops gradients, and callers decide: derivatives along a direction, against differences of values, in fp64."""
+    """No call stops gradients, and callers decide: derivatives along a direction, against differences of values, in
+    fp64."""
     _, enc, dec = micro_models()
     enc, dec = enc.double(), dec.double()
     for x in (*enc.parameters(), *dec.parameters()):
         x.data *= 0.5
     img = (0.25 + 0.5 * torch.rand(1, 3, 8, 8)).double()
     z, noise = torch.randn(1, 8, 2, 2).double(), 0.1 * torch.randn(1, 4, 48).double()
-    calls = {"encode": (lambda x: enc.encode(x).sin().sum(), img), "features": (lambda x: enc.features(x, 1).sin().sum(), img),
+    calls = {"encode": (lambda x: enc.encode(x).sin().sum(), img),
+             "features": (lambda x: enc.features(x, 1).sin().sum(), img),
              "decode": (lambda x: dec.decode(x, 2, noise).sin().sum(), z)}
     for name, (f, x) in calls.items():
         x = x.clone().requires_grad_()
@@ -386,7 +399,8 @@ def test_flow_in_twelve_lines():
 
 
 def test_flow_head_runs_in_the_papers_direction():
-    """Against the same MLP written out in the released direction, s = 1 - t with s = 0 noise, whose output is x - eps = -v."""
+    """Against the same MLP written out in the released direction, s = 1 - t with s = 0 noise, whose output is x - eps =
+    -v."""
     torch.manual_seed(0)
     head = decoder.FlowHead(6, 10, 16, 2)
     x, t, c = torch.randn(4, 6), torch.rand(4), torch.randn(4, 10)
@@ -398,7 +412,8 @@ def test_flow_head_runs_in_the_papers_direction():
     norm = lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
     silu = lambda x: x / (1 + (-x).exp())
     angles = 1000 * (1 - t)[:, None] * 10000 ** (-torch.arange(128) / 128)
-    y = silu(linear("time_fc2", silu(linear("time_fc1", torch.cat([angles.cos(), angles.sin()], 1)))) + linear("cond_proj", c))
+    y = silu(linear("time_fc2", silu(linear("time_fc1", torch.cat([angles.cos(), angles.sin()], 1))))
+             + linear("cond_proj", c))
     h = linear("input_proj", x)
     for k in range(2):
         shift, scale, gate = linear(f"blocks.{k}.modulation", y).split(16, 1)
@@ -417,9 +432,9 @@ def test_parameter_groups_with_layer_decay():
     rate = {p: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert sum(len(g["params"]) for g in groups) == len(rate) == len([*vit.parameters(), *head.parameters()])
     by_hand = {vit.patch_embed.weight: (0.0625, 0.1), vit.pos_embed: (0.0625, 0), vit.cls_token: (0.0625, 0),
-               vit.register_tokens: (0.0625, 0), vit.blocks[0].qkv.weight: (0.125, 0.1), vit.blocks[1].fc1.bias: (0.25, 0),
-               vit.blocks[2].proj.weight: (0.5, 0.1), vit.blocks[2].scale1: (0.5, 0), vit.norm.weight: (1, 0),
-               head[0].weight: (1, 0.1), head[1].weight: (1, 0)}
+               vit.register_tokens: (0.0625, 0), vit.blocks[0].qkv.weight: (0.125, 0.1),
+               vit.blocks[1].fc1.bias: (0.25, 0), vit.blocks[2].proj.weight: (0.5, 0.1), vit.blocks[2].scale1: (0.5, 0),
+               vit.norm.weight: (1, 0), head[0].weight: (1, 0.1), head[1].weight: (1, 0)}
     assert {p: rate[p] for p in by_hand} == by_hand
     assert len(encoder.parameter_groups(head, 1.0)) == 2, "a module alone, too"
     other = torch.nn.ModuleDict({"mha": torch.nn.MultiheadAttention(4, 2), "conv": torch.nn.Conv1d(2, 3, 1),
@@ -434,7 +449,8 @@ def test_registers_equal_transformers_and_the_original_layout():
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
     torch.manual_seed(0)
     model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, mlp_ratio=2, image_size=16, patch_size=4, num_register_tokens=4)).eval()
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, mlp_ratio=2, image_size=16, patch_size=4,
+        num_register_tokens=4)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     img = torch.rand(2, 3, 16, 16)
@@ -445,9 +461,10 @@ def test_registers_equal_transformers_and_the_original_layout():
         files = [os.path.join(tmp, "model.safetensors")]
         names, get = encoder.open_weights(files[0])
         original = {"register_tokens": get("embeddings.register_tokens"), "mask_token": get("embeddings.mask_token")}
-        rules = {"embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed", "layernorm": "norm",
-                 "embeddings.patch_embeddings.projection": "patch_embed.proj", "encoder.layer": "blocks", "attention.output.dense": "attn.proj",
-                 "layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma"}
+        rules = {"embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed",
+                 "layernorm": "norm", "embeddings.patch_embeddings.projection": "patch_embed.proj",
+                 "encoder.layer": "blocks", "attention.output.dense": "attn.proj", "layer_scale1.lambda1": "ls1.gamma",
+                 "layer_scale2.lambda1": "ls2.gamma"}
         for name in sorted(names - {"embeddings.register_tokens", "embeddings.mask_token"}):
             if "attention.attention" in name:
                 if ".query." in name:
@@ -476,11 +493,13 @@ def test_registers_equal_transformers_and_the_original_layout():
 def test_export_of_plain_vits_registers_and_odd_mlps():
     from transformers import AutoModel
     torch.manual_seed(0)
-    configs = {"vit": MICRO_VIT, "dinov2_with_registers": REGISTERS, "siglip_vision_model": replace(MICRO_VIT, num_prefix=0, mlp_width=85)}
+    configs = {"vit": MICRO_VIT, "dinov2_with_registers": REGISTERS,
+               "siglip_vision_model": replace(MICRO_VIT, num_prefix=0, mlp_width=85)}
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in encoder.PIXEL_STATS["imagenet"])
     with tempfile.TemporaryDirectory() as tmp, torch.no_grad():
         shipped = encoder.Encoder(encoder.load_teacher("tiny")).eval()
-        encoders = {name: encoder.Encoder(encoder.ViT(c)).eval() for name, c in configs.items()} | {"vit of tiny": shipped}
+        encoders = (
+            {name: encoder.Encoder(encoder.ViT(c)).eval() for name, c in configs.items()} | {"vit of tiny": shipped})
         for name, enc in encoders.items():
             convert.save_hf(enc, os.path.join(tmp, name))
             model, problems = AutoModel.from_pretrained(os.path.join(tmp, name), output_loading_info=True)
@@ -489,8 +508,10 @@ def test_export_of_plain_vits_registers_and_odd_mlps():
             img = torch.rand(2, 3, enc.size, enc.size)
             tokens = model.eval()(pixel_values=(img - mean) / std).last_hidden_state[:, enc.vit.num_prefix:]
             assert (tokens - enc.features(img)).abs().max() < 3e-6 * max(1, tokens.abs().max()), name
-        for wrong, words in (replace(MICRO_VIT, pre_norm=True), "pre_norm patch_bias"), (replace(REGISTERS, mlp_width=85), "mlp_width 85"):
-            raises(encoder.UserError, convert.save_hf, encoder.Encoder(encoder.ViT(wrong)), tmp, words=words)  # 85 / 32 is not rounded down
+        for wrong, words in ((replace(MICRO_VIT, pre_norm=True), "pre_norm patch_bias"),
+                             (replace(REGISTERS, mlp_width=85), "mlp_width 85")):
+            # 85 / 32 is not rounded down
+            raises(encoder.UserError, convert.save_hf, encoder.Encoder(encoder.ViT(wrong)), tmp, words=words)
 
 
 def test_vision_towers_of_larger_models():
@@ -511,7 +532,8 @@ def test_vision_towers_of_larger_models():
         whole.save_pretrained(tmp)
         state = safetensors.torch.load_file(path)
         for prefix in "vit.", "", "vision_model.", "vision_tower.", "model.vision_tower.":
-            named = {k.replace("vit.", prefix, 1): x for k, x in state.items() if prefix == "vit." or k.startswith("vit.")}
+            named = {k.replace("vit.", prefix, 1): x for k, x in state.items() if prefix == "vit."
+                     or k.startswith("vit.")}
             safetensors.torch.save_file({k: x.clone() for k, x in named.items()}, path)
             vit = encoder.ViT(c).eval()
             encoder.load_vit(vit, path)
@@ -549,7 +571,8 @@ def test_pickles_where_torch_does_not_read_them_safely():
         with old, unittest.mock.patch.object(evaluation, "INCEPTION_SHA256", evaluation.sha256(plain)[:8]):
             REFUSE_OTHER(plain)
             raises(evaluation.UserError, REFUSE_OTHER, os.path.join(HERE, "LICENSE"), words=["torch 2.9.1", "2.10"])
-        for version, safe in {"2.5.1": False, "2.6.0": False, "2.9.1+cu128": False, "2.10.0": True, "2.13.0+cpu": True, "3.0.0": True}.items():
+        for version, safe in {"2.5.1": False, "2.6.0": False, "2.9.1+cu128": False, "2.10.0": True, "2.13.0+cpu": True,
+                              "3.0.0": True}.items():
             if safe:
                 REFUSE_PICKLE(plain, version)
             else:
@@ -582,6 +605,7 @@ def test_encoder_decoder_and_distill_import_where_posix_is_missing():
             "for name in ('SIGHUP', 'SIGUSR1', 'SIGCHLD'): vars(signal).pop(name, None)\n"
             "import encoder, decoder, distill, torch\n"
             "encoder.os.name = 'nt'\n"
-            "vit = encoder.load_teacher('tiny'); z = encoder.Encoder(vit, 16).encode(torch.rand(1, 3, 64, 64)); print(tuple(z.shape))")
+            "vit = encoder.load_teacher('tiny'); z = encoder.Encoder(vit, 16).encode(torch.rand(1, 3, 64, 64)); "
+            "print(tuple(z.shape))")
     done = run("python", "-c", code)
     assert done.stdout == "(1, 16, 8, 8)\n", done.stderr

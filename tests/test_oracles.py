@@ -1,4 +1,4 @@
-"""What the code computes, against numbers that do not come from it: tables of published facts, closed forms, numpy."""
+"""What the code computes, against tables of published facts, closed forms and numpy."""
 from tests.helpers import (  # first: it sets the environment that torch reads when it is imported
     HERE, MICRO_DECODER, MICRO_RUN, MICRO_VIT, QuickInception, close, evaluate, faulty_training, log_lines,
     micro_models, micro_teacher, picture, picture_folder, pixels, raises, run_ranks, same_weights, sampled,

@@ -1,4 +1,4 @@
-"""train.py and sample.py at their boundaries: a user's error and a bug, names, targets, data that moved."""
+"""Scripts at their boundaries: a user's error and a bug, names, targets, moved data."""
 import contextlib
 import errno
 import functools
@@ -19,7 +19,8 @@ from dataclasses import asdict
 
 from tests.helpers import (
     HERE, MICRO_RUN, QuickInception, clip, evaluate, faulty_training, log_lines, micro_models, micro_teacher, picture,
-    picture_folder, pixels, raises, run, same_weights, sampled, side_by_side, tokenizer_file, train_quietly, windows_like)
+    picture_folder, pixels, raises, run, same_weights, sampled, side_by_side, tokenizer_file, train_quietly,
+    windows_like)
 
 import numpy as np
 import torch
@@ -63,9 +64,10 @@ def test_a_bug_is_no_users_error():
         assert script.user_message(module.UserError()) == "UserError()", "without a word it is the user's all the same"
     for e in (full, from_worker(full)):
         assert script.user_message(e) == "[Errno 28] No space left: 'x'"
-    # errno(3): no room or no right to write, a limit of the process or the system, a disk or a mount that fails; and the
-    # mistakes of a program, which no user can mend
-    for name in ("ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EMFILE ENFILE ENOMEM EAGAIN ENOLCK EBUSY EIO ENXIO ENODEV ESTALE "
+    # errno(3): no room or no right to write, a limit of the process or the system, a disk or a mount that fails; and
+    # the mistakes of a program, which no user can mend
+    for name in (
+            "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EMFILE ENFILE ENOMEM EAGAIN ENOLCK EBUSY EIO ENXIO ENODEV ESTALE "
                  "ENOTCONN ETIMEDOUT EHOSTDOWN EREMOTEIO EPIPE ENAMETOOLONG").split():
         assert script.user_message(from_worker(OSError(getattr(errno, name), name, "x"))), name
     for name in "EBADF EINVAL ENOENT EEXIST ENOTDIR EISDIR ESPIPE EFAULT ENOTEMPTY".split():
@@ -192,7 +194,8 @@ def test_never_but_at_the_end():
 
 def test_help_shows_the_defaults_of_the_teacher():
     with patch.dict(os.environ, COLUMNS="500"):
-        for teacher, recipe in ("internvit", ""), ("siglip2", "--recipe fast"), ("tiny", ""), ("tiny", "--recipe paper"):
+        for teacher, recipe in (("internvit", ""), ("siglip2", "--recipe fast"), ("tiny", ""),
+                                ("tiny", "--recipe paper")):
             flags = ["--teacher", teacher, *recipe.split()]
             text, args = show([*flags, "--help"]), train.parse_args(flags)
             for name in ("size latent_dim gtb_depth flow_depth flow_width batch_size micro_batch lr lr_decay endpoint "
@@ -377,7 +380,8 @@ def test_a_run_without_a_checkpoint_sets_all_others_aside():
 def test_half_written_files_of_a_killed_run_alone_are_removed():
     with tempfile.TemporaryDirectory() as tmp:
         now, left = time.time(), []
-        for name, age, stays in ((".0123456789ab.tmp", 700, False), (".0123456789ac.tmp", 500, True),  # may be written now
+        # may be written now
+        for name, age, stays in ((".0123456789ab.tmp", 700, False), (".0123456789ac.tmp", 500, True),
                                  (".0123456789ab.tmp2", 700, True), (".mine.tmp", 700, True), ("state.pt", 700, True)):
             open(os.path.join(tmp, name), "w").close()
             os.utime(os.path.join(tmp, name), (now - age, now - age))
@@ -395,7 +399,8 @@ def test_a_script_says_which_rank_and_ends_with_its_status():
         for environ, who in (none, ""), ({**none, "RANK": "3"}, "[rank 3] "):
             with patch.dict(os.environ, environ, clear=True), patch.object(signal, "signal"), \
                     patch.object(os, "_exit") as ended, contextlib.redirect_stderr(io.StringIO()) as err, \
-                    patch.object(tools.run, "open_streams"), patch.object(tools.run.multiprocessing, "active_children", list):
+                    patch.object(tools.run, "open_streams"), patch.object(tools.run.multiprocessing,
+                                                                          "active_children", list):
                 tools.run.command_line(unittest.mock.Mock(side_effect=error), "x.py")
             ended.assert_called_once_with(status)
             told = err.getvalue()
@@ -422,7 +427,8 @@ def test_a_disk_that_fails_is_no_damaged_checkpoint():
 
 def test_moments_of_other_parameters_are_a_users_error():
     a, b, c = (nn.Linear(n, 2) for n in (2, 2, 3))
-    adam = lambda *modules: torch.optim.AdamW([dict(params=list(m.parameters())) for m in modules], lr=0.5, weight_decay=0.25)
+    adam = lambda *modules: torch.optim.AdamW([dict(params=list(m.parameters())) for m in modules], lr=0.5,
+                                              weight_decay=0.25)
     first, second, more = adam(a), adam(b), adam(b, c)
     a(torch.ones(1, 2)).sum().backward(), first.step()
     for group in second.param_groups:
@@ -438,7 +444,8 @@ def test_a_log_is_cut_at_the_checkpoint_and_where_it_is_torn():
     with tempfile.TemporaryDirectory() as tmp:
         path, run_ = os.path.join(tmp, "log.jsonl"), Run(tmp)
         kept = '{"step": 1}\n{"step": 3, "kind": "eval"}\n'
-        for torn in '{"step": 3, "loss": 0.5}', '{"step": 3, "lo', "", "\n", "3\n", '{"loss": 1}\n', '{"step": 4}\n', '{"step": null}\n':
+        for torn in ('{"step": 3, "loss": 0.5}', '{"step": 3, "lo', "", "\n", "3\n", '{"loss": 1}\n', '{"step": 4}\n',
+                     '{"step": null}\n'):
             with open(path, "w") as f:
                 f.write(kept + torn)  # a whole line, too, ends with its newline
             run_.open_log(3)
@@ -450,15 +457,17 @@ def test_a_log_is_cut_at_the_checkpoint_and_where_it_is_torn():
 def test_what_command_lines_refuse():
     """Each script names the flag, what came and what to do, before it begins; status 2."""
     refused = {
-        sample.parse_args: {"x.png --seed -1": "--seed is -1", "x.png --steps 0": "--steps is 0", "x.png --size -1": "--size is -1",
-                            "x.png --save_latent z.pt": "z.pt", "z.safetensors --size 8": "not latents",
-                            "x.png --features --reconstruction": "in two runs", "- --features": "give --out FOLDER"},
+        sample.parse_args: {"x.png --seed -1": "--seed is -1", "x.png --steps 0": "--steps is 0",
+                            "x.png --size -1": "--size is -1", "x.png --save_latent z.pt": "z.pt",
+                            "z.safetensors --size 8": "not latents", "x.png --features --reconstruction": "in two runs",
+                            "- --features": "give --out FOLDER"},
         train.parse_args: {"--crop_scale 0.5 1.1": "[0.5, 1.1]", "--crop_scale 0.9 0.5": "the smaller first",
                            "--crop_scale 0 1": "above 0", "--size 30": "try --size 32", "--size 27": "try --size 24"},
         evaluation.parse_args: {"--data x --workers -1": "workers -1", "--data x --steps 0": "steps 0",
                                 "--data x --batch_size 0": "batch_size 0",
                                 "--fid a b c": "got 3", "--fid a": "got 1", "--fid a b --size 8": "--resolution 256",
-                                "--fid a b --inception none": "needs --inception", "--weights w": "--data PATH is needed"}}
+                                "--fid a b --inception none": "needs --inception",
+                                "--weights w": "--data PATH is needed"}}
     for parse, cases in refused.items():
         for flags, words in cases.items():
             with contextlib.redirect_stderr(io.StringIO()) as err:
@@ -468,19 +477,22 @@ def test_what_command_lines_refuse():
         teacher, weights, (folder, _) = micro_teacher(tmp), tokenizer_file(tmp), picture_folder(tmp, n=2)
         raises(encoder.UserError, encoder.load_teacher, teacher, weights, words=[teacher, "leave out teacher_weights"])
         for size, near in (15, 16), (18, 16), (19, 20), (1, 4):
-            raises(evaluation.UserError, evaluate, "--data", folder, "--weights", weights, "--size", size, words=f"try --size {near}")
+            raises(evaluation.UserError, evaluate, "--data", folder, "--weights", weights, "--size", size,
+                   words=f"try --size {near}")
         raises(encoder.UserError, tools.run.split_batch, 1, 1, 2, words="try 2")  # not 0
         os.makedirs(os.path.join(tmp, "empty"))
         raises(encoder.UserError, tools.pictures.find_pictures, [os.path.join(tmp, "empty")], words="holds no pictures")
         before = open(weights, "rb").read()  # a latent must not take a tokenizer's place
-        status, _, err = sampled(os.path.join(folder, "class0", "0.png"), "--weights", weights, "--save_latent", weights)
+        status, _, err = sampled(os.path.join(folder, "class0", "0.png"), "--weights", weights,
+                                 "--save_latent", weights)
         assert status == 2 and "is no latent" in err and open(weights, "rb").read() == before
 
 
 def test_a_second_signal():
     """Of SIGTERM torchrun may hand on two, which end no save; a second Ctrl-C does not wait for one."""
-    for signals, status in (([signal.SIGTERM] * 3, None), ([signal.SIGINT], None), ([signal.SIGTERM, signal.SIGINT], None),
-                            ([signal.SIGINT] * 2, 130), ([signal.SIGINT, signal.SIGTERM, signal.SIGINT], 130)):
+    for signals, status in (([signal.SIGTERM] * 3, None), ([signal.SIGINT], None),
+                            ([signal.SIGTERM, signal.SIGINT], None), ([signal.SIGINT] * 2, 130),
+                            ([signal.SIGINT, signal.SIGTERM, signal.SIGINT], 130)):
         with patch.object(tools.run, "INTERRUPTS", []) as noted, patch.object(os, "_exit") as ended:
             for number in signals:
                 assert not ended.called
@@ -506,13 +518,15 @@ def test_sample_at_its_limits():
         encoder.write_model(large, {"vit": asdict(vit.config)}, dict(vit.named_parameters()))
         config = {**encoder.read_config(weights), "teacher": large}
         encoder.write_model(other, config, load_file(weights))
-        status, said, err = sampled(os.path.join(tmp, "11.png"), "--weights", other, "--size", 0, "--out", out, "--features")
+        status, said, err = sampled(os.path.join(tmp, "11.png"), "--weights", other, "--size", 0, "--out", out,
+                                    "--features")
         assert status == 0 and "without the teacher" in said and "structure differs" in said, said + err
         assert pixels(os.path.join(out, "11_features.png"))[0].shape == (1, 11, 60, 3)
 
 
 def test_fast_takes_as_many_steps():
-    """Without a GPU fast's functions are encode and decode themselves: by the same noise as many Euler steps, no gradient."""
+    """Without a GPU fast's functions are encode and decode themselves: by the same noise as many Euler steps, no
+    gradient."""
     _, enc, dec = micro_models()
     img = torch.rand(2, 3, 16, 16)
     for steps in 1, 3:
@@ -537,7 +551,8 @@ def test_the_psnr_of_an_animation_is_the_mean_of_its_frames():
         both = pixels(os.path.join(tmp, "a_recon.webp"))[0]
         error = ((both[:, :, :16] - both[:, :, 16:]) / 255) ** 2
         each = -10 * np.log10(error.mean((1, 2, 3)))
-        assert np.ptp(each) > 0.5 and abs(float(re.search(r"PSNR ([\d.]+)", said)[1]) - each.mean()) < 0.006, (said, each)
+        assert (np.ptp(each) > 0.5
+                and abs(float(re.search(r"PSNR ([\d.]+)", said)[1]) - each.mean()) < 0.006), (said, each)
 
 
 def test_results_are_not_put_into_the_data():
