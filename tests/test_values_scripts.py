@@ -1,4 +1,4 @@
-"""Values that the scripts pass on or say: rFID's reference, a count, the model of another run, defaults, and hints."""
+"""Values that the scripts pass on or say: counts, defaults, hints, rFID's reference."""
 from tests.helpers import (
     MICRO_VIT, QuickInception, evaluate, micro_teacher, picture, picture_folder, raises, same_weights,
     tokenizer_file, train_quietly)
