@@ -73,8 +73,8 @@ def shift_time(u, s):
 
 
 def heun(velocity, noise, times):
-    """Solve dx/dt = v(x, t) along `times`, floats from 1 down to 0, by Heun's steps. The last is Euler's: v is not asked
-    for at t = 0. velocity: a callable v(x, t)."""
+    """Solve dx/dt = v(x, t) along `times`, floats from 1 down to 0, by Heun's steps. The last is Euler's, as v is not
+    asked for at t = 0. velocity: a callable v(x, t)."""
     x = noise
     for t, after in zip(times[:-1], times[1:]):
         v = velocity(x, t)
@@ -155,8 +155,8 @@ class DiT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Linear weights Xavier-uniform, biases 0, classes normal with deviation 0.02; then zero: every modulation (each
-        block starts as the identity) and the output."""
+        """Linear weights Xavier-uniform, biases 0, classes normal with deviation 0.02; then zero: every modulation, so
+        that each block starts as the identity, and the output."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
@@ -191,7 +191,7 @@ class DiT(nn.Module):
         return (x_t - out) / t.clamp(min=self.config.t_least)[:, None, None, None]
 
     def loss(self, latent, labels):
-        """The training loss of latents (B, C, h, w) and labels (B,), a scalar. Times, noise, hidden labels are drawn."""
+        """The training loss of latents (B, C, h, w) and labels (B,), a scalar. It draws times, noise, labels to drop."""
         self.check(latent, labels)
         dropped = torch.rand(labels.shape, device=labels.device) < self.config.label_drop
         labels = torch.where(dropped, -1, labels)
