@@ -17,17 +17,12 @@ Structure of the Inception network: Szegedy et al. 2015, with the differences of
 """
 import argparse
 import contextlib
-import errno
 import hashlib
 import json
 import math
-import multiprocessing
 import os
-import re
 import shutil
-import signal
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -44,13 +39,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # how it starts
-# the signals on which train.py saves and stops; Windows lacks two of them
-SAVE_AND_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-MACHINES_TROUBLE = {getattr(errno, name, None) for name in (  # of the machine or its disk: no bug, nor the user's mistake
-    "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO EMFILE ENFILE ENOMEM EAGAIN EBUSY ESTALE ENOLCK ENODEV ENXIO ENOTCONN "
-    "ETIMEDOUT EHOSTDOWN EREMOTEIO EPIPE ENAMETOOLONG").split()} - {None}
-RUNS_FILE = "out/model.safetensors"  # what train.py leaves, as long as it is given no --out
-SHIPPED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", "uniflow-tiny.safetensors")
 PERFECT = 100.0  # dB, the most that a picture counts with, as in x264, libvpx and libaom
 
 
@@ -119,70 +107,6 @@ def image_noise(numbers, N, channels, seed=0):
         state = np.random.SeedSequence([seed, n]).generate_state(1, np.uint64)
         draws.append(torch.randn(N, channels, generator=torch.Generator().manual_seed(int(state[0]))))
     return torch.stack(draws)
-
-
-def ignore_signals(worker):
-    """For workers that load data: what the main process does on a signal needs them. A scheduler signals all processes."""
-    for number in SAVE_AND_STOP:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def pixels(items):
-    """Pairs of a uint8 image (3, H, W) and a label -> the images as an array (b, 3, H, W): see `collate`."""
-    return torch.stack([img for img, _ in items]).numpy()
-
-
-def spread(n, images=512):
-    """Numbers of at most `images` of n images, at even distances, the first is 0: what `validate` looks at."""
-    count = min(n, images)
-    return [i * n // count for i in range(count)]
-
-
-@torch.no_grad()
-def validate(encoder, decoder, dataset, batch, seed, autocast, workers=0, rank=0, ranks=1):
-    """What train.py looks at while it runs, on 512 images spread over `dataset`: pairs of uint8 (3, S, S) and a label.
-
-    Returns the one-step PSNR in dB, the flow loss in each tenth of t (on the first batch), and on rank 0 a uint8 picture
-    (H, W, 3) of eight of the images, again spread evenly: original | reconstruction | error x4, two triples a row. The
-    images are shared out over the ranks, and the decoding noise is a function of (seed, image number).
-    """
-    device, p = decoder.mean.device, decoder.config.patch
-    numbers = spread(len(dataset))
-    shown = [numbers[k] for k in spread(len(numbers), 8)]
-    numbers = numbers[rank::ranks]
-    count = -(-len(numbers) // batch)
-    batches = [numbers[k::count] for k in range(count)]  # each is spread over all of them, too
-    if rank == 0:  # which decodes the eight once more, whoever had them
-        batches += [shown[k:k + batch] for k in range(0, len(shown), batch)]
-    total = torch.zeros(12, dtype=torch.float64, device=device)  # PSNR, images, flow loss of ten tenths: sums over images
-    triples = []
-    encoder.eval(), decoder.eval()
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=pixels, num_workers=workers,
-                        worker_init_fn=ignore_signals)
-    for i, (n, img) in enumerate(zip(batches, loader)):
-        img = torch.from_numpy(img).to(device) / 255
-        N = img.shape[2] * img.shape[3] // p ** 2
-        noise = image_noise(n, N, 3 * p * p, seed).to(device)
-        with autocast:
-            z = encoder.encode(img)  # in training its statistics are the identity
-            rec = round_uint8(decoder.decode(z, noise=noise))
-            for k in range(10) if i == 0 else ():
-                t = (k + torch.rand(len(img), N, generator=torch.Generator().manual_seed(k)).to(device)) / 10
-                total[2 + k] = decoder.loss(z, img, t, noise) * len(numbers)
-        if i >= count:
-            triples += [comparison(*pair) for pair in zip(img, rec)]
-            continue
-        total[0] += psnr(img, rec).clamp(max=PERFECT).sum()
-        total[1] += len(img)
-    encoder.train(), decoder.train()
-    if ranks > 1:
-        dist.all_reduce(total)
-    psnr_mean, _, *flow_by_t = (total / total[1]).tolist()
-    if rank > 0:
-        return psnr_mean, flow_by_t, None
-    triples += [torch.zeros_like(triples[0])] * (len(triples) % 2)
-    grid = torch.cat([torch.cat(triples[i::2], dim=1) for i in (0, 1)], dim=2)  # (3, H, W)
-    return psnr_mean, flow_by_t, (grid * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
 def refuse_unless_finite(x, what="features"):
@@ -385,9 +309,9 @@ class InceptionV3(nn.Module):
         refuse_pickle(path)
         try:
             self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except OSError:
+            raise
         except Exception as e:  # torch.load raises many types; all others mean that the file is another
-            if machines_trouble(e):
-                raise
             why = " ".join(str(e).split())[:300]
             raise UserError(f"{path} is not pytorch-fid's Inception ({type(e).__name__}: {why}); "
                             f"it is {INCEPTION_URL}") from None
@@ -444,40 +368,17 @@ def nearest_neighbours(x, y, test_x, test_y, k=20, temperature=0.07):
     return 100 * right / len(test_x)
 
 
-def user_errors():
-    """The errors of the leaves that say: what the user gave is wrong."""
-    import data
-    import decoder
-    import encoder
-
-    return UserError, data.UserError, decoder.UserError, encoder.UserError
-
-
-def machines_trouble(e):
-    """Whether an exception is the machine's or its disk's. DataLoader keeps a worker's as text, without its errno."""
-    number = re.search(r"\[Errno (\d+)\][^\n]*$", str(e))
-    return isinstance(e, OSError) and (int(number[1]) if number else e.errno) in MACHINES_TROUBLE
-
-
-def user_message(error):
-    """What a script prints, in one line, of an error that is no bug: the user's or the machine's. None for a bug."""
-    if not isinstance(error, user_errors()) and not machines_trouble(error):
-        return None
-    text = str(error)
-    if "in DataLoader worker process" in text:  # then it holds the worker's traceback
-        text = re.split(r"^[\w.]+: ", text, flags=re.M)[-1]
-    return " ".join(text.splitlines()) or repr(error)
-
-
 class Readable(Dataset):
     """Items of datasets of the same files: (number, images, label, None), or (number, None, None, why) for a file that
     cannot be used, so that an evaluation can name them all. An image of another size than the first that can be read is
     one of these, as a batch has one size."""
 
     def __init__(self, *datasets):
+        from tools.script import USER_ERRORS
+
         self.datasets, self.shape = datasets, None
         for n in range(len(self)):
-            with contextlib.suppress(*user_errors()):
+            with contextlib.suppress(*USER_ERRORS):
                 self.shape = datasets[0][n][0].shape
                 break
 
@@ -485,9 +386,11 @@ class Readable(Dataset):
         return len(self.datasets[0])
 
     def __getitem__(self, n):
+        from tools.script import USER_ERRORS
+
         try:
             images, labels = zip(*(d[n] for d in self.datasets))
-        except user_errors() as e:
+        except USER_ERRORS as e:
             return n, None, None, str(e)
         if images[0].shape != self.shape:
             sizes = [f"{s[2]}x{s[1]}" for s in (images[0].shape, self.shape)]
@@ -552,6 +455,8 @@ class NpzImages(Dataset):
 
 def read_npz(path):
     """(mu (D,), sigma (D, D)) of an .npz of statistics, or the NpzImages of one of images. UserError for another."""
+    from tools.script import machines_trouble
+
     try:
         with np.load(path) as f:
             if {"mu", "sigma"} <= set(f.files):
@@ -574,42 +479,6 @@ def sha256(path):
         while chunk := f.read(1 << 24):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def find_weights(given):
-    """The tokenizer file to use: the one given (a path, a name or a URL), else that in out/, else the shipped one."""
-    from encoder import fetch
-
-    if given:
-        return fetch(given)
-    for path in filter(os.path.isfile, (RUNS_FILE, SHIPPED)):
-        return path
-    raise MissingFile(f"no tokenizer at {RUNS_FILE} or {SHIPPED}: train one with `python train.py`, or give --weights")
-
-
-def name_weights(given, found):
-    """What to print of the file that find_weights has found: of a run's that none named, also how to get the other."""
-    unnamed = not given and found == RUNS_FILE
-    return found + f" (there is no --weights; the shipped tokenizer is --weights {SHIPPED})" * unnamed
-
-
-def commit():
-    """The commit that this code is at, or "unknown" outside a git checkout."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
-
-
-def rank_and_device():
-    """(rank, number of ranks, device) of this process under torchrun; alone (0, 1, device)."""
-    rank, ranks, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if not torch.cuda.is_available():
-        return rank, ranks, torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"rank {local_rank} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node")
-    return rank, ranks, torch.device("cuda", local_rank)
 
 
 def parse_args(argv=None):
@@ -673,19 +542,12 @@ def parse_args(argv=None):
     return args
 
 
-def check_locks(workers):
-    """UserError if there is no room for the locks of so many processes that load images: each is a file in /dev/shm."""
-    try:
-        [multiprocessing.Lock() for _ in range(16 + 4 * workers if workers else 0)]  # torch needs 8, and 3 for each
-    except OSError as e:
-        raise UserError(f"the processes that load images need locks ({e}): make room in /dev/shm (docker run "
-                        "--shm-size 1g), or give --workers 0") from None
-
-
 class Job:
     """One run of the command line: its arguments, this rank's share of the images, exchange among ranks, the report."""
 
     def __init__(self, args):
+        from tools.script import rank_and_device
+
         self.args, self.start = args, time.time()
         self.rank, self.ranks, self.device = rank_and_device()
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16)
@@ -704,7 +566,7 @@ class Job:
             dist.gather_object(x, parts if self.rank == 0 else None)
         return parts if everywhere or self.rank == 0 else []
 
-    def together(self, moments):
+    def merge_ranks(self, moments):
         """The Moments of all ranks' rows, on the CPU."""
         whole = Moments()
         for count, mean, scatter in self.gather((moments.count, moments.mean.cpu(), moments.scatter.cpu())):
@@ -724,6 +586,8 @@ class Job:
         UserError names them.
         """
         from tqdm import tqdm
+
+        from tools.script import check_locks
 
         numbers = range(self.rank, len(datasets[0]), self.ranks) if numbers is None else numbers
         threaded = self.device.type == "cuda"  # pin_memory's thread receives the batches; arrays it does not pin
@@ -745,12 +609,13 @@ class Job:
     def inception(self):
         """(network, what to call it) as --inception says, (None, None) for none."""
         from encoder import fetch
+        from tools.script import USER_ERRORS
 
         if self.args.inception == "none":
             return None, None
         try:
             path = fetch(self.args.inception)
-        except user_errors() as e:
+        except USER_ERRORS as e:
             raise UserError(f"{e}" + "; or leave rFID and IS out: --inception none" * (not self.args.fid)) from None
         network, digest = InceptionV3(path).to(self.device), sha256(path)
         known = digest.startswith(INCEPTION_SHA256)
@@ -760,6 +625,7 @@ class Job:
     def finish(self, report, table):
         """On rank 0 write the report to --out as JSON and print it, if need be to stderr. Returns it."""
         from encoder import write_atomically
+        from tools.script import commit, name_weights
 
         on_gpu = self.device.type == "cuda"
         report.update(code=commit(), torch=torch.__version__, ranks=self.ranks, seconds=round(time.time() - self.start, 1),
@@ -789,7 +655,7 @@ class Job:
         return report
 
 
-class Rated:
+class FidStatistics:
     """What FID and the Inception score need of the `total` images of `name`, added in any order, on any rank."""
 
     def __init__(self, network, total, name):
@@ -807,7 +673,7 @@ class Rated:
 
     def over_ranks(self, job):
         """(mean, covariance) of the pool features and (mean, deviation) of the Inception score, of all ranks' images."""
-        pools = job.together(self.pools)
+        pools = job.merge_ranks(self.pools)
         return (pools.mean, pools.covariance), score_of_sums(sum(job.gather(self.sums)))
 
 
@@ -833,7 +699,7 @@ def between_sets(job):
             found.append(data)
             table.append(f"{which}: statistics of {path}")
             continue
-        rated, start = Rated(network, len(data), path), time.time()
+        rated, start = FidStatistics(network, len(data), path), time.time()
         for n, img, _ in job.images(f"features of {which}", data):
             rated.add(img, n)
         statistics, score = rated.over_ranks(job)
@@ -877,7 +743,7 @@ def latent_statistics(job, enc, dec, inputs, info, about):
     for _, img, _ in job.images("latents", inputs):
         with job.autocast:
             latents.add(enc(img)[0].transpose(0, 1).flatten(1).T)  # (b*h*w, C), not normalised
-    latents = job.together(latents)
+    latents = job.merge_ranks(latents)
     mean, std = latents.mean.float(), (latents.scatter.diagonal() / latents.count).sqrt().float()
     if not (std > 0).all():
         constant = torch.nonzero(std <= 0).flatten().tolist()
@@ -957,7 +823,7 @@ def reconstruction(job, enc, dec, inputs, fit):
         raise UserError(f"pictures of {size}x{size} are smaller than SSIM's window of 11x11: give a larger --size")
     rows, results = ["tokenizer"] + [f"PCA, {C} per patch"] * args.pca, {}
     network, name = job.inception()
-    rated = {row: Rated(network, len(inputs), " ".join(args.data)) for row in ("reference", *rows)} if network else {}
+    rated = {row: FidStatistics(network, len(inputs), " ".join(args.data)) for row in ("reference", *rows)} if network else {}
 
     def compare_at(rec):  # (b, 3, native, native) -> (b, 3, size, size), rounded to uint8 before and after the resize
         rec = (rec * 255).round().to(torch.uint8).cpu()
@@ -967,7 +833,7 @@ def reconstruction(job, enc, dec, inputs, fit):
         return rec.to(job.device) / 255
 
     if args.pca:
-        mean, basis = (x.to(job.device) for x in fit_patch_pca((img for _, img, _ in job.images("fit PCA", fit)), p, C, job.together))
+        mean, basis = (x.to(job.device) for x in fit_patch_pca((img for _, img, _ in job.images("fit PCA", fit)), p, C, job.merge_ranks))
     scores = {row: torch.zeros(4, dtype=torch.float64) for row in rows}  # sums: PSNR, ssim, ssim_paper, perfect
     for n, *imgs, _ in job.images("reconstruct", inputs, *([job.crops(args.data, size)] if size != native else [])):
         img, ref = imgs[0], imgs[-1]  # what goes in, and the ADM crop of the original at the size of comparison
@@ -1051,6 +917,7 @@ def main(argv=None):
         return between_sets(job)
     from decoder import Decoder
     from encoder import Encoder, load_teacher, read_config
+    from tools.script import find_weights
 
     weights = find_weights(args.weights)
     digest = sha256(weights)
@@ -1115,16 +982,10 @@ def demo():
     print("to measure a tokenizer: python eval.py --data VAL --weights out/model.safetensors")
 
 
-def open_streams():
-    """For a script's command line: names that no encoding holds are printed with backslashes, and where standard output
-    was closed (>&-), what is printed goes to standard error."""
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-    sys.stdout = sys.stdout or sys.stderr
-    sys.stdout.reconfigure(errors="backslashreplace")  # that of stderr is so
-
-
 def run():
     """main() for the command line. What the user gave, and the machine's trouble, is one line and status 2."""
+    from tools.script import open_streams, user_message
+
     open_streams()
     try:
         main()
@@ -1140,4 +1001,9 @@ def run():
 
 
 if __name__ == "__main__":
-    run() if sys.argv[1:] else demo()
+    if sys.argv[1:]:
+        import eval as itself  # here this file is `__main__`, whose UserError is not the one that the siblings know
+
+        itself.run()
+    else:
+        demo()

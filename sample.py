@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from data import EXTENSIONS, MAX_BYTES, MAX_PIXELS, TURNS, list_folder, load_image, open_image, to_tensor
 from decoder import Decoder
-from encoder import (Encoder, MissingFile, UserError, load_teacher, one_line, open_weights, read_config,
+from encoder import (Encoder, MissingFile, UserError, file_sha256, load_teacher, one_line, open_weights, read_config,
                      write_atomically, write_model)
-from eval import (comparison, find_weights, image_noise, name_weights, open_streams, psnr, refuse_unless_finite, sha256,
-                  ssim, user_errors, user_message)
+from eval import comparison, image_noise, psnr, refuse_unless_finite, ssim
+from tools.script import USER_ERRORS, find_weights, name_weights, open_streams, user_message
 
 LATENT = ".safetensors"  # how the names of latents end
 MAX_NAME = 255  # bytes, what file systems allow
@@ -164,7 +164,7 @@ def load_frames(file, size):
                 durations.append(img.info.get("duration", 0))  # which a WebP tells once the frame is read
             loop = {"loop": img.info["loop"]} if "loop" in img.info else {}  # a GIF without it plays once
             return torch.stack(frames), still.shape[2:], {"format": img.format, "duration": durations, **loop}
-    except user_errors():
+    except USER_ERRORS:
         raise
     except Exception as e:  # damage makes PIL raise nearly any type
         raise UserError(f"is a damaged animation ({type(e).__name__}: {one_line(e)})") from None
@@ -225,7 +225,7 @@ def find_teacher(info, enc, device):
         if teacher.vit.config != enc.vit.config:
             raise UserError("its structure is another")
         return teacher
-    except (*user_errors(), OSError) as e:
+    except (*USER_ERRORS, OSError) as e:
         print(f"--features: without the teacher {one_line(name)} ({'not on this machine' if isinstance(e, FileNotFoundError) else one_line(e)})")
 
 
@@ -277,7 +277,7 @@ def main(argv=None):
     print(f"weights {name_weights(args.weights, weights)}, {sides}, on {device.type}", file=log)
     if args.save_latent and os.path.exists(args.save_latent) and open_weights(args.save_latent)[0] != {"latent"}:
         raise UserError(f"--save_latent {args.save_latent} is there and is no latent: give another name")
-    digest = sha256(weights) if args.save_latent or any(f.endswith(LATENT) for f, _ in pictures) else None
+    digest = file_sha256(weights) if args.save_latent or any(f.endswith(LATENT) for f, _ in pictures) else None
     teacher = find_teacher(info, enc, device) if args.features else None
     try:  # the folders that were given; those beside the pictures one by one
         for folder in os.path.dirname(args.save_latent or ""), args.out:
@@ -344,7 +344,7 @@ def main(argv=None):
         path = "stdin" if picture == "-" else picture
         try:
             said = convert(picture, path, folder)
-        except user_errors() as e:
+        except USER_ERRORS as e:
             skip(path, e)
         except (MemoryError, RuntimeError) as e:
             if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(e):

@@ -60,6 +60,7 @@ import encoder
 import eval as evaluation
 import sample
 import train
+import tools.validate as validation
 
 # ---- distill.py ----
 
@@ -1706,18 +1707,18 @@ def test_validation_during_training():
     img = torch.stack([image for image, _ in dataset]) / 255
     rec = evaluation.round_uint8(dec.decode(enc.encode(img), noise=evaluation.image_noise(range(7), 16, 48, seed=3)))
     expected = evaluation.psnr(img, rec)
-    quality, flow_by_t, grid = evaluation.validate(enc, dec, dataset, 3, 3, contextlib.nullcontext())
+    quality, flow_by_t, grid = validation.validate(enc, dec, dataset, 3, 3, contextlib.nullcontext())
     assert abs(quality - expected.mean().item()) < 1e-4 and enc.training and dec.training
     assert np.array_equal(grid[:16, 16:32], (rec[0] * 255).round().permute(1, 2, 0).numpy().astype(np.uint8)) and grid.shape == (64, 96, 3)
     dec.velocity = lambda x_t, t, c: t[..., None].expand_as(x_t)  # so that the loss tells where in [0, 1] t was drawn
-    _, flow_by_t, _ = evaluation.validate(enc, dec, dataset, 7, 3, contextlib.nullcontext())
+    _, flow_by_t, _ = validation.validate(enc, dec, dataset, 7, 3, contextlib.nullcontext())
     x = decoder.patchify((img - dec.mean) / dec.std, 4)
     u = evaluation.image_noise(range(7), 16, 48, seed=3) - x
     for k, loss in enumerate(flow_by_t):
         assert abs(loss - (u - (k + 0.5) / 10).square().mean().item()) < 0.05 * abs(u.mean().item()) + 0.01, k
     del dec.velocity
     with unittest.mock.patch.object(dist, "all_reduce", lambda x: None):  # each rank's own share
-        shares = [evaluation.validate(enc, dec, dataset, 3, 3, contextlib.nullcontext(), rank=r, ranks=2)[0] for r in (0, 1)]
+        shares = [validation.validate(enc, dec, dataset, 3, 3, contextlib.nullcontext(), rank=r, ranks=2)[0] for r in (0, 1)]
     assert abs(shares[0] - expected[0::2].mean().item()) < 1e-4 and abs(shares[1] - expected[1::2].mean().item()) < 1e-4
 
 

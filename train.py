@@ -35,8 +35,9 @@ from data import ImageDataset, ProceduralDataset, collate, cores, sample_numbers
 from decoder import Decoder, DecoderConfig, sample_t
 from encoder import (TEACHERS, Encoder, UserError, ViT, fetch, load_exactly, load_teacher, parameter_groups,
                      read_config, teacher_config, write_atomically, write_model)
-from eval import check_locks, commit, ignore_signals, spread, validate
 from tools.run import INTERRUPTS, Run, command_line, listen, load_checkpoint, restore_optimizer, saving, write_names
+from tools.script import check_locks, commit, ignore_signals
+from tools.validate import spread, validate
 
 # The paper's Tables 6-9 for the foundation models (where they and the text disagree on the batch, the text's 512);
 # small and tiny are ours. micro_batch: images a GPU holds at once, for 80 GB.

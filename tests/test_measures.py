@@ -30,6 +30,8 @@ import data
 import decoder
 import encoder
 import eval as evaluation
+import tools.script as script
+import tools.validate as validation
 
 patch = unittest.mock.patch
 
@@ -98,7 +100,7 @@ def test_inception_score_of_any_order():
     logits = 5 * torch.randn(301, 1008, generator=torch.Generator().manual_seed(0))
     network, shares = lambda n: (torch.zeros(len(n), 4), logits[n]), []
     for ranks, batch in ((1, 301), (3, 7)):
-        rated = [evaluation.Rated(network, 301, "these") for _ in range(ranks)]
+        rated = [evaluation.FidStatistics(network, 301, "these") for _ in range(ranks)]
         for rank in range(ranks):
             mine = list(range(rank, 301, ranks))
             for i in range(0, len(mine), batch):
@@ -127,7 +129,7 @@ def test_validation_strides_through_the_whole_set():
 
     _, enc, dec = micro_models()
     whole, expected = Colours(), [math.floor(i * 1500 / 512) for i in range(512)]
-    plain, _, grid = evaluation.validate(enc, dec, whole, 100, 0, contextlib.nullcontext())
+    plain, _, grid = validation.validate(enc, dec, whole, 100, 0, contextlib.nullcontext())
     assert sorted(whole.read[:512]) == expected and expected[-1] == 1497, "512 of 1,500, to near the last"
     assert np.ptp(whole.read[:86]) > 1400, "the first batch, of the flow loss, strides through it too"
     assert grid.shape == (4 * 16, 2 * 3 * 16, 3)
@@ -135,15 +137,15 @@ def test_validation_strides_through_the_whole_set():
     assert [256 * int(r) + int(g) for r, g, b in tiles] == [expected[64 * j] for j in range(8)], "so do the pictures"
     totals = []
     with patch.object(dist, "all_reduce", lambda x: totals.append(x.clone())):
-        rank = lambda r: evaluation.validate(enc, dec, Colours(), 100, 0, contextlib.nullcontext(), rank=r, ranks=3)
+        rank = lambda r: validation.validate(enc, dec, Colours(), 100, 0, contextlib.nullcontext(), rank=r, ranks=3)
         shares = [rank(r) for r in range(3)]
     total = sum(totals)
     assert total[1] == 512 and abs((total[0] / total[1]).item() - plain) < 1e-4, "any number of ranks"
     assert np.abs(shares[0][2].astype(int) - grid).max() <= 4 and shares[1][2] is None, "the same pictures on any"
-    assert evaluation.spread(3) == [0, 1, 2] and evaluation.spread(0) == [] and evaluation.spread(1024)[:3] == [0, 2, 4]
+    assert validation.spread(3) == [0, 1, 2] and validation.spread(0) == [] and validation.spread(1024)[:3] == [0, 2, 4]
     batches = [expected[k::6] for k in range(6)] + [expected[::64]]
     dec.decode = lambda latent, noise: torch.stack([whole.image(n) for n in batches.pop(0)]) / 255
-    plain, *_ = evaluation.validate(enc, dec, whole, 100, 0, contextlib.nullcontext())
+    plain, *_ = validation.validate(enc, dec, whole, 100, 0, contextlib.nullcontext())
     assert plain == 100, "perfect pictures: 100 dB, not inf"
 
 
@@ -268,7 +270,7 @@ def test_workers_need_no_shared_memory():
                 _, report = evaluate(*flags, "--workers", 1)
             assert report["results"] == alone["results"]
             with file_size_limit(0):
-                raises(evaluation.UserError, evaluate, *flags, "--workers", 1, words=["/dev/shm", "--workers 0"])
+                raises(encoder.UserError, evaluate, *flags, "--workers", 1, words=["/dev/shm", "--workers 0"])
                 assert evaluate(*flags, "--workers", 0)[1]["results"] == alone["results"]
 
 
@@ -286,14 +288,14 @@ def test_locks_are_all_there_before_workers_start():
             for loader in loaders:
                 loader._shutdown_workers()
             made.clear()
-            evaluation.check_locks(2 * workers)
+            script.check_locks(2 * workers)
             assert needed <= len(made) <= 2 * needed and needed > 2 * workers, (workers, needed, len(made))
         made.clear()
-        evaluation.check_locks(0)
+        script.check_locks(0)
         assert not made
     full = OSError(errno.ENOSPC, "No space left on device")
     with patch.object(multiprocessing.synchronize.SemLock, "__init__", side_effect=[None] * 12 + [full]):
-        raises(evaluation.UserError, evaluation.check_locks, 1, words=["/dev/shm", "--workers 0"])
+        raises(encoder.UserError, script.check_locks, 1, words=["/dev/shm", "--workers 0"])
 
 
 def test_pictures_that_are_not_finite_are_no_black_ones():
@@ -345,12 +347,12 @@ def test_trouble_in_a_worker_keeps_its_kind():
         e = look(data.UserError("1.png is bad"), workers)
         assert isinstance(e, evaluation.UserError) and "1 of 3 images" in str(e) and "1.png is bad" in str(e)
         e = look(disk, workers)
-        assert evaluation.machines_trouble(e), "a disk that fails, though DataLoader drops the errno"
+        assert script.machines_trouble(e), "a disk that fails, though DataLoader drops the errno"
         assert str(e).splitlines()[-1].endswith("[Errno 5] Input/output error: '1.png'")
     e = look(FileNotFoundError(errno.ENOENT, "No such file", "1.png"), 1)
-    assert isinstance(e, FileNotFoundError) and not evaluation.machines_trouble(e), "a bug"
+    assert isinstance(e, FileNotFoundError) and not script.machines_trouble(e), "a bug"
     e = look(ValueError("not enough values"), 1)
-    assert not isinstance(e, evaluation.user_errors()) and "not enough values" in str(e), "a bug is no bad picture"
+    assert not isinstance(e, script.USER_ERRORS) and "not enough values" in str(e), "a bug is no bad picture"
 
 
 def test_features_that_are_not_finite_are_refused():
@@ -406,15 +408,19 @@ def test_imports_where_posix_is_missing():
             if hasattr(module, name):
                 stack.enter_context(patch.object(module, name))  # puts it back at the end
                 delattr(module, name)
-        spec = importlib.util.spec_from_file_location("eval_elsewhere", os.path.join(HERE, "eval.py"))
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        assert list(module.SAVE_AND_STOP) == [signal.SIGTERM, signal.SIGINT] and errno.ENOSPC in module.MACHINES_TROUBLE
-        assert abs(module.psnr(torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), 0.1)).item() - 20) < 1e-5
-        assert module.parse_args(["--data", "x"]).workers in range(1, 9)
-        before = [signal.getsignal(n) for n in module.SAVE_AND_STOP]
-        module.ignore_signals(0)
-        for number, handler in zip(module.SAVE_AND_STOP, before):
+        modules = []
+        for path in "eval.py", "tools/script.py":
+            spec = importlib.util.spec_from_file_location("elsewhere", os.path.join(HERE, path))
+            modules.append(importlib.util.module_from_spec(spec))
+            spec.loader.exec_module(modules[-1])
+        measures, scripts = modules
+        assert abs(measures.psnr(torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), 0.1)).item() - 20) < 1e-5
+        assert measures.parse_args(["--data", "x"]).workers in range(1, 9)
+        assert list(scripts.SAVE_AND_STOP) == [signal.SIGTERM, signal.SIGINT]
+        assert errno.ENOSPC in scripts.MACHINES_TROUBLE
+        before = [signal.getsignal(n) for n in scripts.SAVE_AND_STOP]
+        scripts.ignore_signals(0)
+        for number, handler in zip(scripts.SAVE_AND_STOP, before):
             assert signal.signal(number, handler) == signal.SIG_IGN
     with tempfile.NamedTemporaryFile() as empty:
         assert evaluation.sha256(empty.name).startswith("e3b0c44298fc1c14"), "SHA-256 of nothing"
@@ -467,7 +473,7 @@ def test_a_report_says_where_the_weights_come_from():
         weights, said = os.path.join(tmp, "said.safetensors"), {"step": 1234, "commit": "theirs", "teacher": "a teacher"}
         encoder.write_model(weights, {**encoder.read_config(plain), **said}, safetensors.torch.load_file(plain))
         report = evaluate("--data", folder, "--weights", weights, "--inception", "none", "--workers", 0)[1]
-        assert {k: report[k] for k in said} == said and report["code"] == evaluation.commit() and report["images"] == 2
+        assert {k: report[k] for k in said} == said and report["code"] == script.commit() and report["images"] == 2
     assert evaluation.warn_of_few(2048) is None, "as many as dimensions"
     assert evaluation.warn_of_few(2047).startswith("FID of 2047 images")
 

@@ -35,6 +35,7 @@ import eval as evaluation
 import sample
 import tools.run
 import train
+import tools.script as script
 from tools.run import Run, finite, saving
 
 patch = unittest.mock.patch
@@ -53,20 +54,20 @@ def test_a_bug_is_no_users_error():
             return e
     lost, full = FileNotFoundError(errno.ENOENT, "No such file", "x"), OSError(errno.ENOSPC, "No space left", "x")
     for error in ValueError("too many values to unpack"), TypeError("t"), lost, OSError("no number"), KeyError("User"):
-        assert evaluation.user_message(error) is None and evaluation.user_message(from_worker(error)) is None, error
+        assert script.user_message(error) is None and script.user_message(from_worker(error)) is None, error
     for module in encoder, decoder, data, evaluation:
         for e in (module.UserError("a.png: none\nof PNG"), from_worker(module.UserError("a.png: none\nof PNG"))):
-            assert evaluation.user_message(e) == "a.png: none of PNG", evaluation.user_message(e)
-        assert evaluation.user_message(module.UserError()) == "UserError()", "without a word it is the user's all the same"
+            assert script.user_message(e) == "a.png: none of PNG", script.user_message(e)
+        assert script.user_message(module.UserError()) == "UserError()", "without a word it is the user's all the same"
     for e in (full, from_worker(full)):
-        assert evaluation.user_message(e) == "[Errno 28] No space left: 'x'"
+        assert script.user_message(e) == "[Errno 28] No space left: 'x'"
     # errno(3): no room or no right to write, a limit of the process or the system, a disk or a mount that fails; and the
     # mistakes of a program, which no user can mend
     for name in ("ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EMFILE ENFILE ENOMEM EAGAIN ENOLCK EBUSY EIO ENXIO ENODEV ESTALE "
                  "ENOTCONN ETIMEDOUT EHOSTDOWN EREMOTEIO EPIPE ENAMETOOLONG").split():
-        assert evaluation.user_message(from_worker(OSError(getattr(errno, name), name, "x"))), name
+        assert script.user_message(from_worker(OSError(getattr(errno, name), name, "x"))), name
     for name in "EBADF EINVAL ENOENT EEXIST ENOTDIR EISDIR ESPIPE EFAULT ENOTEMPTY".split():
-        assert evaluation.user_message(OSError(getattr(errno, name), name, "x")) is None, name
+        assert script.user_message(OSError(getattr(errno, name), name, "x")) is None, name
     with contextlib.redirect_stderr(io.StringIO()) as err:
         for error, status in (data.UserError("of the user"), 2), (full, 2), (KeyboardInterrupt(), 130):
             with patch.object(sample, "main", side_effect=error), patch.object(sys, "stdout"):

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from encoder import UserError, write_atomically
-from eval import SAVE_AND_STOP, open_streams, rank_and_device, user_message
+from tools.script import SAVE_AND_STOP, open_streams, rank_and_device, user_message
 
 try:
     import fcntl

@@ -21,9 +21,9 @@ import distill
 from data import ImageDataset, cores, sample_numbers
 from decoder import Decoder, DecoderConfig
 from encoder import TEACHERS, Encoder, ViT, read_config
-from eval import find_weights
 from sample import fast
 from tools.run import Run, command_line
+from tools.script import find_weights
 from train import build_models, build_optimizer, model_flops, parse_args, training_step
 
 

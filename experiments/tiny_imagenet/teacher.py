@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 from data import ImageDataset, cores
 from encoder import TEACHERS, ViT, write_model
-from eval import commit
+from tools.script import commit
 from train import record
 
 

@@ -1,0 +1,108 @@
+"""What every script of this project needs: which tokenizer, which device, and how it ends when something is wrong.
+
+    weights = find_weights(args.weights)        # the file given, else that in out/, else the one that ships
+    rank, ranks, device = rank_and_device()
+    except Exception as e:
+        if not (said := user_message(e)):       # a bug: it shows its traceback
+            raise
+        print(said, file=sys.stderr)            # what the user or the machine did wrong: one line, and exit status 2
+"""
+import errno
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import torch
+
+import data
+import decoder
+import encoder
+import eval as evaluation
+from encoder import MissingFile, UserError, fetch
+
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RUNS_FILE = "out/model.safetensors"  # what train.py leaves, as long as it is given no --out
+SHIPPED = os.path.join(TOP, "weights", "uniflow-tiny.safetensors")
+USER_ERRORS = data.UserError, decoder.UserError, encoder.UserError, evaluation.UserError
+MACHINES_TROUBLE = {getattr(errno, name, None) for name in (  # of the machine or its disk: no bug, nor the user's mistake
+    "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO EMFILE ENFILE ENOMEM EAGAIN EBUSY ESTALE ENOLCK ENODEV ENXIO ENOTCONN "
+    "ETIMEDOUT EHOSTDOWN EREMOTEIO EPIPE ENAMETOOLONG").split()} - {None}
+# the signals on which a training run saves and stops; Windows lacks two of them
+SAVE_AND_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
+def find_weights(given):
+    """The tokenizer file to use: the one given (a path, a name or a URL), else that in out/, else the shipped one."""
+    if given:
+        return fetch(given)
+    for path in filter(os.path.isfile, (RUNS_FILE, SHIPPED)):
+        return path
+    raise MissingFile(f"no tokenizer at {RUNS_FILE} or {SHIPPED}: train one with `python train.py`, or give --weights")
+
+
+def name_weights(given, found):
+    """What to print of the file that find_weights has found: of a run's that none named, also how to get the other."""
+    unnamed = not given and found == RUNS_FILE
+    return found + f" (there is no --weights; the shipped tokenizer is --weights {SHIPPED})" * unnamed
+
+
+def commit():
+    """The commit that this code is at, or "unknown" outside a git checkout."""
+    command = ["git", "-C", TOP, "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def rank_and_device():
+    """(rank, number of ranks, device) of this process under torchrun; alone (0, 1, device)."""
+    variables = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
+    rank, ranks, local_rank = (int(os.environ.get(name, default)) for name, default in variables)
+    if not torch.cuda.is_available():
+        return rank, ranks, torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"rank {local_rank} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node")
+    return rank, ranks, torch.device("cuda", local_rank)
+
+
+def machines_trouble(e):
+    """Whether an exception is the machine's or its disk's. DataLoader keeps a worker's as text, without its errno."""
+    number = re.search(r"\[Errno (\d+)\][^\n]*$", str(e))
+    return isinstance(e, OSError) and (int(number[1]) if number else e.errno) in MACHINES_TROUBLE
+
+
+def user_message(error):
+    """What a script prints, in one line, of an error that is no bug: the user's or the machine's. None for a bug."""
+    if not isinstance(error, USER_ERRORS) and not machines_trouble(error):
+        return None
+    text = str(error)
+    if "in DataLoader worker process" in text:  # then it holds the worker's traceback
+        text = re.split(r"^[\w.]+: ", text, flags=re.M)[-1]
+    return " ".join(text.splitlines()) or repr(error)
+
+
+def open_streams():
+    """For a script's command line: names that no encoding holds are printed with backslashes, and where standard output
+    was closed (>&-), what is printed goes to standard error."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout = sys.stdout or sys.stderr
+    sys.stdout.reconfigure(errors="backslashreplace")  # that of stderr is so
+
+
+def ignore_signals(worker):
+    """For workers that load data: what the main process does on a signal needs them. A scheduler signals all processes."""
+    for number in SAVE_AND_STOP:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def check_locks(workers):
+    """UserError if there is no room for the locks of so many processes that load images: each is a file in /dev/shm."""
+    try:
+        [multiprocessing.Lock() for _ in range(16 + 4 * workers if workers else 0)]  # torch needs 8, and 3 for each
+    except OSError as e:
+        raise UserError(f"the processes that load images need locks ({e}): make room in /dev/shm (docker run "
+                        "--shm-size 1g), or give --workers 0") from None
