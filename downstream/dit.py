@@ -4,7 +4,7 @@
     v   = (x_t - net(x_t, t, y)) / max(t, 0.05)          the network predicts the latent, the loss is the velocity's:
     L   = mean (v - (eps - x))^2                         decoder.flow_loss, with one t for each latent
     t   = s u / (1 + (s - 1) u)                          u = sigmoid(N(0, 1)) in training, a regular grid in sampling
-    s   = sqrt(h w C / 4096)                             4 for 64 channels on 32 x 32: more numbers need more noise
+    s   = max(1, sqrt(h w C / 4096))                     4 for 64 channels on 32 x 32: more numbers need more noise
     x  <- x - (t - t') (v(x, t) + v(x', t')) / 2         Heun's steps, x' = x - (t - t') v(x, t); the last is Euler's
     v  <- v_c + (cfg - 1) (v_c - v_none)                 guidance, while t is in an interval
 
@@ -14,7 +14,7 @@ Whose evidence each choice rests on (none is on 64 channels of 1,024 tokens: tha
 - x-prediction with the loss on v: JiT (Li & He 2025) and RiT, where tokens have many numbers. `prediction="v"` is the
   plain flow. Below t = 0.05 the network's output stands for x_t - 0.05 v, so that v is right there, too.
 - shifted times: Esser et al. 2024 (Stable Diffusion 3), with the base of 4,096 numbers from RAE; logit-normal times
-  likewise.
+  likewise. A smaller latent is not shifted: nobody tried, and towards t = 0 the loss of x-prediction explodes.
 - latents normalised per channel: LightningDiT (Yao et al. 2025), and the tokenizer's encode does it.
 - RMSNorm, SwiGLU, rotary positions beside fixed sine-cosine ones: LightningDiT, RAE and RiT alike. QK-norm:
   LightningDiT, against NaN in bf16. adaLN-zero and the sizes: DiT (Peebles & Xie 2023).
@@ -140,7 +140,7 @@ class DiT(nn.Module):
         D, numbers, grid = c.width, c.channels * c.patch ** 2, c.grid // c.patch
         if c.grid % c.patch or D % (4 * c.heads) or c.prediction not in ("x", "v"):
             raise ValueError(f"{c}: grid must be a multiple of patch, width of 4 * heads, and prediction x or v")
-        self.shift = c.shift or math.sqrt(c.channels * c.grid ** 2 / 4096)
+        self.shift = c.shift or max(1.0, math.sqrt(c.channels * c.grid ** 2 / 4096))
         self.token_proj = nn.Linear(numbers, D)
         self.class_embed = nn.Embedding(c.classes, D)
         self.no_class = nn.Parameter(torch.empty(1, D))
@@ -191,7 +191,7 @@ class DiT(nn.Module):
         return (x_t - out) / t.clamp(min=self.config.t_least)[:, None, None, None]
 
     def loss(self, latent, labels):
-        """The training loss of latents (B, C, h, w) and labels (B,), a scalar. It draws times, noise, labels to drop."""
+        """The training loss of latents (B, C, h, w), labels (B,), a scalar. It draws times, noise, labels to drop."""
         self.check(latent, labels)
         dropped = torch.rand(labels.shape, device=labels.device) < self.config.label_drop
         labels = torch.where(dropped, -1, labels)

@@ -201,14 +201,16 @@ class MAR(nn.Module):
         """The head in fp32: noisy tokens x_t (B, M, C), times t (B, M) with 1 = noise, conditions c (B, M, D)."""
         return self.head(x_t, t, c).float()
 
-    def loss(self, latent, labels):
-        """The training loss of latents (B, C, h, w) and labels (B,), a scalar. Order, mask, times, noises are drawn."""
+    def loss(self, latent, labels, ratio=None):
+        """The training loss of latents (B, C, h, w) and labels (B,), a scalar. It draws orders, times, noises, labels
+        to drop, and for the batch the ratio of tokens that are masked, if that is not given."""
         check(latent, labels, self.config)
         c = self.config
         x = latent.flatten(2).transpose(1, 2)  # (B, N, C)
         B, N, _ = x.shape
         order = torch.rand(B, N, device=x.device).argsort(dim=1)
-        V = N - math.ceil(N * mask_ratio(c.mask_least, torch.rand((), dtype=torch.float64)))  # one for the batch
+        ratio = mask_ratio(c.mask_least, torch.rand((), dtype=torch.float64)) if ratio is None else ratio
+        V = N - math.ceil(N * ratio)
         visible, masked = order[:, :V], order[:, V:]
         cond = self.condition(x, drop_labels(labels, c.label_drop), visible, masked)
         x, cond = (y.repeat(c.repeats, 1, 1) for y in (take(x, masked), cond))  # (repeats * B, N - V, ..)

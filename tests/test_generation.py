@@ -339,7 +339,7 @@ def test_dit_is_what_it_says():
 
 
 def test_dit_times_are_shifted():
-    for channels, grid, s in (64, 32, 4.0), (64, 16, 2.0), (16, 8, 0.5):
+    for channels, grid, s in (64, 32, 4.0), (64, 16, 2.0), (16, 8, 1.0):
         with torch.device("meta"):
             assert dit.DiT(dit.config("dit-s", channels=channels, grid=grid)).shift == s
     assert dit.shift_time(0.5, 4.0) == 0.8 and dit.shift_time(0.0, 4.0) == 0 and dit.shift_time(1.0, 4.0) == 1
