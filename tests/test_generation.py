@@ -95,7 +95,7 @@ def test_every_token_is_predicted_exactly_once():
 
 def mar_condition(model, x, label, visible):
     """MAR's encoder and decoder of one image x (N, C), as its paper and code put it, with a mask over all tokens: the
-    conditions (N, D), of which those of masked tokens are used. visible: a set of token numbers; label: None for none."""
+    conditions (N, D), those of masked tokens are used. visible: a set of token numbers; label: None for none."""
     p, c = dict(model.named_parameters()), model.config
     norm = lambda y, name: F.layer_norm(y, (c.width,), p[name + ".weight"], p[name + ".bias"], 1e-6)
     linear = lambda y, name: y @ p[name + ".weight"].T + p[name + ".bias"]
@@ -163,7 +163,7 @@ def test_mar_loss_is_the_flow_of_masked_tokens():
     eps = (heard["x_t"].view(4, 3, M, 3) - (1 - t) * x) / t
     close(loss, (eps - x).square().mean(), 1e-4)
     assert abs(eps.mean()) < 0.2 and abs(eps.std() - 1) < 0.15
-    assert all(torch.equal(c, heard["out"]) for c in heard["c"].view(4, 3, M, -1)), "each repeat has the token's condition"
+    assert all(torch.equal(c, heard["out"]) for c in heard["c"].view(4, 3, M, -1)), "a repeat has another condition"
 
 
 def test_mar_samples_by_its_schedule_of_guidance():
@@ -221,7 +221,8 @@ def test_parameter_counts_are_the_published_ones():
 def test_released_mar_initialises_the_blocks():
     D, W, N, C = 32, 48, 9, 5  # another latent: 3 x 3 tokens of 5 channels
     shapes = {"class_emb.weight": (8, D), "fake_latent": (1, D), "mask_token": (1, 1, D), "z_proj.weight": (D, C)}
-    shapes |= {f"{k}_pos_embed_learned": (1, 3 + N if k != "diffusion" else N, D) for k in ("encoder", "decoder", "diffusion")}
+    shapes |= {f"{part}_pos_embed_learned": (1, n, D)
+               for part, n in (("encoder", N + 3), ("decoder", N + 3), ("diffusion", N))}
     square = ["decoder_embed"]
     for part in ("encoder", "decoder"):
         shapes |= {f"{part}_norm.weight": (D,), f"{part}_norm.bias": (D,)}
@@ -235,8 +236,9 @@ def test_released_mar_initialises_the_blocks():
     shapes |= {f"{k}.{x}": (D, D) if x == "weight" else (D,) for k in square for x in ("weight", "bias")}
     shapes |= {"z_proj.bias": (D,), "z_proj_ln.weight": (D,), "z_proj_ln.bias": (D,)}
     net = "diffloss.net."
-    for name, out, into in [("time_embed.mlp.0", W, 256), ("time_embed.mlp.2", W, W), ("cond_embed", W, D), ("input_proj", W, C),
-                            ("final_layer.linear", 2 * C, W), ("final_layer.adaLN_modulation.1", 2 * W, W)]:
+    for name, out, into in [("time_embed.mlp.0", W, 256), ("time_embed.mlp.2", W, W), ("cond_embed", W, D),
+                            ("input_proj", W, C), ("final_layer.linear", 2 * C, W),
+                            ("final_layer.adaLN_modulation.1", 2 * W, W)]:
         shapes |= {net + name + ".weight": (out, into), net + name + ".bias": (out,)}
     for i in range(2):
         block = f"{net}res_blocks.{i}."
@@ -251,13 +253,16 @@ def test_released_mar_initialises_the_blocks():
         torch.save({"model": {}, "model_ema": theirs, "epoch": 3, "args": argparse.Namespace(lr=1e-4)}, path)
         left = mar.load_released(model, path)
         own = dict(model.named_parameters())
-        assert {k for k in left if not k.startswith("head.")} == {"encoder_pos", "decoder_pos", "head_pos", "token_proj.weight"}
+        assert {k for k in left if not k.startswith("head.")} == {
+            "encoder_pos", "decoder_pos", "head_pos", "token_proj.weight"}
         assert {k for k in own if k.startswith("head.")} < set(left)
         assert all(torch.equal(own[k], before[k]) for k in left)
-        for name in ("encoder_blocks.1.attn.qkv.weight", "decoder_blocks.0.mlp.fc2.bias", "fake_latent", "z_proj_ln.weight"):
-            assert torch.equal(own[mar.released_name(name)], theirs[name]), name
+        for name, ours in [("encoder_blocks.1.attn.qkv.weight", "encoder.1.qkv.weight"), ("fake_latent", "no_class"),
+                           ("decoder_blocks.0.mlp.fc2.bias", "decoder.0.fc2.bias"), ("z_proj.bias", "token_proj.bias")]:
+            assert torch.equal(own[ours], theirs[name]), name
         taken = [k for k in theirs if mar.released_name(k) not in left]
-        assert len(taken) + len(left) == len(own) and all(torch.equal(own[mar.released_name(k)], theirs[k]) for k in taken)
+        assert len(taken) + len(left) == len(own)
+        assert all(torch.equal(own[mar.released_name(k)], theirs[k]) for k in taken)
         torch.save({"model_ema": {k: v for k, v in theirs.items() if "encoder_blocks.1" not in k}}, path)
         raises(UserError, mar.load_released, model, path, words="another size")
         torch.save({"weights": theirs}, path)
@@ -285,7 +290,8 @@ def test_rope_turns_pairs_by_row_and_column():
 
 def test_dit_is_what_it_says():
     latent = torch.arange(2 * 16.0).view(1, 2, 4, 4)
-    assert patchify(latent, 2)[0, 1].tolist() == [2, 3, 6, 7, 18, 19, 22, 23]  # second patch of row 0: channel, row, column
+    # the second patch of the first row: channel, row, column
+    assert patchify(latent, 2)[0, 1].tolist() == [2, 3, 6, 7, 18, 19, 22, 23]
     assert torch.equal(unpatchify(patchify(latent, 2), 2, 4, 4), latent)
 
     model, c = micro("dit"), MICRO_DIT
@@ -300,15 +306,17 @@ def test_dit_is_what_it_says():
         time = torch.cat([(1000 * t[b] * freqs).cos(), (1000 * t[b] * freqs).sin()])
         known = p["no_class"][0] if labels[b] < 0 else p["class_embed.weight"][labels[b]]
         y = silu(linear(silu(linear(time, "time_fc1")), "time_fc2") + known)
-        rows = [torch.stack([x_t[b, :, 2 * i:2 * i + 2, 2 * j:2 * j + 2].reshape(-1)]) for i in range(2) for j in range(2)]
-        h = linear(torch.cat(rows), "token_proj")
+        places = [(i, j) for i in range(2) for j in range(2)]
+        h = torch.stack([x_t[b, :, 2 * i:2 * i + 2, 2 * j:2 * j + 2].reshape(-1) for i, j in places])
+        h = linear(h, "token_proj")
         waves = 10000.0 ** (-torch.arange(D // 4) / (D // 4))
         side = lambda n: torch.cat([(n * waves).cos(), (n * waves).sin()])
-        h = h + torch.stack([torch.cat([side(i), side(j)]) for i in range(2) for j in range(2)])
+        h = h + torch.stack([torch.cat([side(i), side(j)]) for i, j in places])
         for i in range(c.depth):
             name = f"blocks.{i}."
             shift1, scale1, gate1, shift2, scale2, gate2 = linear(y, name + "modulation").split(D)
-            q, k, v = (a.view(4, c.heads, d) for a in linear(rms(h) * (1 + scale1) + shift1, name + "qkv").split(D, dim=1))
+            qkv = linear(rms(h) * (1 + scale1) + shift1, name + "qkv")
+            q, k, v = (a.view(4, c.heads, d) for a in qkv.split(D, dim=1))
             out = torch.zeros(4, c.heads, d)
             for head in range(c.heads):
                 turned = []
@@ -316,7 +324,7 @@ def test_dit_is_what_it_says():
                     a = rms(a[:, head]) * p[name + gain]
                     numbers = torch.view_as_complex(torch.stack([a[:, :d // 2], a[:, d // 2:]], dim=-1).contiguous())
                     turn = torch.stack([torch.cat([r * 10000.0 ** (-torch.arange(d // 4) / (d // 4)) for r in place])
-                                        for place in ((0, 0), (0, 1), (1, 0), (1, 1))])
+                                        for place in places])
                     numbers = numbers * torch.polar(torch.ones_like(turn), turn)
                     turned.append(torch.cat([numbers.real, numbers.imag], dim=1))
                 out[:, head] = (turned[0] @ turned[1].T / math.sqrt(d)).softmax(1) @ v[:, head]
@@ -332,7 +340,8 @@ def test_dit_is_what_it_says():
         expected.append(picture)
     expected = torch.stack(expected)
     close(model.net(x_t, t, labels), expected, 1e-5)
-    close(model.velocity(x_t, t, labels), torch.stack([(x_t[0] - expected[0]) / 0.3, (x_t[1] - expected[1]) / 0.05]), 1e-5)
+    v = torch.stack([(x_t[0] - expected[0]) / 0.3, (x_t[1] - expected[1]) / 0.05])
+    close(model.velocity(x_t, t, labels), v, 1e-5)
     plain = micro("dit", dit.replace(MICRO_DIT, prediction="v"))
     assert torch.equal(plain.velocity(x_t, t, labels), plain.net(x_t, t, labels))
     raises(ValueError, model.loss, torch.randn(2, 3, 4, 5), labels, words="expected (B, 3, 4, 4)")
@@ -353,12 +362,15 @@ def test_dit_times_are_shifted():
     u = t / (4 - 3 * t)  # the shift undone: sigmoid(N(0, 1)), whose logit has mean 0 and deviation 1
     logit = torch.log(u / (1 - u))
     assert abs(logit.mean()) < 0.06 and abs(logit.std() - 1) < 0.05, (logit.mean(), logit.std())
+    times.clear()
+    model.sample(torch.zeros(1, dtype=torch.long), torch.randn(1, 3, 4, 4), steps=2)
+    assert [x.item() for x in times] == [1.0, np.float32(0.8), np.float32(0.8)]  # a half of the way is shifted to 0.8
 
 
 def test_heun_is_of_second_order_and_guides_on_its_interval():
     # dx/dt = x from x(1) = e to x(0) = 1; a quadratic error: doubling the steps divides it by four
-    errors = [abs(dit.heun(lambda x, t: x, torch.tensor(math.e, dtype=torch.float64), [1 - i / n for i in range(n)] + [1e-9])
-                  - math.exp(1e-9)).item() for n in (20, 40)]
+    times = lambda n: [1 - i / n for i in range(n)] + [1e-9]  # not to 0, which would make the last step Euler's
+    errors = [abs(dit.heun(lambda x, t: x, math.e, times(n)) - math.exp(1e-9)) for n in (20, 40)]
     assert 3.7 < errors[0] / errors[1] < 4.3, errors
     # one Heun step and the Euler step that ends, by hand: v = t, from 2 at t = 1, over 0.5, to 0
     assert dit.heun(lambda x, t: t, 2.0, [1.0, 0.5, 0.0]) == 2 - 0.5 * (1 + 0.5) / 2 - 0.5 * 0.5
@@ -407,14 +419,14 @@ def test_labels_are_dropped_at_their_rate():
 
 
 def test_overfitted_generators_return_their_latents():
-    for kind, allowed in ("mar", 0.1), ("dit", 0.02):
+    for kind, allowed in ("mar", 0.2), ("dit", 0.05):
         torch.manual_seed(0)
         latents, labels = torch.randn(8, 3, 4, 4), torch.arange(8)
         model = (mar.MAR(mar.replace(MICRO_MAR, dropout=0.0, label_drop=0.0)) if kind == "mar" else
                  dit.DiT(dit.replace(MICRO_DIT, label_drop=0.0, shift=4.0)))
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        for step in range(300):
-            optimizer.param_groups[0]["lr"] = 1e-2 * min(1, 2 - 2 * step / 300)
+        for step in range(200):
+            optimizer.param_groups[0]["lr"] = 1e-2 * min(1, 2 - 2 * step / 200)
             model(latents, labels).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
