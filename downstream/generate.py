@@ -102,6 +102,8 @@ def parse_args(argv=None):
         return args
     if bool(args.latents) == bool(args.data):
         train.error("give --latents FOLDER, or --data IMAGES and the tokenizer's --weights")
+    if {x.partition("=")[0] for x in args.set} & {"channels", "grid", "classes"}:
+        train.error("--set: channels, grid and classes are those of the latents")
     if args.init and not args.model.startswith("mar"):
         train.error(f"--init starts a MAR from a released one, and --model is {args.model}")
     args.recipe = args.recipe or args.model.split("-")[0]
@@ -171,7 +173,7 @@ def setup(args, run):
     run.connect()
     args.steps = args.steps or max(1, args.epochs * len(s.data) // args.batch_size)
     args.warmup = round(args.warmup_part * args.steps) if args.warmup is None else args.warmup
-    args.images = f"{len(s.data):,} of tokenizer {about['weights_sha256'][:12]}"  # a resume compares it
+    args.images = f"{len(s.data):,} latents of {'x'.join(map(str, shape))} by tokenizer {about['weights_sha256'][:12]}"
     s.config = {"generator": args.model, "config": asdict(s.model.config), "classes": s.data.classes,
                 **{k: about[k] for k in ("weights", "weights_sha256", "size")}, "commit": commit()}
     s.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.on_gpu)  # the flow loss stays fp32
@@ -180,7 +182,7 @@ def setup(args, run):
         id=uuid.uuid4().hex[:12], step=0, samples=0,
         sums=torch.zeros(3, dtype=torch.float64, device=run.device),  # since the last log line: loss, norm, steps
         faults=torch.zeros(2, device=run.device))  # steps skipped, and skipped in a row
-    run.say(f"data: {args.images}, {len(s.data.classes)} classes, latent {'x'.join(map(str, shape))}")
+    run.say(f"data: {args.images}, {len(s.data.classes)} classes")  # args.images a resume compares
     run.say(f"model: {args.model} of {sum(p.numel() for p in s.weights) / 1e6:.1f}M parameters")
     if args.init:
         run.say(f"its blocks start from {args.init}, but not {len(left)} tensors: {' '.join(left)[:80]} ..")

@@ -249,6 +249,7 @@ def test_generation_refuses_what_is_wrong():
         assert info["classes"] == ["class0", "class1"] and info["size"] == 16 and info["config"]["channels"] == 8
         for flags, words in [(["train", "--model", "dit-s"], "give --latents"),
                              (["train", "--latents", "x", "--ema", "1"], "--ema is"),
+                             (["train", "--latents", "x", "--set", "grid=4"], "are those of the latents"),
                              (["sample", "--run", out, "--number", "0"], "--number is 0"),
                              (["train", "--latents", "x", "--init", "y"], "--init starts a MAR")]:
             done = run("python", "-m", "downstream.generate", *flags)
