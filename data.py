@@ -1,26 +1,27 @@
-"""Images for training and evaluation: folders and zip archives, and drawn pictures when there is no data.
+"""Images for training and evaluation from folders and zip archives, and latents that were saved for a generator.
 
     data = ImageDataset(["imagenet/train", "more.zip"], size=448, train=True, seed=0)
     img, label = data[n]          # uint8 (3, S, S) and the index of the parent folder's name in data.classes
 
 In training n is the GLOBAL SAMPLE NUMBER, counted from the first step of the run: epoch = n // len(data), the order of
 an epoch is a permutation drawn from (seed, epoch), crop and flip are drawn from (seed, n). What a sample looks like
-therefore depends on nothing else, so workers, ranks and a resumed run need no state. Otherwise n counts the files in
-sorted order. Crops are those of ADM (Dhariwal & Nichol 2021), the usual protocol of ImageNet generation.
+depends on nothing else, so workers, ranks and a resumed run need no state. Otherwise n counts the files in sorted
+order. Crops are those of ADM (Dhariwal & Nichol 2021), the usual protocol of ImageNet generation.
 
-An image that cannot be read is a UserError that names it. In training the next in sorted order that can be read stands
-in for it, and the label tells, so that workers need count nothing: for image i, whose file is data.path(i), -1 - i.
-Only a picture's own damage does that: trouble of the machine (a disk, a mount, memory, descriptors) is a MachineError.
+A picture that is damaged raises UserError. In training the next one replaces it, and the label tells so: see
+ImageDataset. Trouble of the machine (a disk, a mount, memory, descriptors) is never taken for a picture's damage: it
+raises OSError.
 
-`python data.py [PATHS]` shows what is found. Needs torch, numpy and pillow; no other file of this project.
+`python data.py PATHS` shows what is found. Needs torch, numpy and pillow, LatentDataset also safetensors; no other file
+of this project.
 """
 import argparse
 import contextlib
 import errno
 import io
+import json
 import os
 import posixpath
-import re
 import stat
 import struct
 import sys
@@ -31,25 +32,24 @@ import zlib
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, features
-from torch.utils.data import Dataset, default_collate
+from PIL import Image, features
+from torch.utils.data import Dataset
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "PPM", "WEBP")  # PIL could also start Ghostscript
 if "avif" in features.modules and features.check_module("avif"):  # not every Pillow has it
     FORMATS += ("AVIF",)
-MAX_PIXELS = 2 ** 27  # of a picture, and MAX_BYTES of its file: what a hostile one can make a worker allocate
-MAX_BYTES = 4 * MAX_PIXELS
+MAX_PIXELS = 2 ** 27  # of a picture, so that a hostile one cannot take all memory
+MAX_BYTES = 4 * MAX_PIXELS  # of its file
 SYSTEM_FOLDERS = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information")
-SPARE_FILES = 64  # descriptors that a process needs beside those of its archives
 WAITS = (0.1, 0.4, 1.5)  # seconds before each further attempt to read what the machine could not read
 FILE_FAULTS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM,
                errno.EINVAL, errno.EILSEQ)  # the fault of one file or its name; all other errors are the machine's
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}  # what the values of EXIF's orientation ask for
+         8: Image.Transpose.ROTATE_90}  # what each value of the EXIF tag 274, orientation, asks for
 TIFF_PIXELS = {*range(254, 267), 273, 277, 278, 279, 284, 292, 293, 317, 320, *range(322, 326), 332, 338, 339, 347,
-               *range(512, 533)}  # the tags that say how pixels are stored
+               *range(512, 533)}  # the TIFF tags that say how pixels are stored
 
 
 class UserError(ValueError):
@@ -60,25 +60,16 @@ class MissingFile(UserError, FileNotFoundError):
     """A file or folder that the user named does not exist."""
 
 
-class MachineError(OSError):
-    """The machine's trouble, not a picture's. Its text holds "[Errno N]": a DataLoader passes on only the text."""
-
-    def __init__(self, message):
-        super().__init__(message)
-        self.errno = int((re.findall(r"\[Errno (\d+)\]", message) or [errno.EIO])[-1])
-
-
 def cores():
     """How many cores this process may use: its affinity (taskset, Slurm, cpuset), where the system tells it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_image(file, short=None):
-    """A path or binary file -> PIL image in RGB, turned as its EXIF says, transparency over white.
+    """A path or binary file -> PIL image in RGB, turned as its EXIF says, transparency over white, the first frame.
 
-    short: a JPEG may come out 2, 4 or 8 times smaller, decoded so (which is quicker), its shorter side still
-    >= 2 * short. Raises UserError, saying why, if it cannot be read as an image; OSError and MemoryError are the
-    machine's. Of an animation it is the first frame.
+    short: a JPEG may be decoded 2, 4 or 8 times smaller, which is quicker, its shorter side still >= 2 * short.
+    Raises UserError if the file cannot be read as an image; OSError and MemoryError are the machine's trouble.
     """
     blob = read_file(file)
     try:
@@ -101,8 +92,8 @@ def load_image(file, short=None):
         return img.convert("RGB")
     except MemoryError:
         raise
-    except Exception as e:  # damage makes PIL raise nearly any type; all mean that the file holds no picture
-        if "out of memory" in str(e).lower():  # a decoder's own words, AVIF's for one
+    except Exception as e:  # damage makes PIL raise nearly any type
+        if "out of memory" in str(e).lower():  # a decoder's own words, as AVIF's
             raise MemoryError from None
         unknown = isinstance(e, Image.UnidentifiedImageError)
         why = f"none of {', '.join(FORMATS)}" if unknown else f"{type(e).__name__}: {e}"
@@ -110,13 +101,13 @@ def load_image(file, short=None):
 
 
 def read_file(file):
-    """The bytes of a path, or of a binary file. UserError for a fault of the file, OSError for one of the machine."""
+    """The bytes of a path or binary file. UserError for a fault of the file, OSError for one of the machine."""
     if hasattr(file, "read"):
         file.seek(0)
         return file.read()
     try:
         about = os.stat(file)
-        if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_BYTES:  # a pipe or a device could be read for ever
+        if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_BYTES:  # a pipe could be read for ever
             raise UserError(f"is no plain file, or longer than {MAX_BYTES:,} bytes")
         with open(file, "rb") as f:
             return f.read()
@@ -129,22 +120,22 @@ def read_file(file):
 def open_image(file):
     """A path or binary file -> PIL image, not decoded yet. TURNS.get(img.info["orientation"]) is how to transpose it.
 
-    PIL is given the file without its metadata, much of which makes it refuse a picture whose pixels are sound.
+    PIL refuses some pictures with sound pixels for their odd metadata, so it is given the file without them.
     """
-    blob, exif = read_file(file), b""
-    strips = {b"\xff\xd8": strip_jpeg, b"\x89P": strip_png, b"II": strip_tiff, b"MM": strip_tiff}
+    blob, tags = read_file(file), {}
+    strips = {b"\xff\xd8": strip_jpeg, b"\x89P": strip_png, b"II": patch_tiff, b"MM": patch_tiff}
     strip = strip_avif if blob[4:8] == b"ftyp" else strips.get(blob[:2])
     if strip:
         with contextlib.suppress(struct.error, LookupError, ValueError):  # damaged: PIL says how
-            blob, exif = strip(blob)
+            blob, tags = strip(blob)
     img = Image.open(io.BytesIO(blob), formats=FORMATS)
     if img.width * img.height > MAX_PIXELS:  # the header says so, nothing is decoded yet
         raise UserError(f"{img.width}x{img.height} pixels, more than {MAX_PIXELS:,}")
     if img.mode == "F" or img.format == "TIFF" and img.mode == "I" and img.tag_v2[258] != (16,):
         raise UserError("32 bits a channel, of which nothing says what white is: save it with 8 or 16")
-    tags = {tag: value for tag, (value, _) in directory(exif or img.info.get("exif", b""))[1].items()}
+    tags = tags or patch_tiff(img.info.get("exif", b""))[1]
     img.info["orientation"] = tags.get(274)
-    if img.format == "TIFF":  # what the file says, not what strip_tiff left of it
+    if img.format == "TIFF":  # what the file says, not what patch_tiff made of it
         white, signed = (tags.get(tag, img.tag_v2.get(tag)) for tag in (262, 339))
         img.info.update(white_is_zero=white == 0, signed=signed in (2, (2,)))
     if clear := img.info.get("transparency"):  # PIL compares it with pixels that it has made 8 bits deep
@@ -168,48 +159,42 @@ def upper_bits(img):
     return Image.fromarray(grey)
 
 
-def directory(tiff):
-    """(where the first directory of a TIFF file lies, {tag: (its value if that is one integer, its entry)}). EXIF data
-    are such a file. An odd entry costs no other; the directory may be cut off."""
-    tiff, start, tags = tiff.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0"), 0, {}
+def patch_tiff(tiff):
+    """(a TIFF file whose pixels PIL reads as they are stored, {tag: its value, if that is one integer}).
+
+    EXIF data are such a file, too. Metadata are hidden, and deep pixels are declared to be plain numbers with black at
+    0, since PIL does not read all others: upper_bits does the rest. An odd entry costs no other one.
+    """
+    tiff = tiff.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None or 42 not in tiff[2:4]:  # 43 is a BigTIFF, which PIL gets as it is
-        return start, tags
+        return tiff, {}
+    tiff, tags, places = bytearray(tiff + bytes(12)), {}, {}  # EXIF's last entry may be cut off
     with contextlib.suppress(struct.error):
         start, = struct.unpack_from(order + "I", tiff, 4)
         count, = struct.unpack_from(order + "H", tiff, start)
         for at in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind, n = struct.unpack_from(order + "HHI", tiff, at)
+            tag, kind, n = struct.unpack_from(order + "HHI4x", tiff, at)
             form = {1: "B", 3: "H", 4: "I"}.get(kind) if n == 1 else None  # of several the entry holds where they are
-            value = struct.unpack_from(order + form, tiff, at + 8)[0] if form else None
-            tags[tag] = value, tiff[at:at + 12]
-    return start, tags
-
-
-def strip_tiff(blob):
-    """(the first picture of a TIFF file without metadata, the file). PIL does not read all that have white at 0 or
-    signed numbers: the deep ones are declared to be plain, and upper_bits does the rest."""
-    order, (start, tags) = "<" if blob[:2] == b"II" else ">", directory(blob)
-    kept = {tag: entry for tag, (_, entry) in tags.items() if tag in TIFF_PIXELS}
-    if 256 not in tags:  # a BigTIFF, or damaged
-        return blob, b""
-    if tags.get(258, (1,))[0] in (12, 16) and 262 in tags and tags[262][0] in (0, 1):
-        kept[262] = struct.pack(order + "HHIHH", 262, 3, 1, 1, 0)
-        if tags.get(339, (1,))[0] == 2:
-            del kept[339]
-    new = struct.pack(order + "H", len(kept)) + b"".join(kept.values()) + bytes(4)  # no picture after it
-    return blob[:start] + new + blob[start + len(new):], blob
+            tags[tag], places[tag] = struct.unpack_from(order + form, tiff, at + 8)[0] if form else None, at
+    deep = tags.get(258) in (12, 16) and tags.get(262) in (0, 1)
+    for tag, at in places.items():
+        if tag not in TIFF_PIXELS:
+            struct.pack_into(order + "HHII", tiff, at, 65000, 4, 1, 0)  # a tag that means nothing
+        elif deep and (tag == 262 or tag == 339 and tags[tag] == 2):
+            struct.pack_into(order + "HHIHH", tiff, at, tag, 3, 1, 1, 0)
+    return bytes(tiff[:-12]), tags
 
 
 def strip_avif(blob):
-    """(an AVIF file with its EXIF hidden, no EXIF). AVIF has its own way to say how it is turned, which PIL reports."""
+    """(an AVIF file with its EXIF hidden, no tags). AVIF has its own way to say how it is turned, which PIL reports."""
     at = blob.index(b"meta")
     end = at - 4 + struct.unpack_from(">I", blob, at - 4)[0]
-    return blob[:at] + blob[at:end].replace(b"Exif", b"skip") + blob[end:], b""
+    return blob[:at] + blob[at:end].replace(b"Exif", b"skip") + blob[end:], {}
 
 
 def strip_jpeg(blob):
-    """(a JPEG file without metadata, its EXIF). JFIF's and Adobe's segments stay: they say what the colours are."""
+    """(a JPEG file without metadata, its EXIF tags). JFIF's and Adobe's segments stay: they tell the colours."""
     kept, exif, at = [blob[:2]], b"", 2
     while blob[at] == 0xFF and 0xC0 <= blob[at + 1] < 0xFF and blob[at + 1] != 0xDA:  # until the pixels begin
         end = at + 2 + struct.unpack_from(">H", blob, at + 2)[0]
@@ -218,11 +203,11 @@ def strip_jpeg(blob):
         elif blob[at + 4:at + 10] == b"Exif\0\0":
             exif = exif or blob[at + 4:end]
         at = end
-    return b"".join(kept) + blob[at:], exif
+    return b"".join(kept) + blob[at:], patch_tiff(exif)[1]
 
 
 def strip_png(blob):
-    """(a PNG file without metadata, its EXIF). The chunks of pixels, palette, transparency and animation stay."""
+    """(a PNG file without metadata, its EXIF tags). The chunks of pixels, palette, transparency and animation stay."""
     kept, exif, at, kind = [blob[:8]], b"", 8, b""
     while at < len(blob) and kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", blob, at)
@@ -231,7 +216,7 @@ def strip_png(blob):
         elif kind[:1].isupper() or kind in (b"tRNS", b"acTL", b"fcTL", b"fdAT"):
             kept.append(blob[at:at + 12 + length])
         at += 12 + length
-    return b"".join(kept), exif
+    return b"".join(kept), patch_tiff(exif)[1]
 
 
 def limit_aspect(img, where):
@@ -273,16 +258,33 @@ def to_tensor(img):
     return torch.from_numpy(np.array(img)).permute(2, 0, 1).contiguous()
 
 
-class ImageDataset(Dataset):
+class Samples(Dataset):
+    """What the two datasets share: which image a sample number means, from their `labels`, `train` and `seed`."""
+
+    permutation = None, None  # the last epoch and its order
+
+    def __len__(self):
+        return len(self.labels)
+
+    def index(self, n):
+        """Sample number n -> number of the image in sorted order."""
+        if not self.train:
+            return range(len(self))[n]
+        epoch, k = divmod(n, len(self))
+        if self.permutation[0] != epoch:
+            self.permutation = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self))
+        return int(self.permutation[1][k])
+
+
+class ImageDataset(Samples):
     """All images of `roots` (a path or several: folders, searched recursively, and .zip archives), size x size pixels
     (None, without train: whole, as they are).
 
-    Files and archive entries are known by their extension; which there are is kept in a few arrays, so that workers
-    share the memory and a list of millions costs each of them nothing. Hidden ones and SYSTEM_FOLDERS are passed over.
-    Raises UserError for roots that are missing (MissingFile), empty or damaged, and UserError naming the file for one
-    that is damaged, gone or not permitted when it is asked for. In training (only) the next in sorted order that can
-    be read stands in for such an image i, with the label -1 - i; UserError if none of 100 can. Raises MachineError if
-    the machine cannot read in several attempts, MissingFile if an archive is gone.
+    Files and archive entries are known by their extension and kept in a few arrays, which workers share: a list of
+    millions costs each of them nothing. Hidden ones and SYSTEM_FOLDERS are passed over. Raises UserError for roots that
+    are missing (MissingFile), empty or damaged, and UserError for a picture that is damaged, gone or not permitted.
+    In training (only) the next in sorted order that can be read replaces such an image i, whose file is path(i), with
+    the label -1 - i; UserError if none of 100 can. Raises OSError if the machine cannot read in several attempts.
     """
 
     def __init__(self, roots, size, train, seed=0, crop_scale=(0.8, 1.0)):
@@ -290,8 +292,7 @@ class ImageDataset(Dataset):
             raise UserError(f"crop_scale is {crop_scale}; it is two fractions in (0, 1], the smaller first")
         self.roots = [os.fspath(r) for r in ([roots] if isinstance(roots, (str, os.PathLike)) else roots)]
         self.size, self.train, self.seed, self.crop_scale = size, train, seed, crop_scale
-        self.replace = train  # by the next, an image that cannot be read
-        check_open_files(sum(not os.path.isdir(root) for root in self.roots))
+        self.replace = train  # whether the next image replaces one that cannot be read
         names, folders, root_of, spans = [], [], [], []
         for r, root in enumerate(self.roots):
             if os.path.isdir(root):  # names are kept as bytes, which are the same in any locale
@@ -305,30 +306,22 @@ class ImageDataset(Dataset):
             folders += [os.path.basename(os.path.dirname(name)) or top for name, *_ in found]
             spans += [span for _, *span in found]
             root_of += [r] * len(found)
-        classes = sorted(set(folders))
-        index = {name: i for i, name in enumerate(classes)}
+        classes = {name: k for k, name in enumerate(sorted(set(folders)))}
         self.classes = [name.decode("utf-8", "backslashreplace") for name in classes]
-        self.labels = np.array([index[f] for f in folders], np.int32)
+        self.labels = np.array([classes[name] for name in folders], np.int32)
         # a span is an archive entry's offset, compressed length, method, length, CRC-32; all -1 of a file in a folder
         self.root_of, self.spans = np.array(root_of, np.int32), np.array(spans, np.int64).reshape(-1, 5)
         self.name_ends, self.names = np.cumsum([len(name) for name in names]), b"".join(names)
-        self.files, self.permutation = {}, (None, None)  # open archives; the last epoch's order
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getstate__(self):
-        return {**self.__dict__, "files": {}}  # open files do not travel to another process
 
     def path(self, i):
-        """Where image i (in sorted order) lies: root and name."""
+        """Where image i lies: root and name."""
         start, end = self.name_ends[i - 1] if i else 0, self.name_ends[i]
         name, in_archive = self.names[start:end], self.spans[i, 1] >= 0
         name = name.decode("utf-8", "surrogatepass") if in_archive else os.fsdecode(name)
         return os.path.join(self.roots[self.root_of[i]], name)
 
     def read(self, i):
-        """The bytes of image file i. Archives are opened once and read by position, which forked workers can share."""
+        """The bytes of image file i. An archive is opened for each, so that nothing is shared between processes."""
         offset, length, method, size, crc = self.spans[i].tolist()
         if length < 0:
             return read_file(self.path(i))
@@ -336,18 +329,14 @@ class ImageDataset(Dataset):
             raise UserError(f"is {max(length, size):,} bytes long, at most {MAX_BYTES:,} are read")
         root = self.roots[self.root_of[i]]
         try:
-            if root not in self.files:
-                self.files[root] = open(root, "rb")
-            header = read_at(self.files[root], 30, offset)  # the entry's local header
-            name_length, extra_length = struct.unpack("<26xHH", header)
-            data = read_at(self.files[root], length, offset + 30 + name_length + extra_length)
+            with open(root, "rb") as f:
+                f.seek(offset)  # of the entry's local header, which ends in a name and an extra field
+                f.seek(sum(struct.unpack("<26xHH", f.read(30))), os.SEEK_CUR)
+                data = f.read(length)
             if method == zipfile.ZIP_DEFLATED:
                 data = zlib.decompressobj(-15).decompress(data, size + 1)  # no more than that, whatever is in it
-        except FileNotFoundError:  # no other picture may stand in for all of an archive
+        except FileNotFoundError:  # no other picture may replace all of an archive
             raise MissingFile(f"{root} is gone") from None
-        except OSError:
-            self.files.pop(root, None)  # a handle that went stale stays so
-            raise
         except (struct.error, zlib.error) as e:
             raise UserError(f"damaged in the archive ({e})") from None
         if len(data) != size or zlib.crc32(data) != crc:
@@ -355,27 +344,18 @@ class ImageDataset(Dataset):
         return data
 
     def load(self, i, short=None):
-        """Image file i -> PIL image. What the machine cannot read is tried again, then it is a MachineError."""
+        """Image file i -> PIL image. What the machine cannot read is tried again, and then raises OSError."""
         for wait in (*WAITS, None):
             try:
                 return load_image(io.BytesIO(self.read(i)), short)
             except MissingFile:
                 raise
             except (OSError, MemoryError) as e:
-                code = errno.ENOMEM if isinstance(e, MemoryError) else e.errno or errno.EIO
                 if wait is None:
-                    raise MachineError(f"{self.path(i)}: not read in {len(WAITS) + 1} attempts: [Errno {code}] "
-                                       f"{os.strerror(code)}") from e
+                    code = errno.ENOMEM if isinstance(e, MemoryError) else e.errno or errno.EIO
+                    why = f"{os.strerror(code)} in each of {len(WAITS) + 1} attempts"
+                    raise OSError(code, why, self.path(i)) from e
             time.sleep(wait)
-
-    def index(self, n):
-        """Sample number n -> number of the image in sorted order."""
-        if not self.train:
-            return range(len(self))[n]
-        epoch, k = divmod(n, len(self))
-        if self.permutation[0] != epoch:
-            self.permutation = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self))
-        return int(self.permutation[1][k])
 
     def __getitem__(self, n):
         i = self.index(n)
@@ -400,32 +380,10 @@ class ImageDataset(Dataset):
         return to_tensor(img), -1 - i if error else int(self.labels[i])
 
 
-def read_at(file, length, offset):
-    """Bytes of an open archive. Forked processes share the handle and its position, which pread does not move."""
-    if hasattr(os, "pread"):
-        return os.pread(file.fileno(), length, offset)
-    with open(file.name, "rb") as own:  # Windows
-        own.seek(offset)
-        return own.read(length)
-
-
-def check_open_files(archives):
-    """UserError if so many archives, which are kept open, are more than this process may open."""
-    try:
-        import resource
-    except ImportError:  # Windows, where the limit is high
-        return
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if limit != resource.RLIM_INFINITY and archives + SPARE_FILES > limit:
-        raise UserError(f"{archives} archives are kept open, but this process may open only {limit} files, of which it "
-                        f"needs {SPARE_FILES} for other uses: try `ulimit -n {archives + 256}`, or fewer archives")
-
-
 def list_folder(root):
     """Yields (name, -1, -1, -1, -1, -1) of every image file below a folder, always in the same order."""
     def stop(error):
-        kind = UserError if error.errno in FILE_FAULTS else MachineError
-        raise kind(f"{error.filename}: the folder cannot be read: [Errno {error.errno}] {error.strerror}")
+        raise UserError(f"the folder cannot be read: {error}") if error.errno in FILE_FAULTS else error
     seen = set()
     for folder, subfolders, files in os.walk(root, onerror=stop, followlinks=True):
         if os.path.realpath(folder) in seen:  # a link to a folder that was walked already
@@ -452,7 +410,7 @@ def list_archive(path):
             entries, end = z.infolist(), os.path.getsize(path)
     except Exception as e:  # zipfile, too, raises many types
         if getattr(e, "errno", None) and e.errno not in FILE_FAULTS:
-            raise MachineError(f"{path} could not be read: [Errno {e.errno}] {e.strerror}") from e
+            raise OSError(e.errno, e.strerror, path) from e
         raise UserError(f"{path} is no folder, and no .zip archive or a damaged one ({e})") from None
     found = {}
     for e in entries:
@@ -469,102 +427,70 @@ def list_archive(path):
         yield name, e.header_offset, e.compress_size, e.compress_type, min(e.file_size, MAX_BYTES + 1), e.CRC
 
 
-def split_batch(batch, micro_batch, ranks):
-    """(micro-batch, accumulation steps) of each rank: micro-batch * accumulation * ranks = batch, exactly.
+class LatentDataset(Samples):
+    """The latents that `python -m tools.latents save` wrote to a folder: [n] -> (latent float32 (C, h, w), label).
 
-    A micro-batch that does not divide the rank's share becomes the largest divisor below it.
+    n means what it means for ImageDataset. If mirrored latents were saved, too (--flip), a coin drawn from (seed, n)
+    chooses in training. `about` is what the folder's index.json says of weights, size and protocol. Raises UserError
+    for a folder that is incomplete, damaged or mixed. A latent is read from its file only when it is asked for.
     """
-    if batch % ranks:
-        low = batch // ranks * ranks
-        near = " or ".join(str(b) for b in (low, low + ranks) if b)
-        raise UserError(f"batch_size {batch} does not divide among {ranks} ranks: try {near}")
-    share = batch // ranks
-    micro_batch = next(m for m in range(min(micro_batch, share), 0, -1) if share % m == 0)
-    return micro_batch, share // micro_batch
 
+    def __init__(self, folder, train, seed=0):
+        from safetensors import SafetensorError, safe_open
 
-def collate(samples):
-    """Samples of a dataset -> (uint8 (B, 3, S, S), their labels as a list). A worker sends a list through a pipe; a
-    tensor of labels would go through /dev/shm, by a thread that loses its errors."""
-    images, labels = zip(*samples)
-    return default_collate(images), list(labels)
+        self.folder, self.train, self.seed = os.fspath(folder), train, seed
+        path, labels = os.path.join(self.folder, "index.json"), []
+        try:
+            with open(path) as f:
+                self.about = json.load(f)
+            self.classes, self.shard = self.about["classes"], self.about["shard"]
+            for first in range(0, self.about["images"], self.shard):
+                path = self.file(first)
+                with safe_open(path, "pt") as f:
+                    made_of = json.loads(f.metadata()["config"])
+                    labels.append(f.get_tensor("labels"))
+                if made_of.pop("first") != first or any(self.about.get(k) != made_of[k] for k in made_of):
+                    raise UserError(f"{path} and index.json beside it are of different latents: save them again, into "
+                                    "an empty folder")
+            self.labels = torch.cat(labels).numpy().astype(np.int32)
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingFile(f"{path} is missing, so these latents are not complete: run `python -m tools.latents "
+                              "save` again, which goes on where it stopped") from None
+        except UserError:
+            raise
+        except (SafetensorError, KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{path} is damaged ({type(e).__name__}: {e}): delete it and run `python -m tools.latents "
+                            "save` again") from None
 
+    def file(self, i):
+        """The file that holds image i."""
+        return os.path.join(self.folder, f"latents_{i // self.shard:05d}.safetensors")
 
-def sample_numbers(first, batch, micro_batch, rank, ranks, batches):
-    """Yields this rank's micro-batches as lists of global sample numbers: `batches` global batches from sample `first`.
-
-    Whatever the ranks, the global batches are the same samples: rank r has the r-th contiguous share of each.
-    """
-    share = batch // ranks
-    for start in range(first + rank * share, first + rank * share + batches * batch, batch):
-        for m in range(start, start + share, micro_batch):
-            yield list(range(m, m + micro_batch))
-
-
-class ProceduralDataset(Dataset):
-    """Drawn pictures with the interface of ImageDataset, so that everything runs without data: shapes, gradients,
-    textures, letters (the label says which). Picture n depends on (seed, train, n) alone."""
-
-    classes = ["shapes", "gradients", "textures", "letters"]
-
-    def __init__(self, size, train, seed=0, length=10_000):
-        self.size, self.train, self.seed, self.length = size, train, seed, length
-
-    def __len__(self):
-        return self.length
+    def path(self, i):
+        """Where latent i (in sorted order) lies: a file and the row in it."""
+        return f"{self.file(i)}[{i % self.shard}]"
 
     def __getitem__(self, n):
-        n = n if self.train else range(self.length)[n]  # as ImageDataset.index
-        rng = np.random.default_rng([self.seed, n, int(self.train)])
-        label = int(rng.integers(4))
-        return to_tensor(draw(rng, self.classes[label], self.size)), label
+        from safetensors import safe_open
 
-
-def draw(rng, kind, size):
-    """A PIL picture of the kind (a name in ProceduralDataset.classes), drawn at twice the size and halved."""
-    S = 2 * size
-    colors = rng.integers(0, 256, (6, 3))
-    y, x = np.mgrid[:S, :S] / S  # in [0, 1)
-    angle, (cx, cy) = rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 0.8, 2)
-    along = x * np.cos(angle) + y * np.sin(angle)
-    if kind == "textures":
-        freq = rng.uniform(min(3, size / 16), size / 8)
-        waves = np.sin(2 * np.pi * freq * along), np.sin(2 * np.pi * freq * (y * np.cos(angle) - x * np.sin(angle)))
-        coarse = Image.fromarray(rng.random((8, 8)).astype(np.float32)).resize((S, S), Image.Resampling.BICUBIC)
-        mix = (0.5 + 0.5 * waves[0], (waves[0] * waves[1] > 0).astype(float), np.asarray(coarse))[rng.integers(3)]
-    else:  # a gradient, linear or radial, which shapes and letters have as their background
-        mix = along if rng.random() < 0.5 else np.hypot(x - cx, y - cy)
-        mix = (mix - mix.min()) / np.ptp(mix)
-    mix = np.clip(mix, 0, 1)[..., None]  # (S, S, 1)
-    img = Image.fromarray((colors[0] * (1 - mix) + colors[1] * mix).astype(np.uint8))
-    pen = ImageDraw.Draw(img)
-    for color in map(tuple, colors[2:2 + rng.integers(1, 5)].tolist()):
-        (x0, y0), (w, h) = rng.uniform(0, 0.7, 2) * S, rng.uniform(0.15, 0.5, 2) * S
-        if kind == "shapes":
-            shape = rng.integers(3)
-            if shape == 0:
-                pen.ellipse((x0, y0, x0 + w, y0 + h), fill=color)
-            elif shape == 1:
-                pen.rectangle((x0, y0, x0 + w, y0 + h), fill=color)
-            else:
-                pen.polygon([(x0, y0 + h), (x0 + w * rng.random(), y0), (x0 + w, y0 + h)], fill=color)
-        elif kind == "letters":
-            letter = chr(rng.integers(ord("A"), ord("Z") + 1))
-            pen.text((x0, y0), letter, fill=color, font=ImageFont.load_default(rng.uniform(0.3, 0.7) * S))
-    return img.reduce(2)
+        i, name = self.index(n), "latents"
+        if self.train and self.about.get("flip") and np.random.default_rng([self.seed, n, 1]).random() < 0.5:
+            name = "mirrored"
+        with safe_open(self.file(i), "pt") as f:
+            return f.get_slice(name)[i % self.shard].float(), int(self.labels[i])
 
 
 if __name__ == "__main__":
     ap = argparse.ArgumentParser(description="Show what images are found.")
-    ap.add_argument("paths", nargs="*", metavar="PATHS", help="folders or .zip archives [drawn pictures]")
+    ap.add_argument("paths", nargs="+", metavar="PATHS", help="folders or .zip archives")
     args = ap.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may hold what the console cannot show
     try:
-        data = ImageDataset(args.paths, 64, train=False) if args.paths else ProceduralDataset(64, train=False)
+        data = ImageDataset(args.paths, 64, train=False)
         img, label = data[0]
-    except (UserError, MachineError) as e:
-        print(f"data.py: {(str(e).splitlines() or [repr(e)])[-1]}", file=sys.stderr)
+    except (UserError, OSError) as e:
+        print(f"data.py: {' '.join(str(e).splitlines())}", file=sys.stderr)
         sys.exit(2)
-    print(f"{len(data):,} images of {len(data.classes)} classes{'' if args.paths else ', drawn (no PATHS were given)'}")
+    print(f"{len(data):,} images of {len(data.classes)} classes")
     print("image ", tuple(img.shape), img.dtype)
     print("label ", label, "=", data.classes[label])

@@ -5,8 +5,8 @@
     L    = mean (v(x_t, t, c) - u)^2                 eq. 5, over patches and elements
     x   <- x - v(x, t, c) / steps                    Euler steps from noise; one is the default
 
-x: patches of the image normalised by the encoder's pixel mean and std, in order (channel, row, column); v is an MLP that
-sees one patch and its own condition token, nothing of its neighbours. Symbols: B batch, C latent channels, D width,
+x: patches of the image normalised by the encoder's pixel mean and std, in order (channel, row, column). v: an MLP that
+sees one patch and its own condition token, and nothing of its neighbours. Symbols: B batch, C latent channels, D width,
 h, w token grid, N = h*w patches, p patch side, H = h*p, W = w*p. Images are (B, 3, H, W) in [0, 1].
 
     dec = Decoder.from_pretrained("out/model.safetensors")
@@ -16,10 +16,10 @@ h, w token grid, N = h*w patches, p patch side, H = h*p, W = w*p. Images are (B,
 `python decoder.py` prints the shapes. Needs torch and safetensors; no other file of this project.
 The MLP is the flow head of the authors' release, whose ancestors are DiT (Peebles & Xie 2023) and MAR (Li et al. 2024).
 """
+import contextlib
 import json
 import math
 import os
-import warnings
 from dataclasses import dataclass, fields
 
 import torch
@@ -29,26 +29,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 class UserError(ValueError):
-    """What the user gave is wrong (an argument, a path, a file): scripts print it as one line and exit with 2."""
+    """Something that the user gave is wrong (an argument, a path, a file): scripts print one line and exit with 2."""
 
 
-class MissingFile(UserError, FileNotFoundError):
-    """A file that is not there."""
-
-
-PIXEL_STATS = {  # per-channel mean and standard deviation of the normalised pixel space: the encoder's
+PIXEL_STATS = {  # per channel, the mean and the standard deviation of the normalised pixels: the encoder's
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "openai": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
-RELEASED_NAMES = [  # the authors' file -> ours, replaced one after the other
-    ("chal_unproj.c_fc", "latent_up.0"), ("chal_unproj.c_proj", "latent_up.2"),
-    ("global_block_pos_embed", "pos_embed"), ("decoder_pos_embed", "head_pos_embed"), ("global_blocks", "blocks"),
-    ("flow_head.net.", "head."), ("time_embed.mlp.0", "time_fc1"), ("time_embed.mlp.2", "time_fc2"), ("cond_embed", "cond_proj"),
-    ("res_blocks", "blocks"), ("in_ln", "norm"), ("final_layer.adaLN_modulation.1", "final_modulation"),
-    ("final_layer.linear", "output"), ("adaLN_modulation.1", "modulation"),
-    (".attn.", "."), (".mlp.0.", ".fc1."), (".mlp.2.", ".fc2."), (".mlp.", "."),
-]
 
 
 @dataclass(frozen=True)
@@ -65,44 +53,39 @@ class DecoderConfig:
     objective: str = "flow"        # "flow": eq. 5; "pixel": the same network regresses the pixels (Table 5c)
     pixel_stats: str = "imagenet"  # a key of PIXEL_STATS
 
-    def __post_init__(self):
-        for f in fields(self):  # which may come from a file
-            x = getattr(self, f.name)
-            if type(x) is not f.type or f.type is int and not 0 <= x <= 65536:
-                raise UserError(f"{f.name} is {x!r:.50}, expected {f.type.__name__}" + " from 0 to 65536" * (f.type is int))
-        if (min(self.latent_dim, self.width, self.heads, self.flow_width, self.patch, self.grid) < 1 or self.width % self.heads
-                or self.width % 4 or max(self.gtb_depth, self.flow_depth) > 1000):
-            raise UserError(f"decoder width {self.width} must be a multiple of 4 and of heads {self.heads}, all sizes positive, "
-                            f"and depths at most 1000: {self}")
-        known = self.projector in ("mlp", "linear") and self.objective in ("flow", "pixel")
-        if self.pixel_stats not in PIXEL_STATS or not known:
-            raise UserError(f"projector {self.projector!r} must be mlp or linear, decoder {self.objective!r} flow or pixel, "
-                            f"pixel_stats {self.pixel_stats!r} one of {' '.join(PIXEL_STATS)}")
+    def __post_init__(self):  # the values may come from a file
+        for f in fields(self):
+            x, low = getattr(self, f.name), int("depth" not in f.name)
+            if type(x) is not f.type or f.type is int and not low <= x <= 65536:
+                bounds = f" from {low} to 65536" if f.type is int else ""
+                raise UserError(f"{f.name} is {x!r:.50}; expected {f.type.__name__}{bounds}")
+        rules = {"width must be a multiple of 4 and of heads": self.width % 4 == 0 and self.width % self.heads == 0,
+                 "gtb_depth and flow_depth must be at most 1000": max(self.gtb_depth, self.flow_depth) <= 1000,
+                 "projector must be mlp or linear": self.projector in ("mlp", "linear"),
+                 "objective must be flow or pixel": self.objective in ("flow", "pixel"),
+                 f"pixel_stats must be one of {' '.join(PIXEL_STATS)}": self.pixel_stats in PIXEL_STATS}
+        for rule, holds in rules.items():
+            if not holds:
+                raise UserError(f"{rule}: {self}")
 
 
-def check_image(img, patch):
-    """Raise ValueError unless img is (B, 3, H, W) floating point, H and W multiples of the patch, and in about [0, 1].
+def check_tensor(name, x, shape):
+    """Raise ValueError unless x is a floating-point tensor of that shape. A letter is any size; only B may be 0."""
+    fits = isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim == len(shape)
+    for n, wanted in zip(x.shape if fits else (), shape):
+        fits &= n == wanted if not isinstance(wanted, str) else n > 0 or wanted == "B"
+    if not fits:
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"{name} is {got}; expected a floating-point tensor ({', '.join(map(str, shape))})")
 
-    The range is looked at on the CPU alone: a GPU would have to be waited for.
-    """
-    if not isinstance(img, torch.Tensor) or img.ndim != 4 or img.shape[1] != 3 or not img.is_floating_point():
-        came = f"{img.dtype} {tuple(img.shape)}" if isinstance(img, torch.Tensor) else type(img).__name__
-        raise ValueError(f"img is {came}; expected a floating-point tensor (B, 3, H, W) in [0, 1]: img.float() / 255?")
-    H, W = img.shape[2:]
-    if H % patch or W % patch or not H * W:
-        fit = [max(patch, round(s / patch) * patch) for s in (W, H)]
-        raise ValueError(f"image is {W}x{H} pixels; sides must be multiples of the patch {patch}: try {fit[0]}x{fit[1]}")
-    if img.device.type == "cpu" and img.numel() and not torch.compiler.is_compiling():
-        try:
-            low, high = (x.item() for x in img.detach().aminmax())
-        except RuntimeError:  # there is nothing to look at: vmap's and fake tensors have no values of their own
-            return
-        if not (low > -0.5 and high < 1.5):  # a resize may overshoot a little; also catches nan
-            raise ValueError(f"img has values from {low:.3g} to {high:.3g}; expected [0, 1], as the network normalises inside")
+
+def at_least_fp32(x):
+    """x in the type of losses and of the flow's state, under autocast and in half-precision modules, too."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def patchify(x, p):
-    """Pixels (B, 3, H, W) -> patches (B, N, 3p^2): N row-major over the grid, elements in order (channel, row, column)."""
+    """Pixels (B, 3, H, W) -> patches (B, N, 3p^2): N row-major over the grid, elements by channel, row, column."""
     B, C, H, W = x.shape
     x = x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, p, p)
     return x.reshape(B, (H // p) * (W // p), C * p * p)
@@ -129,41 +112,32 @@ def sample_t(shape, endpoint=0.0, device=None):
 def flow_loss(velocity, x, t, noise):
     """Rectified flow's loss, eq. 4-5: x_t = (1 - t) x + t eps, u = eps - x, mean (v(x_t, t) - u)^2; a scalar.
 
-    velocity: a callable v(x_t, t). x: data (B, ...); noise: eps, of its shape; t: times whose shape is the first
-    dimensions of x's, one time for each image (B,) or each patch (B, N); 1 = noise. Any flow model can use it.
+    velocity: a callable v(x_t, t) -> like x. x: data (B, ...). noise: eps, like x. t: 1 = noise; its dimensions are the
+    first ones of x, so that there is a time for each image (B) or for each patch (B, N). Any flow model can use it.
     """
-    if noise.shape != x.shape or t.shape != x.shape[:t.ndim]:
-        raise ValueError(f"x is {tuple(x.shape)}, noise {tuple(noise.shape)}, t {tuple(t.shape)}; expected noise of "
-                         "x's shape, and a t of its first dimensions")
+    check_tensor("noise", noise, x.shape)
+    check_tensor("t", t, x.shape[:t.ndim])
     s = t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
-    # Differs from the paper: eq. 5 reads as a sum over the patch; the mean is 1/(3p^2) of it (--lambda_f 588 at p = 14).
-    return (same_shape(velocity((1 - s) * x + s * noise, t), x) - (noise - x)).square().mean()
+    v = velocity((1 - s) * x + s * noise, t)
+    check_tensor("velocity", v, x.shape)  # one that is broadcast would make another loss, in silence
+    # Differs from the paper: eq. 5 reads as a sum over the patch, 3p^2 times this mean (--lambda_f 588 at p = 14).
+    return (v - (noise - x)).square().mean()
 
 
 def euler(velocity, noise, steps=1):
     """Solve dx/dt = v(x, t) from noise at t = 1 to data at t = 0 by Euler steps: x <- x - v(x, t) / steps.
 
-    velocity: a callable v(x, t), x of noise's shape (B, ..., D) and t (B, ...), a time for each vector. -> like noise.
+    velocity: a callable v(x, t) -> like x; x (B, ..., D), t (B, ...), a time for each vector. -> like noise.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; expected at least 1")
     x = noise
     for i in range(steps):
         t = torch.full(x.shape[:-1], 1 - i / steps, dtype=torch.float32, device=x.device)
-        x = x - same_shape(velocity(x, t), x) / steps
+        v = velocity(x, t)
+        check_tensor("velocity", v, x.shape)
+        x = x - v / steps
     return x
-
-
-def same_shape(v, x):
-    """The velocity v, if it has x's shape. What is broadcast instead would be another loss, in silence."""
-    if v.shape != x.shape:
-        raise ValueError(f"velocity is {tuple(v.shape)}; expected {tuple(x.shape)}, as x is")
-    return v
-
-
-def at_least_fp32(x):
-    """What losses and the flow's state are computed in, under autocast and in half-precision modules too."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class GlobalBlock(nn.Module):
@@ -189,8 +163,7 @@ class GlobalBlock(nn.Module):
 
 
 class FlowBlock(nn.Module):
-    """Residual block of the flow head on x (B, N, width): x + gate * MLP(LN(x) * (1 + scale) + shift), modulated
-    by y, of x's shape."""
+    """Residual block of the flow head: x + gate * MLP(LN(x) * (1 + scale) + shift), modulated by y, of x's shape."""
 
     def __init__(self, width):
         super().__init__()
@@ -206,10 +179,10 @@ class FlowBlock(nn.Module):
 
 
 class FlowHead(nn.Module):
-    """The velocity MLP v(x_t, t, c): x (..., channels), times t (...) with 1 = noise, c (..., cond_width) -> (..., channels).
+    """The velocity MLP v(x_t, t, c): x (..., channels), times t (...), 1 = noise, c (..., cond_width) -> like x.
 
-    Each vector is a sample of its own: a patch of B images' (B, N) here, a token in MAR. All modulations and the output
-    start at zero, so each residual block starts as the identity and the velocity at 0.
+    Each vector is a sample of its own: here a patch (B, N), in MAR a token. All modulations and the output start at
+    zero, so each residual block starts as the identity, and the velocity at 0.
     """
 
     def __init__(self, channels, cond_width, width, depth):
@@ -230,9 +203,8 @@ class FlowHead(nn.Module):
             nn.init.zeros_(m.bias)
 
     def forward(self, x, t, c):
-        if not x.shape[:-1] == t.shape == c.shape[:-1]:
-            raise ValueError(f"x is {tuple(x.shape)}, t {tuple(t.shape)}, c {tuple(c.shape)}; expected one t and one c "
-                             "for each vector of x")
+        check_tensor("t", t, x.shape[:-1])
+        check_tensor("c", c, (*x.shape[:-1], self.cond_proj.in_features))
         dtype = self.output.weight.dtype
         s = 1 - t  # the released network's time: it runs from noise at s = 0, and predicts x - eps, which is -v
         time = self.time_fc2(F.silu(self.time_fc1(sinusoid(1000 * s, 256).to(dtype))))  # (..., width)
@@ -245,14 +217,14 @@ class FlowHead(nn.Module):
 
 
 def sinusoid(t, dim):
-    """Transformer features of positions t (...) -> (..., dim): cosines first, then sines, of angular frequencies from 1 down to almost 1/10000."""
+    """Transformer features of positions t (...) -> (..., dim): cosines, then sines, of frequencies from 1 to 1e-4."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
     angles = t.float()[..., None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def position_grid(grid, width):
-    """2-D sin-cos position embedding of a square grid, (1, grid*grid, width): half the width for rows, half for columns."""
+    """2-D sin-cos position embedding of a square grid, (1, grid*grid, width): one half for rows, one for columns."""
     rows, cols = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     both = torch.cat([sinusoid(rows.flatten(), width // 2), sinusoid(cols.flatten(), width // 2)], dim=-1)
     return both[None].to(torch.get_default_dtype())
@@ -268,20 +240,13 @@ def resize_grid(pos, h, w):
     return grid.flatten(2).transpose(1, 2).to(pos.dtype)  # (1, h*w, D)
 
 
-def released_name(name):
-    """Our name of a decoder tensor in the authors' released file."""
-    for theirs, ours in RELEASED_NAMES:
-        name = name.replace(theirs, ours)
-    return name
-
-
 class Decoder(nn.Module):
     """A latent -> the image (B, 3, h*p, w*p) in [0, 1].
 
-    Two latents: `loss` = `forward` and `condition` take the raw z (B, C, h, w), as calling an Encoder returns it; `decode`
-    takes the latent normalised by the stored statistics, as Encoder.encode returns it. No call stops gradients: use
-    torch.no_grad() where they are not wanted. Under FSDP (fully_shard), register "decode", "condition" and
-    "velocity" with register_fsdp_forward_method, and call the loss as dec(z, img).
+    There are two latents: `loss` (= `forward`) and `condition` take the raw z (B, C, h, w), which calling an Encoder
+    returns; `decode` takes the normalised latent of Encoder.encode. No call stops gradients: use torch.no_grad() where
+    they are not wanted. Under FSDP (fully_shard), register "decode", "condition" and "velocity" with
+    register_fsdp_forward_method, and call the loss as dec(z, img).
     """
 
     def __init__(self, config):
@@ -298,142 +263,110 @@ class Decoder(nn.Module):
         self.head = FlowHead(3 * c.patch ** 2, c.width, c.flow_width, c.flow_depth)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-        # statistics of the latent, identity until computed; one copy in the file serves encoder and decoder
+        # statistics of the latent, the identity until computed; one copy in the file serves encoder and decoder
         self.register_buffer("latent_mean", torch.zeros(c.latent_dim, 1, 1))
         self.register_buffer("latent_std", torch.ones(c.latent_dim, 1, 1))
-        self.init_weights()
-
-    def init_weights(self):
-        """Linear weights Xavier-uniform, biases 0; then zero: every modulation (each residual block of the flow head
-        starts as the identity) and its output layer (the velocity starts at 0)."""
-        # Differs from the released code: there a later parent `apply` overwrites these zeros, and draws all linear weights with deviation 0.02.
+        # Differs from the released code: there a parent's `apply` later overwrites the flow head's zeros, and draws all
+        # linear weights with deviation 0.02.
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
         self.head.zero_init()
-        if self.config.objective == "pixel":  # its only input to the head: from zero, LN(0) = 0 and the zeros above pass no gradient
+        if c.objective == "pixel":  # the head's patches are zero: with a zero bias, too, no gradient would pass LN(0)
             nn.init.normal_(self.head.input_proj.bias)
 
-    def _run(self, block, *args):
-        recompute = self.checkpoint and torch.is_grad_enabled()
-        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False) if recompute else block(*args)
-
-    def check_latent(self, latent, name):
-        """ValueError unless it is floating point (B, C, h, w)."""
-        C, tensor = self.config.latent_dim, isinstance(latent, torch.Tensor)
-        if not tensor or latent.ndim != 4 or latent.shape[1] != C or not latent.is_floating_point() or 0 in latent.shape[2:]:
-            came = f"{latent.dtype} {tuple(latent.shape)}" if tensor else type(latent).__name__
-            raise ValueError(f"{name} is {came}; expected a floating-point tensor (B, {C}, h, w)")
+    def run_block(self, block, *args):
+        if self.checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+        return block(*args)
 
     def condition(self, z):
         """C of eq. 3 of the RAW z (B, C, h, w), not of a normalised latent -> (B, N, D), N = h*w row-major."""
-        self.check_latent(z, "z")
+        check_tensor("z", z, ("B", self.config.latent_dim, "h", "w"))
         h, w = z.shape[2:]
         x = self.latent_up(z.flatten(2).transpose(1, 2).to(self.pos_embed.dtype))  # (B, N, D)
         x = x + resize_grid(self.pos_embed, h, w).to(x.dtype)  # under autocast the residual stream is bf16 from here on
         for block in self.blocks:
-            x = self._run(block, x)
+            x = self.run_block(block, x)
         return x + resize_grid(self.head_pos_embed, h, w).to(x.dtype)
 
     def velocity(self, x_t, t, c):
-        """v of eq. 5: noisy patches x_t (B, N, 3p^2), times t (B, N) with 1 = noise, condition c (B, N, D) -> (B, N, 3p^2), fp32."""
-        return at_least_fp32(self._run(self.head, x_t, t, c))
+        """v of eq. 5, fp32: noisy patches x_t (B, N, 3p^2), times t (B, N), condition c (B, N, D) -> like x_t."""
+        return at_least_fp32(self.run_block(self.head, x_t, t, c))
 
     def loss(self, z, img, t=None, noise=None):
-        """L_flow of eq. 5 for the RAW z (B, C, h, w), not a normalised latent, and img (B, 3, H, W) in [0, 1]: a scalar, in fp32.
+        """L_flow of eq. 5, a scalar, in fp32: of the RAW z (B, C, h, w), no normalised latent, and img (B, 3, H, W).
 
-        t (B, N) and noise (B, N, 3p^2) are drawn if not given (t by sample_t). The "pixel" objective is the same network
-        at t = 1 with zeros for noise, where the loss is the squared error of the pixels -v. Raises ValueError for what is
-        no image or latent, or not of one batch and grid.
+        t (B, N) and noise (B, N, 3p^2) are drawn if not given (t by sample_t). The "pixel" objective is the same
+        network at t = 1 with zeros for noise: the loss is then the squared error of the pixels -v.
         """
         p = self.config.patch
-        check_image(img, p)
-        self.check_latent(z, "z")
-        (B, _, H, W), (h, w) = img.shape, z.shape[2:]
-        if (B, H, W) != (z.shape[0], h * p, w * p):
-            raise ValueError(f"img is {tuple(img.shape)}, z {tuple(z.shape)}; expected one batch, and an image of {h * p}x{w * p} "
-                             f"(HxW) for a grid of {h}x{w} patches of {p}")
+        check_tensor("z", z, ("B", self.config.latent_dim, "h", "w"))
+        B, _, h, w = z.shape
+        check_tensor("img", img, (B, 3, h * p, w * p))
+        if img.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+            with contextlib.suppress(RuntimeError):  # an empty batch and vmap's tensors have no values
+                low, high = (x.item() for x in img.detach().aminmax())
+                if not (low > -0.5 and high < 1.5):  # a resize may overshoot a little; this form also catches nan
+                    raise ValueError(f"img has values from {low:.3g} to {high:.3g}; expected [0, 1]")
         x = patchify((at_least_fp32(img) - self.mean) / self.std, p)  # (B, N, 3p^2)
-        for name, given, shape in ("t", t, x.shape[:2]), ("noise", noise, x.shape):
-            if given is not None and given.shape != shape:
-                raise ValueError(f"{name} is {tuple(given.shape)}; expected {tuple(shape)}")
         if self.config.objective == "pixel":
             t, noise = torch.ones(x.shape[:2], device=x.device), torch.zeros_like(x)
         t = sample_t(x.shape[:2], device=x.device) if t is None else t
         noise = torch.randn_like(x) if noise is None else noise
+        check_tensor("t", t, x.shape[:2])
         c = self.condition(z)
         return flow_loss(lambda x_t, t: self.velocity(x_t, t, c), x, t, noise)
 
     forward = loss  # what DistributedDataParallel calls
 
     def decode(self, latent, steps=1, noise=None):
-        """The NORMALISED latent (B, C, h, w) of Encoder.encode, not the raw z -> image (B, 3, h*p, w*p), clamped to [0, 1].
+        """The NORMALISED latent (B, C, h, w) of Encoder.encode, not the raw z -> image (B, 3, h*p, w*p) in [0, 1].
 
-        `steps` Euler steps lead from noise (B, N, 3p^2), N row-major, standard normal, drawn if not given, to the image;
-        the condition is computed once. Raises ValueError for what is no latent, and for fewer steps than 1.
+        `steps` Euler steps lead from noise (B, N, 3p^2) to the image; the condition is computed once. The noise is
+        standard normal, N row-major, and drawn if not given.
         """
-        if steps < 1:
-            raise ValueError(f"steps is {steps}; decoding takes at least 1")
-        self.check_latent(latent, "latent")
-        B, _, h, w = latent.shape
-        p = self.config.patch
-        shape = B, h * w, 3 * p * p
-        if noise is not None and noise.shape != shape:
-            raise ValueError(f"noise is {tuple(noise.shape)}; expected {shape}")
+        check_tensor("latent", latent, ("B", self.config.latent_dim, "h", "w"))
+        (B, _, h, w), p = latent.shape, self.config.patch
+        x = torch.randn(B, h * w, 3 * p * p, device=latent.device) if noise is None else noise
+        check_tensor("noise", x, (B, h * w, 3 * p * p))
         c = self.condition(latent * self.latent_std + self.latent_mean)
-        x = torch.randn(shape, device=latent.device) if noise is None else noise
         if self.config.objective == "pixel":  # a regression: one step from zeros
-            x, steps = torch.zeros_like(x), 1
+            x, steps = torch.zeros_like(x), min(steps, 1)
         x = euler(lambda x, t: self.velocity(x, t, c), x, steps)
         return (unpatchify(x, p, h * p, w * p) * self.std + self.mean).clamp(0, 1)
 
     @classmethod
     def from_pretrained(cls, path):
-        """The decoder of a tokenizer file, ours or the authors' released one, in eval mode on the CPU in fp32.
-
-        Raises MissingFile, or UserError if the file is no such tokenizer or its tensors do not fit its configuration.
-        """
-        if not os.path.isfile(path):
-            raise MissingFile(f"{path}: no such file")
-        stats = {"latent_mean", "latent_std"}
+        """The decoder of a tokenizer file, in eval mode, on the CPU, in fp32. UserError if the file holds none, or if
+        its tensors do not fit its configuration."""
         try:
             with safe_open(path, "pt") as f:
-                released = "chal_proj.c_fc.weight" in f.keys()
-                c = DecoderConfig() if released else DecoderConfig(**json.loads(f.metadata()["config"])["decoder"])
-                D, W, mlp = c.width, c.flow_width, c.projector == "mlp"
-                numbers = D * ((12 * c.gtb_depth + mlp) * D + W + 2 * c.grid ** 2) + W * ((5 * c.flow_depth + 3) * W + 6 * c.patch ** 2)
-                if 2 * numbers > os.path.getsize(path):  # said before they are allocated
-                    raise ValueError(f"it asks for {numbers:,} weights, and has {os.path.getsize(path):,} bytes")
-                if released:  # the defaults of DecoderConfig, no statistics
-                    parts = ("chal_unproj.", "global_block", "decoder_pos_embed", "flow_head.net.")
-                    state = {released_name(k): f.get_tensor(k) for k in f.keys() if k.startswith(parts)}
-                else:
-                    ours = sorted(k for k in f.keys() if k.startswith("decoder.") or k in stats)  # the file's statistics last
-                    state = {k.removeprefix("decoder."): f.get_tensor(k) for k in ours}
-        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, AttributeError) as e:
-            raise UserError(f"{path} does not hold a UniFlow decoder ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from None
-        dec = cls(c)
-        own = dict(dec.named_parameters())
-        if not released:  # views of the buffers; others are in a file made of a state_dict, train.py's has none
-            own |= {k: x for k, x in dec.named_buffers() if k in state} | {k: getattr(dec, k).flatten() for k in stats}
-        if released and state.keys() - own.keys():
-            warnings.warn(f"{path}: ignored tensors that the decoder does not use: {' '.join(sorted(state.keys() - own.keys()))}")
-            state = {k: v for k, v in state.items() if k in own}
-        usable = lambda k: (own[k].shape == state[k].shape and state[k].dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-                            and state[k].float().isfinite().all() and not (k == "latent_std" and state[k].float().min() <= 0))
-        wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if not usable(k))
-        if wrong:
-            raise UserError(f"{path} does not fit its configuration; missing, unknown, of another shape or type, not finite, or "
-                             f"a standard deviation not positive: {wrong[:3]!s:.300}")
-        with torch.no_grad():
-            for k, x in own.items():
-                x.copy_(state[k])
+                if "chal_proj.c_fc.weight" in f.keys():
+                    raise ValueError("the authors' released file; convert it: "
+                                     f"python -m tools.convert released {path} OUT.safetensors")
+                c = DecoderConfig(**json.loads(f.metadata()["config"])["decoder"])
+                state = {k.removeprefix("decoder."): f.get_tensor(k) for k in f.keys() if k.startswith("decoder.")}
+                state |= {k: f.get_tensor(k)[:, None, None] for k in ("latent_mean", "latent_std")}  # (C) in the file
+            D, W = c.width, c.flow_width
+            least = D * (12 * c.gtb_depth * D + W + 2 * c.grid ** 2) + W * (5 * c.flow_depth * W + 6 * c.patch ** 2)
+            if 2 * least > os.path.getsize(path):  # said before anything is allocated
+                raise ValueError(f"it asks for {least:,} weights, and has {os.path.getsize(path):,} bytes")
+            for k, x in state.items():
+                usable = x.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+                if not usable or not x.float().isfinite().all() or k == "latent_std" and x.float().min() <= 0:
+                    raise ValueError(f"{k} holds {x.dtype}, NaN, infinity, or a deviation that is not positive")
+            dec = cls(c)
+            dec.load_state_dict({"mean": dec.mean, "std": dec.std} | state)
+        except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, AttributeError, OSError) as e:
+            why = " ".join(str(e).split())[:300]
+            raise UserError(f"{path} does not hold a UniFlow decoder ({type(e).__name__}: {why})") from None
         return dec.eval()
 
 
 if __name__ == "__main__":
-    dec = Decoder(DecoderConfig(latent_dim=16, width=192, heads=3, gtb_depth=3, flow_depth=6, flow_width=384, patch=8, grid=8))
+    dec = Decoder(DecoderConfig(16, width=192, heads=3, gtb_depth=3, flow_depth=6, flow_width=384, patch=8, grid=8))
     z, img = torch.randn(2, 16, 8, 12), torch.rand(2, 3, 64, 96)
     print("latent z  ", tuple(z.shape))
     print("condition ", tuple(dec.condition(z).shape))

@@ -4,8 +4,7 @@
     w_l     = (l/L) exp(beta alpha_l) / sum_k (k/L) exp(beta alpha_k)              eq. 1, no gradient through w
     L_dist  = sum_l w_l alpha_l                                                    eq. 2
 
-H_U, H_T: student and teacher tokens after block l = 1..L, (B, N, D), spatial tokens only (the caller drops CLS, or
-`skip`s it).
+H_U, H_T: student and teacher tokens after block l = 1..L, (B, N, D), spatial tokens only: the caller drops CLS.
 
     loss, weights, distances = distill_loss(student_tokens, teacher_tokens)
 
@@ -23,19 +22,17 @@ def cosine(student, teacher):
     return F.cosine_similarity(student.float(), teacher.float(), dim=-1)
 
 
-def layer_distances(student, teacher, skip=0):
-    """alpha of every layer, without the first `skip` tokens. Two lists of L tensors (B, N, D) -> (L,) in [0, 2].
+def layer_distances(student, teacher):
+    """alpha of every layer. Two lists of L tensors (B, N, D) -> (L,) in [0, 2].
 
-    Raises ValueError if a layer has not the same shape in both (cosines of broadcast tensors mean nothing), or if no
-    token is left.
+    Raises ValueError if a layer has not the same shape in both, as cosines of broadcast tensors mean nothing, or if it
+    has no token.
     """
     shapes, theirs = ([tuple(x.shape) for x in layers] for layers in (student, teacher))
-    if shapes != theirs or any(len(shape) != 3 for shape in shapes):
+    if shapes != theirs or any(len(shape) != 3 or shape[1] == 0 for shape in shapes):
         raise ValueError(f"student has {len(shapes)} layers of {sorted(set(shapes))}, teacher {len(theirs)} of "
-                         f"{sorted(set(theirs))}; expected the same (B, N, D) for every layer of both")
-    if any(not 0 <= skip < shape[1] for shape in shapes):
-        raise ValueError(f"skip is {skip}, layers are {sorted(set(shapes))}; expected 0 <= skip < N")
-    return 1 - torch.stack([cosine(s, t)[:, skip:] for s, t in zip(student, teacher)]).mean((1, 2))
+                         f"{sorted(set(theirs))}; expected the same (B, N, D) for every layer of both, N at least 1")
+    return 1 - torch.stack([cosine(s, t) for s, t in zip(student, teacher)]).mean((1, 2))
 
 
 def layer_weights(distances, beta=2.0, strategy="adaptive"):
@@ -60,21 +57,21 @@ def layer_weights(distances, beta=2.0, strategy="adaptive"):
     return torch.softmax(depth.log() + beta * alpha, dim=0)
 
 
-def distill_loss(student, teacher, beta=2.0, strategy="adaptive", skip=0):
+def distill_loss(student, teacher, beta=2.0, strategy="adaptive", distances=layer_distances):
     """L_dist of eq. 2. Two lists of L tensors (B, N, D) -> (loss, weights (L,), distances (L,)).
 
-    skip: so many tokens at the start, the CLS, are left out if the caller has not dropped them.
+    distances: layer_distances, or the same function compiled.
     Weights and distances are detached. Under torch.distributed alpha is averaged over the ranks before the weights are
     formed, so that N ranks with equal batches give (after the mean of the gradients over ranks) the loss, weights and
     gradients of one rank with the joined batch.
     """
-    distances = layer_distances(student, teacher, skip)
-    alpha = distances.detach().clone()
+    attached = distances(student, teacher)
+    alpha = attached.detach().clone()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(alpha)
         alpha /= dist.get_world_size()
     weights = layer_weights(alpha, beta, strategy)
-    return (weights * distances).sum(), weights, alpha
+    return (weights * attached).sum(), weights, alpha
 
 
 if __name__ == "__main__":

@@ -29,14 +29,14 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import ImageDataset, LatentDataset, collate, cores, sample_numbers, split_batch
+from data import ImageDataset, LatentDataset, cores
 from decoder import Decoder
 from downstream import mar, sampling, speed
 from encoder import Encoder, UserError, load_exactly, read_config, write_atomically, write_model
 from eval import sha256
-from tools.run import INTERRUPTS, Run, command_line, listen, load_checkpoint, restore_optimizer, saving
+from tools.run import (INTERRUPTS, Run, average_weights, collate, command_line, listen, number, rate_factor,
+                       restore_optimizer, sample_numbers, saving, seed_step, split_batch)
 from tools.script import check_locks, commit, find_weights, ignore_signals
-from train import TOO_MANY_SKIPPED, average_weights, rate_factor, seed_step
 
 # blr: the rate at a batch of 256, with which it grows; warmup: the part of the run over which it rises
 MAR_RECIPE = dict(epochs=400, batch_size=2048, blr=1e-4, warmup=0.25, ema=0.9999, weight_decay=0.02, clip=3.0)
@@ -50,13 +50,15 @@ RECIPES = {
 MAY_DIFFER = set("latents data weights init out steps epochs workers micro_batch compile log_every eval_every "
                  "save_every keep_every resume_anyway warmup".split())  # when a run is resumed
 STATE = "model averaged optimizer step samples sums faults args id config".split()
+TOO_MANY_SKIPPED = 10  # steps in a row with a loss or gradient that is not finite
 
 
 def parse_args(argv=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = ap.add_subparsers(dest="command", required=True, metavar="train | sample | score | bench")
     workers = max(1, min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    on_gpu = torch.cuda.is_available()
+    on_gpu, count, share = torch.cuda.is_available(), number(int, 1), number(float, 0, 0.999999)
+    every = dict(type=number(int, 0), metavar="STEPS")
 
     train = commands.add_parser("train", help="train a generator; the same command again resumes")
     add = train.add_argument  # its defaults of None are the recipe's
@@ -66,38 +68,36 @@ def parse_args(argv=None):
     add("--weights", metavar="FILE", help="the tokenizer [with --latents the one that made them]")
     add("--init", metavar="FILE", help="for MAR: start its blocks from a released checkpoint-last.pth")
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of its configuration: dropout=0")
-    add("--size", type=int, help="with --data: pixels [the tokenizer's native size]")
+    add("--size", type=count, help="with --data: pixels [the tokenizer's native size]")
     add("--recipe", choices=RECIPES, help="defaults [mar or dit, as the model]")
-    add("--batch_size", type=int, help="global batch")
-    add("--micro_batch", type=int, default=64, help="latents per rank and forward pass [%(default)s]")
+    add("--batch_size", type=count, help="global batch")
+    add("--micro_batch", type=count, default=64, help="latents per rank and forward pass [%(default)s]")
     length = train.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="in optimizer steps")
-    length.add_argument("--epochs", type=int, help="or in passes over the data")
-    add("--lr", type=float, help="AdamW's rate [the recipe's for a batch of 256, times the batch / 256]")
-    add("--warmup", type=int, metavar="STEPS", help="the first steps, over which the rate rises from 0")
-    add("--lr_decay", type=float, default=0.0, metavar="FRACTION", help="the last part, over which it falls [none]")
+    length.add_argument("--steps", type=count, help="in optimizer steps")
+    length.add_argument("--epochs", type=count, help="or in passes over the data")
+    add("--lr", type=number(float, 0), help="AdamW's rate [the recipe's for a batch of 256, times the batch / 256]")
+    add("--warmup", type=number(int, 0), metavar="STEPS", help="the first steps, over which the rate rises from 0")
+    add("--lr_decay", type=number(float, 0, 1), default=0.0, metavar="FRACTION",
+        help="the last part, over which it falls [none]")
     add("--decay_shape", default="linear", choices=["linear", "cosine"], help="how it falls there [%(default)s]")
-    add("--ema", type=float, metavar="DECAY", help="of the averaged weights")
-    add("--beta1", type=float, default=0.9, help="AdamW's momentum [%(default)s]")
-    add("--beta2", type=float, default=0.95, help="AdamW's decay of the squared gradients [%(default)s]")
-    add("--weight_decay", type=float, help="of matrices and tables, outside of MAR's head")
-    add("--clip", type=float, help="gradient norm limit, 0 for none")
-    add("--seed", type=int, default=0, help="of initialisation, sample order and all draws [%(default)s]")
-    add("--workers", type=int, default=workers, help="data loading processes per rank [%(default)s]")
+    add("--ema", type=share, metavar="DECAY", help="of the averaged weights")
+    add("--beta1", type=share, default=0.9, help="AdamW's momentum [%(default)s]")
+    add("--beta2", type=share, default=0.95, help="AdamW's decay of the squared gradients [%(default)s]")
+    add("--weight_decay", type=number(float, 0), help="of matrices and tables, outside of MAR's head")
+    add("--clip", type=number(float, 0), help="gradient norm limit, 0 for none")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of initialisation, order and draws [%(default)s]")
+    add("--workers", type=number(int, 0), default=workers, help="data loading processes per rank [%(default)s]")
     add("--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help="[%(default)s: with a GPU]")
     add("--out", default="gen", metavar="FOLDER", help="where the run lives [%(default)s]")
-    add("--log_every", type=int, default=100, metavar="STEPS", help="[%(default)s]")
-    add("--eval_every", type=int, default=5000, metavar="STEPS", help="sample grid, also at the end [%(default)s]")
-    add("--save_every", type=int, default=1000, metavar="STEPS", help="state.pt and model.safetensors [%(default)s]")
-    add("--keep_every", type=int, metavar="STEPS", help="keep a copy of the model for good [never]")
+    add("--log_every", type=count, default=100, metavar="STEPS", help="[%(default)s]")
+    add("--eval_every", **every, default=5000, help="sample grid, also at the end [%(default)s]")
+    add("--save_every", **every, default=1000, help="state.pt and model.safetensors, also at the end [%(default)s]")
+    add("--keep_every", **every, help="keep a copy of the model for good [never]")
     add("--resume_anyway", action="store_true", help="resume although arguments differ")
     sampling.add_commands(commands, on_gpu, workers)
     speed.add_command(commands, on_gpu)
 
     args = ap.parse_args(argv)
-    for name in "iterations steps batch_size number images sweep resolution micro_batch epochs log_every size".split():
-        if (getattr(args, name, None) or 1) < 1:
-            ap.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
     if args.command != "train":
         return args
     if bool(args.latents) == bool(args.data):
@@ -113,11 +113,6 @@ def parse_args(argv=None):
             setattr(args, name, recipe[name])
     args.lr = recipe["blr"] * args.batch_size / 256 if args.lr is None else args.lr
     args.warmup_part = recipe["warmup"] if args.warmup is None else None
-    for high, names in ((math.inf, "workers lr warmup weight_decay clip eval_every save_every keep_every"),
-                        (1, "lr_decay"), (0.999999, "beta1 beta2 ema"), (2 ** 63 - 1, "seed")):
-        for name in names.split():
-            if not 0 <= (getattr(args, name) or 0) <= high:  # also catches nan
-                train.error(f"--{name} is {getattr(args, name)}; it must be at least 0 and at most {high}")
     return args
 
 
@@ -125,12 +120,11 @@ def build_data(args, device):
     """(data, encode, decoder or None, what the model file says of them): training data whose batches `encode` makes
     normalised latents, and the decoder that shows them."""
     if args.latents:
-        data = LatentDataset(args.latents, True, args.seed)
-        about, weights, dec = data.about, args.weights or data.about["weights"], None
-        if args.weights or os.path.isfile(weights):
-            sampling.check_tokenizer(weights, about["weights_sha256"], args.latents)
+        data, dec = LatentDataset(args.latents, True, args.seed), None
+        if args.weights or os.path.isfile(data.about["weights"]):
+            weights = sampling.find_tokenizer(args.weights, data.about, args.latents)
             dec = Decoder.from_pretrained(weights).to(device)
-        return data, torch.Tensor.float, dec, about
+        return data, torch.Tensor.float, dec, data.about
     weights = find_weights(args.weights)
     enc, dec = Encoder.from_pretrained(weights).to(device), Decoder.from_pretrained(weights).to(device)
     if not (enc.latent_mean.any() or (enc.latent_std != 1).any()):
@@ -203,9 +197,7 @@ def setup(args, run):
 def resume(s):
     """Go on from RUN/state.pt if there is one, on all ranks from the same; whether there are steps left."""
     args, run, now, path = s.args, s.run, s.now, s.run.path("state.pt")
-    state = load_checkpoint(path, STATE, args, MAY_DIFFER)
-    run.agree([state["id"], state["step"]] if state else [None, 0])
-    if state:
+    if state := run.load(STATE, args, MAY_DIFFER):
         for part, module in ("model", s.model), ("averaged", s.averaged):
             load_exactly(dict(module.named_parameters()), state[part], path)
         restore_optimizer(s.optimizer, state["optimizer"], path)
@@ -214,8 +206,6 @@ def resume(s):
         run.say(f"resumed from {path} at step {now.step:,}")
         if run.rank == 0:  # a run that was killed between the two has not written it
             export(s, run.path("model.safetensors"))
-    elif run.rank == 0:
-        run.set_aside()
     if now.step >= args.steps:
         run.say(f"the run is finished: {run.path('model.safetensors')}; to extend it, give more --steps or --epochs")
     return now.step < args.steps
@@ -247,11 +237,12 @@ def step(s, batches):
     average_weights(s.averages, s.weights, now.step, args.ema)
     now.sums += torch.where(skipped, 0, row)
     now.faults = torch.stack([now.faults[0] + skipped, (now.faults[1] + 1) * skipped])
+    s.last_finite = torch.where(skipped, s.last_finite, row)
     now.step, now.samples = now.step + 1, now.samples + args.batch_size
     if (not run.on_gpu or now.step % 10 == 0) and now.faults[1] >= TOO_MANY_SKIPPED:  # a GPU would be waited for
-        raise UserError(f"at step {now.step} the loss or its gradient is not finite, {int(now.faults[1])} steps in a "
-                        "row: the same command with a lower --lr and --resume_anyway goes on from "
-                        f"{run.path('state.pt')}")
+        batch = range(now.samples - args.batch_size, now.samples)
+        run.stop_not_finite(now.step, int(now.faults[1]), f"{(s.last_finite[0] / s.last_finite[2]).item():.4f}",
+                            [s.data.path(s.data.index(n)) for n in batch])
 
 
 def log(s, seconds_a_step):
@@ -316,6 +307,7 @@ def train(args, on_signal=None):
                               pin_memory=run.on_gpu, worker_init_fn=ignore_signals))
     bar = tqdm(total=args.steps, initial=now.step, desc="train", unit="step", disable=None if run.rank == 0 else True)
     tick, timed, interrupted = time.time(), 0, 0
+    s.last_finite = now.sums  # statistics of the last step that was
     while now.step < args.steps and not interrupted:
         step(s, batches)
         timed += 1

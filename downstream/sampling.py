@@ -23,8 +23,11 @@ from tqdm import tqdm
 from decoder import Decoder
 from downstream import dit, mar
 from encoder import MissingFile, UserError, load_exactly, one_line, write_atomically
-from eval import (INCEPTION_URL, FidStatistics, Job, frechet_distance, read_npz, refuse_unless_finite, sha256,
-                  warn_of_few)
+from eval import INCEPTION_URL, frechet_distance, refuse_unless_finite, sha256
+from tools.fid import FidStatistics, load_inception, read_npz, warn_of_few
+from tools.job import Job
+from tools.run import number
+from tools.script import find_weights
 
 MODELS = [*mar.SIZES, *dit.SIZES]
 IMAGES = 50_000  # of Table 3b
@@ -65,39 +68,42 @@ def add_commands(commands, on_gpu, workers):
         add = part.add_argument
         add("--run", required=True, metavar="FOLDER", help="of training, or a generator's file")
         add("--weights", metavar="FILE", help="the tokenizer [the one whose latents it was trained on]")
-        add("--seed", type=int, default=0, help="[%(default)s]")
+        add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="[%(default)s]")
         add("--temperature", type=float, default=1.0, help="scales the noise [%(default)s]")
-        add("--resolution", type=int, help="pixels [256, or what the tokenizer gives if that is less]")
+        add("--resolution", type=number(int, 1), help="pixels [256, or what the tokenizer gives if that is less]")
         add_steps(part, on_gpu)
     add = sample.add_argument
     add("--cfg", type=float, default=3.0, help="guidance, 1 for none [%(default)s]")
     add("--classes", type=int, nargs="+", metavar="CLASS", help="their numbers [all]")
-    add("--number", type=int, default=8, help="images of each [%(default)s]")
+    add("--number", type=number(int, 1), default=8, help="images of each [%(default)s]")
     add("--save", default="samples.png", metavar="FILE.png|FOLDER|FILE.npz", help="[%(default)s]")
     add = score.add_argument
     add("--out", metavar="FILE", help="also write the report as JSON")
     add("--reference", required=True, metavar="PATH", help="the training images: .npz of statistics (mu, sigma), such "
         "as ADM's, or of images; a folder or .zip of images, which are cropped to --resolution")
     add("--cfg", type=float, nargs="+", default=[3.0], help="guidance; of several the best on --sweep images [3]")
-    add("--images", type=int, default=IMAGES, help="to score [%(default)s]")
-    add("--sweep", type=int, default=10_000, metavar="IMAGES", help="to choose the guidance on [%(default)s]")
+    add("--images", type=number(int, 2), default=IMAGES, help="to score [%(default)s]")
+    add("--sweep", type=number(int, 2), default=10_000, metavar="IMAGES", help="to choose guidance on [%(default)s]")
     add("--inception", default=INCEPTION_URL, metavar="FILE", help="pytorch-fid's file or a URL [downloaded, 91 MB]")
-    add("--workers", type=int, default=workers, help="that load the reference [%(default)s]")
+    add("--workers", type=number(int, 0), default=workers, help="that load the reference [%(default)s]")
 
 
 def add_steps(part, on_gpu):
     """What decides the time that sampling takes, for the parser of a command."""
     add = part.add_argument
-    add("--iterations", type=int, default=256, help="MAR's [%(default)s]")
-    add("--steps", type=int, default=25, help="Euler steps of MAR's head, Heun steps of the DiT [%(default)s]")
-    add("--batch_size", type=int, default=64, help="at a time, on each rank [%(default)s]")
+    add("--iterations", type=number(int, 1), default=256, help="MAR's [%(default)s]")
+    add("--steps", type=number(int, 1), default=25, help="Euler's of MAR's head, Heun's of the DiT [%(default)s]")
+    add("--batch_size", type=number(int, 1), default=64, help="at a time, on each rank [%(default)s]")
     add("--bf16", action="store_true", default=on_gpu, help="[with a GPU]")
     add("--fp32", dest="bf16", action="store_false", help="without TF32 [without a GPU]")
     add("--compile", action="store_true", help="worth it from some hundred images on")
 
 
-def check_tokenizer(path, expected, whose):
-    """UserError unless the tokenizer file has this SHA-256, that of the latents of `whose`."""
+def find_tokenizer(given, about, whose):
+    """Path of the tokenizer of `whose` latents: the one given, or that which `about` names. UserError for another."""
+    path, expected = find_weights(given) if given else about["weights"], about["weights_sha256"]
+    if not os.path.isfile(path):
+        raise MissingFile(f"{path}: no such file; give the tokenizer of {whose} with --weights")
     if sha256(path) != expected:
         raise UserError(f"{path} is not the tokenizer of {whose}, whose SHA-256 is {expected:.12}.. and not "
                         f"{sha256(path):.12}..: give that one with --weights")
@@ -122,15 +128,11 @@ def load_generator(path, device):
 def load(args, device):
     """(generator, decoder, what the generator's file says) for sample and score."""
     model, info = load_generator(args.run, device)
-    weights = args.weights or info["weights"]
-    if not os.path.isfile(weights):
-        raise MissingFile(f"{weights}: no such file; give the tokenizer of {args.run} with --weights")
-    check_tokenizer(weights, info["weights_sha256"], args.run)
+    args.weights = find_tokenizer(args.weights, info, args.run)
+    args.resolution = args.resolution or min(256, info["size"])
     if args.compile:
         model.compile_blocks()
-    args.weights = weights
-    args.resolution = args.resolution or min(256, info["size"])
-    return model, Decoder.from_pretrained(weights).to(device), info
+    return model, Decoder.from_pretrained(args.weights).to(device), info
 
 
 def draw(seed, c, k, config, patch):
@@ -251,15 +253,15 @@ def reference_statistics(job, path, resolution, network):
     rated = FidStatistics(network, len(data), path)
     for n, img, _ in job.images("features of the reference", data):
         rated.add(img, n)
-    return rated.over_ranks(job)[0], f"{len(data):,} images of {path}"
+    return rated.of_all_ranks(job)[0], f"{len(data):,} images of {path}"
 
 
 def score(args):
     """gFID and IS. Several --cfg are compared on --sweep images, the best one is scored on --images. -> the report"""
-    args.fid, args.latent_stats, wanted = None, None, args.cfg
+    args.fid, wanted = True, args.cfg  # an error of load_inception is not to propose to leave it out
     job = Job(args)
     model, dec, info = load(args, job.device)
-    network, name = job.inception()
+    network, name = load_inception(job)
     if network is None:
         raise UserError("gFID and IS need --inception")
     reference, against = reference_statistics(job, args.reference, args.resolution, network)
@@ -271,7 +273,7 @@ def score(args):
         rated = FidStatistics(network, total, "--images")
         for numbers, img in images(job, model, dec, [(i % C, i // C) for i in range(total)], args, f"cfg {cfg:g}"):
             rated.add((img * 255).round() / 255, numbers)
-        statistics, (mean, deviation) = rated.over_ranks(job)
+        statistics, (mean, deviation) = rated.of_all_ranks(job)
         if statistics[1].shape != reference[1].shape:
             raise UserError(f"{args.reference} has a covariance of {tuple(reference[1].shape)}, these features one of "
                             f"{tuple(statistics[1].shape)}: both must be of one network")

@@ -58,7 +58,7 @@ def test_betas_and_warmup_reach_the_optimizer():
         for name in "--beta1", "--beta2", "--ema":
             with contextlib.redirect_stderr(io.StringIO()) as said:
                 raises(SystemExit, train.parse_args, [name, "1"])
-            assert f"{name} is 1.0; it must be at least 0 and at most 0.999999" in said.getvalue()
+            assert f"{name}: it is 1; it must be at least 0 and at most 0.999999" in said.getvalue()
 
 
 def test_ema_is_exported_evaluated_and_resumed_exactly():

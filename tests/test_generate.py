@@ -1,6 +1,6 @@
 """downstream/generate.py by its command line: training, sampling, scoring, and what it refuses."""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    QuickInception, close, evaluate, log_lines, picture_folder, raises, run, run_ranks, same_weights,
+    QuickInception, close, log_lines, picture_folder, raises, run, run_ranks, same_weights,
     tokenizer_file)
 
 import contextlib
@@ -22,7 +22,8 @@ import eval as evaluation
 from data import LatentDataset
 from downstream import generate, mar
 from encoder import UserError, read_config, write_model
-from train import seed_step
+from tools.latents import main as save_latents
+from tools.run import seed_step
 
 SMALL = ["--set", "width=32", "depth=1", "heads=2", "--batch_size", "4", "--micro_batch", "2", "--workers", "0"]
 SMALL_MAR = [*SMALL[:4], "head_width=32", "head_depth=1", "buffer=2", *SMALL[4:]]
@@ -41,10 +42,12 @@ def tokenizer(folder):
 
 
 def latents(folder, weights):
-    """Path of a folder of the latents of 10 pictures of 2 classes."""
+    """Path of a folder of the latents of 10 pictures of 2 classes, with those of the mirrored pictures."""
     out = os.path.join(folder, "latents")
     if not os.path.exists(out):
-        evaluate("--save_latents", out, "--data", picture_folder(folder)[0], "--weights", weights, "--workers", 0)
+        flags = "save", "--flip", "--out", out, "--data", picture_folder(folder)[0], "--weights", weights
+        with contextlib.redirect_stdout(io.StringIO()):
+            save_latents([*flags, "--workers", "0"])
     return out
 
 
@@ -248,9 +251,9 @@ def test_generation_refuses_what_is_wrong():
         info = generate.sampling.load_generator(os.path.join(tmp, "images"), "cpu")[1]
         assert info["classes"] == ["class0", "class1"] and info["size"] == 16 and info["config"]["channels"] == 8
         for flags, words in [(["train", "--model", "dit-s"], "give --latents"),
-                             (["train", "--latents", "x", "--ema", "1"], "--ema is"),
+                             (["train", "--latents", "x", "--ema", "1"], "argument --ema: it is 1"),
                              (["train", "--latents", "x", "--set", "grid=4"], "are those of the latents"),
-                             (["sample", "--run", out, "--number", "0"], "--number is 0"),
+                             (["sample", "--run", out, "--number", "0"], "argument --number: it is 0"),
                              (["train", "--latents", "x", "--init", "y"], "--init starts a MAR")]:
             done = run("python", "-m", "downstream.generate", *flags)
             assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done

@@ -30,6 +30,8 @@ import data
 import decoder
 import encoder
 import eval as evaluation
+import tools.fid as fid_command
+import tools.job as jobs
 import tools.script as script
 import tools.validate as validation
 
@@ -62,13 +64,13 @@ def file_size_limit(size):
 
 
 def as_command(*flags, stdout=None):
-    """(exit status, stdout, stderr) of eval.run, the command line, in this process."""
+    """(exit status, stdout, stderr) of eval.py's command line, in this process."""
     out, err = stdout or io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
     status = 0
     argv = ["eval.py", *map(str, flags)]
     with patch.object(sys, "argv", argv), patch.object(sys, "stdout", out), patch.object(sys, "stderr", err):
         try:
-            evaluation.run()
+            script.run_command(evaluation.main, "eval.py")
         except SystemExit as e:
             status = e.code
     return status, b"" if stdout else out.buffer.getvalue(), err.getvalue()
@@ -100,7 +102,7 @@ def test_inception_score_of_any_order():
     logits = 5 * torch.randn(301, 1008, generator=torch.Generator().manual_seed(0))
     network, shares = lambda n: (torch.zeros(len(n), 4), logits[n]), []
     for ranks, batch in ((1, 301), (3, 7)):
-        rated = [evaluation.FidStatistics(network, 301, "these") for _ in range(ranks)]
+        rated = [fid_command.FidStatistics(network, 301, "these") for _ in range(ranks)]
         for rank in range(ranks):
             mine = list(range(rank, 301, ranks))
             for i in range(0, len(mine), batch):
@@ -217,10 +219,6 @@ def test_no_console_loses_the_report():
                 status, out, err = as_command("--fid", pictures, pictures, "--resolution", 256, *two, *stats)
         assert status == 2 and "stats.npz could not be written" in err and "disk full" in err, err
         assert said.splitlines()[-1].startswith("FID ") and said.splitlines()[-1] in out.decode(), "the same figure"
-        blocked = ["--data", pictures, "--weights", weights, "--workers", 0, "--save_latents", weights]
-        evaluate("--latent_stats", *blocked[:6])
-        status, _, err = as_command(*blocked)
-        assert status == 2 and f"--save_latents {weights} is no folder" in err and err.count("\n") == 1, err
 
 
 class ClosedLater:
@@ -335,7 +333,7 @@ class Troubled:
 
 def test_trouble_in_a_worker_keeps_its_kind():
     def look(error, workers):
-        job = evaluation.Job(evaluation.parse_args(["--data", "x", "--workers", str(workers)]))
+        job = jobs.Job(evaluation.parse_args(["--data", "x", "--workers", str(workers)]))
         try:
             return list(job.images("look", Troubled(error)))
         except Exception as e:
@@ -374,20 +372,35 @@ def test_npz_travels_to_workers_as_a_path():
         stored, packed = os.path.join(tmp, "stored.npz"), os.path.join(tmp, "packed.npz")
         np.savez(stored, pictures), np.savez_compressed(packed, pictures)
         for path in stored, packed:
-            images = evaluation.read_npz(path)
-            unpacked = images.file
+            images = fid_command.read_npz(path)
+            assert np.array_equal(images[7][0].permute(1, 2, 0), pictures[7]), "now the file is open"
             assert len(pickle.dumps(images)) < 500, "not its 72,000 pixels"
             copy = pickle.loads(pickle.dumps(images))
             assert len(copy) == 50 and copy.path(3) == f"{path}[3]"
-            assert all(np.array_equal(copy[n][0].permute(1, 2, 0), pictures[n]) for n in (0, 1, 49))
+            assert all(np.array_equal(copy[n][0].permute(1, 2, 0), pictures[n]) for n in (0, 1, 49, 3))
             raises(IndexError, copy.__getitem__, 50)
-            del images
-            assert os.path.exists(unpacked) == (path == stored), "the temporary file goes with the images"
+            mine = images.file
+            with patch.object(os, "getpid", lambda: -1):
+                assert np.array_equal(images[8][0].permute(1, 2, 0), pictures[8]) and images.file is not mine, (
+                    "a forked worker opens the file for itself")
         cut = open(stored, "rb").read()
         open(os.path.join(tmp, "cut.npz"), "wb").write(cut[:20_000] + cut[-500:])
-        raises(evaluation.UserError, evaluation.read_npz, os.path.join(tmp, "cut.npz"), words="neither")
+        raises(evaluation.UserError, fid_command.read_npz, os.path.join(tmp, "cut.npz"), words="neither")
+        damaged, short = os.path.join(tmp, "damaged.npz"), os.path.join(tmp, "short.npz")
+        with zipfile.ZipFile(packed) as z:
+            content = z.read("arr_0.npy")
+        with zipfile.ZipFile(short, "w") as z:
+            z.writestr("arr_0.npy", content[:-1])
+        wrong = bytearray(open(packed, "rb").read())
+        wrong[40_000] ^= 1  # noise is not compressed: only the checksum tells
+        open(damaged, "wb").write(wrong)
+        raises(evaluation.UserError, evaluate, "--fid", damaged, stored, "--inception", inception, "--workers", 0,
+               words=["of 50 images cannot be used", "damaged.npz[49] is damaged"])
+        raises(evaluation.UserError, evaluate, "--fid", short, stored, "--inception", inception, "--workers", 0,
+               words=["1 of 50 images cannot be used", "short.npz[49] is damaged or cut off"])
         fid = lambda *flags: evaluate("--fid", stored, packed, "--inception", inception, *flags)[1]
         method, plain = multiprocessing.get_start_method(), fid("--workers", 0)
+        assert fid("--workers", 2)["fid"] == plain["fid"]
         multiprocessing.set_start_method("forkserver", force=True)
         try:
             with no_longer_than(60):
@@ -442,13 +455,13 @@ def test_arrays_and_statistics_that_are_no_measure():
     with tempfile.TemporaryDirectory() as tmp:
         path, images = os.path.join(tmp, "x.npz"), np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), np.uint8)
         np.savez(path, images)
-        read = evaluation.read_npz(path)
+        read = fid_command.read_npz(path)
         assert all(np.array_equal(read[n][0].permute(1, 2, 0), images[n]) for n in range(5)), "row by row"
         np.savez(path, np.asfortranarray(images))  # which lies column by column
-        raises(evaluation.UserError, evaluation.read_npz, path, words="uint8 (N, H, W, 3)")
+        raises(evaluation.UserError, fid_command.read_npz, path, words="uint8 (N, H, W, 3)")
         for mu, sigma in ((np.array([0, np.nan]), np.eye(2)), (np.zeros(2), np.array([[1, 0], [0, np.inf]]))):
             np.savez(path, mu=mu, sigma=sigma)
-            raises(evaluation.UserError, evaluation.read_npz, path, words="finite")
+            raises(evaluation.UserError, fid_command.read_npz, path, words="finite")
 
 
 def test_fp32_is_no_tf32():
@@ -458,9 +471,9 @@ def test_fp32_is_no_tf32():
     try:
         for place in places:
             place.allow_tf32 = True
-        job = evaluation.Job(evaluation.parse_args(["--data", "x"]))
+        job = jobs.Job(evaluation.parse_args(["--data", "x"]))
         assert job.precision == "fp32 without TF32" and not any(place.allow_tf32 for place in places)
-        assert not job.autocast._enabled and evaluation.Job(evaluation.parse_args(["--data", "x", "--bf16"])).autocast._enabled
+        assert not job.autocast._enabled and jobs.Job(evaluation.parse_args(["--data", "x", "--bf16"])).autocast._enabled
     finally:
         for place, value in zip(places, before):
             place.allow_tf32 = value
@@ -474,8 +487,8 @@ def test_a_report_says_where_the_weights_come_from():
         encoder.write_model(weights, {**encoder.read_config(plain), **said}, safetensors.torch.load_file(plain))
         report = evaluate("--data", folder, "--weights", weights, "--inception", "none", "--workers", 0)[1]
         assert {k: report[k] for k in said} == said and report["code"] == script.commit() and report["images"] == 2
-    assert evaluation.warn_of_few(2048) is None, "as many as dimensions"
-    assert evaluation.warn_of_few(2047).startswith("FID of 2047 images")
+    assert fid_command.warn_of_few(2048) is None, "as many as dimensions"
+    assert fid_command.warn_of_few(2047).startswith("FID of 2047 images")
 
 
 def test_a_distance_is_never_below_0():
@@ -486,31 +499,6 @@ def test_a_distance_is_never_below_0():
         x = torch.randn(20 + n, 24, dtype=torch.float64)
         found.append(evaluation.frechet_distance(x.mean(0), torch.cov(x.T), x.mean(0), torch.cov(x.T)))
     assert min(found) >= 0 and max(found) < 1e-9, (min(found), max(found))
-
-
-def test_files_of_latents_say_where_they_begin_and_of_which_data():
-    with tempfile.TemporaryDirectory() as tmp:
-        weights, (_, archive) = tokenizer_file(tmp), picture_folder(tmp, n=5)
-        tensors = safetensors.torch.load_file(weights)
-        encoder.write_model(weights, encoder.read_config(weights), {**tensors, "latent_std": torch.full((8,), 2.0)})
-        out, save = os.path.join(tmp, "latents"), evaluation.save_latents
-        flags = ["--data", archive, "--weights", weights, "--workers", 0, "--save_latents", out]
-        with patch.object(evaluation, "save_latents", lambda *args: save(*args, shard=2)):
-            evaluate(*flags)
-            names = sorted(name for name in os.listdir(out) if name != "index.json")
-            assert len(names) == 3 and json.load(open(os.path.join(out, "index.json")))["shard"] == 2
-            for k, name in enumerate(names):
-                with safetensors.safe_open(os.path.join(out, name), "pt") as f:
-                    assert json.loads(f.metadata()["config"])["first"] == 2 * k and len(f.get_tensor("labels")) == min(2, 5 - 2 * k)
-            picture_folder(tmp, n=5)  # the same pictures again: nothing to do
-            evaluate(*flags)
-            with zipfile.ZipFile(archive) as z:
-                names = z.namelist()
-            with zipfile.ZipFile(archive, "w") as z:  # the same names, other pictures
-                for k, name in enumerate(names):
-                    picture(50 + k).save(f := io.BytesIO(), "PNG")
-                    z.writestr(name, f.getvalue())
-            raises(evaluation.UserError, evaluate, *flags, words="of other weights, data, size or precision")
 
 
 def test_weights_that_are_not_given():
@@ -529,6 +517,3 @@ def test_weights_that_are_not_given():
         for weights in "out/model.safetensors", shipped:  # who names one, or has no other, is told nothing
             assert "there is no --weights" not in evaluate(*flags, "--weights", weights)[0]
         assert "there is no --weights" not in said.replace(told, "")
-        with contextlib.redirect_stderr(io.StringIO()) as err:  # which would change the file
-            raises(SystemExit, evaluation.main, ["--data", folder, "--latent_stats"], words="2")
-        assert "--weights FILE" in err.getvalue()

@@ -22,6 +22,7 @@ import decoder
 import distill
 import encoder
 import eval as evaluation
+from tools import convert
 
 REGISTERS = replace(MICRO_VIT, num_prefix=5, layer_scale=0.5)
 
@@ -221,16 +222,19 @@ def test_empty_batches_and_what_would_be_broadcast():
     for wrong in 1.5, "last", [None, "0"]:
         raises(ValueError, enc.features, img, wrong, words=["layer is", "integers from -3 to 2"])
     x, t, noise, same = torch.randn(4, 6, 48), torch.rand(4, 6), torch.randn(4, 6, 48), lambda x, t: x
-    for wrong in (x, t[:1], noise), (x, t, noise[:1]), (x, t, noise[..., :1]), (x, torch.rand(6), noise):
-        raises(ValueError, decoder.flow_loss, same, *wrong, words=["x is (4, 6, 48)", "noise of x's shape"])
+    needed = "expected a floating-point tensor "
+    for wrong, words in (((x, t[:1], noise), f"t is torch.float32 (1, 6); {needed}(4, 6)"),
+                         ((x, t, noise[:1]), f"noise is torch.float32 (1, 6, 48); {needed}(4, 6, 48)"),
+                         ((x, t, noise[..., :1]), f"noise is torch.float32 (4, 6, 1); {needed}(4, 6, 48)"),
+                         ((x, torch.rand(6), noise), f"t is torch.float32 (6,); {needed}(4)")):
+        raises(ValueError, decoder.flow_loss, same, *wrong, words=words)
     for one in (lambda x, t: x[..., :1]), (lambda x, t: x[:1]), (lambda x, t: x[None]):
-        raises(ValueError, decoder.flow_loss, one, x, t, noise, words="expected (4, 6, 48)")
-        raises(ValueError, decoder.euler, one, noise, words="expected (4, 6, 48)")
+        raises(ValueError, decoder.flow_loss, one, x, t, noise, words=["velocity is", needed + "(4, 6, 48)"])
+        raises(ValueError, decoder.euler, one, noise, words=["velocity is", needed + "(4, 6, 48)"])
     raises(ValueError, decoder.euler, same, noise, 0, words="steps is 0")
     for wrong in (x[:1], t, c), (x, t[:1], c), (x, t, c[:1]), (x, t[:, :1], c), (x, t, c[:, :1]), (x, t[:, 0], c):
-        raises(ValueError, dec.velocity, *wrong, words="one t and one c for each vector")
-    for skip in 6, 7, -1:
-        raises(ValueError, distill.layer_distances, [c], [c], skip, words=f"skip is {skip}")
+        raises(ValueError, dec.velocity, *wrong, words=needed)
+    raises(ValueError, distill.layer_distances, [c[:, :0]], [c[:, :0]], words="N at least 1")
 
 
 def sharded(port, path):
@@ -280,11 +284,15 @@ def test_ddp_and_fully_shard():
 def test_what_is_no_image_or_latent_is_refused():
     _, enc, dec = micro_models()
     img, z, noise = torch.rand(2, 3, 16, 32), torch.randn(2, 8, 4, 8), torch.randn(2, 32, 48)
-    wrong_images = {
-        "torch.uint8 (2, 3, 16, 32)": (255 * img).byte(), "(2, 1, 16, 32)": img[:, :1], "(3, 16, 32)": img[0],
+    wrong_sizes = {
         "30x16 pixels; sides must be multiples of the patch 4: try 32x16": img[..., :30],
-        "32x14 pixels; sides must be multiples of the patch 4: try 32x16": img[:, :, :14],
-        "0x16 pixels": img[..., :0], "from 0 to 255": torch.tensor([0.0, 255]).repeat(2, 3, 16, 16),
+        "32x14 pixels; sides must be multiples of the patch 4: try 32x16": img[:, :, :14], "0x16 pixels": img[..., :0]}
+    for words, wrong in wrong_sizes.items():
+        for call in (enc, enc.encode, enc.features):
+            raises(ValueError, call, wrong, words=words)
+        raises(ValueError, dec.loss, z, wrong, words=[str(tuple(wrong.shape)), "(2, 3, 16, 32)"])
+    wrong_images = {
+        "torch.uint8 (2, 3, 16, 32)": (255 * img).byte(), "(2, 1, 16, 32)": img[:, :1], "(3, 16, 32)": img[0], "from 0 to 255": torch.tensor([0.0, 255]).repeat(2, 3, 16, 16),
         "from -1 to 1": torch.tensor([-1.0, 1]).repeat(2, 3, 16, 16), "nan": img + float("nan"), "torch.int64": img.long(), "ndarray": img.numpy()}
     for words, wrong in wrong_images.items():
         for call in (enc, enc.encode, enc.features, lambda x: dec.loss(z, x)):
@@ -294,11 +302,11 @@ def test_what_is_no_image_or_latent_is_refused():
     for words, wrong in wrong_latents.items():
         for call in (dec.condition, dec.decode, lambda x: dec.loss(x, img)):
             raises(ValueError, call, wrong, words=words)
-    raises(ValueError, dec.loss, z.transpose(2, 3), img, words=["(2, 8, 8, 4)", "32x16"])  # as many patches, another grid
-    raises(ValueError, dec.loss, z[:1], img, words=["(1, 8, 4, 8)", "one batch"])
-    raises(ValueError, dec.loss, z, img[:1], words=["(1, 3, 16, 32)", "one batch"])
-    raises(ValueError, dec.loss, z, img, torch.rand(2, 1), words=["t is (2, 1)", "(2, 32)"])
-    raises(ValueError, dec.loss, z, img, None, noise[:1], words=["noise is (1, 32, 48)"])
+    raises(ValueError, dec.loss, z.transpose(2, 3), img, words=["(2, 3, 16, 32)", "(2, 3, 32, 16)"])  # as many patches, another grid
+    raises(ValueError, dec.loss, z[:1], img, words=["is torch.float32 (2, 3, 16, 32)", "tensor (1, 3, 16, 32)"])
+    raises(ValueError, dec.loss, z, img[:1], words=["is torch.float32 (1, 3, 16, 32)", "tensor (2, 3, 16, 32)"])
+    raises(ValueError, dec.loss, z, img, torch.rand(2, 1), words=["t is torch.float32 (2, 1)", "(2, 32)"])
+    raises(ValueError, dec.loss, z, img, None, noise[:1], words=["noise is torch.float32 (1, 32, 48)"])
     raises(ValueError, dec.decode, z, 1, noise[:1], words=["(1, 32, 48)", "(2, 32, 48)"])
     raises(ValueError, dec.decode, z, 0, words="steps is 0")
     enc(img * 1.2 - 0.1), dec.loss(z, img * 1.2 - 0.1)  # what a bicubic resize overshoots is no fault
@@ -463,8 +471,6 @@ def test_registers_equal_transformers_and_the_original_layout():
             enc = encoder.Encoder(vit, 8)
             assert (enc.features(img) - reference.last_hidden_state[:, 5:]).abs().max() < 5e-6
         assert encoder.TEACHERS["dinov2-reg"] == replace(encoder.TEACHERS["dinov2"], num_prefix=5)
-        teacher, student = [x[:, 5:] for x in hidden], [x[:, 5:] + 0.1 for x in hidden]
-        close(distill.layer_distances([x + 0.1 for x in hidden], hidden, skip=5), distill.layer_distances(student, teacher), 1e-6)
 
 
 def test_export_of_plain_vits_registers_and_odd_mlps():
@@ -476,7 +482,7 @@ def test_export_of_plain_vits_registers_and_odd_mlps():
         shipped = encoder.Encoder(encoder.load_teacher("tiny")).eval()
         encoders = {name: encoder.Encoder(encoder.ViT(c)).eval() for name, c in configs.items()} | {"vit of tiny": shipped}
         for name, enc in encoders.items():
-            enc.save_hf(os.path.join(tmp, name))
+            convert.save_hf(enc, os.path.join(tmp, name))
             model, problems = AutoModel.from_pretrained(os.path.join(tmp, name), output_loading_info=True)
             assert model.config.model_type == name.split()[0]
             assert not problems["unexpected_keys"] and all("pooler" in k for k in problems["missing_keys"]), problems
@@ -484,7 +490,7 @@ def test_export_of_plain_vits_registers_and_odd_mlps():
             tokens = model.eval()(pixel_values=(img - mean) / std).last_hidden_state[:, enc.vit.num_prefix:]
             assert (tokens - enc.features(img)).abs().max() < 3e-6 * max(1, tokens.abs().max()), name
         for wrong, words in (replace(MICRO_VIT, pre_norm=True), "pre_norm patch_bias"), (replace(REGISTERS, mlp_width=85), "mlp_width 85"):
-            raises(encoder.UserError, encoder.Encoder(encoder.ViT(wrong)).save_hf, tmp, words=words)  # 85 / 32 is not rounded down
+            raises(encoder.UserError, convert.save_hf, encoder.Encoder(encoder.ViT(wrong)), tmp, words=words)  # 85 / 32 is not rounded down
 
 
 def test_vision_towers_of_larger_models():
@@ -508,8 +514,7 @@ def test_vision_towers_of_larger_models():
             named = {k.replace("vit.", prefix, 1): x for k, x in state.items() if prefix == "vit." or k.startswith("vit.")}
             safetensors.torch.save_file({k: x.clone() for k, x in named.items()}, path)
             vit = encoder.ViT(c).eval()
-            used = encoder.load_vit(vit, path)
-            assert all(k.startswith(prefix) for k in used)
+            encoder.load_vit(vit, path)
             close(vit.norm(vit(img)[-1]), expected, 1e-5)
 
 
@@ -523,7 +528,7 @@ def test_half_precision_comes_from_files_and_leaves_for_hugging_face_as_fp32():
         for name, x in vit.named_parameters():
             got = read.get_parameter(name)
             assert got.dtype == torch.float32 and torch.equal(got, x.float()), name
-        encoder.Encoder(vit).save_hf(tmp)  # whose config.json says float32
+        convert.save_hf(encoder.Encoder(vit), tmp)  # whose config.json says float32
         written = safetensors.torch.load_file(os.path.join(tmp, "model.safetensors"))
         assert {x.dtype for x in written.values()} == {torch.float32}
 
@@ -536,43 +541,22 @@ def test_a_mirror_is_asked_at_its_address():
                 raises(encoder.MissingFile, encoder.fetch, "dinov2", True, words=f"{url} is not on this machine")
 
 
-def test_a_download_longer_than_declared_is_refused():
-    content, url = b"0123456789", "https://example.org/file.bin"
-    opener = types.SimpleNamespace(open=lambda *_, **__: types.SimpleNamespace(headers={"Content-Length": "10"}))
-    patch = unittest.mock.patch
-    with tempfile.TemporaryDirectory() as tmp, patch.object(encoder.urllib.request, "build_opener", lambda *_: opener):
-        for came in content, content[:9], content + b"x":
-            path, write = os.path.join(tmp, f"{len(came)}"), lambda url, part, sha: open(part, "wb").write(came)
-            with patch.object(torch.hub, "download_url_to_file", write), patch.object(encoder.sys, "stderr"):
-                if came == content:
-                    encoder.download(url, path)
-                else:
-                    raises(OSError, encoder.download, url, path, words=[f"{len(came)} bytes came", "10 were declared"])
-            assert os.path.exists(path) == (came == content)
-
-
 def test_pickles_where_torch_does_not_read_them_safely():
     with tempfile.TemporaryDirectory() as tmp:
         plain = os.path.join(tmp, "weights.pth")
         torch.save({"x": torch.ones(2)}, plain)
-        named = os.path.join(tmp, f"weights-{encoder.file_sha256(plain)[:16]}.pth")
-        forged = os.path.join(tmp, "weights-0badc0de.pth")
-        for copy_ in (named, forged):
-            open(copy_, "wb").write(open(plain, "rb").read())
         old = unittest.mock.patch.object(torch, "__version__", "2.9.1")  # eval.py knows one pickle, by its content
         with old, unittest.mock.patch.object(evaluation, "INCEPTION_SHA256", encoder.file_sha256(plain)[:8]):
             REFUSE_OTHER(plain)
             raises(evaluation.UserError, REFUSE_OTHER, os.path.join(HERE, "LICENSE"), words=["torch 2.9.1", "2.10"])
         for version, safe in {"2.5.1": False, "2.6.0": False, "2.9.1+cu128": False, "2.10.0": True, "2.13.0+cpu": True, "3.0.0": True}.items():
-            for path in (plain, named, forged):
-                if safe or path == named:
-                    REFUSE_PICKLE(path, version)
-                else:
-                    raises(encoder.UserError, REFUSE_PICKLE, path, version, words=["pickle", f"torch {version}", "2.10"])
+            if safe:
+                REFUSE_PICKLE(plain, version)
+            else:
+                raises(encoder.UserError, REFUSE_PICKLE, plain, version, words=["pickle", f"torch {version}", "2.10"])
         with unittest.mock.patch.object(encoder, "refuse_pickle", side_effect=encoder.UserError("refused")):
             raises(encoder.UserError, encoder.open_weights, plain, words="refused")
-        for path in plain, named:  # paths of pathlib
-            assert encoder.open_weights(pathlib.Path(path))[0] == {"x"}
+        assert encoder.open_weights(pathlib.Path(plain))[0] == {"x"}  # a path of pathlib
         raises(encoder.MissingFile, encoder.fetch, pathlib.Path(tmp, "missing.pth"), words="missing.pth")
         open(plain, "wb").write(b"abc")
         raises(encoder.UserError, encoder.open_weights, pathlib.Path(plain), words=["weights.pth", "not executed"])

@@ -1,8 +1,8 @@
 """What the code computes, against numbers that do not come from it: tables of published facts, closed forms, numpy."""
 from tests.helpers import (  # first: it sets the environment that torch reads when it is imported
-    HERE, MICRO_DECODER, MICRO_VIT, QuickInception, close, evaluate, faulty_training, log_lines, micro_models,
-    micro_teacher, picture, picture_folder, pixels, raises, run_ranks, same_weights, sampled, tokenizer_file,
-    train_quietly)
+    HERE, MICRO_DECODER, MICRO_RUN, MICRO_VIT, QuickInception, close, evaluate, faulty_training, log_lines,
+    micro_models, micro_teacher, picture, picture_folder, pixels, raises, run_ranks, same_weights, sampled,
+    tokenizer_file, train_quietly)
 
 import glob
 import inspect
@@ -28,6 +28,7 @@ import distill
 import encoder
 import eval as evaluation
 from tests import mutants
+from tools.drawn import ProceduralDataset
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -260,6 +261,9 @@ def test_distillation_defaults_and_gradients():
                                                                    atol=1e-6) and abs(loss - w @ [0.5, 1]) < 1e-6
     assert np.allclose(distill.layer_weights(torch.tensor([0.5, 1.0])), w, atol=1e-6)
     assert not distill.layer_weights(torch.tensor([0.5, 1.0], requires_grad=True)).requires_grad
+    swapped = lambda student, teacher: distill.layer_distances(student, teacher).flip(0)
+    loss, _, alpha = distill.distill_loss(student, teacher, 0.0, distances=swapped)  # weights 1/3 and 2/3
+    assert np.allclose(alpha, [1, 0.5], atol=1e-6) and abs(loss - 2 / 3) < 1e-6, "by the distances that are given"
     wide = [torch.tensor([[[1.0, 1e-3],
                            [9.0, 9.0]]]).bfloat16()], [torch.tensor([[[1.0, 0.0], [9.0, -9.0]]]).bfloat16()]
     found = distill.layer_distances(*wide)
@@ -390,8 +394,8 @@ def test_the_order_of_an_epoch_is_the_seeds():
 
 
 def test_drawn_pictures_are_the_seeds():
-    read = data.ProceduralDataset(16, train=True, seed=3)
-    assert not torch.equal(read[0][0], data.ProceduralDataset(16, train=True, seed=4)[0][0])
+    read = ProceduralDataset(16, train=True, seed=3)
+    assert not torch.equal(read[0][0], ProceduralDataset(16, train=True, seed=4)[0][0])
 
 
 # ---- eval.py ----
@@ -759,11 +763,26 @@ def test_a_resume_restores_every_field():
         train_quietly(*flags, "--steps", at[1] + 1)
         assert [os.path.basename(n)
                 for n in open(os.path.join(out, "bad_images.txt")).read().split()] == [names[at[0]], names[at[1]]]
-        assert state_of(out)["bad"] == [order[at[0]], order[at[1]]]
+        assert state_of(out)["unreadable"] == 2
+        # two passes over the ten pictures meet both twice, in a run of one rank or of two, and no pass has more than
+        # 0.2 of them; with 0.15 a run stops in its first pass, at the second of them, whichever rank meets it
+        for ranks in 1, 2:
+            for limit, status in (0.2, 0), (0.15, 2):
+                out = os.path.join(tmp, f"passes-{ranks}-{limit}")
+                done = run_ranks(ranks, "python", "train.py", *MICRO_RUN, "--teacher", teacher, "--data", folder,
+                                 "--batch_size", 2, "--eval_every", 100, "--out", out, "--steps", 10,
+                                 "--max_bad_images", limit)
+                assert [d.returncode for d in done] == [status] * ranks, [d.stderr for d in done]
+                assert not status or all(f"2 of the {at[1] // 2 * 2 + 2} images so far" in d.stderr for d in done), done
+                lists = [open(path).read().splitlines() for path in glob.glob(os.path.join(out, "bad_images*.txt"))]
+                assert all(len(x) == len(set(x)) for x in lists), "a rank names a picture once"
+                assert {os.path.basename(x) for x in sum(lists, [])} == {"3.png", "8.png"}
+            state = state_of(os.path.join(tmp, f"passes-{ranks}-0.2"))
+            assert state["unreadable"] == 4, "samples that others stood in for"
 
 
-MAY_DIFFER = set("data val out steps epochs workers micro_batch compile log_every eval_every save_every keep_every "
-                 "max_bad_images resume_anyway".split())
+MAY_DIFFER = set("data val out recipe steps epochs workers micro_batch compile log_every eval_every save_every "
+                 "keep_every max_bad_images resume_anyway".split())
 
 
 def test_a_resume_compares_every_argument():
@@ -818,12 +837,13 @@ def test_what_ranks_share():
                          "--steps", 5, "--max_bad_images", 0.5,
                          "--eval_every", 1)
         assert not any(d.returncode for d in done), [d.stderr[-1000:] for d in done]
-        listed = open(os.path.join(out, "bad_images.txt")).read().splitlines()
-        assert listed == sorted(bad), "both ranks' bad pictures, in one list"
+        listed = [open(os.path.join(out, f"bad_images{rank}.txt")).read().splitlines() for rank in (".rank1", "")]
+        assert [names[0] for names in listed] == bad, "each rank names its own; in the second pass, what it meets there"
+        assert all(len(names) == len(set(names)) and set(names) <= set(bad) for names in listed), listed
         lines = log_lines(out)
         assert lines[-1] == {"kind": "interrupted", "step": 2} and torch.load(os.path.join(out, "state.pt"),
                                                                               weights_only=True)["step"] == 2, lines
-        assert "2 of 8 images cannot be read" in done[0].stdout and not done[1].stdout
+        assert "2 of the 8 images so far could not be read" in done[0].stdout and not done[1].stdout
         judged, by_t = ([x[key] for x in lines if x.get("kind") == "eval"] for key in ("psnr", "flow_by_t"))
         # an untrained decoder's velocity is 0, so that what it decodes is the noise
         img = np.stack([x.numpy() for x, _ in data.ImageDataset(val, 16, train=False)]) / 255

@@ -1,12 +1,16 @@
 """The scripts of tools/."""
-from tests.helpers import log_lines, micro_teacher, run, train_quietly  # first: it sets the environment that torch reads
+from tests.helpers import (  # first: it sets the environment that torch reads
+    log_lines, micro_teacher, picture, raises, run, tokenizer_file, train_quietly)
 
+import json
 import os
 import tempfile
 
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from tools import plot
+from tools import convert, plot
 
 
 def test_plot_draws_what_the_log_says():
@@ -35,3 +39,29 @@ def test_plot_draws_what_the_log_says():
         assert Image.open(os.path.join(odd[0], "curves.png")).size == (1200, 960)
         done = run("python", "-m", "tools.plot", tmp)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "log.jsonl" in done.stderr
+
+
+def test_convert_on_the_command_line():
+    """hf writes the folder; what is not the authors' model is one line and exit status 2, either way."""
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, folder, out = tokenizer_file(tmp), os.path.join(tmp, "hf"), os.path.join(tmp, "out.safetensors")
+        done = run("python", "-m", "tools.convert", "hf", weights, folder)
+        assert done.returncode == 0 and done.stdout == folder + "\n", done.stderr
+        config, tensors = json.load(open(os.path.join(folder, "config.json"))), load_file(weights)
+        written = load_file(os.path.join(folder, "model.safetensors"))
+        assert config["model_type"] == "vit" and config["hidden_size"] == 32
+        assert torch.equal(written["embeddings.cls_token"], tensors["encoder.vit.cls_token"])
+        broken = os.path.join(tmp, "broken.safetensors")
+        save_file({"chal_proj.c_fc.weight": torch.ones(1)}, broken)
+        for arguments, words in {("released", broken): "missing", ("released", weights): "missing",
+                                 ("ours", weights): "cannot build", ("hf", broken): "tools.convert released",
+                                 ("ours", os.path.join(tmp, "gone")): "no such file"}.items():
+            raises(ValueError, convert.main, [*arguments, out], words=[arguments[1], words])
+        picture(0).save(os.path.join(tmp, "x.png"))
+        for command in (["-m", "tools.convert", "released", broken, out],
+                        ["sample.py", os.path.join(tmp, "x.png"), "--weights", broken, "--out", tmp]):
+            done = run("python", *command, TORCH_HOME=tmp)
+            said = done.stderr.splitlines()
+            assert done.returncode == 2 and broken in said[-1] and "missing" in said[-1], done.stderr
+            assert len(said) == (1 if "-m" in command else 2), done.stderr  # sample.py says first what it converts
+        assert not os.path.exists(out)

@@ -4,11 +4,13 @@
     run.hold_folder()                  # rank 0 keeps every other run out of it
     run.open_log(step)                 # log.jsonl, without lines later than the checkpoint
     run.say("...") ; run.write(step=1, loss=0.5)
+    add("--lr", type=number(float, 0)) # for argparse: refuses what is out of range
     if __name__ == "__main__":
         command_line(main, "train.py") # one line and status 2 for what the user or the machine did wrong
 
 train.py uses it, and so does every trainer in downstream/. All files are written whole or not at all.
 """
+import argparse
 import contextlib
 import glob
 import json
@@ -21,8 +23,10 @@ import sys
 import time
 import traceback
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from encoder import UserError, write_atomically
@@ -34,6 +38,18 @@ except ImportError:  # Windows: this can be imported, hold_folder says that it c
     fcntl = None
 
 INTERRUPTS = []  # signals that asked the run to save and stop
+
+
+def number(kind, low, high=math.inf):
+    """A type for argparse: an int or a float (kind) that is at least `low` and at most `high`."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:  # also refuses nan
+            raise argparse.ArgumentTypeError(
+                f"it is {text}; it must be at least {low}" + f" and at most {high}" * (high < math.inf))
+        return value
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
 
 
 class Run:
@@ -109,17 +125,30 @@ class Run:
             dist.all_reduce(total, group=self.control)
         return total.tolist()
 
-    def union(self, items):
-        """The sets of all ranks as one."""
-        everyones = [items] * self.ranks
-        if self.ranks > 1:
-            dist.all_gather_object(everyones, items, group=self.control)
-        return set().union(*everyones)
+    def list_unreadable(self, paths):
+        """Add files that cannot be read to this rank's list of them, bad_images.txt. Returns how many are new there."""
+        if not paths:
+            return 0
+        listed = self.path("bad_images.txt" if self.rank == 0 else f"bad_images.rank{self.rank}.txt")
+        known = read_names(listed) if os.path.exists(listed) else []
+        new = sorted(set(paths).difference(known))
+        if new:
+            write_names(listed, known + new)
+        return len(new)
+
+    def load(self, keys, args, may_differ):
+        """The checkpoint in the folder, the same on all ranks; None, if there is none: see load_checkpoint. What an
+        earlier run without one has left is then set aside."""
+        state = load_checkpoint(self.path("state.pt"), keys, args, may_differ)
+        self.agree([state["id"], state["step"]] if state else [None, 0])
+        if state is None and self.rank == 0:
+            self.set_aside()
+        return state
 
     def set_aside(self):
         """Rename what a run without a checkpoint has left, so that nothing is overwritten or appended to."""
-        for name in ("log.jsonl", "bad_images.txt", "model.safetensors", "model_[0-9]*.safetensors",
-                     "samples/step_[0-9]*.png"):
+        for name in ("log.jsonl", "bad_images.txt", "bad_images.rank[0-9]*.txt", "model.safetensors",
+                     "model_[0-9]*.safetensors", "samples/step_[0-9]*.png"):
             for path in glob.glob(os.path.join(glob.escape(self.out), name)):
                 aside = path + ".old"
                 while os.path.exists(aside):
@@ -151,9 +180,61 @@ class Run:
                 raise UserError(f"{self.path('log.jsonl')} cannot be written ({e}): make room, and run the same "
                                 "command again, which goes on from the last save") from None
 
+    def stop_not_finite(self, step, in_a_row, last_finite, files):
+        """End a run by a UserError that says when its loss was `last_finite`, and name its last batch."""
+        if self.rank == 0:
+            write_names(self.path("not_finite.txt"), files)
+        raise UserError(f"at step {step} the loss or its gradient is not finite, {in_a_row} steps in a row (the last "
+                        f"finite one: {last_finite}); the last batch is {', '.join(files[:3])} .. (all of it in "
+                        f"{self.path('not_finite.txt')}). The last save is {self.path('state.pt')}: the same command "
+                        "with a lower --lr and --resume_anyway goes on from there")
+
     def close(self):
         for file in filter(None, (self.log, self.lock)):
             file.close()
+
+
+def rate_factor(step, args):
+    """What multiplies the learning rates at step 0, 1, ..: the warm-up times the decay at the end."""
+    left = min(1.0, (args.steps - step) / max(1.0, args.lr_decay * args.steps))
+    if args.decay_shape == "cosine":
+        left = (1 - math.cos(math.pi * left)) / 2
+    return left * min(1.0, (step + 1) / max(1, args.warmup))
+
+
+def average_weights(averages, weights, step, decay):
+    """Move the averages (a list of tensors) toward the weights after step 0, 1, ..: a <- d a + (1 - d) w. The first
+    steps forget faster, d = min(decay, (step + 1) / (step + 10)): the initial weights leave a short run's average."""
+    torch._foreach_lerp_(averages, weights, 1 - min(decay, (step + 1) / (step + 10)))
+
+
+def seed_step(*numbers):
+    """Make all random draws that follow (times, noise, stochastic depth) a function of these integers."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+
+def capture_graph(micro_step, img, clear):
+    """micro_step (uint8 image batch -> statistics) as a CUDA graph: recorded once, then replayed on each batch of that
+    shape. clear() sets the gradients back before: where it leaves None, the graph writes them; else it adds to them.
+
+    Python launches the kernels of a small model one by one more slowly than the GPU runs them.
+    """
+    img, side = img.clone(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compile, and let the libraries set up
+        for _ in range(3):
+            micro_step(img)
+    torch.cuda.current_stream().wait_stream(side)
+    clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stats = micro_step(img)
+
+    def replay(batch, last=True):
+        img.copy_(batch)
+        graph.replay()
+        return stats
+    return replay
 
 
 def finite(x):
@@ -166,6 +247,12 @@ def finite(x):
 def write_names(path, names):
     """Names of files, a line each, as bytes: they need not be text."""
     write_atomically(path, lambda f: f.write("".join(name + "\n" for name in names).encode(errors="surrogateescape")))
+
+
+def read_names(path):
+    """What write_names has written."""
+    with open(path, "rb") as f:
+        return f.read().decode(errors="surrogateescape").split("\n")[:-1]
 
 
 def load_checkpoint(path, keys, args, may_differ):
@@ -212,6 +299,38 @@ def saving(path, step):
             raise
         raise UserError(f"step {step} could not be saved ({why}); {path}, if there is one, is of the last save and "
                         "whole: make room, and run the same command again") from None
+
+
+def split_batch(batch, micro_batch, ranks):
+    """(micro-batch, accumulation steps) of each rank: micro-batch * accumulation * ranks = batch, exactly.
+
+    A micro-batch that does not divide the rank's share becomes the largest divisor below it.
+    """
+    if batch % ranks:
+        low = batch // ranks * ranks
+        near = " or ".join(str(b) for b in (low, low + ranks) if b)
+        raise UserError(f"batch_size {batch} does not divide among {ranks} ranks: try {near}")
+    share = batch // ranks
+    micro_batch = next(m for m in range(min(micro_batch, share), 0, -1) if share % m == 0)
+    return micro_batch, share // micro_batch
+
+
+def collate(samples):
+    """Samples of a dataset -> (uint8 (B, 3, S, S), their labels as a list). A worker sends a list through a pipe; a
+    tensor of labels would go through /dev/shm, by a thread that loses its errors."""
+    images, labels = zip(*samples)
+    return default_collate(images), list(labels)
+
+
+def sample_numbers(first, batch, micro_batch, rank, ranks, batches):
+    """Yields this rank's micro-batches as lists of global sample numbers: `batches` global batches from sample `first`.
+
+    Whatever the ranks, the global batches are the same samples: rank r has the r-th contiguous share of each.
+    """
+    share = batch // ranks
+    for start in range(first + rank * share, first + rank * share + batches * batch, batch):
+        for m in range(start, start + share, micro_batch):
+            yield list(range(m, m + micro_batch))
 
 
 def listen(on_signal):

@@ -22,12 +22,14 @@ import decoder
 import encoder
 import eval as evaluation
 from encoder import MissingFile, UserError, fetch
+from tools.convert import convert_once, is_released
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUNS_FILE = "out/model.safetensors"  # what train.py leaves, as long as it is given no --out
 SHIPPED = os.path.join(TOP, "weights", "uniflow-tiny.safetensors")
 USER_ERRORS = data.UserError, decoder.UserError, encoder.UserError, evaluation.UserError
-MACHINES_TROUBLE = {getattr(errno, name, None) for name in (  # of the machine or its disk: no bug, nor the user's mistake
+# errors of the machine or its disk, which are neither a bug nor the user's mistake
+MACHINES_TROUBLE = {getattr(errno, name, None) for name in (
     "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO EMFILE ENFILE ENOMEM EAGAIN EBUSY ESTALE ENOLCK ENODEV ENXIO ENOTCONN "
     "ETIMEDOUT EHOSTDOWN EREMOTEIO EPIPE ENAMETOOLONG").split()} - {None}
 # the signals on which a training run saves and stops; Windows lacks two of them
@@ -35,16 +37,18 @@ SAVE_AND_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP
 
 
 def find_weights(given):
-    """The tokenizer file to use: the one given (a path, a name or a URL), else that in out/, else the shipped one."""
+    """The tokenizer file to use: the one given (a path, a name or a URL), else that in out/, else the shipped one.
+    Where the authors' released file is given, it is a file of ours, which is made of that once."""
     if given:
-        return fetch(given)
+        path = fetch(given)
+        return convert_once(path) if is_released(path) else path
     for path in filter(os.path.isfile, (RUNS_FILE, SHIPPED)):
         return path
     raise MissingFile(f"no tokenizer at {RUNS_FILE} or {SHIPPED}: train one with `python train.py`, or give --weights")
 
 
 def name_weights(given, found):
-    """What to print of the file that find_weights has found: of a run's that none named, also how to get the other."""
+    """What to print of the file that find_weights found; if it is a run's, unasked, also how to get the shipped one."""
     unnamed = not given and found == RUNS_FILE
     return found + f" (there is no --weights; the shipped tokenizer is --weights {SHIPPED})" * unnamed
 
@@ -70,13 +74,13 @@ def rank_and_device():
 
 
 def machines_trouble(e):
-    """Whether an exception is the machine's or its disk's. DataLoader keeps a worker's as text, without its errno."""
+    """Whether the machine or its disk caused an exception. One of a DataLoader's worker tells its errno in the text."""
     number = re.search(r"\[Errno (\d+)\][^\n]*$", str(e))
     return isinstance(e, OSError) and (int(number[1]) if number else e.errno) in MACHINES_TROUBLE
 
 
 def user_message(error):
-    """What a script prints, in one line, of an error that is no bug: the user's or the machine's. None for a bug."""
+    """The line that a script prints about an error that the user or the machine caused; None for a bug."""
     if not isinstance(error, USER_ERRORS) and not machines_trouble(error):
         return None
     text = str(error)
@@ -86,21 +90,38 @@ def user_message(error):
 
 
 def open_streams():
-    """For a script's command line: names that no encoding holds are printed with backslashes, and where standard output
-    was closed (>&-), what is printed goes to standard error."""
+    """Make print work for a script: names that no encoding holds are printed with backslashes, and if standard output
+    was closed (>&-), the text goes to standard error."""
     sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout = sys.stdout or sys.stderr
-    sys.stdout.reconfigure(errors="backslashreplace")  # that of stderr is so
+    sys.stdout.reconfigure(errors="backslashreplace")  # stderr does so by itself
+
+
+def run_command(main, name):
+    """main() as the script `name`; its result. What the user or the machine did wrong becomes one line, and exit status
+    2."""
+    open_streams()
+    try:
+        return main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as e:
+        if not (said := user_message(e)):
+            raise
+        who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{who}{name}: {said}", file=sys.stderr)
+        sys.stdout = None  # if it is broken, Python would fail at its end to write the rest, and change the status
+        sys.exit(2)
 
 
 def ignore_signals(worker):
-    """For workers that load data: what the main process does on a signal needs them. A scheduler signals all processes."""
+    """For workers that load data. A scheduler signals all processes, and the main one still needs its workers then."""
     for number in SAVE_AND_STOP:
         signal.signal(number, signal.SIG_IGN)
 
 
 def check_locks(workers):
-    """UserError if there is no room for the locks of so many processes that load images: each is a file in /dev/shm."""
+    """UserError if /dev/shm has no room for the locks of this many processes that load images; each lock is a file."""
     try:
         [multiprocessing.Lock() for _ in range(16 + 4 * workers if workers else 0)]  # torch needs 8, and 3 for each
     except OSError as e:

@@ -18,132 +18,168 @@ import torch
 from torch.utils.data import DataLoader
 
 import distill
-from data import ImageDataset, cores, sample_numbers
+from data import ImageDataset, cores
 from decoder import Decoder, DecoderConfig
 from encoder import TEACHERS, Encoder, ViT, read_config
-from sample import fast
-from tools.run import Run, command_line
+from tools.run import Run, command_line, sample_numbers
 from tools.script import find_weights
 from train import build_models, build_optimizer, model_flops, parse_args, training_step
 
 
 def seconds(f, repeats=10):
-    """Mean wall-clock time of f(), after calls to warm up; on a CPU of a single one."""
-    for n in (3, repeats) if torch.cuda.is_available() else (1, 1):
+    """Mean time of a call of f(): of `repeats` calls after three to warm up, on a CPU of one call after one."""
+    on_gpu = torch.cuda.is_available()
+    for n in (3, repeats) if on_gpu else (1, 1):
         start = time.perf_counter()
         for _ in range(n):
             f()
-        if torch.cuda.is_available():
+        if on_gpu:
             torch.cuda.synchronize()
     return (time.perf_counter() - start) / n
 
 
 def train_speed(flags):
-    """Print what the training step does in a second on random pictures: several micro-batches, modes, and its parts."""
+    """Print how many random pictures a second the training step takes, in several settings, and what its parts take."""
     args, run = parse_args(flags), Run(None)
-    device, n, on_gpu, ranks = run.device, args.micro_batch, run.on_gpu, run.ranks
-    teacher, encoder, decoder = (m.to(device) for m in build_models(args))
+    on_gpu, micro_batch = run.on_gpu, args.micro_batch
+    models = teacher, encoder, decoder = [m.to(run.device) for m in build_models(args)]
     optimizer = build_optimizer(args, encoder, decoder)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu)
+    autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=on_gpu)
     run.connect()
     side, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
-    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
+    a, b = torch.randn(2, side, side, device=run.device, dtype=dtype)
     ceiling = 2 * side ** 3 / seconds(lambda: a @ b, 50) / 1e12
     tflop = model_flops(encoder, decoder, args.size) / 1e12
     run.say(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, {args.teacher} at "
-            f"{args.size} px, {tflop:.2f} TFLOP an image, {ranks} rank{'s' * (ranks > 1)}; a matrix product of {side} "
-            f"reaches {ceiling:.3g} TFLOP/s")
+            f"{args.size} px, {tflop:.2f} TFLOP an image, {run.ranks} rank{'s' * (run.ranks > 1)}; a matrix product of "
+            f"{side} reaches {ceiling:.3g} TFLOP/s")
 
-    def row(name, images, took):
+    def say_row(name, images, took):
         rate = images / took
-        run.say(f"{name:36s} | {rate * ranks:8,.1f} img/s | {took * 1e3:7.1f} ms | {rate * tflop:6.4g} TFLOP/s a GPU | "
-                f"{rate * tflop / ceiling:.3f} of the ceiling"
-                + (f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""))
+        memory = f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""
+        run.say(f"{name:36s} | {rate * run.ranks:8,.1f} img/s | {took * 1e3:7.1f} ms | "
+                f"{rate * tflop:6.4g} TFLOP/s a GPU | {rate * tflop / ceiling:.3f} of the ceiling{memory}")
 
-    rows = [(n, 1, False, False), (max(n // 2, 1), 1, args.compile, False), (2 * n, 1, args.compile, False),
-            (max(n // 4, 1), 1, args.compile, True), (n, 1, args.compile, True), (n, 1, args.compile, False)]
-    if ranks > 1:
-        rows = [(n, 1, args.compile, False), (n, 2, args.compile, False)]
-    for micro, accumulation, compiled, checkpointed in rows:
-        args.compile = compiled
-        encoder.vit.checkpoint = decoder.checkpoint = checkpointed
-        took = micro_step = None  # frees the last row's graph
+    # micro-batch, accumulation, compiled, --checkpoint_activations; the parts are measured in the last setting
+    settings = [(micro_batch, 1, False, False), (max(micro_batch // 2, 1), 1, args.compile, False),
+                (2 * micro_batch, 1, args.compile, False), (max(micro_batch // 4, 1), 1, args.compile, True),
+                (micro_batch, 1, args.compile, True), (micro_batch, 1, args.compile, False)]
+    if run.ranks > 1:
+        settings = [(micro_batch, 1, args.compile, False), (micro_batch, 2, args.compile, False)]
+    for micro, accumulation, compiled, checkpointed in settings:
+        args.compile, encoder.vit.checkpoint, decoder.checkpoint = compiled, checkpointed, checkpointed
+        micro_step = update = took = None  # frees the graph of the setting before
         optimizer.zero_grad()
         torch.compiler.reset()
-        name = f"{micro:4d} x {accumulation}{'' if compiled else ', not compiled'}"
-        name += ", checkpoint_activations" * checkpointed
+        name = f"{micro:4d} x {accumulation}"
+        name += ", not compiled" * (not compiled) + ", checkpoint_activations" * checkpointed
         try:
             if on_gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            img = torch.randint(256, (micro, 3, args.size, args.size), dtype=torch.uint8, device=device)
-            micro_step, update = training_step(args, teacher, encoder, decoder, optimizer, autocast, micro,
-                                               accumulation, ranks)
+            img = torch.randint(256, (micro, 3, args.size, args.size), dtype=torch.uint8, device=run.device)
+            micro_step, update = training_step(args, *models, optimizer, autocast, micro, accumulation, run.ranks)
             took = seconds(lambda: update(sum(micro_step(img, m == accumulation - 1) for m in range(accumulation))))
-            row(name, micro * accumulation, took)
+            say_row(name, micro * accumulation, took)
         except torch.OutOfMemoryError:
             run.say(f"{name:36s} | out of memory")
-    if ranks > 1 or not took:
+    if run.ranks > 1 or not took:
         return
 
-    # the last row's parts, one after the other
-    adding, batch = seconds(lambda: micro_step(img)), args.batch_size
-    row(f"{batch} images a step (micro-batch x {batch / n:g})", batch, batch / n * adding + took - adding)
-    micro_step = None  # frees its graph
+    adding = seconds(lambda: micro_step(img))  # a micro-batch's gradients, without the optimizer's step
+    count = args.batch_size / micro_batch
+    if count > 1:
+        say_row(f"{args.batch_size} images a step (micro-batch x {count:g})", args.batch_size,
+                count * adding + took - adding)
+    micro_step = update = None  # frees their graph
     with autocast:
-        x = img / 255
-        h_teacher, (z, h) = teacher(x), encoder(x)
-        z, h = z.detach().requires_grad_(), [y.detach().requires_grad_() for y in h]
+        times = {name: seconds(part) for name, part in training_parts(args, *models, img / 255).items()}
+    times["optimizer"] = took - adding
+    run.say("parts: " + ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in times.items())
+            + f"; sum {1e3 * sum(times.values()):.1f} ms of {1e3 * took:.1f}")
 
-        def student():
-            y, hidden = encoder(x)
-            torch.autograd.backward([y, *hidden], [z, *h])
 
-        def distance():
-            loss, *_ = distill.distill_loss(h, h_teacher, args.beta, args.strategy, teacher.num_prefix)
-            torch.autograd.grad(loss, h)
-        parts = {"teacher": lambda: teacher(x), "student": student, "decoder": lambda: decoder(z, x).backward(),
-                 "distance": distance}
-        times = {name: 1e3 * seconds(part) for name, part in parts.items()} | {"optimizer": 1e3 * (took - adding)}
-    optimizer.zero_grad()
-    run.say("parts: " + ", ".join(f"{name} {t:.1f} ms" for name, t in times.items())
-            + f"; sum {sum(times.values()):.1f} ms of {1e3 * took:.1f}")
+def training_parts(args, teacher, encoder, decoder, x):
+    """{name: function that runs this part of a micro-batch of images x, forward and backward}"""
+    P, (z, h) = teacher.num_prefix, encoder(x)
+    h_teacher = [y[:, P:] for y in teacher(x)]  # without CLS
+    z, h = z.detach().requires_grad_(), [y.detach().requires_grad_() for y in h]
+    distances = torch.compile(distill.layer_distances, dynamic=False) if args.compile else distill.layer_distances
+
+    def student():
+        y, hidden = encoder(x)
+        torch.autograd.backward([y, *hidden], [z, *h])  # any gradients would do
+
+    def distance():
+        loss, *_ = distill.distill_loss([y[:, P:] for y in h], h_teacher, args.beta, args.strategy, distances)
+        torch.autograd.grad(loss, h)
+
+    return {"teacher": lambda: teacher(x), "student": student, "decoder": lambda: decoder(z, x).backward(),
+            "distance": distance}
+
+
+def fast(enc, dec, img, steps=1):
+    """(encode, decode) for images of one shape (B, 3, H, W) on a GPU: bf16, compiled, each replayed as a CUDA graph.
+
+    Casts the matrices of enc and dec to bf16, for good. A result stays valid until the next call of the same function.
+    Without a GPU nothing is gained by this: then they are enc.encode and dec.decode.
+    """
+    if img.device.type != "cuda":
+        return torch.no_grad()(enc.encode), torch.no_grad()(lambda latent: dec.decode(latent, steps))
+    for x in (*enc.parameters(), *dec.parameters()):
+        if x.ndim in (2, 4):
+            x.data = x.data.bfloat16()
+    enc.compile(dynamic=False)
+    dec.condition, dec.velocity = (torch.compile(f, dynamic=False) for f in (dec.condition, dec.velocity))
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        latent = enc.encode(img)
+        return torch.cuda.make_graphed_callables((enc.encode, lambda z: dec.decode(z, steps)), ((img,), (latent,)))
+
+
+def median_seconds(f, repeats=25):
+    """Median time of a call of f(); the first calls, which warm up, are outliers."""
+    took = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        f()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - start)
+    return sorted(took)[repeats // 2]
 
 
 @torch.no_grad()
 def sample_speed(weights, size):
-    """Print how many random pictures a second are encoded and decoded: batches of 32 and 1; several steps."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not weights and device.type == "cuda":
+    """Print how many random pictures a second are encoded and decoded: batches of 32 and 1, in several steps."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    if on_gpu and not weights:
         print("RANDOM weights of the InternViT tokenizer's size, for measuring")
         enc, dec, info = Encoder(ViT(TEACHERS["internvit"])).eval(), Decoder(DecoderConfig()).eval(), {"size": 448}
     else:
         path = find_weights(weights)
         enc, dec, info = Encoder.from_pretrained(path), Decoder.from_pretrained(path), read_config(path)
     enc, dec, size = enc.to(device), dec.to(device), size or info["size"]
-    on_gpu = device.type == "cuda"
     name = f"{torch.cuda.get_device_name()}, bf16, compiled, CUDA graphs" if on_gpu else "CPU, fp32, not compiled"
     print(f"{name}, torch {torch.__version__}, {size} px")
-    for B, steps in ((32, (1, 2, 4, 25)), (1, (1,))) if on_gpu else ((2, (1, 2)),):
+
+    def say_row(B, name, f):
+        took = median_seconds(f)
+        print(f"batch {B:2d} | {name:18s} | {B / took:8.1f} img/s | {took * 1e3:7.2f} ms", flush=True)
+
+    for B, several_steps in ((32, (1, 2, 4, 25)), (1, (1,))) if on_gpu else ((2, (1, 2)),):
         img = torch.rand(B, 3, size, size, device=device)
-        for n in steps:
-            encode, decode = fast(enc, dec, img, n)
+        for steps in several_steps:
+            encode, decode = fast(enc, dec, img, steps)
             latent = encode(img)
-            both = (("encode + decode", lambda: decode(encode(img))), ("encode", lambda: encode(img))) if n == 1 else ()
-            for what, f in (*both, (f"decode in {n} step{'s' * (n > 1)}", lambda: decode(latent))):
-                took = []
-                for _ in range(25):
-                    start = time.perf_counter()
-                    f()
-                    if on_gpu:
-                        torch.cuda.synchronize()
-                    took.append(time.perf_counter() - start)
-                took = sorted(took)[len(took) // 2]  # the first ones warm up
-                print(f"batch {B:2d} | {what:18s} | {B / took:8.1f} img/s | {took * 1e3:7.2f} ms", flush=True)
+            if steps == 1:
+                say_row(B, "encode + decode", lambda: decode(encode(img)))
+                say_row(B, "encode", lambda: encode(img))
+            say_row(B, f"decode in {steps} step{'s' * (steps > 1)}", lambda: decode(latent))
 
 
 def data_speed(roots, size, duration):
-    """Print how many training samples a second are decoded, cropped and brought to the device, by 1, 2, 4.. workers."""
+    """Print how many training samples a second 1, 2, 4.. workers decode and crop, and bring to the device."""
     data, on_gpu = ImageDataset(roots, size, train=True), torch.cuda.is_available()
     start = time.perf_counter()
     np.random.default_rng([0, 0]).permutation(1_281_167)

@@ -12,7 +12,7 @@ from tools.script import ignore_signals
 
 def pixels(items):
     """Pairs of a uint8 image (3, H, W) and a label -> the images as an array (b, 3, H, W), which workers
-    send through a pipe: see eval.collate."""
+    send through a pipe: see tools/job.py."""
     return torch.stack([img for img, _ in items]).numpy()
 
 
@@ -26,9 +26,9 @@ def spread(n, images=512):
 def validate(encoder, decoder, dataset, batch, seed, autocast, workers=0, rank=0, ranks=1):
     """Look at 512 images spread over `dataset`: pairs of uint8 (3, S, S) and a label.
 
-    Returns the one-step PSNR in dB, the flow loss in each tenth of t (on the first batch), and on rank 0 a uint8 picture
-    (H, W, 3) of eight of the images, again spread evenly: original | reconstruction | error x4, two triples a row. The
-    images are shared out over the ranks, and the decoding noise is a function of (seed, image number).
+    Returns the one-step PSNR in dB, the flow loss in each tenth of t (on the first batch), and on rank 0 a uint8
+    picture (H, W, 3) of eight of the images, again spread evenly: original | reconstruction | error x4, two triples a
+    row. The images are shared out over the ranks, and the decoding noise is a function of (seed, image number).
     """
     device, p = decoder.mean.device, decoder.config.patch
     numbers = spread(len(dataset))
@@ -38,7 +38,7 @@ def validate(encoder, decoder, dataset, batch, seed, autocast, workers=0, rank=0
     batches = [numbers[k::count] for k in range(count)]  # each is spread over all of them, too
     if rank == 0:  # which decodes the eight once more, whoever had them
         batches += [shown[k:k + batch] for k in range(0, len(shown), batch)]
-    total = torch.zeros(12, dtype=torch.float64, device=device)  # PSNR, images, flow loss of ten tenths: sums over images
+    total = torch.zeros(12, dtype=torch.float64, device=device)  # sums over images: PSNR, 1, flow loss of ten tenths
     triples = []
     encoder.eval(), decoder.eval()
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=pixels, num_workers=workers,

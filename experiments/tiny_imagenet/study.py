@@ -29,7 +29,7 @@ from decoder import Decoder, patchify
 from encoder import Encoder
 from eval import image_noise
 
-ALWAYS = "--teacher small --batch_size 64 --steps 10000 --lr_decay 0.5 --log_every 100 --eval_every 2500 --save_every 100000"
+ALWAYS = "--teacher small --recipe paper --batch_size 64 --steps 10000 --lr_decay 0.5 --log_every 100 --eval_every 2500 --save_every 100000"
 ROWS = {  # name -> flags of train.py
     "default": "",                                             # adaptive, beta 2, 1:1, GTB 3, latent 16, the authors' times
     "final": "--strategy final", "uniform": "--strategy uniform", "progressive": "--strategy progressive",  # Table 5a

@@ -1,0 +1,241 @@
+"""Tokenizers in other projects' formats: the authors' released file, and models of Hugging Face's transformers.
+
+    python -m tools.convert released AUTHORS.safetensors OURS.safetensors   # the authors' file -> one of ours
+    python -m tools.convert ours OURS.safetensors AUTHORS.safetensors       # the way back, for the authors' code
+    python -m tools.convert hf out/model.safetensors folder                 # the encoder's ViT, for transformers
+
+Where a script takes a tokenizer by name or path, the authors' file needs no command: it is converted at its first use
+(find_weights in tools/script.py). `hf` writes what LLaVA's or InternVL's code reads as a vision tower.
+"""
+import argparse
+import json
+import os
+import re
+import sys
+from dataclasses import asdict
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+
+from decoder import Decoder, DecoderConfig
+from encoder import (PIXEL_STATS, TEACHERS, Encoder, UserError, ViT, file_sha256, locked, names_in, one_line,
+                     open_weights, resize_grid, write_atomically)
+
+# ---- the authors' released file ----
+
+VIT, DECODER, SIZE = TEACHERS["internvit"], DecoderConfig(), 448  # what the released file holds; it does not say so
+RELEASED_NAMES = {  # ours: theirs; # is the number of a block. Those of the ViT are a layout of encoder.py.
+    "encoder.latent_down.0": "chal_proj.c_fc",
+    "encoder.latent_down.2": "chal_proj.c_proj",
+    "decoder.latent_up.0": "chal_unproj.c_fc",
+    "decoder.latent_up.2": "chal_unproj.c_proj",
+    "decoder.pos_embed": "global_block_pos_embed",
+    "decoder.blocks.#.norm1": "global_blocks.#.norm1",
+    "decoder.blocks.#.qkv": "global_blocks.#.attn.qkv",
+    "decoder.blocks.#.proj": "global_blocks.#.attn.proj",
+    "decoder.blocks.#.norm2": "global_blocks.#.norm2",
+    "decoder.blocks.#.fc1": "global_blocks.#.mlp.fc1",
+    "decoder.blocks.#.fc2": "global_blocks.#.mlp.fc2",
+    "decoder.head_pos_embed": "decoder_pos_embed",
+    "decoder.head.input_proj": "flow_head.net.input_proj",
+    "decoder.head.time_fc1": "flow_head.net.time_embed.mlp.0",
+    "decoder.head.time_fc2": "flow_head.net.time_embed.mlp.2",
+    "decoder.head.cond_proj": "flow_head.net.cond_embed",
+    "decoder.head.blocks.#.norm": "flow_head.net.res_blocks.#.in_ln",
+    "decoder.head.blocks.#.fc1": "flow_head.net.res_blocks.#.mlp.0",
+    "decoder.head.blocks.#.fc2": "flow_head.net.res_blocks.#.mlp.2",
+    "decoder.head.blocks.#.modulation": "flow_head.net.res_blocks.#.adaLN_modulation.1",
+    "decoder.head.final_modulation": "flow_head.net.final_layer.adaLN_modulation.1",
+    "decoder.head.output": "flow_head.net.final_layer.linear",
+}
+
+
+def released_name(name):
+    """The authors' name of our tensor `name`, for instance decoder.blocks.3.qkv.weight."""
+    if name.startswith("encoder.vit."):
+        return names_in("InternViT, UniFlow", name.removeprefix("encoder.vit."))[0]
+    number = re.search(r"blocks\.(\d+)", name)
+    part = name.replace(number[0], "blocks.#") if number else name
+    kind = ""
+    if part not in RELEASED_NAMES:  # weight or bias
+        part, dot, kind = part.rpartition(".")
+        kind = dot + kind
+    return RELEASED_NAMES[part].replace("#", number[1] if number else "") + kind
+
+
+def parameters():
+    """[(our name, the authors' name, shape)] of all parameters of the released model."""
+    with torch.device("meta"):
+        parts = {"encoder": Encoder(ViT(VIT), DECODER.latent_dim), "decoder": Decoder(DECODER)}
+    return [(f"{part}.{key}", released_name(f"{part}.{key}"), x.shape)
+            for part, module in parts.items() for key, x in module.named_parameters()]
+
+
+def read_renamed(path, table):
+    """({new name: tensor}, names of the file that are not in the table). table: [(name in the file, new name, shape)].
+    UserError if a name of the table is not in the file, or has another shape there."""
+    present, get = open_weights(path)
+    tensors, wrong = {}, []
+    for name, new, shape in table:
+        if name not in present:
+            wrong.append(f"missing {name}")
+        elif (x := get(name)).shape != shape:
+            wrong.append(f"{name} is {tuple(x.shape)}, expected {tuple(shape)}")
+        else:
+            tensors[new] = x
+    if wrong:
+        raise UserError(f"{path} is not what it is taken for ({len(wrong)} tensors): {one_line('; '.join(wrong[:4]))}")
+    return tensors, sorted(present - {name for name, *_ in table})
+
+
+def is_released(path):
+    """Whether a file is in the authors' layout. False for what is no file of safe tensors: its readers say so."""
+    try:
+        with safe_open(path, "pt") as f:
+            return "chal_proj.c_fc.weight" in f.keys()
+    except (SafetensorError, OSError):
+        return False
+
+
+def from_released(path, out):
+    """Write the authors' released file `path` as a file of ours, the same numbers in the same type."""
+    tensors, others = read_renamed(path, [(theirs, ours, shape) for ours, theirs, shape in parameters()])
+    if others:
+        print(f"{path}: ignored {len(others)} tensors that the tokenizer does not use: {one_line(' '.join(others))}",
+              file=sys.stderr)
+    C = DECODER.latent_dim
+    tensors |= {"latent_mean": torch.zeros(C), "latent_std": torch.ones(C)}
+    config = {"vit": asdict(VIT), "decoder": asdict(DECODER), "size": SIZE, "teacher": "internvit",
+              "released": file_sha256(path)}
+    # One entry of metadata: safetensors writes several in any order, and equal files should have an equal SHA-256.
+    data = safetensors.torch.save(tensors, {"config": json.dumps(config)})
+    write_atomically(out, lambda f: f.write(data))
+
+
+def to_released(path, out):
+    """Write a file of ours in the authors' layout. UserError if their code could not build its model."""
+    enc, dec = Encoder.from_pretrained(path), Decoder.from_pretrained(path)
+    have = {**asdict(enc.vit.config), **asdict(dec.config), "trained at size": enc.size}
+    wanted = {**asdict(VIT), **asdict(DECODER), "trained at size": SIZE}
+    differ = [f"{k} {have[k]!r} for {wanted[k]!r}" for k in wanted if have[k] != wanted[k]]
+    if differ:
+        raise UserError(f"the authors' code cannot build the model of {path}, which has {', '.join(differ)}")
+    if enc.latent_mean.any() or (enc.latent_std != 1).any():
+        print(f"{path}: its latent statistics are left out, the authors' layout has no place for them", file=sys.stderr)
+    data = safetensors.torch.save(read_renamed(path, parameters())[0], {"format": "pt"})
+    write_atomically(out, lambda f: f.write(data))
+
+
+def convert_once(path):
+    """The path of a file of ours made of the authors' file `path`. It lies beside torch.hub's downloads, where its name
+    holds the size and time of the authors' file; only the first call for this file converts it, and says so."""
+    folder, about = os.path.join(torch.hub.get_dir(), "checkpoints"), os.stat(path)
+    out = os.path.join(folder, f"uniflow-converted-from-{about.st_size}-{about.st_mtime_ns}.safetensors")
+    if not os.path.isfile(out):
+        with locked(out):  # one process converts, the others wait
+            if not os.path.isfile(out):
+                print(f"{path} is the authors' file: converting it, once, to {out}", file=sys.stderr)
+                from_released(path, out)
+    return out
+
+
+# ---- transformers ----
+
+HF_FAMILIES = {  # the structure of a ViT: transformers' model_type and class for it, and the layout of its files
+    "pre_norm final_norm cls": ("clip_vision_model", "CLIPVisionModel", "SigLIP, CLIP of transformers"),
+    "patch_bias final_norm": ("siglip_vision_model", "SiglipVisionModel", "SigLIP, CLIP of transformers"),
+    "patch_bias layer_scale cls": ("internvl_vision", "InternVLVisionModel", "InternVL of transformers"),
+    "patch_bias final_norm layer_scale cls": ("dinov2", "Dinov2Model", "DINOv2 of transformers"),
+    "patch_bias final_norm layer_scale cls registers":
+        ("dinov2_with_registers", "Dinov2WithRegistersModel", "DINOv2 of transformers"),
+    "patch_bias final_norm cls": ("vit", "ViTModel", "ViT of transformers"),
+}
+
+
+def save_hf(enc, folder):
+    """Write an Encoder's ViT as the Hugging Face model of its family: config.json, model.safetensors in fp32 and
+    preprocessor_config.json, for images of the size that it was trained at. UserError if no family has its structure.
+    """
+    c = enc.vit.config
+    parts = {"pre_norm": c.pre_norm, "patch_bias": c.patch_bias, "final_norm": c.final_norm,
+             "layer_scale": c.layer_scale, "cls": c.num_prefix, "registers": c.num_prefix > 1}
+    structure = " ".join(name for name, present in parts.items() if present)
+    if structure not in HF_FAMILIES:
+        raise UserError(f"transformers has no vision model with {structure}; those of InternViT, DINOv2 with or "
+                        "without registers, SigLIP2, CLIP and the plain ViT can be saved")
+    family, model, layout = HF_FAMILIES[structure]
+    content = {"config.json": hf_config(c, family, model, enc.size),
+               "preprocessor_config.json": hf_preprocessor(c, family, enc.size)}
+    data = safetensors.torch.save(hf_tensors(enc.vit, layout, enc.size), {"format": "pt"})
+    os.makedirs(folder, exist_ok=True)
+    write_atomically(os.path.join(folder, "model.safetensors"), lambda f: f.write(data))
+    for name, said in content.items():
+        write_atomically(os.path.join(folder, name), lambda f: f.write(json.dumps(said, indent=2).encode()))
+
+
+def hf_config(c, family, model, size):
+    """config.json: the ViTConfig c in transformers' words."""
+    kind = {}  # what one family says besides
+    if family == "siglip_vision_model":
+        kind = {"vision_use_head": False}
+    elif family == "internvl_vision":
+        kind = {"attention_bias": True, "image_size": [size] * 2, "patch_size": [c.patch] * 2}
+    elif family.startswith("dinov2"):
+        if c.mlp_width % c.width:
+            raise UserError(f"mlp_width {c.mlp_width} is no multiple of width {c.width}, and transformers' DINOv2 "
+                            "knows their ratio as an integer alone: this ViT cannot be saved as one")
+        kind = {"mlp_ratio": c.mlp_width // c.width, "use_mask_token": False}
+        kind |= {"num_register_tokens": c.num_prefix - 1} if c.num_prefix > 1 else {}
+    activation = c.activation.replace("gelu_tanh", "gelu_pytorch_tanh")
+    return dict(model_type=family, architectures=[model], dtype="float32", hidden_size=c.width,
+                num_hidden_layers=c.depth, num_attention_heads=c.heads, intermediate_size=c.mlp_width,
+                layer_norm_eps=c.eps, image_size=size, patch_size=c.patch, hidden_act=activation) | kind
+
+
+def hf_preprocessor(c, family, size):
+    """preprocessor_config.json: how a picture becomes the ViT's input."""
+    square = {"height": size, "width": size}
+    said = dict(image_processor_type="CLIPImageProcessor", size={"shortest_edge": size}, crop_size=square, resample=3)
+    if family == "siglip_vision_model":  # resized to a square, bilinear
+        said = dict(image_processor_type="SiglipImageProcessor", size=square, resample=2)
+    mean, std = PIXEL_STATS[c.pixel_stats]
+    return said | dict(image_mean=mean, image_std=std)
+
+
+def hf_tensors(vit, layout, size):
+    """The ViT's parameters under a layout's names, in fp32, with positions for images of that size."""
+    c, tensors = vit.config, {}
+    flat = layout == "SigLIP, CLIP of transformers"  # which has [D] and [N, D], and a prefix
+    prefix = "vision_model." if flat else ""
+    for key, x in vit.named_parameters():
+        x = x.detach().float()
+        if key == "pos_embed":
+            cls, side = min(c.num_prefix, 1), size // c.patch
+            x = torch.cat([x[:, :cls], resize_grid(x[:, cls:], side, side)], dim=1)
+        if flat and key in ("cls_token", "pos_embed"):
+            x = x.squeeze((0, 1) if key == "cls_token" else 0)
+        names = names_in(layout, key)
+        tensors.update({prefix + name: part.clone() for name, part in zip(names, x.chunk(len(names)))})
+    if c.num_prefix > 1:  # DINOv2's models with registers always have one, for training
+        tensors["embeddings.mask_token"] = torch.zeros(1, c.width)
+    return tensors
+
+
+def main(argv=None, on_signal=None):
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("to", choices=("released", "ours", "hf"),
+                    help="released: from the authors' file; ours: back to it; hf: to a folder for transformers")
+    ap.add_argument("weights", metavar="WEIGHTS", help="the file to convert")
+    ap.add_argument("out", metavar="OUT", help="the file to write; of hf a folder")
+    args = ap.parse_args(argv)
+    if args.to == "hf":
+        save_hf(Encoder.from_pretrained(args.weights), args.out)
+    else:
+        {"released": from_released, "ours": to_released}[args.to](args.weights, args.out)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    from tools.run import command_line
+    command_line(main, "tools.convert")
