@@ -107,6 +107,7 @@ def find_tokenizer(given, about, whose):
     if sha256(path) != expected:
         raise UserError(f"{path} is not the tokenizer of {whose}, whose SHA-256 is {expected:.12}.. and not "
                         f"{sha256(path):.12}..: give that one with --weights")
+    return path
 
 
 def load_generator(path, device):

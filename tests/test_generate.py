@@ -77,7 +77,7 @@ def test_recipes_are_the_papers_and_mars():
     assert parse("--model", "mar-b", "--batch_size", 512, "--lr", 3e-3).lr == 3e-3
     few = parse("--model", "mar-b", "--steps", 7)
     assert (few.steps, few.epochs) == (7, None)
-    model = mar.MAR(mar.config("mar-s", channels=3, grid=4, classes=8, depth=1))
+    model = mar.MAR(mar.MARConfig(channels=3, grid=4, classes=8, width=32, depth=1, heads=2, head_width=8, head_depth=1))
     decayed, plain = generate.build_optimizer(model, few).param_groups
     names = {id(p): k for k, p in model.named_parameters()}
     named = {names[id(p)] for p in decayed["params"]}
@@ -236,8 +236,7 @@ def test_generation_refuses_what_is_wrong():
                 ([*train, "--latents", folder, "--weights", other, "--out", out], "is not the tokenizer of"),
                 ([*train, "--latents", folder, "--set", "depths=3"], "--set depths=3: it takes FIELD=VALUE"),
                 ([*train, "--latents", folder, "--set", "heads=5"], "cannot be built"),
-                ([*train, "--latents", os.path.join(tmp, "pictures")], "pictures"),
-                ([*train, "--latents", os.path.join(tmp, "none")], "none"),
+                ([*train, "--latents", os.path.join(tmp, "pictures")], "these latents are not complete"),
                 (["score", "--run", out, "--reference", "none.npz", "--inception", weights], "none.npz: no such")]:
             with unittest.mock.patch.object(evaluation, "InceptionV3", QuickInception):
                 raises(ValueError, quietly, *flags, words=words)
