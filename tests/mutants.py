@@ -891,7 +891,7 @@ TABLE = [
     ("what fills a batch is kept", "downstream/sampling.py", "yield numbers, img[:len(numbers)]", "yield numbers, img",
      "test_score_is_the_distance_of_its_own_images"),
     ("scored before they are rounded", "downstream/sampling.py", "rated.add((img * 255).round() / 255, numbers)",
-     "rated.add(img ** 1.1, numbers)", "test_score_is_the_distance_of_its_own_images"),
+     "rated.add(img, numbers)", "test_score_is_the_distance_of_its_own_images"),
     ("labels in blocks", "downstream/sampling.py", "[(i % C, i // C) for i in range(total)]",
      "[(i * C // total, i) for i in range(total)]", "test_score_is_the_distance_of_its_own_images"),
     ("the worst guidance is chosen", "downstream/sampling.py", 'best = min(rows, key', 'best = max(rows, key',

@@ -27,10 +27,8 @@ import sys
 import time
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -39,6 +37,7 @@ from decoder import Decoder, patchify, unpatchify
 from downstream import sampling
 from encoder import Encoder, load_teacher, write_model
 from eval import Moments, fit_patch_pca, frechet_distance, image_noise, linear_probe
+from tools.latents import SHARD
 from tools.run import command_line
 from tools.script import commit
 
@@ -156,10 +155,16 @@ def batches_of(images, device):
 
 
 def save_pca(coder, folder, images, labels, classes, device):
-    """The latents of a PCA in the files of tools.latents."""
-    z = torch.cat([coder.encode(x).cpu() for x in batches_of(images, device)])
-    mirrored = torch.cat([coder.encode(x.flip(3)).cpu() for x in batches_of(images, device)])
-    # WAITS for tools.latents
+    """The latents of a PCA in the files that `tools.latents save --flip` would write."""
+    tensors = {"labels": labels, "latents": torch.cat([coder.encode(x).cpu() for x in batches_of(images, device)]),
+               "mirrored": torch.cat([coder.encode(x.flip(3)).cpu() for x in batches_of(images, device)])}
+    about = {"weights_sha256": "a PCA", "images": len(images), "size": 64, "flip": True}
+    os.makedirs(folder, exist_ok=True)
+    for first in range(0, len(images), SHARD):
+        path = os.path.join(folder, f"latents_{first // SHARD:05d}.safetensors")
+        write_model(path, {**about, "first": first}, {k: x[first:first + SHARD] for k, x in tensors.items()})
+    with open(os.path.join(folder, "index.json"), "w") as f:
+        json.dump({**about, "weights": "PCA", "classes": classes, "shard": SHARD}, f)
 
 
 def prepare(args, code, images, labels, classes, device):
