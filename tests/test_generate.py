@@ -22,6 +22,7 @@ import eval as evaluation
 from data import LatentDataset
 from downstream import generate, mar
 from encoder import UserError, read_config, write_model
+from experiments.generation import study
 from tools.latents import main as save_latents
 from tools.run import seed_step
 
@@ -226,6 +227,23 @@ def test_score_is_the_distance_of_its_own_images():
         pictures, _ = picture_folder(tmp)
         result, _ = quietly(*score, "--reference", pictures, "--images", 12)
         assert len(result["results"]) == 1 and "10 images" in result["protocol"] and result["results"][0]["gfid"] > 0
+
+
+def test_latents_of_the_studys_pca_are_those_of_tools_latents():
+    img = torch.rand(40, 3, 16, 16)
+    coder = study.PCA([img[:20], img[20:]], p=8, channels=16)
+    mean, basis = evaluation.fit_patch_pca([img], 8, 16)
+    z = coder.encode(img)
+    close(coder.decode(z), evaluation.patch_pca(img, mean, basis, 8).float(), 1e-4)
+    assert z.shape == (40, 16, 2, 2)
+    close(z.transpose(0, 1).flatten(1).std(1), torch.ones(16), 1e-3)
+    with tempfile.TemporaryDirectory() as tmp:
+        pictures, labels = (255 * img).to(torch.uint8), torch.arange(40) % 2
+        study.save_pca(coder, tmp, pictures, labels, ["a", "b"], torch.device("cpu"))
+        data = LatentDataset(tmp, False)
+        assert len(data) == 40 and [data[i][1] for i in range(4)] == [0, 1, 0, 1]
+        close(data[7][0], coder.encode(pictures[7:8] / 255)[0])
+    assert len(set(study.JUDGE_CLASSES)) == 100 and study.JUDGE_CLASSES == sorted(study.JUDGE_CLASSES)
 
 
 def test_generation_refuses_what_is_wrong():
