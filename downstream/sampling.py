@@ -123,7 +123,7 @@ def load_generator(path, device):
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{path} is no generator of this project ({type(e).__name__}: {one_line(e)})") from None
     load_exactly(dict(model.named_parameters()), state, path)
-    return model.to(device).eval(), {**info, "path": path}
+    return model.to(device).eval(), info
 
 
 def load(args, device):

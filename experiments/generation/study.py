@@ -5,12 +5,12 @@
     python -m experiments.generation.study all --data $T --val $D-val.zip --judge judge --work out/study
     python -m experiments.generation.study a:mar-s a:dit-s --minutes 20 ...         # only these rows, at another length
 
-Rows, each trained for --minutes of GPU time (its steps follow from the speed of a short run, which is not counted):
-  a:MODEL          mar-s and dit-s on the distilled tokenizer's latents, four times --minutes each
+Rows, each trained for as many steps as it makes in --minutes alone on the GPU (by a short run, which is not counted):
+  a:MODEL          mar-s and dit-s on the distilled tokenizer's latents, four times --minutes each, one after the other
   b:CODE@SEED      the same generator on latents of the same size, 16 x 8 x 8, of four codes: distilled; pixels (a
                    tokenizer trained with --lambda_d 0); frozen (--freeze_encoder); pca (a linear code of each patch)
   c:FIELD=VALUE    dit-s with another field of its configuration; for the runs of (a) also guidance, iterations, steps
-                   and temperature are swept
+                   and temperature are swept. --parallel rows of (b) and (c) train side by side: they claim no time
 
 Each line of results.jsonl is one evaluation of one row: images with as many of each class, compared with all training
 images. `distance` is the Frechet distance of the shipped teacher's features, NOT an FID; `accuracy` the part of the
@@ -24,7 +24,7 @@ import json
 import os
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import torch
@@ -54,6 +54,7 @@ GENERATOR = "--lr 1e-3 --warmup 200 --lr_decay 0.3 --ema 0.999 --eval_every 0 --
 FIELDS = ("prediction=v", "shift=0.5", "shift=2")
 RESULTS = os.path.join(os.path.dirname(os.path.relpath(__file__)), "results.jsonl")
 DEFAULTS = dict(cfg=2.0, iterations=32, steps=25, temperature=1.0)
+GUIDANCE = (1.0, 2.0, 3.0)  # of the rows of (b) and (c)
 SWEEPS = {"cfg": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0), "temperature": (0.9, 0.95, 1.05)}
 SWEEPS_OF = {"mar-s": {"iterations": (8, 16, 64), "steps": (10, 50)}, "dit-s": {"steps": (5, 10, 50)}}
 
@@ -167,42 +168,57 @@ def save_pca(coder, folder, images, labels, classes, device):
         json.dump({**about, "weights": "PCA", "classes": classes, "shard": SHARD}, f)
 
 
-def prepare(args, code, images, labels, classes, device):
-    """(tokenizer, folder of its latents) of one of CODES, made once."""
-    out, folder = os.path.join(args.work, code), os.path.join(args.work, code + "-latents")
-    if code == "pca":
-        coder = PCA(batches_of(images, device))
-        if not os.path.exists(os.path.join(folder, "index.json")):
-            save_pca(coder, folder, images, labels, classes, device)
-        return coder, folder
-    weights = os.path.join(out, "model.safetensors")
+def latents_of(args, code):
+    return os.path.join(args.work, code + "-latents")
+
+
+def prepare(args, code):
+    """Train one of CODES, and save its latents, if they are not there."""
+    out = os.path.join(args.work, code)
     script(args, "train", *TOKENIZER.split(), *CODES[code].split(), "--steps", args.tokenizer_steps,
-           "--data", *args.data, "--val", *args.val, "--workers", args.workers, "--out", out)  # if it is not finished
-    if not os.path.exists(os.path.join(folder, "index.json")):
-        script(args, "tools.latents", "stats", "--data", *args.data, "--weights", weights)
-        script(args, "tools.latents", "save", "--data", *args.data, "--weights", weights, "--out", folder, "--flip")
-    return Tokenizer(weights, device), folder
+           "--data", *args.data, "--val", *args.val, "--workers", args.workers, "--out", out)
+    if not os.path.exists(os.path.join(latents_of(args, code), "index.json")):
+        common = "--data", *args.data, "--weights", os.path.join(out, "model.safetensors"), "--batch_size", 500
+        script(args, "tools.latents", "stats", *common)
+        script(args, "tools.latents", "save", *common, "--out", latents_of(args, code), "--flip")
 
 
-def train_row(args, row, model, folder, settings, minutes, seed):
-    """(the generator's folder, what is to be said of its training), for as many steps as fill the minutes."""
-    out, batch = os.path.join(args.work, row.replace(":", "_").replace("=", "_")), args.batch_size
-    command = ["downstream.generate", "train", "--model", model, "--latents", folder, "--batch_size", batch,
-               "--micro_batch", batch, *GENERATOR.split(), "--seed", seed, "--workers", args.workers,
-               *(["--set", *settings] if settings else []), *args.more.split()]
-    speeds = os.path.join(args.work, "speeds.json")
-    known = json.load(open(speeds)) if os.path.exists(speeds) else {}
-    if model not in known:  # once, as all rows of a model are to take the same steps
-        script(args, *command, "--steps", 4 * args.probe_steps, "--log_every", args.probe_steps,
-               "--out", out + "-speed")
-        lines = [json.loads(x) for x in open(os.path.join(out + "-speed", "log.jsonl"))]
-        known[model] = lines[-1]["img_s"]
-        json.dump(known, open(speeds, "w"))
-    steps = max(1, round(60 * minutes * known[model] / batch))
-    start = time.time()
-    script(args, *command, "--steps", steps, "--out", out)
-    return out, {"model": model, "steps": steps, "batch": batch, "img_s": known[model], "minutes": minutes,
-                 "seconds": round(time.time() - start, 1), "flags": " ".join(map(str, command[2:]))}
+def training(args, row):
+    """(command, model, minutes) of a row: what to run, but for its length and its folder."""
+    part, what = row.split(":")
+    code, _, seed = what.partition("@") if part == "b" else ("distilled", "", "0")
+    model = {"a": what, "b": args.generator, "c": "dit-s"}[part]
+    command = ["downstream.generate", "train", "--model", model, "--latents", latents_of(args, code), "--batch_size",
+               args.batch_size, "--micro_batch", args.batch_size, *GENERATOR.split(), "--seed", seed,
+               "--workers", args.workers, *(["--set", what] if part == "c" else []), *args.more.split()]
+    return command, model, args.minutes * (4 if part == "a" else 1)
+
+
+def folder_of(args, row):
+    return os.path.join(args.work, row.replace(":", "_").replace("=", "_"))
+
+
+def measure_speed(args, rows):
+    """{model: img/s} of training alone on the GPU, measured once, so that all rows of a model take the same steps."""
+    path = os.path.join(args.work, "speeds.json")
+    known = json.load(open(path)) if os.path.exists(path) else {}
+    for row in rows:
+        command, model, _ = training(args, row)
+        if model not in known:
+            out = os.path.join(args.work, f"speed-{model}")
+            script(args, *command, "--steps", 4 * args.probe_steps, "--log_every", args.probe_steps, "--out", out)
+            known[model] = [json.loads(x) for x in open(os.path.join(out, "log.jsonl"))][-1]["img_s"]
+            json.dump(known, open(path, "w"))
+    return known
+
+
+def train_row(args, row, speeds):
+    """Train a row's generator, if it is not trained. Returns what to say of it."""
+    command, model, minutes = training(args, row)
+    steps = max(1, round(60 * minutes * speeds[model] / args.batch_size))
+    script(args, *command, "--steps", steps, "--out", folder_of(args, row))
+    return {"model": model, "minutes": minutes, "img_s": speeds[model], "steps": steps, "batch": args.batch_size,
+            "flags": " ".join(map(str, command[6:]))}
 
 
 @torch.no_grad()
@@ -244,7 +260,8 @@ def main(argv=None, on_signal=None):
     add("--tokenizer_steps", type=int, default=3000, help="of 256 images [%(default)s]")
     add("--batch_size", type=int, default=512, help="of the generators [%(default)s]")
     add("--probe_steps", type=int, default=100, help="a quarter of the run that tells the speed [%(default)s]")
-    add("--workers", type=int, default=8, help="[%(default)s]")
+    add("--workers", type=int, default=4, help="of each training [%(default)s]")
+    add("--parallel", type=int, default=4, help="trainings side by side [%(default)s]")
     add("--more", default="", metavar="FLAGS", help="more flags of training a generator")
     args = ap.parse_args(argv)
     every = ["a:mar-s", "a:dit-s", *[f"b:{code}@{seed}" for code in CODES for seed in (0, 1)],
@@ -266,39 +283,39 @@ def main(argv=None, on_signal=None):
             f.write(json.dumps(line) + "\n")
         print(f"{row:18s} {str(options):22s} distance {line['distance']:7.2f}  accuracy {line['accuracy']:5.1f}%  "
               f"judge {line['judge_distance']:7.2f}  {line['judge_accuracy']:5.1f}%", flush=True)
+    rows = every if "all" in args.rows else args.rows
+    code_of = {row: row[2:].partition("@")[0] if row.startswith("b:") else "distilled" for row in rows}
+    codes = sorted(set(code_of.values()))
+    with ThreadPoolExecutor(args.parallel) as pool:
+        list(pool.map(lambda code: prepare(args, code), [code for code in codes if code != "pca"]))
+        coders = {code: Tokenizer(os.path.join(args.work, code, "model.safetensors"), device) if code != "pca" else
+                  PCA(batches_of(images, device)) for code in codes}
+        if "pca" in codes and not os.path.exists(os.path.join(latents_of(args, "pca"), "index.json")):
+            save_pca(coders["pca"], latents_of(args, "pca"), images, labels, names, device)
+        speeds = measure_speed(args, rows)
+        about = {row: train_row(args, row, speeds) for row in rows if row.startswith("a:")}  # alone on the GPU
+        others = [row for row in rows if row not in about]
+        about.update(zip(others, pool.map(lambda row: train_row(args, row, speeds), others)))
+
     if ("real", "{}") not in done:
         real, real_labels, _ = load_images(args.val)
         write("real", {}, ruler.measure(real, real_labels))
-    coders = {}
-    for row in every if "all" in args.rows else args.rows:
-        part, what = row.split(":")
-        code, _, seed = what.partition("@") if part == "b" else ("distilled", "", "0")
-        model = what if part == "a" else args.generator if part == "b" else "dit-s"
-        if code not in coders:
-            coders[code] = prepare(args, code, images, labels, names, device)
-        coder, folder = coders[code]
+    for code in codes:
         if (f"floor:{code}", "{}") not in done:
             some = range(0, len(images), max(1, len(images) // args.images))
             with torch.no_grad():
-                back = [coder.decode(coder.encode(x)) for x in batches_of(images[some], device)]
+                back = [coders[code].decode(coders[code].encode(x)) for x in batches_of(images[some], device)]
             back = (255 * torch.cat(back)).round().to(torch.uint8).cpu()
             write(f"floor:{code}", {}, ruler.measure(back, labels[some]))
-            done.add((f"floor:{code}", "{}"))
-        wanted = [{"cfg": x} for x in SWEEPS["cfg"]]
-        if part == "a":
-            for field, values in {**SWEEPS_OF[model], "temperature": SWEEPS["temperature"]}.items():
-                wanted += [{field: value} for value in values]
-        wanted = [x for x in wanted if (row, json.dumps(x)) not in done]
-        if not wanted:
-            continue
-        minutes = args.minutes * (4 if part == "a" else 1)
-        out, about = train_row(args, row, model, folder, [what] if part == "c" else [], minutes, seed)
-        for options in wanted:
-            write(row, options, ruler.measure(*generated(args, out, coder, options, device, len(names))), about)
-        if part == "a":
-            best = min((x for x in lines if x["row"] in ("a:mar-s", "a:dit-s")), key=lambda x: x["distance"])
-            if best["row"] == row:
-                picture(args, out, coder, images, labels, names, best["options"], device)
+    for row in rows:
+        sweeps = {**SWEEPS, **SWEEPS_OF[about[row]["model"]]} if row.startswith("a:") else {"cfg": GUIDANCE}
+        for options in [{field: value} for field, values in sweeps.items() for value in values]:
+            if (row, json.dumps(options)) not in done:
+                found = generated(args, folder_of(args, row), coders[code_of[row]], options, device, len(names))
+                write(row, options, ruler.measure(*found), about[row])
+    best = min((x for x in lines if x["row"].startswith("a:")), key=lambda x: x["distance"], default=None)
+    if best and best["row"] in rows:
+        picture(args, folder_of(args, best["row"]), coders["distilled"], images, labels, names, best["options"], device)
 
 
 if __name__ == "__main__":
