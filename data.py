@@ -36,18 +36,19 @@ from PIL import Image, features
 from torch.utils.data import Dataset
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "PPM", "WEBP")  # PIL could also start Ghostscript
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "PPM", "WEBP")  # no others: for some, PIL starts Ghostscript
 if "avif" in features.modules and features.check_module("avif"):  # not every Pillow has it
     FORMATS += ("AVIF",)
 MAX_PIXELS = 2 ** 27  # of a picture, so that a hostile one cannot take all memory
 MAX_BYTES = 4 * MAX_PIXELS  # of its file
 SYSTEM_FOLDERS = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information")
-WAITS = (0.1, 0.4, 1.5)  # seconds before each further attempt to read what the machine could not read
+WAITS = (0.1, 0.4, 1.5)  # seconds before each new attempt, where the machine could not read
 FILE_FAULTS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM,
                errno.EINVAL, errno.EILSEQ)  # the fault of one file or its name; all other errors are the machine's
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}  # what each value of the EXIF tag 274, orientation, asks for
+         8: Image.Transpose.ROTATE_90}  # what each value of ORIENTATION asks for
+BITS, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 258, 262, 274, 339  # tags of TIFF files and of EXIF data
 TIFF_PIXELS = {*range(254, 267), 273, 277, 278, 279, 284, 292, 293, 317, 320, *range(322, 326), 332, 338, 339, 347,
                *range(512, 533)}  # the TIFF tags that say how pixels are stored
 
@@ -66,9 +67,9 @@ def cores():
 
 
 def load_image(file, short=None):
-    """A path or binary file -> PIL image in RGB, turned as its EXIF says, transparency over white, the first frame.
+    """A path or binary file -> PIL image in RGB, turned as its EXIF says, transparency on white, the first frame.
 
-    short: a JPEG may be decoded 2, 4 or 8 times smaller, which is quicker, its shorter side still >= 2 * short.
+    short: a JPEG may be decoded 2, 4 or 8 times smaller, which is quicker; its shorter side stays >= 2 * short.
     Raises UserError if the file cannot be read as an image; OSError and MemoryError are the machine's trouble.
     """
     blob = read_file(file)
@@ -77,11 +78,11 @@ def load_image(file, short=None):
             warnings.simplefilter("ignore")  # PIL's
             img = open_image(io.BytesIO(blob))
             full, turn = img.size, TURNS.get(img.info["orientation"])
-            if short and (turn is None or full[0] % 8 == full[1] % 8 == 0):
+            if short and (turn is None or full[0] % 8 == full[1] % 8 == 0):  # turned: only where no odd row is cut
                 img.draft(None, (2 * short, 2 * short))
             img.load()
         scale = round(full[0] / img.width)
-        if scale > 1 and turn is None:  # an odd last row or column is dropped, as shrink does
+        if scale > 1 and turn is None:  # drop an odd last row or column, as shrink would
             img = img.crop((0, 0, full[0] // scale, full[1] // scale))
         if img.mode.startswith("I") or img.info.get("signed"):
             img = upper_bits(img)
@@ -93,7 +94,7 @@ def load_image(file, short=None):
     except MemoryError:
         raise
     except Exception as e:  # damage makes PIL raise nearly any type
-        if "out of memory" in str(e).lower():  # a decoder's own words, as AVIF's
+        if "out of memory" in str(e).lower():  # AVIF's decoder says it in words
             raise MemoryError from None
         unknown = isinstance(e, Image.UnidentifiedImageError)
         why = f"none of {', '.join(FORMATS)}" if unknown else f"{type(e).__name__}: {e}"
@@ -118,9 +119,9 @@ def read_file(file):
 
 
 def open_image(file):
-    """A path or binary file -> PIL image, not decoded yet. TURNS.get(img.info["orientation"]) is how to transpose it.
+    """A path or binary file -> PIL image, not decoded yet; TURNS.get(img.info["orientation"]) says how to transpose it.
 
-    PIL refuses some pictures with sound pixels for their odd metadata, so it is given the file without them.
+    Because of odd metadata PIL refuses some pictures with sound pixels, so it gets the file without metadata.
     """
     blob, tags = read_file(file), {}
     strips = {b"\xff\xd8": strip_jpeg, b"\x89P": strip_png, b"II": patch_tiff, b"MM": patch_tiff}
@@ -129,16 +130,16 @@ def open_image(file):
         with contextlib.suppress(struct.error, LookupError, ValueError):  # damaged: PIL says how
             blob, tags = strip(blob)
     img = Image.open(io.BytesIO(blob), formats=FORMATS)
-    if img.width * img.height > MAX_PIXELS:  # the header says so, nothing is decoded yet
+    if img.width * img.height > MAX_PIXELS:  # from the header: nothing is decoded yet
         raise UserError(f"{img.width}x{img.height} pixels, more than {MAX_PIXELS:,}")
-    if img.mode == "F" or img.format == "TIFF" and img.mode == "I" and img.tag_v2[258] != (16,):
-        raise UserError("32 bits a channel, of which nothing says what white is: save it with 8 or 16")
+    if img.mode == "F" or (img.format == "TIFF" and img.mode == "I" and img.tag_v2[BITS] != (16,)):
+        raise UserError("has 32 bits a channel, and nothing says which number is white: save it with 8 or 16")
     tags = tags or patch_tiff(img.info.get("exif", b""))[1]
-    img.info["orientation"] = tags.get(274)
-    if img.format == "TIFF":  # what the file says, not what patch_tiff made of it
-        white, signed = (tags.get(tag, img.tag_v2.get(tag)) for tag in (262, 339))
-        img.info.update(white_is_zero=white == 0, signed=signed in (2, (2,)))
-    if clear := img.info.get("transparency"):  # PIL compares it with pixels that it has made 8 bits deep
+    img.info["orientation"] = tags.get(ORIENTATION)
+    if img.format == "TIFF":  # tags has what the file says, img.tag_v2 what patch_tiff changed it to
+        photometric, kind = (tags.get(tag, img.tag_v2.get(tag)) for tag in (PHOTOMETRIC, SAMPLE_FORMAT))
+        img.info.update(white_is_zero=photometric == 0, signed=kind in (2, (2,)))
+    if clear := img.info.get("transparency"):  # a colour; PIL compares it with pixels that it has made 8 bits deep
         scale = {"L;2": 85, "L;4": 17, "RGB;16B": 1 / 256}.get(img.tile[0][3])
         if scale:
             scaled = np.multiply(clear, scale).astype(int).tolist()
@@ -147,11 +148,11 @@ def open_image(file):
 
 
 def upper_bits(img):
-    """A grey PIL image of 12 or 16 bits, or of signed numbers -> the upper 8 bits (black is the least number)."""
-    bits, deep = img.tag_v2[258][0] if img.format == "TIFF" else 16, np.asarray(img)
+    """A grey PIL image of 12 or 16 bits, or of signed numbers -> its upper 8 bits, with black at the least number."""
+    bits, deep = img.tag_v2[BITS][0] if img.format == "TIFF" else 16, np.asarray(img)
     if img.info.get("signed"):
-        deep = deep & (1 << bits) - 1 ^ 1 << bits - 1
-    grey = (deep >> bits - 8).clip(0, 255).astype(np.uint8)
+        deep = (deep & ((1 << bits) - 1)) ^ (1 << (bits - 1))  # unsigned: the least number becomes 0
+    grey = (deep >> (bits - 8)).clip(0, 255).astype(np.uint8)
     if img.info.get("white_is_zero"):
         grey = 255 - grey
     if "transparency" in img.info:
@@ -160,41 +161,42 @@ def upper_bits(img):
 
 
 def patch_tiff(tiff):
-    """(a TIFF file whose pixels PIL reads as they are stored, {tag: its value, if that is one integer}).
+    """A TIFF file, or EXIF data, which have the same form -> (the file for PIL, {tag: its value, if one integer}).
 
-    EXIF data are such a file, too. Metadata are hidden, and deep pixels are declared to be plain numbers with black at
-    0, since PIL does not read all others: upper_bits does the rest. An odd entry costs no other one.
+    In the file for PIL the metadata are hidden. PIL does not read all kinds of 12 or 16 bits, so these are declared to
+    be unsigned with black at 0; upper_bits then does what the tags said. An odd entry does not spoil the others.
     """
-    tiff = tiff.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
+    tiff = tiff.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")  # some programs write it twice
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None or 42 not in tiff[2:4]:  # 43 is a BigTIFF, which PIL gets as it is
+    if order is None or 42 not in tiff[2:4]:  # 43: a BigTIFF, which PIL gets as it is
         return tiff, {}
-    tiff, tags, places = bytearray(tiff + bytes(12)), {}, {}  # EXIF's last entry may be cut off
+    tiff, tags, places = bytearray(tiff + bytes(12)), {}, {}  # zeros, as EXIF's last entry may be cut
     with contextlib.suppress(struct.error):
         start, = struct.unpack_from(order + "I", tiff, 4)
         count, = struct.unpack_from(order + "H", tiff, start)
         for at in range(start + 2, start + 2 + 12 * count, 12):
             tag, kind, n = struct.unpack_from(order + "HHI4x", tiff, at)
-            form = {1: "B", 3: "H", 4: "I"}.get(kind) if n == 1 else None  # of several the entry holds where they are
-            tags[tag], places[tag] = struct.unpack_from(order + form, tiff, at + 8)[0] if form else None, at
-    deep = tags.get(258) in (12, 16) and tags.get(262) in (0, 1)
+            form = {1: "B", 3: "H", 4: "I"}.get(kind) if n == 1 else None  # several values lie elsewhere in the file
+            tags[tag] = struct.unpack_from(order + form, tiff, at + 8)[0] if form else None
+            places[tag] = at
+    deep = tags.get(BITS) in (12, 16) and tags.get(PHOTOMETRIC) in (0, 1)
     for tag, at in places.items():
         if tag not in TIFF_PIXELS:
             struct.pack_into(order + "HHII", tiff, at, 65000, 4, 1, 0)  # a tag that means nothing
-        elif deep and (tag == 262 or tag == 339 and tags[tag] == 2):
-            struct.pack_into(order + "HHIHH", tiff, at, tag, 3, 1, 1, 0)
+        elif deep and (tag == PHOTOMETRIC or (tag == SAMPLE_FORMAT and tags[tag] == 2)):
+            struct.pack_into(order + "HHIHH", tiff, at, tag, 3, 1, 1, 0)  # the value 1: black is 0; unsigned
     return bytes(tiff[:-12]), tags
 
 
 def strip_avif(blob):
-    """(an AVIF file with its EXIF hidden, no tags). AVIF has its own way to say how it is turned, which PIL reports."""
+    """An AVIF file -> (the file with its EXIF hidden, no tags). AVIF itself says how it is turned; PIL tells it."""
     at = blob.index(b"meta")
     end = at - 4 + struct.unpack_from(">I", blob, at - 4)[0]
     return blob[:at] + blob[at:end].replace(b"Exif", b"skip") + blob[end:], {}
 
 
 def strip_jpeg(blob):
-    """(a JPEG file without metadata, its EXIF tags). JFIF's and Adobe's segments stay: they tell the colours."""
+    """A JPEG file -> (the file without metadata, its EXIF tags). JFIF's and Adobe's segments tell colours, and stay."""
     kept, exif, at = [blob[:2]], b"", 2
     while blob[at] == 0xFF and 0xC0 <= blob[at + 1] < 0xFF and blob[at + 1] != 0xDA:  # until the pixels begin
         end = at + 2 + struct.unpack_from(">H", blob, at + 2)[0]
@@ -207,7 +209,7 @@ def strip_jpeg(blob):
 
 
 def strip_png(blob):
-    """(a PNG file without metadata, its EXIF tags). The chunks of pixels, palette, transparency and animation stay."""
+    """A PNG file -> (the file without metadata, its EXIF tags). Pixels, palette, transparency and animation stay."""
     kept, exif, at, kind = [blob[:8]], b"", 8, b""
     while at < len(blob) and kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", blob, at)
@@ -220,8 +222,8 @@ def strip_png(blob):
 
 
 def limit_aspect(img, where):
-    """The piece of a picture that its crop comes from: all of it, unless it is more than 16 times as long as wide
-    (20,000 x 10 would first grow to 896,000 x 448), then 16 times, at the fraction `where` of its length."""
+    """The picture, but at most 16 times as long as wide, since 20,000 x 10 pixels would first grow to 896,000 x 448.
+    The rest is cut off at both ends: `where`, from 0 to 1, places the part that stays."""
     w, h = (min(side, 16 * min(img.size)) for side in img.size)
     left, top = int(where * (img.width - w)), int(where * (img.height - h))
     return img if (w, h) == img.size else img.crop((left, top, left + w, top + h))
@@ -243,7 +245,7 @@ def center_crop(img, size):
 
 
 def random_crop(img, size, rng, crop_scale=(0.8, 1.0)):
-    """ADM's training crop: its side is a random fraction crop_scale of the picture's shorter one; half are flipped."""
+    """ADM's training crop: its side is a random fraction, within crop_scale, of the shorter side; half are mirrored."""
     if max(img.size) > 16 * min(img.size):
         img = limit_aspect(img, rng.random())
     low, high = np.ceil(size / crop_scale[1]), np.ceil(size / crop_scale[0])
@@ -277,19 +279,18 @@ class Samples(Dataset):
 
 
 class ImageDataset(Samples):
-    """All images of `roots` (a path or several: folders, searched recursively, and .zip archives), size x size pixels
-    (None, without train: whole, as they are).
+    """All images of `roots`, one or several folders (searched recursively) and .zip archives, as size x size pixels.
 
-    Files and archive entries are known by their extension and kept in a few arrays, which workers share: a list of
-    millions costs each of them nothing. Hidden ones and SYSTEM_FOLDERS are passed over. Raises UserError for roots that
-    are missing (MissingFile), empty or damaged, and UserError for a picture that is damaged, gone or not permitted.
-    In training (only) the next in sorted order that can be read replaces such an image i, whose file is path(i), with
-    the label -1 - i; UserError if none of 100 can. Raises OSError if the machine cannot read in several attempts.
+    With train=False and size=None they come whole. Images are known by their extension; hidden files and SYSTEM_FOLDERS
+    are passed over. The list is kept in a few arrays, which workers share: millions of names cost a worker nothing.
+    Raises UserError for roots that are missing (MissingFile), empty or damaged, and for an image i that is damaged,
+    gone or not permitted. In training, the next readable one replaces image i, with the label -1 - i; path(i) tells its
+    file. UserError if none of 100 is readable. Raises OSError if the machine cannot read in several attempts.
     """
 
     def __init__(self, roots, size, train, seed=0, crop_scale=(0.8, 1.0)):
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise UserError(f"crop_scale is {crop_scale}; it is two fractions in (0, 1], the smaller first")
+            raise UserError(f"crop_scale is {crop_scale}; expected two fractions in (0, 1], the smaller first")
         self.roots = [os.fspath(r) for r in ([roots] if isinstance(roots, (str, os.PathLike)) else roots)]
         self.size, self.train, self.seed, self.crop_scale = size, train, seed, crop_scale
         self.replace = train  # whether the next image replaces one that cannot be read
@@ -309,33 +310,33 @@ class ImageDataset(Samples):
         classes = {name: k for k, name in enumerate(sorted(set(folders)))}
         self.classes = [name.decode("utf-8", "backslashreplace") for name in classes]
         self.labels = np.array([classes[name] for name in folders], np.int32)
-        # a span is an archive entry's offset, compressed length, method, length, CRC-32; all -1 of a file in a folder
+        # a span: an archive entry's offset, compressed length, method, length, CRC-32; of a file in a folder, all -1
         self.root_of, self.spans = np.array(root_of, np.int32), np.array(spans, np.int64).reshape(-1, 5)
         self.name_ends, self.names = np.cumsum([len(name) for name in names]), b"".join(names)
 
     def path(self, i):
-        """Where image i lies: root and name."""
+        """Where image i lies: its root, folder or archive, and its name there."""
         start, end = self.name_ends[i - 1] if i else 0, self.name_ends[i]
         name, in_archive = self.names[start:end], self.spans[i, 1] >= 0
         name = name.decode("utf-8", "surrogatepass") if in_archive else os.fsdecode(name)
         return os.path.join(self.roots[self.root_of[i]], name)
 
     def read(self, i):
-        """The bytes of image file i. An archive is opened for each, so that nothing is shared between processes."""
+        """The bytes of image file i. An archive is opened anew each time, so that processes share no open file."""
         offset, length, method, size, crc = self.spans[i].tolist()
         if length < 0:
             return read_file(self.path(i))
         if max(length, size) > MAX_BYTES:
-            raise UserError(f"is {max(length, size):,} bytes long, at most {MAX_BYTES:,} are read")
+            raise UserError(f"is {max(length, size):,} bytes long; at most {MAX_BYTES:,} are read")
         root = self.roots[self.root_of[i]]
         try:
             with open(root, "rb") as f:
-                f.seek(offset)  # of the entry's local header, which ends in a name and an extra field
+                f.seek(offset)  # the entry's local header: 30 bytes, then a name and an extra field
                 f.seek(sum(struct.unpack("<26xHH", f.read(30))), os.SEEK_CUR)
                 data = f.read(length)
             if method == zipfile.ZIP_DEFLATED:
-                data = zlib.decompressobj(-15).decompress(data, size + 1)  # no more than that, whatever is in it
-        except FileNotFoundError:  # no other picture may replace all of an archive
+                data = zlib.decompressobj(-15).decompress(data, size + 1)  # at most one byte too many
+        except FileNotFoundError:  # a whole archive is gone: no picture of it is replaced
             raise MissingFile(f"{root} is gone") from None
         except (struct.error, zlib.error) as e:
             raise UserError(f"damaged in the archive ({e})") from None
@@ -359,8 +360,7 @@ class ImageDataset(Samples):
 
     def __getitem__(self, n):
         i = self.index(n)
-        # in training a JPEG may be decoded smaller, to what shrink would have made of it: draws and crop do not depend
-        # on its size (but within a pixel of 16:1)
+        # in training a JPEG may be decoded smaller, as shrink would make it: draws and crop stay the same (not at 16:1)
         short = int(np.ceil(self.size / self.crop_scale[0])) if self.train else None
         error, tries = None, min(len(self), 100) if self.replace else 1
         for j in range(i, i + tries):
@@ -373,7 +373,7 @@ class ImageDataset(Samples):
                 error = error or f"{self.path(i)}: {e}"
         else:
             raise UserError(error + f", nor can the {tries - 1} after it" * (tries > 1))
-        if self.train:  # the 1 sets this stream apart from the permutations'
+        if self.train:  # the 1 sets this stream apart from that of the permutations
             img = random_crop(img, self.size, np.random.default_rng([self.seed, n, 1]), self.crop_scale)
         elif self.size:
             img = center_crop(img, self.size)
@@ -390,7 +390,7 @@ def list_folder(root):
             subfolders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        subfolders[:] = sorted(filter(is_visible, subfolders), key=os.fsencode)  # one order on all nodes
+        subfolders[:] = sorted(filter(is_visible, subfolders), key=os.fsencode)  # the same order on all machines
         for name in sorted(filter(is_visible, files)):
             if name.lower().endswith(EXTENSIONS):
                 yield os.path.relpath(os.path.join(folder, name), root), *[-1] * 5
@@ -411,19 +411,19 @@ def list_archive(path):
     except Exception as e:  # zipfile, too, raises many types
         if getattr(e, "errno", None) and e.errno not in FILE_FAULTS:
             raise OSError(e.errno, e.strerror, path) from e
-        raise UserError(f"{path} is no folder, and no .zip archive or a damaged one ({e})") from None
+        raise UserError(f"{path} is neither a folder nor a .zip archive that can be read ({e})") from None
     found = {}
     for e in entries:
         name = e.filename.replace("\\", "/")  # some tools of Windows write backslashes
         if name.lower().endswith(EXTENSIONS):
-            found[posixpath.normpath("/" + name).lstrip("/")] = e  # of several with one name the last, as unzip does
+            found[posixpath.normpath("/" + name).lstrip("/")] = e  # the last of one name, as unzip does
     for name, e in found.items():
         if not all(map(is_visible, name.split("/"))):
             continue
         if e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or e.flag_bits & 1:
             raise UserError(f"{path}: {e.filename} is encrypted or compressed by an unknown method; repack the archive")
         if not 0 <= e.header_offset <= end - e.compress_size:
-            raise UserError(f"{path} is a damaged .zip archive: {e.filename} is said to lie outside of it")
+            raise UserError(f"{path} is a damaged .zip archive: its entry {e.filename} lies outside of the file")
         yield name, e.header_offset, e.compress_size, e.compress_type, min(e.file_size, MAX_BYTES + 1), e.CRC
 
 

@@ -46,7 +46,7 @@ class DecoderConfig:
     heads: int = 16                # of the global transformer blocks
     gtb_depth: int = 6             # K global transformer blocks; 0 leaves them out
     flow_depth: int = 12           # residual blocks of the flow head
-    flow_width: int = 1024         # of the flow head; narrower than twice 3p^2 costs PSNR at small patches
+    flow_width: int = 1024         # of the flow head; at small patches, less than 2 * 3p^2 costs PSNR
     patch: int = 14                # p, pixels
     grid: int = 32                 # side of the patch grid that the position embeddings cover (size / p)
     projector: str = "mlp"         # "mlp": Linear-GELU-Linear as released; "linear": the paper's words
@@ -55,8 +55,8 @@ class DecoderConfig:
 
     def __post_init__(self):  # the values may come from a file
         for f in fields(self):
-            x, low = getattr(self, f.name), int("depth" not in f.name)
-            if type(x) is not f.type or f.type is int and not low <= x <= 65536:
+            x, low = getattr(self, f.name), (0 if "depth" in f.name else 1)
+            if type(x) is not f.type or (f.type is int and not low <= x <= 65536):
                 bounds = f" from {low} to 65536" if f.type is int else ""
                 raise UserError(f"{f.name} is {x!r:.50}; expected {f.type.__name__}{bounds}")
         rules = {"width must be a multiple of 4 and of heads": self.width % 4 == 0 and self.width % self.heads == 0,
@@ -70,17 +70,17 @@ class DecoderConfig:
 
 
 def check_tensor(name, x, shape):
-    """Raise ValueError unless x is a floating-point tensor of that shape. A letter is any size; only B may be 0."""
+    """Raise ValueError unless x is a floating-point tensor of that shape. A letter is any size; B may be 0, too."""
     fits = isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim == len(shape)
-    for n, wanted in zip(x.shape if fits else (), shape):
-        fits &= n == wanted if not isinstance(wanted, str) else n > 0 or wanted == "B"
+    for size, wanted in zip(x.shape if fits else (), shape):
+        fits &= (size > 0 or wanted == "B") if isinstance(wanted, str) else size == wanted
     if not fits:
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"{name} is {got}; expected a floating-point tensor ({', '.join(map(str, shape))})")
 
 
 def at_least_fp32(x):
-    """x in the type of losses and of the flow's state, under autocast and in half-precision modules, too."""
+    """x in fp32, or in fp64 if it has that type: for losses and the flow's state, also in half-precision modules."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -112,14 +112,14 @@ def sample_t(shape, endpoint=0.0, device=None):
 def flow_loss(velocity, x, t, noise):
     """Rectified flow's loss, eq. 4-5: x_t = (1 - t) x + t eps, u = eps - x, mean (v(x_t, t) - u)^2; a scalar.
 
-    velocity: a callable v(x_t, t) -> like x. x: data (B, ...). noise: eps, like x. t: 1 = noise; its dimensions are the
-    first ones of x, so that there is a time for each image (B) or for each patch (B, N). Any flow model can use it.
+    velocity: a callable v(x_t, t) -> like x. x: data (B, ...). noise: eps, like x. t: 1 = noise; its shape is the
+    beginning of x's: (B) is a time for each image, (B, N) a time for each patch. Any flow model can use this function.
     """
     check_tensor("noise", noise, x.shape)
     check_tensor("t", t, x.shape[:t.ndim])
-    s = t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
-    v = velocity((1 - s) * x + s * noise, t)
-    check_tensor("velocity", v, x.shape)  # one that is broadcast would make another loss, in silence
+    share = t.reshape(t.shape + (1,) * (x.ndim - t.ndim))  # of noise: t in a shape that broadcasts with x
+    v = velocity((1 - share) * x + share * noise, t)
+    check_tensor("velocity", v, x.shape)  # broadcasting a wrong shape would silently change the loss
     # Differs from the paper: eq. 5 reads as a sum over the patch, 3p^2 times this mean (--lambda_f 588 at p = 14).
     return (v - (noise - x)).square().mean()
 
@@ -127,7 +127,7 @@ def flow_loss(velocity, x, t, noise):
 def euler(velocity, noise, steps=1):
     """Solve dx/dt = v(x, t) from noise at t = 1 to data at t = 0 by Euler steps: x <- x - v(x, t) / steps.
 
-    velocity: a callable v(x, t) -> like x; x (B, ..., D), t (B, ...), a time for each vector. -> like noise.
+    velocity: a callable v(x, t) -> like x, for vectors x (B, ..., D) and their times t (B, ...). Returns x at t = 0.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; expected at least 1")
@@ -163,7 +163,7 @@ class GlobalBlock(nn.Module):
 
 
 class FlowBlock(nn.Module):
-    """Residual block of the flow head: x + gate * MLP(LN(x) * (1 + scale) + shift), modulated by y, of x's shape."""
+    """Residual block of the flow head: x + gate * MLP(LN(x) * (1 + scale) + shift), where y sets gate, scale, shift."""
 
     def __init__(self, width):
         super().__init__()
@@ -172,7 +172,7 @@ class FlowBlock(nn.Module):
         self.fc2 = nn.Linear(width, width)
         self.modulation = nn.Linear(width, 3 * width)
 
-    def forward(self, x, y):
+    def forward(self, x, y):  # both (..., width)
         shift, scale, gate = self.modulation(y).chunk(3, dim=-1)
         h = self.norm(x) * (1 + scale) + shift
         return x + gate * self.fc2(F.silu(self.fc1(h)))
@@ -181,8 +181,8 @@ class FlowBlock(nn.Module):
 class FlowHead(nn.Module):
     """The velocity MLP v(x_t, t, c): x (..., channels), times t (...), 1 = noise, c (..., cond_width) -> like x.
 
-    Each vector is a sample of its own: here a patch (B, N), in MAR a token. All modulations and the output start at
-    zero, so each residual block starts as the identity, and the velocity at 0.
+    Each vector is a sample of its own: here a patch (B, N), in MAR a token. The modulations and the output layer start
+    at zero, so each residual block starts as the identity and the velocity starts at 0.
     """
 
     def __init__(self, channels, cond_width, width, depth):
@@ -206,7 +206,7 @@ class FlowHead(nn.Module):
         check_tensor("t", t, x.shape[:-1])
         check_tensor("c", c, (*x.shape[:-1], self.cond_proj.in_features))
         dtype = self.output.weight.dtype
-        s = 1 - t  # the released network's time: it runs from noise at s = 0, and predicts x - eps, which is -v
+        s = 1 - t  # the released network counts time from noise, s = 0, to data; its output is x - eps = -v
         time = self.time_fc2(F.silu(self.time_fc1(sinusoid(1000 * s, 256).to(dtype))))  # (..., width)
         y = F.silu(time + self.cond_proj(c.to(dtype)))
         x = self.input_proj(x.to(dtype))  # (..., width)
@@ -263,17 +263,17 @@ class Decoder(nn.Module):
         self.head = FlowHead(3 * c.patch ** 2, c.width, c.flow_width, c.flow_depth)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-        # statistics of the latent, the identity until computed; one copy in the file serves encoder and decoder
+        # the latent's statistics, 0 and 1 until computed; the file holds one copy for encoder and decoder
         self.register_buffer("latent_mean", torch.zeros(c.latent_dim, 1, 1))
         self.register_buffer("latent_std", torch.ones(c.latent_dim, 1, 1))
-        # Differs from the released code: there a parent's `apply` later overwrites the flow head's zeros, and draws all
-        # linear weights with deviation 0.02.
+        # Differs from the released code: there, all linear weights are drawn with deviation 0.02, which overwrites the
+        # flow head's zeros.
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
         self.head.zero_init()
-        if c.objective == "pixel":  # the head's patches are zero: with a zero bias, too, no gradient would pass LN(0)
+        if c.objective == "pixel":  # the head's input is zero: a zero bias would give LN(0), which passes no gradient
             nn.init.normal_(self.head.input_proj.bias)
 
     def run_block(self, block, *args):
@@ -282,7 +282,7 @@ class Decoder(nn.Module):
         return block(*args)
 
     def condition(self, z):
-        """C of eq. 3 of the RAW z (B, C, h, w), not of a normalised latent -> (B, N, D), N = h*w row-major."""
+        """The RAW z (B, C, h, w), not a normalised latent -> condition tokens of eq. 3 (B, N, D), N = h*w row-major."""
         check_tensor("z", z, ("B", self.config.latent_dim, "h", "w"))
         h, w = z.shape[2:]
         x = self.latent_up(z.flatten(2).transpose(1, 2).to(self.pos_embed.dtype))  # (B, N, D)
@@ -296,16 +296,16 @@ class Decoder(nn.Module):
         return at_least_fp32(self.run_block(self.head, x_t, t, c))
 
     def loss(self, z, img, t=None, noise=None):
-        """L_flow of eq. 5, a scalar, in fp32: of the RAW z (B, C, h, w), no normalised latent, and img (B, 3, H, W).
+        """The RAW z (B, C, h, w), not a normalised latent, and img (B, 3, H, W) -> L_flow of eq. 5, a scalar in fp32.
 
-        t (B, N) and noise (B, N, 3p^2) are drawn if not given (t by sample_t). The "pixel" objective is the same
-        network at t = 1 with zeros for noise: the loss is then the squared error of the pixels -v.
+        t (B, N) and noise (B, N, 3p^2) are drawn if not given (t by sample_t). The "pixel" objective runs the same
+        network at t = 1 with zeros for noise. Then -v are the predicted pixels, and the loss is their squared error.
         """
         p = self.config.patch
         check_tensor("z", z, ("B", self.config.latent_dim, "h", "w"))
         B, _, h, w = z.shape
         check_tensor("img", img, (B, 3, h * p, w * p))
-        if img.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+        if img.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU's values are not waited for
             with contextlib.suppress(RuntimeError):  # an empty batch and vmap's tensors have no values
                 low, high = (x.item() for x in img.detach().aminmax())
                 if not (low > -0.5 and high < 1.5):  # a resize may overshoot a little; this form also catches nan
@@ -324,8 +324,8 @@ class Decoder(nn.Module):
     def decode(self, latent, steps=1, noise=None):
         """The NORMALISED latent (B, C, h, w) of Encoder.encode, not the raw z -> image (B, 3, h*p, w*p) in [0, 1].
 
-        `steps` Euler steps lead from noise (B, N, 3p^2) to the image; the condition is computed once. The noise is
-        standard normal, N row-major, and drawn if not given.
+        `steps` Euler steps lead from noise to the image; the condition is computed once. noise: (B, N, 3p^2), N
+        row-major; standard normal noise is drawn if it is not given.
         """
         check_tensor("latent", latent, ("B", self.config.latent_dim, "h", "w"))
         (B, _, h, w), p = latent.shape, self.config.patch
@@ -339,24 +339,24 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path):
-        """The decoder of a tokenizer file, in eval mode, on the CPU, in fp32. UserError if the file holds none, or if
-        its tensors do not fit its configuration."""
+        """The decoder of a tokenizer file, in eval mode, on the CPU, in fp32. UserError if the file holds no decoder,
+        or one whose tensors do not fit its configuration."""
         try:
             with safe_open(path, "pt") as f:
                 if "chal_proj.c_fc.weight" in f.keys():
-                    raise ValueError("the authors' released file; convert it: "
+                    raise ValueError("it is the authors' released file; convert it: "
                                      f"python -m tools.convert released {path} OUT.safetensors")
                 c = DecoderConfig(**json.loads(f.metadata()["config"])["decoder"])
                 state = {k.removeprefix("decoder."): f.get_tensor(k) for k in f.keys() if k.startswith("decoder.")}
                 state |= {k: f.get_tensor(k)[:, None, None] for k in ("latent_mean", "latent_std")}  # (C) in the file
-            D, W = c.width, c.flow_width
-            least = D * (12 * c.gtb_depth * D + W + 2 * c.grid ** 2) + W * (5 * c.flow_depth * W + 6 * c.patch ** 2)
-            if 2 * least > os.path.getsize(path):  # said before anything is allocated
-                raise ValueError(f"it asks for {least:,} weights, and has {os.path.getsize(path):,} bytes")
+            D, M = c.width, c.flow_width
+            least = D * (12 * c.gtb_depth * D + M + 2 * c.grid ** 2) + M * (5 * c.flow_depth * M + 6 * c.patch ** 2)
+            if 2 * least > os.path.getsize(path):  # a weight takes 2 bytes or more; checked before they are allocated
+                raise ValueError(f"its config asks for {least:,} weights, but it has {os.path.getsize(path):,} bytes")
             for k, x in state.items():
                 usable = x.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-                if not usable or not x.float().isfinite().all() or k == "latent_std" and x.float().min() <= 0:
-                    raise ValueError(f"{k} holds {x.dtype}, NaN, infinity, or a deviation that is not positive")
+                if not usable or not x.float().isfinite().all() or (k == "latent_std" and x.float().min() <= 0):
+                    raise ValueError(f"{k} is {x.dtype}; expected finite floating-point numbers, deviations above 0")
             dec = cls(c)
             dec.load_state_dict({"mean": dec.mean, "std": dec.std} | state)
         except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, AttributeError, OSError) as e:
@@ -371,7 +371,7 @@ if __name__ == "__main__":
     print("latent z  ", tuple(z.shape))
     print("condition ", tuple(dec.condition(z).shape))
     print("loss      ", f"{dec.loss(z, img).item():.4f} (untrained: v = 0)")
-    with torch.no_grad():  # without stored statistics the latent is z
+    with torch.no_grad():  # this decoder has no stored statistics, so the normalised latent is z itself
         print("image     ", tuple(dec.decode(z).shape), "in [0, 1], one step")
         print("image     ", tuple(dec.decode(z, steps=4).shape), "in [0, 1], four steps")
     print("parameters", f"{sum(p.numel() for p in dec.parameters()):,}")

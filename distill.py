@@ -25,12 +25,13 @@ def cosine(student, teacher):
 def layer_distances(student, teacher):
     """alpha of every layer. Two lists of L tensors (B, N, D) -> (L,) in [0, 2].
 
-    Raises ValueError if a layer has not the same shape in both, as cosines of broadcast tensors mean nothing, or if it
-    has no token.
+    Raises ValueError if student and teacher differ in a shape, because cosines of broadcast tensors mean nothing, or if
+    a layer has no token.
     """
-    shapes, theirs = ([tuple(x.shape) for x in layers] for layers in (student, teacher))
-    if shapes != theirs or any(len(shape) != 3 or shape[1] == 0 for shape in shapes):
-        raise ValueError(f"student has {len(shapes)} layers of {sorted(set(shapes))}, teacher {len(theirs)} of "
+    ours = [tuple(x.shape) for x in student]
+    theirs = [tuple(x.shape) for x in teacher]
+    if ours != theirs or any(len(shape) != 3 or shape[1] == 0 for shape in ours):
+        raise ValueError(f"student has {len(ours)} layers of {sorted(set(ours))}, teacher {len(theirs)} of "
                          f"{sorted(set(theirs))}; expected the same (B, N, D) for every layer of both, N at least 1")
     return 1 - torch.stack([cosine(s, t) for s, t in zip(student, teacher)]).mean((1, 2))
 
@@ -39,7 +40,7 @@ def layer_weights(distances, beta=2.0, strategy="adaptive"):
     """w_l of eq. 1 from distances (L,): (L,), summing to 1, detached.
 
     strategy (Table 5a): "final", all weight on the last layer; "uniform", 1/L each; "progressive", eq. 1 with beta = 0;
-    "adaptive", eq. 1. Raises ValueError for another.
+    "adaptive", eq. 1. Raises ValueError for any other.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is not one of {' '.join(STRATEGIES)}")
@@ -53,25 +54,25 @@ def layer_weights(distances, beta=2.0, strategy="adaptive"):
     if strategy == "progressive":
         beta = 0.0
     # exp(log(l/L) + beta alpha) normalised is eq. 1 itself, safe from overflow at large beta.
-    # It is not softmax(l/L * beta * alpha), as one public copy has it.
+    # One public copy has softmax(l/L * beta * alpha), which is another function.
     return torch.softmax(depth.log() + beta * alpha, dim=0)
 
 
-def distill_loss(student, teacher, beta=2.0, strategy="adaptive", distances=layer_distances):
+def distill_loss(student, teacher, beta=2.0, strategy="adaptive", measure=layer_distances):
     """L_dist of eq. 2. Two lists of L tensors (B, N, D) -> (loss, weights (L,), distances (L,)).
 
-    distances: layer_distances, or the same function compiled.
-    Weights and distances are detached. Under torch.distributed alpha is averaged over the ranks before the weights are
-    formed, so that N ranks with equal batches give (after the mean of the gradients over ranks) the loss, weights and
-    gradients of one rank with the joined batch.
+    measure: the function that computes the distances, layer_distances or its compiled form.
+    The weights and distances that are returned are detached. Under torch.distributed the distances are averaged over
+    the ranks before the weights are formed. So if all ranks have batches of one size, the weights, and the ranks' mean
+    loss and gradients, are those of one rank with the joined batch.
     """
-    attached = distances(student, teacher)
-    alpha = attached.detach().clone()
+    alpha = measure(student, teacher)  # of this rank's batch, with gradients
+    mean_alpha = alpha.detach().clone()  # of all ranks' batches
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(alpha)
-        alpha /= dist.get_world_size()
-    weights = layer_weights(alpha, beta, strategy)
-    return (weights * attached).sum(), weights, alpha
+        dist.all_reduce(mean_alpha)
+        mean_alpha /= dist.get_world_size()
+    weights = layer_weights(mean_alpha, beta, strategy)
+    return (weights * alpha).sum(), weights, mean_alpha
 
 
 if __name__ == "__main__":

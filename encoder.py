@@ -21,7 +21,6 @@ import http.client
 import json
 import os
 import re
-import sys
 import urllib.parse
 import urllib.request
 import uuid
@@ -67,15 +66,15 @@ class ViTConfig:
     patch_bias: bool = True        # bias in the patch convolution
     pre_norm: bool = False         # LayerNorm before the first block (CLIP)
     final_norm: bool = True        # LayerNorm after the last block; InternViT has none
-    layer_scale: float = 0.0       # initial value of the learned per-channel scale of each branch; 0: no such scale
+    layer_scale: float = 0.0       # initial value of a learned scale per channel of each branch; 0: no such scale
     eps: float = 1e-6              # of every LayerNorm
     activation: str = "gelu"       # a key of ACTIVATIONS
     pixel_stats: str = "imagenet"  # a key of PIXEL_STATS
 
     def __post_init__(self):  # the values may come from a file
         for f in fields(self):
-            x, low = getattr(self, f.name), int(f.name != "num_prefix")
-            if type(x) is not f.type or f.type is int and not low <= x <= 65536:
+            x, low = getattr(self, f.name), (0 if f.name == "num_prefix" else 1)
+            if type(x) is not f.type or (f.type is int and not low <= x <= 65536):
                 bounds = f" from {low} to 65536" if f.type is int else ""
                 raise UserError(f"{f.name} is {x!r:.50}; expected {f.type.__name__}{bounds}")
         rules = {"width must be a multiple of heads": self.width % self.heads == 0,
@@ -108,8 +107,8 @@ TEACHERS = {  # the paper's foundation models; PUBLISHED says where their files 
 class Block(nn.Module):
     """Pre-norm transformer block on x (B, T, D): x + s1*Attention(LN(x)), then x + s2*MLP(LN(x)).
 
-    s1, s2: layer scale, where the model has one. keep: two factors, one for each branch; 1, or in training masks
-    (B, 1, 1) of mean 1, which drop the branches of some images (stochastic depth).
+    s1, s2: layer scale, where the model has one. keep: a factor for each of the two branches: 1, or with stochastic
+    depth a mask (B, 1, 1) of mean 1, which is 0 for the images that skip the branch.
     """
 
     def __init__(self, c):
@@ -135,21 +134,21 @@ class Block(nn.Module):
         return scaled(self.fc2, ACTIVATIONS[self.activation](self.fc1(x)), self.scale2)
 
     def forward(self, x, keep=(1, 1)):
-        x = x + keep[0] * self.attention(flat(self.norm1, x))
-        return x + keep[1] * self.mlp(flat(self.norm2, x))
+        x = x + keep[0] * self.attention(norm_rows(self.norm1, x))
+        return x + keep[1] * self.mlp(norm_rows(self.norm2, x))
 
 
-def flat(norm, x):
-    """norm(x), computed on rows (B*T, D): torch.compile makes one pass over memory of it, and two of (B, T, D)."""
+def norm_rows(norm, x):
+    """norm(x), computed on rows (B*T, D): compiled, it then passes over the memory once; on (B, T, D) twice."""
     return norm(x.flatten(0, 1)).view_as(x)
 
 
 def scaled(linear, x, scale):
-    """scale * linear(x); scale None is 1. It multiplies the weights, not the many more activations, which would cost 5%
-    of a training step, and 4 GiB, at InternViT's size on an H100."""
+    """scale * linear(x), where None is a scale of 1. The scale goes into the weights: on the activations it would cost
+    5% of a training step and 4 GiB, at InternViT's size on an H100."""
     if scale is None:
         return linear(x)
-    if type(linear) is not nn.Linear:  # a layer that stands in for it, as LoRA's, is more than a weight and a bias
+    if type(linear) is not nn.Linear:  # for instance LoRA's layer, which computes more than weight and bias
         return scale * linear(x)
     return F.linear(x, scale[:, None] * linear.weight, scale * linear.bias)
 
@@ -157,9 +156,9 @@ def scaled(linear, x, scale):
 class ViT(nn.Module):
     """A vision transformer: img (B, 3, H, W) in [0, 1] -> list of L block outputs, each (B, P+N, D).
 
-    H and W may be any multiples of the patch: the position grid is resized (see resize_grid). The outputs are those
-    before `norm`, the final LayerNorm (the identity in models without one). P = `num_prefix` tokens come first: CLS,
-    then registers (Darcet et al. 2024), which have no position. `depth` stops after that many blocks.
+    H and W may be any multiples of the patch: the position grid is resized (see resize_grid). The outputs have not
+    passed `norm`, the final LayerNorm (the identity in models without one). P = `num_prefix` tokens come first: CLS,
+    then registers (Darcet et al. 2024), which have no position. depth: run only the first `depth` blocks.
     """
 
     def __init__(self, config):
@@ -167,7 +166,7 @@ class ViT(nn.Module):
         c = self.config = config
         mean, std = PIXEL_STATS[c.pixel_stats]
         self.num_prefix = c.num_prefix
-        self.drop_path = 0.0     # stochastic depth in training: this in the last block, 0 in the first, linear between
+        self.drop_path = 0.0     # stochastic depth in training: rate of the last block; it rises linearly from 0
         self.checkpoint = False  # recompute each block in the backward pass instead of keeping its activations
         self.patch_embed = nn.Conv2d(3, c.width, c.patch, c.patch, bias=c.patch_bias)
         cls, registers = min(c.num_prefix, 1), max(c.num_prefix - 1, 0)
@@ -196,13 +195,11 @@ class ViT(nn.Module):
         # under autocast the residual stream is bf16 from here on
         x = x + resize_grid(self.pos_embed[:, cls:], h, w).to(x.dtype)
         if cls:
-            prefix = [self.cls_token + self.pos_embed[:, :1], self.register_tokens][:self.num_prefix]
+            prefix = [self.cls_token + self.pos_embed[:, :1], self.register_tokens][:self.num_prefix]  # P = 1: CLS
             x = torch.cat([*(token.expand(B, -1, -1).to(x.dtype) for token in prefix), x], dim=1)  # (B, P+N, D)
         x = self.norm_pre(x).to(x.dtype)
         outputs = []
-        for i, block in enumerate(self.blocks):
-            if i == depth:
-                break
+        for i, block in enumerate(list(self.blocks)[:depth]):
             keep = (1, 1)
             if self.training and self.drop_path:
                 rate = self.drop_path * i / max(len(self.blocks) - 1, 1)
@@ -264,14 +261,14 @@ class Encoder(nn.Module):
             raise UserError(f"latent_dim is {latent_dim!r:.50}, expected an integer from 1 to 65536")
         D = vit.config.width
         self.vit, self.latent_dim, self.projector = vit, latent_dim, projector
-        self.size = vit.config.size  # side in pixels that it was trained at; from_pretrained sets what the file says
+        self.size = vit.config.size  # side of the training images in pixels; from_pretrained takes it from the file
         if projector == "linear":
             self.latent_down = nn.Linear(D, latent_dim)
         elif projector == "mlp":
             self.latent_down = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, latent_dim))
         else:
             raise UserError(f"projector {projector!r:.50} is unknown; it is mlp or linear")
-        # statistics of the latent, the identity until computed; one copy in the file serves encoder and decoder
+        # the latent's statistics, 0 and 1 until computed; the file holds one copy for encoder and decoder
         self.register_buffer("latent_mean", torch.zeros(latent_dim, 1, 1))
         self.register_buffer("latent_std", torch.ones(latent_dim, 1, 1))
 
@@ -279,7 +276,7 @@ class Encoder(nn.Module):
         """img (B, 3, H, W) in [0, 1] -> the RAW z (B, C, h, w), and the list [H^(1)..H^(L)], each (B, P+N, D)."""
         hidden, p = self.vit(img), self.vit.config.patch
         z = self.latent_down(self.vit.norm(hidden[-1][:, self.vit.num_prefix:]))  # (B, N, C)
-        return z.transpose(1, 2).reshape(img.shape[0], self.latent_dim, img.shape[2] // p, img.shape[3] // p), hidden
+        return z.transpose(1, 2).unflatten(2, (img.shape[2] // p, -1)), hidden  # (B, C, h, w)
 
     def encode(self, img):
         """img (B, 3, H, W) in [0, 1] -> the NORMALISED latent (B, C, h, w): (z - stored mean) / stored deviation."""
@@ -288,9 +285,9 @@ class Encoder(nn.Module):
     def features(self, img, layer=None, grid=False):
         """img (B, 3, H, W) in [0, 1] -> semantic tokens (B, N, D), row-major, without CLS and registers.
 
-        layer=None: those of the last block, after the final norm. An integer: that block's output, before any norm
-        (0 is the first, -2 the second-to-last, which LLaVA reads). A list of these: a list, from one pass that stops
-        after the deepest. grid: as maps (B, D, h, w). Raises ValueError for a layer that is not there.
+        layer=None: the last block's, after the final norm. An integer: that block's output, before any norm (0 is the
+        first, -2 the second-to-last, which LLaVA reads). A list of these gives a list, from one pass that stops after
+        the deepest block. grid: maps (B, D, h, w) instead. Raises ValueError for a layer that does not exist.
         """
         several = isinstance(layer, (list, tuple, range))
         vit, wanted = self.vit, list(layer) if several else [layer]
@@ -319,7 +316,7 @@ class Encoder(nn.Module):
         except (KeyError, TypeError, ValueError) as e:
             raise UserError(f"{path} describes no UniFlow encoder ({type(e).__name__}: {one_line(e)})") from None
         present, get = open_weights(path)
-        # A file has the statistics as (C). One made of a state_dict holds the buffers, too; train.py's does not.
+        # The file has the statistics as (C), the module as (C, 1, 1). Files of train.py lack the other buffers.
         statistics = {"latent_mean": enc.latent_mean.flatten(), "latent_std": enc.latent_std.flatten()}  # views
         state = {k: x for k, x in enc.named_buffers() if k not in statistics}
         state |= {k.removeprefix("encoder."): get(k) for k in present if k.startswith("encoder.")}
@@ -330,18 +327,18 @@ class Encoder(nn.Module):
 
 
 def parameter_groups(modules, lr, weight_decay=0.0, layer_decay=1.0):
-    """The trainable parameters of `modules` (a module or several) as groups for an optimizer, each in exactly one.
+    """The trainable parameters of `modules` (a module or several) as an optimizer's groups, each in exactly one group.
 
-    Only weights of linear layers and convolutions decay, so no bias, norm, scale, token or position does. layer_decay d
-    < 1 lowers the rate with depth (BEiT): in each ViT of L layers, block l = 1..L learns at lr * d^(L + 1 - l), what
-    comes before the blocks at lr * d^(L + 1); its final norm and all other parameters at lr.
+    Only weights of linear layers and convolutions decay: no bias, norm, scale, token or position does. layer_decay
+    d < 1 gives early layers a lower rate (BEiT): in each ViT of L layers, block l = 1..L learns at lr * d^(L + 1 - l),
+    what comes before the blocks at lr * d^(L + 1). Its final norm and all other parameters learn at lr.
     """
     modules = [modules] if isinstance(modules, nn.Module) else list(modules)
-    below = {}  # parameter of a ViT: how many layers it lies below the output
+    below = {}  # for each parameter of a ViT, the number of layers from it to the output
     for vit in [m for module in modules for m in module.modules() if isinstance(m, ViT)]:
         for name, p in vit.named_parameters():
-            part, number = name.split(".")[:2] if "." in name else (name, "")
-            below[p] = 0 if part == "norm" else len(vit.blocks) - (int(number) if part == "blocks" else -1)
+            number = int(name.split(".")[1]) if name.startswith("blocks.") else -1  # -1: before the blocks
+            below[p] = 0 if name.startswith("norm.") else len(vit.blocks) - number
     embeddings = {m.weight for module in modules for m in module.modules() if isinstance(m, nn.Embedding)}
     groups, params = {}, {p: name for module in modules for name, p in module.named_parameters() if p.requires_grad}
     for decays in True, False:
@@ -353,8 +350,8 @@ def parameter_groups(modules, lr, weight_decay=0.0, layer_decay=1.0):
 
 # ---- files ----
 
-# For each name the smallest published file of safe tensors: a Hugging Face repository, and the file in it. timm's files
-# hold the vision tower alone.
+# Each model's smallest published safetensors file: a Hugging Face repository, and the file in it. timm's files hold the
+# vision tower alone.
 PUBLISHED = {
     "internvit": "OpenGVLab/InternViT-300M-448px/model.safetensors",
     "internvit-v2_5": "OpenGVLab/InternViT-300M-448px-V2_5/model.safetensors",
@@ -362,12 +359,12 @@ PUBLISHED = {
     "dinov2-reg": "facebook/dinov2-with-registers-large/model.safetensors",
     "siglip2": "timm/vit_so400m_patch16_siglip_256.v2_webli/model.safetensors",
     "siglip2-l": "timm/vit_large_patch16_siglip_256.v2_webli/model.safetensors",
-    "clip": "timm/vit_large_patch14_clip_224.dfn2b/model.safetensors",  # apple/DFN2B-CLIP-ViT-L-14, not its -39B
+    "clip": "timm/vit_large_patch14_clip_224.dfn2b/model.safetensors",  # apple/DFN2B-CLIP-ViT-L-14, not ...-14-39B
     "uniflow-internvit": "yuezhengrong/UniFlow/model.safetensors",  # the authors' tokenizer, for tools/convert.py
 }
 
-# How published files name our ViT's parameters, in the order of PARAMETERS. {q,k,v}: three matrices that we keep as
-# one. -: a parameter that no model of the layout has. A file may have one of PREFIXES before every name.
+# How published files name our ViT's parameters, in the order of PARAMETERS. {q,k,v} are three matrices that we keep as
+# one. - is a parameter that no model of the layout has. A file may have one of PREFIXES before every name.
 PARAMETERS = ("cls_token register_tokens pos_embed patch_embed norm_pre norm blocks "
               "norm1 qkv proj scale1 norm2 fc1 fc2 scale2").split()
 LAYOUTS = {
@@ -395,8 +392,8 @@ LAYOUTS = {
         visual.transformer.resblocks ln_1 attn.in_proj_ attn.out_proj - ln_2 mlp.c_fc mlp.c_proj -""".split(),
 }
 PREFIXES = ("", "vision_model.", "vision_tower.", "model.vision_tower.", "vit.")
-# What such files hold besides, and we do not need: pixel statistics, text towers, pooling heads, projections into other
-# spaces, mask tokens, position indices.
+# Other tensors of such files, which we do not need: pixel statistics, text towers, pooling heads, projections into
+# other spaces, mask tokens, position indices.
 KNOWN_EXTRAS = re.compile(r"(mean|std|(model\.)?(text_model|language_model|multi_modal_projector|transformer|"
                           r"token_embedding|positional_embedding|ln_final|text_projection|visual_projection|"
                           r"visual\.proj|logit_scale|logit_bias|attn_pool|(vision_model\.)?head|pooler|classifier|"
@@ -404,14 +401,14 @@ KNOWN_EXTRAS = re.compile(r"(mean|std|(model\.)?(text_model|language_model|multi
 
 
 def read_config(path):
-    """What a model file of this project says of itself: the JSON of its metadata entry "config", a dict. Its "vit" and
-    "size" are checked, and that the file is large enough for them. Raises UserError for any other file."""
+    """The JSON, a dict, that a model file of this project has in its metadata entry "config". UserError if the file is
+    another one, if "vit" or "size" is not valid, or if the file is too small for the model that they describe."""
     if not os.path.isfile(path):
         raise MissingFile(f"{path}: no such file")
     try:
         with safe_open(path, "pt") as f:
             if "chal_proj.c_fc.weight" in f.keys():
-                raise ValueError("the authors' released file; convert it: "
+                raise ValueError("it is the authors' released file; convert it: "
                                  f"python -m tools.convert released {path} OUT.safetensors")
             config = json.loads(f.metadata()["config"])
         c = ViTConfig(**config["vit"])
@@ -419,25 +416,25 @@ def read_config(path):
         if type(size) is not int or not 0 < size <= 65536 or size % c.patch:
             raise ValueError(f"size is {size!r:.50}, expected a multiple of the patch {c.patch}")
         numbers = c.width * (c.depth * (4 * c.width + 2 * c.mlp_width) + 3 * c.patch ** 2 + (c.size // c.patch) ** 2)
-        if 2 * numbers > os.path.getsize(path):  # said before anybody allocates them
-            raise ValueError(f"it asks for {numbers:,} weights, and has {os.path.getsize(path):,} bytes")
+        if 2 * numbers > os.path.getsize(path):  # a weight takes 2 bytes or more; checked before they are allocated
+            raise ValueError(f"its config asks for {numbers:,} weights, but it has {os.path.getsize(path):,} bytes")
         return config
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} is damaged, or no model file of this project, whose metadata has config = "
+        raise UserError(f"{path} is damaged, or is no model file of this project: such a file's metadata have config = "
                         f"{{\"vit\": ...}} ({type(e).__name__}: {one_line(e)})") from None
 
 
 def write_model(path, config, tensors):
-    """Write {name: tensor} as safetensors, with `config` as JSON in the metadata entry "config", atomically."""
+    """Write {name: tensor} as a safetensors file, atomically, with `config` as JSON in the metadata entry "config"."""
     tensors = {k: x.contiguous() for k, x in tensors.items()}
     data = safetensors.torch.save(tensors, {"format": "pt", "config": json.dumps(config)})
     write_atomically(path, lambda f: f.write(data))
 
 
 def write_atomically(path, write):
-    """Call write(binary file) on a temporary file beside `path`, which takes its name when it is safely on disk.
+    """Call write(binary file) on a temporary file beside `path`; rename it to `path` when it is safely on disk.
 
-    The temporary name is unique, so two writers of one path leave one of the two files whole.
+    The temporary name is unique: if two processes write one path, the file that stays is whole.
     """
     temporary = os.path.join(os.path.dirname(path), f".{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -453,13 +450,13 @@ def write_atomically(path, write):
 
 
 def one_line(x):
-    """The text of an error or of a name that comes from a file: one line, at most 300 characters."""
+    """x as text for an error message: one line, at most 300 characters."""
     return " ".join(str(x).split())[:300]
 
 
 def open_weights(path):
-    """(set of the tensors' names, function name -> tensor) of a .safetensors file, or of a .pth or .bin file that holds
-    nothing but tensors; no code in it is run."""
+    """The set of a file's tensor names, and a function that reads a tensor by its name. The file is .safetensors, or a
+    .pth or .bin file that holds nothing but tensors; code in it is never run."""
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise MissingFile(f"{path}: no such file")
@@ -485,7 +482,7 @@ def open_weights(path):
     def get(name):
         try:
             return read(name)
-        except (SafetensorError, AttributeError) as e:  # types that this torch does not have
+        except (SafetensorError, AttributeError) as e:  # a type that this version of torch lacks
             raise UserError(f"{path}: {one_line(name)} cannot be read ({one_line(e)})") from None
     return names, get
 
@@ -495,65 +492,56 @@ def refuse_pickle(path, torch_version=torch.__version__):
     be made to run its code (CVE-2025-32434), torch before 2.10 to damage memory (CVE-2026-24747)."""
     if tuple(int(n) for n in torch_version.split(".")[:2]) < (2, 10):
         raise UserError(f"{path} is a pickle, which torch {torch_version} does not read safely: use torch 2.10 or "
-                        "newer, or save it as .safetensors there")
-
-
-def file_sha256(path):
-    """SHA-256 of a file, in hex."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 24):
-            sha.update(chunk)
-    return sha.hexdigest()
+                        "newer, or save the file as .safetensors with such a torch")
 
 
 def names_in(layout, key):
     """The names under which a file of that layout keeps our ViT's parameter `key`: one, or three to be stacked."""
-    names, parts = dict(zip(PARAMETERS, LAYOUTS[layout])), key.split(".")
-    block = f"{names['blocks']}.{parts[1]}." if parts[0] == "blocks" else ""
-    part, *kind = parts[2:] if block else parts
-    name = block + ".".join([names[part], *kind]).replace("_.", "_")  # attn.in_proj_weight
-    several = re.search(r"\{(.*)\}", name)
-    return [name.replace(several[0], x) for x in several[1].split(",")] if several else [name]
+    theirs, parts = dict(zip(PARAMETERS, LAYOUTS[layout])), key.split(".")  # blocks.3.qkv.weight, or pos_embed
+    block = f"{theirs['blocks']}.{parts[1]}." if parts[0] == "blocks" else ""
+    part, *kind = parts[2:] if block else parts  # kind: weight, bias, or nothing
+    name = block + ".".join([theirs[part], *kind]).replace("_.", "_")  # open_clip: attn.in_proj_weight, no dot
+    braces = re.search(r"\{(.*)\}", name)
+    return [name.replace(braces[0], x) for x in braces[1].split(",")] if braces else [name]
 
 
 def load_vit(vit, path):
-    """Copy a file of any known layout into `vit`, converted to fp32. UserError if a tensor is missing, does not fit, or
-    is neither the ViT's nor one of KNOWN_EXTRAS; then nothing is copied."""
+    """Copy the tensors of a file of any known layout into `vit`. UserError, and nothing is copied, if a tensor is
+    missing, does not fit, or is neither the ViT's nor one of KNOWN_EXTRAS."""
     present, get = open_weights(path)
-    marks = "blocks.0.proj.weight", "blocks.0.norm1.weight", "pos_embed"
+    signs = "blocks.0.proj.weight", "blocks.0.norm1.weight", "pos_embed"  # a file that has these is of that layout
     found = [(prefix, layout) for prefix in PREFIXES for layout in LAYOUTS
-             if {prefix + name for key in marks for name in names_in(layout, key)} <= present]
+             if {prefix + name for key in signs for name in names_in(layout, key)} <= present]
     if not found:
         raise UserError(f"{path} is of no known layout ({', '.join(LAYOUTS)}); it holds "
                         f"{one_line(', '.join(sorted(present)[:3]))} ...")
     prefix, layout = found[0]
-    own, state = {}, {}
+    own, state = {}, {}  # the ViT's and the file's tensors, both by the names in the file
     for key, x in vit.named_parameters():
         names = names_in(layout, key)
         own.update(zip([prefix + name for name in names], x.detach().chunk(len(names))))  # views of the parameter
     for name in present:
         if name in own:
             x, shape = get(name), own[name].shape
-            short = x.numel() == own[name].numel() and x.shape == shape[-x.ndim:]  # as (D) for (1, 1, D)
-            state[name] = x.reshape(shape) if short else x
+            lacks_ones = x.numel() == own[name].numel() and x.shape == shape[-x.ndim:]  # (D) for (1, 1, D)
+            state[name] = x.reshape(shape) if lacks_ones else x
         elif not KNOWN_EXTRAS.match(name):
-            state[name] = None
+            state[name] = None  # load_exactly refuses the name
     load_exactly(own, state, path)
 
 
 @torch.no_grad()
 def load_exactly(own, state, path):
-    """Copy the tensors `state`, which come from the file `path`, into those of a module, `own`: both {name: tensor}.
-    UserError if names (either way), shapes or types do not fit, or a number is not finite; then nothing is copied."""
+    """Copy `state`, the tensors of the file `path`, into `own`, those of a module; both are {name: tensor}. UserError,
+    and nothing is copied, if a name is in one of them alone, a shape or type is wrong, or a number is not finite."""
     wrong = [f"missing {k}" for k in own.keys() - state.keys()] + [f"unknown {k}" for k in state.keys() - own.keys()]
     for k in own.keys() & state.keys():
         x = state[k]
         usable = x.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         if x.shape != own[k].shape:
             wrong.append(f"{k} is {tuple(x.shape)}, expected {tuple(own[k].shape)}")
-        elif not usable or not x.float().isfinite().all() or k == "latent_std" and x.float().min() <= 0:
-            wrong.append(f"{k} holds {x.dtype}, NaN, infinity, or a deviation that is not positive")
+        elif not usable or not x.float().isfinite().all() or (k == "latent_std" and x.float().min() <= 0):
+            wrong.append(f"{k} is {x.dtype}; expected finite floating-point numbers, deviations above 0")
     if wrong:
         few = one_line("; ".join(sorted(wrong)[:3]))
         raise UserError(f"{path} does not fit the model ({len(wrong)} tensors): {few}")
@@ -562,7 +550,7 @@ def load_exactly(own, state, path):
 
 
 def teacher_config(name_or_path):
-    """The ViTConfig of a key of TEACHERS or of a self-describing safetensors file. Raises UserError for neither."""
+    """The ViTConfig of a key of TEACHERS, or of a self-describing safetensors file. UserError for anything else."""
     if name_or_path in TEACHERS:
         return TEACHERS[name_or_path]
     if not os.path.isfile(str(name_or_path)):  # None where a model file names no teacher
@@ -575,8 +563,8 @@ def load_teacher(name_or_path, weights=None, offline=False):
 
     name_or_path: a key of TEACHERS, or a self-describing safetensors file: a ViT's state dict with the metadata entry
     "config" = JSON {"vit": {fields of ViTConfig}}. weights: a file in any of LAYOUTS; "random" for a seeded
-    initialisation, which is announced; or None for the published file, which is downloaded if need be, but not if
-    `offline`. Raises UserError or OSError with what to do.
+    initialisation, which prints a line; or None for the published file, which is downloaded if it is not here yet,
+    except if `offline`. Raises UserError or OSError, which say what to do.
     """
     config = teacher_config(name_or_path)
     if name_or_path not in TEACHERS:
@@ -606,16 +594,16 @@ def load_teacher(name_or_path, weights=None, offline=False):
 def fetch(name_or_url, offline=False):
     """The path of a file on this machine: a path stays as it is; a name in PUBLISHED or a URL is downloaded once.
 
-    It is looked for in Hugging Face's cache, then in torch.hub's, where a download goes, too. A download must have the
-    SHA-256 that is in its name or that Hugging Face's server declares. offline: do not download. The environment's
-    HF_ENDPOINT (a mirror), HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE are obeyed. Raises MissingFile, which tells the URL
-    and where to put the file by hand.
+    Hugging Face's cache is searched first, then torch.hub's, which also receives downloads. If a file's name holds a
+    SHA-256, torch.hub checks the download by it; a .safetensors that is cut off is refused when it is read. offline: do
+    not download. The environment's HF_ENDPOINT (a mirror), HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE are obeyed. Raises
+    MissingFile, which tells the URL and where to put the file by hand.
     """
     given = os.fspath(name_or_url)
     if os.path.isfile(given):
         return given
     url, name = given, os.path.basename(urllib.parse.urlsplit(given).path)
-    sha = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+$", name)  # torch.hub's names hold its beginning
+    sha = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.\w+$", name)  # torch.hub's names end in its first digits
     if given in PUBLISHED:
         org, repo, file = PUBLISHED[given].split("/")
         name = f"{org}--{repo}--{file}"
@@ -628,41 +616,28 @@ def fetch(name_or_url, offline=False):
             return max(cached, key=os.path.getmtime)
     elif not url.startswith(("http://", "https://")):
         raise MissingFile(f"{url}: no such file, no URL, and none of the names {' '.join(PUBLISHED)}")
-    elif not sha:  # then names are no more unique than model.safetensors is
+    elif not sha:  # different URLs may end in one name, such as model.safetensors
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}--{name}"
     path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
     by_hand = f"; or put the file at {path} by hand: curl -L -o {path} {url}"
     if os.path.isfile(path):
         return path
     if offline or os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("0", "", "false", "no"):
-        why = "" if offline else " and HF_HUB_OFFLINE is set: unset it"
-        raise MissingFile(f"{url} is not on this machine{why}{by_hand}")
+        hint = "" if offline else " and HF_HUB_OFFLINE is set: unset it"
+        raise MissingFile(f"{url} is not on this machine{hint}{by_hand}")
     try:
         with locked(path):  # one process downloads, the others wait
             if not os.path.isfile(path):
-                torch.hub.download_url_to_file(url, path, sha[1] if sha else declared_sha256(url))
+                torch.hub.download_url_to_file(url, path, sha and sha[1])
     except (OSError, RuntimeError, http.client.HTTPException) as e:  # RuntimeError: torch.hub's, of a wrong hash
-        raise MissingFile(f"{url} could not be fetched ({one_line(e) or type(e).__name__}): run it again; another "
-                          f"mirror: HF_ENDPOINT; another folder: TORCH_HOME{by_hand}") from None
+        raise MissingFile(f"{url} could not be fetched ({one_line(e) or type(e).__name__}): run it again; "
+                          f"HF_ENDPOINT sets a mirror, TORCH_HOME the folder{by_hand}") from None
     return path
-
-
-def declared_sha256(url):
-    """The SHA-256 that Hugging Face's server declares of a file, where it redirects to the storage, or None."""
-    class Stay(urllib.request.HTTPRedirectHandler):
-        http_error_302 = http_error_307 = lambda self, request, answer, *more: answer
-
-    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "torch.hub"})
-    with urllib.request.build_opener(Stay).open(request, timeout=30) as answer:
-        found = re.fullmatch('"?([0-9a-f]{64})"?', answer.headers.get("X-Linked-ETag", ""))
-    if not found:
-        print(f"{url}: its server declares no SHA-256, so the download is not checked", file=sys.stderr)
-    return found and found[1]
 
 
 @contextlib.contextmanager
 def locked(path):
-    """Wait until no other process is inside for this path; a process that dies lets go. Makes the folder."""
+    """Hold the lock of `path`, once no other process holds it; a process that dies lets go. Makes the folder."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path + ".lock", "w") as lock:
         if os.name == "posix":

@@ -11,8 +11,8 @@
 
 Part 1 is plain functions on images (B, 3, H, W) in [0, 1]. Copy this file alone to use them; they need torch and numpy.
 `python eval.py` without arguments shows some of them on noise. Part 2 evaluates a tokenizer. Part 3 is the command
-line; --fid goes on in tools/fid.py. Both use the files beside this one. The structure of the Inception network is from
-Szegedy et al. 2015, with the differences of TensorFlow's 2015 graph as in pytorch-fid.
+line. These two need the files beside this one; --fid goes on in tools/fid.py. The structure of the Inception network
+is from Szegedy et al. 2015, with the differences of TensorFlow's 2015 graph as in pytorch-fid.
 """
 import argparse
 import hashlib
@@ -30,7 +30,7 @@ from torch import nn
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_SHA256 = "6726825d"  # the first digits
-PERFECT = 100.0  # dB: no picture counts with more in a mean, as in x264, libvpx and libaom
+PERFECT = 100.0  # dB: in a mean a picture counts with at most this, as in x264, libvpx and libaom
 
 
 class UserError(ValueError):
@@ -137,7 +137,7 @@ def fit_patch_pca(batches, p, components, merge_ranks=lambda moments: moments):
     """Linear PCA of single patches, from an iterable of images (B, 3, H, W) in [0, 1], in float64.
 
     Returns the mean patch (3p^2,) and an orthonormal basis (3p^2, components). No linear code of a patch with as
-    many numbers is better, so a tokenizer with as many latent channels should beat it by what it sees around the patch.
+    many numbers is better. A tokenizer with as many latent channels also sees what is around the patch: it should win.
     merge_ranks: given the Moments of this rank's patches, returns those of all ranks' patches.
     """
     patches = Moments()
@@ -194,8 +194,8 @@ def score_of_sums(sums):
 
 
 def draw_splits(n, splits):
-    """The split of each of n images, (n,), by a permutation that depends on n alone. Splits in the order of the files
-    would hold few classes each where files are sorted by class, and score low."""
+    """The split of each of n images, (n,), by a permutation that depends on n alone. If files are sorted by class,
+    splits in their order would hold few classes each, and score low."""
     return torch.from_numpy(np.random.default_rng(n).permutation(n)) * splits // n
 
 
@@ -207,7 +207,7 @@ def inception_score(logits, splits=10):
 
 
 class ConvBN(nn.Module):
-    """Convolution, batch norm, ReLU. Padding keeps the size at stride 1, unless `valid`; there is none at stride 2."""
+    """Convolution, batch norm, ReLU. At stride 1 padding keeps the size, unless `valid`; at stride 2 there is none."""
 
     def __init__(self, c_in, c_out, kernel, stride=1, valid=False):
         super().__init__()
@@ -332,7 +332,7 @@ class InceptionV3(nn.Module):
     def forward(self, img):
         # bilinear, half-pixel centres, no antialiasing: pytorch-fid's resize, part of what makes FIDs comparable
         x = F.interpolate(img.float(), size=(299, 299), mode="bilinear", align_corners=False)
-        x = 2 * x - 1  # the 2015 graph takes [-1, 1], torchvision's network ImageNet's mean and deviation
+        x = 2 * x - 1  # the 2015 graph takes [-1, 1]; torchvision's network takes ImageNet's mean and deviation
         *blocks, fc = self.children()
         for block in blocks:
             x = block(x)
@@ -343,22 +343,22 @@ class InceptionV3(nn.Module):
 def linear_probe(x, y, test_x, test_y, seed=0, epochs=40, batch=1024, rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3)):
     """Accuracy in % of a linear classifier on frozen features: fitted on x (n, D), y (n,), measured on test_x, test_y.
 
-    It is a softmax regression on standardised features by SGD (momentum 0.9, cosine schedule). Each learning rate has a
-    classifier; a tenth of x, which none is fitted on, chooses among them. Returns (accuracy, learning rate), the same
-    for the same seed. Raises UserError for features that are not finite.
+    It is a softmax regression on standardised features by SGD (momentum 0.9, cosine schedule). Each learning rate fits
+    a classifier to nine tenths of x; the last tenth chooses the best. Returns (accuracy, learning rate), the same for
+    the same seed. Raises UserError for features that are not finite.
     """
     refuse_unless_finite(x), refuse_unless_finite(test_x)
     mean, std, classes = x.mean(0), x.std(0) + 1e-6, int(y.max()) + 1
-    x, test_x = (F.pad((part - mean) / std, (0, 1), value=1.0) for part in (x, test_x))  # the last column is the bias'
+    x, test_x = (F.pad((part - mean) / std, (0, 1), value=1.0) for part in (x, test_x))  # 1: the bias
     random = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=random).to(x.device)
     held, kept = order[:len(x) // 10], order[len(x) // 10:]
     heads, rate = x.new_zeros(len(rates), x.shape[1], classes), x.new_tensor(rates).view(-1, 1, 1)
     velocity, steps = torch.zeros_like(heads), epochs * -(-len(kept) // batch)
-    shuffled = lambda: kept[torch.randperm(len(kept), generator=random).to(x.device)]
-    for step, i in enumerate(i for _ in range(epochs) for i in shuffled().split(batch)):
+    shuffles = (kept[torch.randperm(len(kept), generator=random).to(x.device)] for _ in range(epochs))
+    for step, i in enumerate(i for shuffled in shuffles for i in shuffled.split(batch)):
         inputs = x[i]
-        error = (inputs @ heads).softmax(-1) - F.one_hot(y[i], classes)  # the cross-entropy's gradient by the logits
+        error = (inputs @ heads).softmax(-1) - F.one_hot(y[i], classes)  # d cross-entropy / d logits
         velocity = 0.9 * velocity + inputs.T @ error / len(i)
         heads -= rate * (0.5 + 0.5 * math.cos(math.pi * step / steps)) * velocity
     accuracy = lambda head, x, y: 100 * ((x @ head).argmax(1) == y).double().mean().item()
@@ -406,7 +406,7 @@ def measure_reconstructions(job, enc, dec, images, fit):
         raise UserError(f"pictures of {size}x{size} are smaller than SSIM's window of 11x11: give a larger --size")
     network, network_name = load_inception(job)
     rows = ["tokenizer"] + [f"PCA, {C} per patch"] * args.pca
-    sums = {row: torch.zeros(4, dtype=torch.float64) for row in rows}  # PSNR, ssim, ssim_paper, perfect ones
+    sums = {row: torch.zeros(4, dtype=torch.float64) for row in rows}  # PSNR, ssim, ssim_paper, perfect or not
     rated = ["originals", *rows] if network else []  # what the Inception network looks at
     statistics = {row: FidStatistics(network, len(images), " ".join(args.data)) for row in rated}
     if args.pca:
@@ -414,11 +414,11 @@ def measure_reconstructions(job, enc, dec, images, fit):
         mean, basis = (x.to(job.device) for x in fit_patch_pca(batches, p, C, job.merge_ranks))
     original_at_size = [job.crops(args.data, size)] if size != native else []
     for n, *imgs, _ in job.images("reconstruct", images, *original_at_size):
-        img, original = imgs[0], imgs[-1]  # what goes in; the ADM crop at the size of the comparison
+        img, original = imgs[0], imgs[-1]  # the crop that goes in; the crop to compare with
         noise = image_noise(n, (native // p) ** 2, 3 * p * p, args.seed).to(job.device)
         with job.autocast:
             recs = [dec.decode(enc.encode(img), args.steps, noise).float()]
-        refuse_unless_finite(recs[0], "reconstructions")  # rounded to uint8 they would be black
+        refuse_unless_finite(recs[0], "reconstructions")  # uint8 would hide this as black pixels
         if args.pca:
             recs.append(patch_pca(img, mean, basis, p))
         recs = {row: as_pictures(rec, size) for row, rec in zip(rows, recs)}
@@ -430,13 +430,13 @@ def measure_reconstructions(job, enc, dec, images, fit):
         for row in rated:
             statistics[row].add(original if row == "originals" else recs[row], n)
     means = {row: (sum(job.gather(x)) / len(images)).tolist() for row, x in sums.items()}
-    statistics = {row: statistics[row].of_all_ranks(job) for row in rated}
+    merged = {row: statistics[row].of_all_ranks(job) for row in rated}
     results = {}
     for row in rows if job.rank == 0 else ():
         *quality, perfect = means[row]
         results[row] = {**dict(zip(("psnr", "ssim", "ssim_paper"), quality)), "perfect": round(perfect * len(images))}
         if network:
-            (reference, _), (gaussian, (score, deviation)) = statistics["originals"], statistics[row]
+            (reference, _), (gaussian, (score, deviation)) = merged["originals"], merged[row]
             results[row].update({"rfid": frechet_distance(*reference, *gaussian), "is": score, "is_std": deviation})
     resized = ", PIL bicubic," if size != native else ""
     protocol = (f"ADM centre crop to {native} px in; compared at {size} px as uint8{resized} with the ADM crop of the "
@@ -492,7 +492,7 @@ def measure_features(job, enc, teacher, images, fit):
 
 
 def load_probe_teacher(job, enc, info, images, fit):
-    """The teacher for --probe: the one named, or else the weights file's. UserError if it or --fit does not match."""
+    """The teacher for --probe: the one named, or else the weights file's. UserError if it or --fit cannot be used."""
     from encoder import load_teacher
 
     args = job.args
@@ -632,7 +632,7 @@ def demo():
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        import eval as itself  # here this file is `__main__`, but the files beside it know the classes of `eval`
+        import eval as itself  # this file runs as `__main__`; the other files import and catch the classes of `eval`
         from tools.script import run_command
 
         run_command(itself.main, "eval.py")

@@ -3,7 +3,7 @@
     python sample.py img.png                             # writes img_recon.png: original | reconstruction | error x4
     python sample.py photos/ a.jpg --out results --size 0
     python sample.py clip.gif                            # GIF, WebP, APNG, frame by frame: original | reconstruction
-    python sample.py img.png --save_latent z.safetensors # keeps the latent, of an animation that of each frame ...
+    python sample.py img.png --save_latent z.safetensors # keeps the latent, one for each frame ...
     python sample.py z.safetensors                       # ... and decodes it, in any number of --steps: z_recon.png
     python sample.py img.png --features                  # img_features.png: picture | student's tokens | teacher's
     cat img.png | python sample.py - > rec.png           # in a pipe: the reconstruction alone
@@ -28,14 +28,14 @@ from tqdm import tqdm
 
 from data import MAX_PIXELS
 from decoder import Decoder
-from encoder import (Encoder, UserError, file_sha256, load_teacher, one_line, open_weights, read_config,
+from encoder import (Encoder, UserError, load_teacher, one_line, open_weights, read_config,
                      write_atomically, write_model)
-from eval import comparison, image_noise, psnr, refuse_unless_finite, ssim
+from eval import comparison, image_noise, psnr, refuse_unless_finite, sha256, ssim
 from tools.pictures import find_pictures, free_path, load_frames, picture_file
 from tools.script import USER_ERRORS, find_weights, name_weights, run_command
 
 LATENT = ".safetensors"  # how the names of latents end
-MAX_TOKENS = 2 ** 17  # of a picture: 3840 x 2160 pixels in patches of 8 have nearly as many
+MAX_TOKENS = 2 ** 17  # of a picture; 3840 x 2160 pixels in patches of 8 make 129,600
 
 
 def parse_args(argv=None):
@@ -91,10 +91,10 @@ def load_latent(path, dec, digest):
         raise UserError(f"is a latent of other weights (their SHA-256 is {theirs!s:.12}..., that of these "
                         f"{digest:.12}...): give its own with --weights")
     shape = (dec.config.latent_dim, -(-H // dec.config.patch), -(-W // dec.config.patch))
-    sound = z.dtype == torch.float32 and z.isfinite().all() and z.shape[1:] == shape
-    if not sound or not 0 < len(z) * H * W <= 2 * MAX_PIXELS:
-        raise UserError(f"holds {z.dtype} {tuple(z.shape)}, expected finite float32 (frames, {str(shape)[1:]} for "
-                        f"{W}x{H} pixels")
+    fits = z.dtype == torch.float32 and z.isfinite().all() and z.shape[1:] == shape
+    if not fits or not 0 < len(z) * H * W <= 2 * MAX_PIXELS:
+        raise UserError(f"holds {z.dtype} {tuple(z.shape)}, expected finite float32 (frames, "
+                        f"{', '.join(map(str, shape))}) for {W}x{H} pixels")
     return z, (H, W), options
 
 
@@ -108,9 +108,10 @@ def pad_to_patches(img, p):
 def reconstruct(enc, dec, x, H, W, device, steps=1, seed=0):
     """Frames x, uint8 (T, 3, H, W) with any H and W, or their latent -> latent (T, C, h, w), reconstructed frames.
 
-    Both are on the CPU. All frames are decoded from the same noise, so many at a time as make a million pixels.
+    Both are on the CPU. All frames are decoded from the same noise, in parts of about a million pixels.
     """
-    p, parts, done = dec.config.patch, x.split(max(1, 2 ** 20 // (H * W))), []
+    p, done = dec.config.patch, []
+    parts = x.split(max(1, 2 ** 20 // (H * W)))
     noise = image_noise([0], -(-H // p) * -(-W // p), 3 * p * p, seed).to(device)  # (1, N, 3p^2)
     for part in tqdm(parts, "frames", leave=False, disable=None if len(parts) > 1 else True):
         z = part.to(device) if x.is_floating_point() else enc.encode(pad_to_patches(part.to(device) / 255, p))
@@ -124,8 +125,8 @@ def reconstruct(enc, dec, x, H, W, device, steps=1, seed=0):
 def feature_picture(enc, teacher, frame, device):
     """frame uint8 (3, H, W) -> uint8 (3, H, 2W or 3W): frame | the student's tokens | the teacher's, if there is one.
 
-    Red, green and blue are the first three principal components of the last one's tokens, from their 2nd percentile to
-    their 98th.
+    Red, green and blue are the first three principal components of the tokens on the right, each from its 2nd to its
+    98th percentile there.
     """
     (H, W), p = frame.shape[1:], enc.vit.config.patch
     img = pad_to_patches(frame[None].to(device) / 255, p)
@@ -148,8 +149,8 @@ class Tokenizer:
     dec: Decoder
     size: int  # short side of pictures, 0 for their own
     device: torch.device
-    digest: str  # SHA-256 of the weights; None if no latent comes or goes
-    teacher: Encoder  # None if --features is not given, or cannot show it
+    digest: str  # SHA-256 of the weights; None if no latent is read or written
+    teacher: Encoder  # None without --features, or if find_teacher has none to show
 
 
 def load_tokenizer(args, log):
@@ -162,7 +163,7 @@ def load_tokenizer(args, log):
     sides = f"short side {size} px" if size else "original size"
     print(f"weights {name_weights(args.weights, path)}, {sides}, on {device.type}", file=log)
     needs_digest = args.save_latent or any(f.endswith(LATENT) for f in args.files)
-    return Tokenizer(enc, dec, size, device, file_sha256(path) if needs_digest else None,
+    return Tokenizer(enc, dec, size, device, sha256(path) if needs_digest else None,
                      find_teacher(info, enc, device) if args.features else None)
 
 
@@ -172,9 +173,9 @@ def find_teacher(info, enc, device):
     try:
         if given == "random":
             raise UserError("a random initialisation, it has no semantics to show")
-        vit = load_teacher(name, given and str(given), offline=True)  # for a picture nothing is downloaded
+        vit = load_teacher(name, given and str(given), offline=True)  # a picture is not worth a download
         if vit.config != enc.vit.config:
-            raise UserError("its structure is another")
+            raise UserError("its structure differs from the encoder's")
         return Encoder(vit).eval().to(device)
     except (*USER_ERRORS, OSError) as e:
         why = "not on this machine" if isinstance(e, FileNotFoundError) else one_line(e)
@@ -208,7 +209,7 @@ def convert(picture, folder, args, tokenizer, taken):
     content = picture_file(rec if alone else side_by_side(x, rec), options)
     if args.out == "-":
         result = "standard output"
-        with open(1, "wb", closefd=False) as f:  # not sys.stdout, which at exit would try again where nobody reads
+        with open(1, "wb", closefd=False) as f:  # not sys.stdout: if nobody reads, it would fail again at exit
             f.write(content)
     else:
         own_name = args.reconstruction and folder != os.path.dirname(picture)
@@ -229,7 +230,7 @@ def convert(picture, folder, args, tokenizer, taken):
 
 
 def describe(z, rec, x):
-    """What to print of a latent: its shape and, if its frames x are given, the compression and how near rec comes."""
+    """What to print of a latent: its shape and, if the frames x are given, the compression and the quality of rec."""
     T, *shape = z.shape
     said = f"{T} frames, " * (T > 1) + "latent " + "x".join(map(str, shape))
     if x is None:

@@ -34,8 +34,8 @@ from decoder import Decoder
 from downstream import mar, sampling, speed
 from encoder import Encoder, UserError, load_exactly, read_config, write_atomically, write_model
 from eval import sha256
-from tools.run import (INTERRUPTS, Run, average_weights, collate, command_line, listen, number, rate_factor,
-                       restore_optimizer, sample_numbers, saving, seed_step, split_batch)
+from tools.run import (INTERRUPTS, Run, average_weights, collate, command_line, explain_failed_save, listen, number,
+                       rate_factor, restore_optimizer, sample_numbers, seed_step, split_batch)
 from tools.script import check_locks, commit, find_weights, ignore_signals
 
 # blr: the rate at a batch of 256, with which it grows; warmup: the part of the run over which it rises
@@ -283,7 +283,7 @@ def save(s):
     state = {**vars(s.now), "model": weights(s.model), "averaged": weights(s.averaged), "config": s.config,
              "optimizer": s.optimizer.state_dict(), "args": vars(s.args)}
     path, every = s.run.path("state.pt"), s.args.keep_every
-    with saving(path, s.now.step):
+    with explain_failed_save(path, s.now.step):
         if every and s.now.step % every == 0:  # first, as a resume from this step would not write it again
             export(s, s.run.path(f"model_{s.now.step:07d}.safetensors"))
         write_atomically(path, lambda f: torch.save(state, f))

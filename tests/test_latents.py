@@ -159,7 +159,7 @@ def test_statistics_refuse_what_would_be_wrong():
             model = read(path)
             encoder.write_model(path, {**encoder.read_config(path), "step": 7}, load_file(path))
             return model
-        for place, name, fault, words in ((evaluation.Moments, "add", meanwhile, "written anew meanwhile"),
+        for place, name, fault, words in ((evaluation.Moments, "add", meanwhile, "overwritten meanwhile"),
                                           (decoder.Decoder, "from_pretrained", saved, "while it was read")):
             with patch.object(place, name, fault):
                 raises(ValueError, command, "stats", "--data", folder, "--weights", weights, words=words)

@@ -546,7 +546,7 @@ def test_pickles_where_torch_does_not_read_them_safely():
         plain = os.path.join(tmp, "weights.pth")
         torch.save({"x": torch.ones(2)}, plain)
         old = unittest.mock.patch.object(torch, "__version__", "2.9.1")  # eval.py knows one pickle, by its content
-        with old, unittest.mock.patch.object(evaluation, "INCEPTION_SHA256", encoder.file_sha256(plain)[:8]):
+        with old, unittest.mock.patch.object(evaluation, "INCEPTION_SHA256", evaluation.sha256(plain)[:8]):
             REFUSE_OTHER(plain)
             raises(evaluation.UserError, REFUSE_OTHER, os.path.join(HERE, "LICENSE"), words=["torch 2.9.1", "2.10"])
         for version, safe in {"2.5.1": False, "2.6.0": False, "2.9.1+cu128": False, "2.10.0": True, "2.13.0+cpu": True, "3.0.0": True}.items():
@@ -560,7 +560,7 @@ def test_pickles_where_torch_does_not_read_them_safely():
         raises(encoder.MissingFile, encoder.fetch, pathlib.Path(tmp, "missing.pth"), words="missing.pth")
         open(plain, "wb").write(b"abc")
         raises(encoder.UserError, encoder.open_weights, pathlib.Path(plain), words=["weights.pth", "not executed"])
-        assert encoder.file_sha256(plain).startswith("ba7816bf"), "FIPS 180-4's example"
+        assert evaluation.sha256(plain).startswith("ba7816bf"), "FIPS 180-4's example"
 
 
 def test_two_writers_of_one_file():

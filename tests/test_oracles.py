@@ -262,8 +262,8 @@ def test_distillation_defaults_and_gradients():
     assert np.allclose(distill.layer_weights(torch.tensor([0.5, 1.0])), w, atol=1e-6)
     assert not distill.layer_weights(torch.tensor([0.5, 1.0], requires_grad=True)).requires_grad
     swapped = lambda student, teacher: distill.layer_distances(student, teacher).flip(0)
-    loss, _, alpha = distill.distill_loss(student, teacher, 0.0, distances=swapped)  # weights 1/3 and 2/3
-    assert np.allclose(alpha, [1, 0.5], atol=1e-6) and abs(loss - 2 / 3) < 1e-6, "by the distances that are given"
+    loss, _, alpha = distill.distill_loss(student, teacher, 0.0, measure=swapped)  # weights 1/3 and 2/3
+    assert np.allclose(alpha, [1, 0.5], atol=1e-6) and abs(loss - 2 / 3) < 1e-6, "by the measure that is given"
     wide = [torch.tensor([[[1.0, 1e-3],
                            [9.0, 9.0]]]).bfloat16()], [torch.tensor([[[1.0, 0.0], [9.0, -9.0]]]).bfloat16()]
     found = distill.layer_distances(*wide)

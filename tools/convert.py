@@ -19,13 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from decoder import Decoder, DecoderConfig
-from encoder import (PIXEL_STATS, TEACHERS, Encoder, UserError, ViT, file_sha256, locked, names_in, one_line,
+from encoder import (PIXEL_STATS, TEACHERS, Encoder, UserError, ViT, locked, names_in, one_line,
                      open_weights, resize_grid, write_atomically)
+from eval import sha256
 
 # ---- the authors' released file ----
 
-VIT, DECODER, SIZE = TEACHERS["internvit"], DecoderConfig(), 448  # what the released file holds; it does not say so
-RELEASED_NAMES = {  # ours: theirs; # is the number of a block. Those of the ViT are a layout of encoder.py.
+VIT, DECODER, SIZE = TEACHERS["internvit"], DecoderConfig(), 448  # the released model; its file does not say it
+RELEASED_NAMES = {  # ours: theirs; # stands for the number of a block. The ViT's names are in encoder.LAYOUTS.
     "encoder.latent_down.0": "chal_proj.c_fc",
     "encoder.latent_down.2": "chal_proj.c_proj",
     "decoder.latent_up.0": "chal_unproj.c_fc",
@@ -57,11 +58,10 @@ def released_name(name):
         return names_in("InternViT, UniFlow", name.removeprefix("encoder.vit."))[0]
     number = re.search(r"blocks\.(\d+)", name)
     part = name.replace(number[0], "blocks.#") if number else name
-    kind = ""
-    if part not in RELEASED_NAMES:  # weight or bias
-        part, dot, kind = part.rpartition(".")
-        kind = dot + kind
-    return RELEASED_NAMES[part].replace("#", number[1] if number else "") + kind
+    ending = ""
+    if part not in RELEASED_NAMES:
+        part, ending = re.fullmatch(r"(.*)(\.weight|\.bias)", part).groups()
+    return RELEASED_NAMES[part].replace("#", number[1] if number else "") + ending
 
 
 def parameters():
@@ -73,8 +73,8 @@ def parameters():
 
 
 def read_renamed(path, table):
-    """({new name: tensor}, names of the file that are not in the table). table: [(name in the file, new name, shape)].
-    UserError if a name of the table is not in the file, or has another shape there."""
+    """The file's tensors under new names, {new name: tensor}, and the file's names that are not in the table. table:
+    [(name in the file, new name, shape)]. UserError if a name of the table is missing or has another shape."""
     present, get = open_weights(path)
     tensors, wrong = {}, []
     for name, new, shape in table:
@@ -85,12 +85,12 @@ def read_renamed(path, table):
         else:
             tensors[new] = x
     if wrong:
-        raise UserError(f"{path} is not what it is taken for ({len(wrong)} tensors): {one_line('; '.join(wrong[:4]))}")
+        raise UserError(f"{path} lacks tensors of that model ({len(wrong)}): {one_line('; '.join(wrong[:4]))}")
     return tensors, sorted(present - {name for name, *_ in table})
 
 
 def is_released(path):
-    """Whether a file is in the authors' layout. False for what is no file of safe tensors: its readers say so."""
+    """Whether a file is in the authors' layout. False also for what is no safetensors file: who reads it says so."""
     try:
         with safe_open(path, "pt") as f:
             return "chal_proj.c_fc.weight" in f.keys()
@@ -107,29 +107,29 @@ def from_released(path, out):
     C = DECODER.latent_dim
     tensors |= {"latent_mean": torch.zeros(C), "latent_std": torch.ones(C)}
     config = {"vit": asdict(VIT), "decoder": asdict(DECODER), "size": SIZE, "teacher": "internvit",
-              "released": file_sha256(path)}
-    # One entry of metadata: safetensors writes several in any order, and equal files should have an equal SHA-256.
+              "released": sha256(path)}
+    # One entry of metadata alone: safetensors writes several in any order, but the SHA-256 must not vary.
     data = safetensors.torch.save(tensors, {"config": json.dumps(config)})
     write_atomically(out, lambda f: f.write(data))
 
 
 def to_released(path, out):
-    """Write a file of ours in the authors' layout. UserError if their code could not build its model."""
+    """Write a file of ours in the authors' layout. UserError if it holds a model that their code cannot build."""
     enc, dec = Encoder.from_pretrained(path), Decoder.from_pretrained(path)
     have = {**asdict(enc.vit.config), **asdict(dec.config), "trained at size": enc.size}
     wanted = {**asdict(VIT), **asdict(DECODER), "trained at size": SIZE}
-    differ = [f"{k} {have[k]!r} for {wanted[k]!r}" for k in wanted if have[k] != wanted[k]]
+    differ = [f"{k} {have[k]!r} instead of {wanted[k]!r}" for k in wanted if have[k] != wanted[k]]
     if differ:
         raise UserError(f"the authors' code cannot build the model of {path}, which has {', '.join(differ)}")
     if enc.latent_mean.any() or (enc.latent_std != 1).any():
-        print(f"{path}: its latent statistics are left out, the authors' layout has no place for them", file=sys.stderr)
+        print(f"{path}: its latent statistics are left out: the authors' layout has no place for them", file=sys.stderr)
     data = safetensors.torch.save(read_renamed(path, parameters())[0], {"format": "pt"})
     write_atomically(out, lambda f: f.write(data))
 
 
 def convert_once(path):
-    """The path of a file of ours made of the authors' file `path`. It lies beside torch.hub's downloads, where its name
-    holds the size and time of the authors' file; only the first call for this file converts it, and says so."""
+    """Convert the authors' file `path` if that was not done before; the path of our file, beside torch.hub's downloads.
+    Its name holds the size and the time of the authors' file, so that it is found again."""
     folder, about = os.path.join(torch.hub.get_dir(), "checkpoints"), os.stat(path)
     out = os.path.join(folder, f"uniflow-converted-from-{about.st_size}-{about.st_mtime_ns}.safetensors")
     if not os.path.isfile(out):
@@ -142,7 +142,7 @@ def convert_once(path):
 
 # ---- transformers ----
 
-HF_FAMILIES = {  # the structure of a ViT: transformers' model_type and class for it, and the layout of its files
+HF_FAMILIES = {  # a ViT's structure: transformers' model_type and class for it, and the layout of its files
     "pre_norm final_norm cls": ("clip_vision_model", "CLIPVisionModel", "SigLIP, CLIP of transformers"),
     "patch_bias final_norm": ("siglip_vision_model", "SiglipVisionModel", "SigLIP, CLIP of transformers"),
     "patch_bias layer_scale cls": ("internvl_vision", "InternVLVisionModel", "InternVL of transformers"),
@@ -162,62 +162,63 @@ def save_hf(enc, folder):
              "layer_scale": c.layer_scale, "cls": c.num_prefix, "registers": c.num_prefix > 1}
     structure = " ".join(name for name, present in parts.items() if present)
     if structure not in HF_FAMILIES:
-        raise UserError(f"transformers has no vision model with {structure}; those of InternViT, DINOv2 with or "
-                        "without registers, SigLIP2, CLIP and the plain ViT can be saved")
+        raise UserError(f"transformers has no vision model with {structure}; only the structures of InternViT, DINOv2 "
+                        "(with or without registers), SigLIP2, CLIP and the plain ViT can be saved")
     family, model, layout = HF_FAMILIES[structure]
     content = {"config.json": hf_config(c, family, model, enc.size),
                "preprocessor_config.json": hf_preprocessor(c, family, enc.size)}
     data = safetensors.torch.save(hf_tensors(enc.vit, layout, enc.size), {"format": "pt"})
     os.makedirs(folder, exist_ok=True)
     write_atomically(os.path.join(folder, "model.safetensors"), lambda f: f.write(data))
-    for name, said in content.items():
-        write_atomically(os.path.join(folder, name), lambda f: f.write(json.dumps(said, indent=2).encode()))
+    for name, entries in content.items():
+        write_atomically(os.path.join(folder, name), lambda f: f.write(json.dumps(entries, indent=2).encode()))
 
 
 def hf_config(c, family, model, size):
     """config.json: the ViTConfig c in transformers' words."""
-    kind = {}  # what one family says besides
+    extra = {}  # entries of one family alone
     if family == "siglip_vision_model":
-        kind = {"vision_use_head": False}
+        extra = {"vision_use_head": False}
     elif family == "internvl_vision":
-        kind = {"attention_bias": True, "image_size": [size] * 2, "patch_size": [c.patch] * 2}
+        extra = {"attention_bias": True, "image_size": [size] * 2, "patch_size": [c.patch] * 2}
     elif family.startswith("dinov2"):
         if c.mlp_width % c.width:
-            raise UserError(f"mlp_width {c.mlp_width} is no multiple of width {c.width}, and transformers' DINOv2 "
-                            "knows their ratio as an integer alone: this ViT cannot be saved as one")
-        kind = {"mlp_ratio": c.mlp_width // c.width, "use_mask_token": False}
-        kind |= {"num_register_tokens": c.num_prefix - 1} if c.num_prefix > 1 else {}
+            raise UserError(f"mlp_width {c.mlp_width} is no multiple of width {c.width}, but transformers' DINOv2 "
+                            "stores their ratio as an integer: this ViT cannot be saved for it")
+        extra = {"mlp_ratio": c.mlp_width // c.width, "use_mask_token": False}
+        extra |= {"num_register_tokens": c.num_prefix - 1} if c.num_prefix > 1 else {}
     activation = c.activation.replace("gelu_tanh", "gelu_pytorch_tanh")
     return dict(model_type=family, architectures=[model], dtype="float32", hidden_size=c.width,
                 num_hidden_layers=c.depth, num_attention_heads=c.heads, intermediate_size=c.mlp_width,
-                layer_norm_eps=c.eps, image_size=size, patch_size=c.patch, hidden_act=activation) | kind
+                layer_norm_eps=c.eps, image_size=size, patch_size=c.patch, hidden_act=activation) | extra
 
 
 def hf_preprocessor(c, family, size):
     """preprocessor_config.json: how a picture becomes the ViT's input."""
     square = {"height": size, "width": size}
-    said = dict(image_processor_type="CLIPImageProcessor", size={"shortest_edge": size}, crop_size=square, resample=3)
+    entries = dict(image_processor_type="CLIPImageProcessor", size={"shortest_edge": size}, crop_size=square,
+                   resample=3)  # the shorter side resized, bicubic, then the centre
     if family == "siglip_vision_model":  # resized to a square, bilinear
-        said = dict(image_processor_type="SiglipImageProcessor", size=square, resample=2)
+        entries = dict(image_processor_type="SiglipImageProcessor", size=square, resample=2)
     mean, std = PIXEL_STATS[c.pixel_stats]
-    return said | dict(image_mean=mean, image_std=std)
+    return entries | dict(image_mean=mean, image_std=std)
 
 
 def hf_tensors(vit, layout, size):
     """The ViT's parameters under a layout's names, in fp32, with positions for images of that size."""
     c, tensors = vit.config, {}
-    flat = layout == "SigLIP, CLIP of transformers"  # which has [D] and [N, D], and a prefix
-    prefix = "vision_model." if flat else ""
+    siglip_or_clip = layout == "SigLIP, CLIP of transformers"
+    prefix = "vision_model." if siglip_or_clip else ""
     for key, x in vit.named_parameters():
         x = x.detach().float()
         if key == "pos_embed":
             cls, side = min(c.num_prefix, 1), size // c.patch
             x = torch.cat([x[:, :cls], resize_grid(x[:, cls:], side, side)], dim=1)
-        if flat and key in ("cls_token", "pos_embed"):
-            x = x.squeeze((0, 1) if key == "cls_token" else 0)
+        if siglip_or_clip and key in ("cls_token", "pos_embed"):
+            x = x.squeeze((0, 1) if key == "cls_token" else 0)  # (D) and (N, D), without leading ones
         names = names_in(layout, key)
         tensors.update({prefix + name: part.clone() for name, part in zip(names, x.chunk(len(names)))})
-    if c.num_prefix > 1:  # DINOv2's models with registers always have one, for training
+    if c.num_prefix > 1:  # transformers' DINOv2 with registers always has a mask token, used in training alone
         tensors["embeddings.mask_token"] = torch.zeros(1, c.width)
     return tensors
 
@@ -225,9 +226,9 @@ def hf_tensors(vit, layout, size):
 def main(argv=None, on_signal=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("to", choices=("released", "ours", "hf"),
-                    help="released: from the authors' file; ours: back to it; hf: to a folder for transformers")
+                    help="released: the authors' file to ours; ours: the way back; hf: to a folder for transformers")
     ap.add_argument("weights", metavar="WEIGHTS", help="the file to convert")
-    ap.add_argument("out", metavar="OUT", help="the file to write; of hf a folder")
+    ap.add_argument("out", metavar="OUT", help="the file to write; for hf, a folder")
     args = ap.parse_args(argv)
     if args.to == "hf":
         save_hf(Encoder.from_pretrained(args.weights), args.out)

@@ -22,14 +22,14 @@ class ProceduralDataset(Dataset):
         return self.length
 
     def __getitem__(self, n):
-        n = n if self.train else range(self.length)[n]  # as ImageDataset.index
+        n = n if self.train else range(self.length)[n]  # IndexError beyond the last, as for ImageDataset
         rng = np.random.default_rng([self.seed, n, int(self.train)])
         label = int(rng.integers(4))
         return to_tensor(draw(rng, self.classes[label], self.size)), label
 
 
 def draw(rng, kind, size):
-    """A PIL picture of the kind (a name in ProceduralDataset.classes), drawn at twice the size and halved."""
+    """A PIL picture of that kind (a name in ProceduralDataset.classes), drawn at twice its size, then shrunk to it."""
     S = 2 * size
     colors = rng.integers(0, 256, (6, 3))
     y, x = np.mgrid[:S, :S] / S  # in [0, 1)
@@ -40,7 +40,7 @@ def draw(rng, kind, size):
         waves = np.sin(2 * np.pi * freq * along), np.sin(2 * np.pi * freq * (y * np.cos(angle) - x * np.sin(angle)))
         coarse = Image.fromarray(rng.random((8, 8)).astype(np.float32)).resize((S, S), Image.Resampling.BICUBIC)
         mix = (0.5 + 0.5 * waves[0], (waves[0] * waves[1] > 0).astype(float), np.asarray(coarse))[rng.integers(3)]
-    else:  # a gradient, linear or radial, which shapes and letters have as their background
+    else:  # a gradient, linear or radial; for shapes and letters it is the background
         mix = along if rng.random() < 0.5 else np.hypot(x - cx, y - cy)
         mix = (mix - mix.min()) / np.ptp(mix)
     mix = np.clip(mix, 0, 1)[..., None]  # (S, S, 1)

@@ -1,9 +1,10 @@
-"""What `eval.py --fid` does: the FID between two sets of images or statistics. eval.py's rFID uses its first half.
+"""What `eval.py --fid` does: the FID between two sets of images or statistics.
 
     python eval.py --fid samples/ val.zip --resolution 256
 
 An .npz holds images as ADM's sample batches do (`arr_0`, uint8 (N, H, W, 3)) or statistics as pytorch-fid's do (`mu`,
-`sigma`). The mathematics is in eval.py, for people to copy; here are the files, the ranks and the messages.
+`sigma`). The mathematics is in eval.py, for people to copy; here are the files, the ranks and the messages. eval.py
+uses load_inception and FidStatistics for its rFID.
 """
 import math
 import os
@@ -23,7 +24,7 @@ from tools.script import USER_ERRORS, machines_trouble
 
 
 def load_inception(job):
-    """(the network, how the protocol calls it) that --inception says; (None, None) for none."""
+    """(The network that --inception names, its description for the protocol); (None, None) for `--inception none`."""
     given = job.args.inception
     if given == "none":
         return None, None
@@ -38,7 +39,8 @@ def load_inception(job):
 
 
 class FidStatistics:
-    """What FID and the Inception score need of the `total` images of `name`, added in any order, on any rank."""
+    """What FID and the Inception score need of `total` images. They may be added in any order, on any rank. `name` says
+    where they are from."""
 
     def __init__(self, network, total, name):
         if total < 2:
@@ -54,7 +56,7 @@ class FidStatistics:
         self.sums += split_sums(logits, self.split[numbers], len(self.sums)).cpu()
 
     def of_all_ranks(self, job):
-        """(mean, covariance) of the features and (mean, deviation) of the Inception score, of all ranks' images."""
+        """((mean, covariance) of the features, (mean, deviation) of the Inception score) of all ranks' images."""
         pools = job.merge_ranks(self.pools)
         return (pools.mean, pools.covariance), score_of_sums(sum(job.gather(self.sums)))
 
@@ -68,8 +70,8 @@ def warn_of_few(n):
 class NpzImages(Dataset):
     """The images of an .npz in the layout of ADM's sample batches: `arr_0`, uint8 (N, H, W, 3).
 
-    Each process opens the file for itself and reads on from image to image: a worker is sent the path only, and a
-    compressed file needs no room to be unpacked. To go back is slow.
+    Each process opens the file itself, so a worker is sent the path only. It reads image after image, so a compressed
+    file is never unpacked as a whole; to go back is slow.
     """
 
     def __init__(self, path):
@@ -79,7 +81,7 @@ class NpzImages(Dataset):
     def open(self):
         self.file, self.process = zipfile.ZipFile(self.name).open("arr_0.npy"), os.getpid()
         np.lib.format.read_magic(self.file)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.file)  # later versions: lists of columns
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.file)  # later ones are for tables
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or fortran:
             raise UserError(f"arr_0 is {dtype} {shape}; it must be uint8 (N, H, W, 3)")
         self.start, self.shape = self.file.tell(), shape
@@ -95,7 +97,7 @@ class NpzImages(Dataset):
             self.open()
         size = math.prod(self.shape[1:])
         try:
-            self.file.seek(self.start + range(len(self))[n] * size)
+            self.file.seek(self.start + range(len(self))[n] * size)  # range refuses an n beyond the end
             img = np.frombuffer(bytearray(self.file.read(size)), np.uint8).reshape(self.shape[1:])
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as e:
             raise UserError(f"{self.path(n)} is damaged or cut off ({e})") from None
@@ -106,7 +108,7 @@ class NpzImages(Dataset):
 
 
 def read_npz(path):
-    """(mu (D,), sigma (D, D)) of an .npz of statistics, or the NpzImages of one of images. UserError for another."""
+    """An .npz of statistics -> (mu (D,), sigma (D, D)); one of images -> NpzImages. Raises UserError for any other."""
     try:
         with np.load(path) as f:
             if not {"mu", "sigma"} <= set(f.files):
@@ -151,7 +153,7 @@ def compare_sets(job):
         try:
             write_atomically(args.save_stats, lambda f: np.savez(f, mu=mu, sigma=sigma))
             table.append(f"statistics of A in {args.save_stats}")
-        except OSError as e:  # raised once the figures are printed
+        except OSError as e:  # it is raised below, after the figures are printed
             unsaved = UserError(f"{args.save_stats} could not be written ({e})")
     shapes = [tuple(sigma.shape) for _, sigma in gaussians]
     if len(set(shapes)) > 1:

@@ -1,10 +1,10 @@
 """A command over many images, on one or several ranks: what eval.py, tools/fid.py and tools/latents.py have in common.
 
-    job = Job(args)                                    # of the command line: weights batch_size workers bf16 out
-    enc, dec, info, images, about = load_tokenizer(job)                   # and of weights data size
+    job = Job(args)                                    # args: weights, batch_size, workers, bf16, out
+    enc, dec, info, images, about = load_tokenizer(job)                   # reads args.data and args.size, too
     for numbers, img, labels in job.images("encode", images):             # this rank's share
         ...
-    total = sum(job.gather(mine))                      # of all ranks
+    total = sum(job.gather(mine))                      # `mine` of every rank
     return job.finish({**about, "total": total}, [f"total {total}"])      # rank 0 writes it to args.out and prints it
 """
 import json
@@ -31,7 +31,7 @@ class ImagesOrReasons(Dataset):
     first readable one cannot be used either."""
 
     def __init__(self, *datasets):
-        self.datasets, self.shape = datasets, None
+        self.datasets, self.shape = datasets, None  # None: an image of any shape can be used
         items = (self[n] for n in range(len(self)))
         self.shape = next((images[0].shape for _, images, _, why in items if not why), None)
 
@@ -99,8 +99,8 @@ class Job:
         """Yields this rank's images: (numbers, a batch (b, 3, H, W) in [0, 1] of each dataset, labels). All ranks must
         use up this generator.
 
-        No image is left out in silence. Once one cannot be used, the others are only counted, and UserError names all
-        that cannot.
+        No image is left out in silence. After one that cannot be used nothing more is yielded. The others are still
+        read, so that a UserError at the end names all that cannot be used.
         """
         numbers = range(self.rank, len(datasets[0]), self.ranks) if numbers is None else numbers
         on_gpu = self.device.type == "cuda"  # then a thread receives the batches, while the GPU works
@@ -132,7 +132,7 @@ class Job:
             try:
                 if self.args.out:
                     self.write_json(report)
-            finally:  # a full disk costs no figures
+            finally:  # also if the disk is full
                 self.print_report(report, table)
         if self.ranks > 1:
             dist.barrier()

@@ -5,11 +5,11 @@
     torchrun --nproc_per_node=8 -m tools.latents save ...         # the same files, sooner
 
 `stats` writes each latent channel's mean and standard deviation over the images into the weights file, or with --out
-into a copy: from then on `encode` returns latents of mean 0 and deviation 1, and `decode` undoes it.
+into a copy. From then on `encode` returns latents of mean 0 and deviation 1, and `decode` undoes this.
 
-`save` writes normalised latents of ADM's centre crops in files of 1,024 images, latents_00000.safetensors and so on,
-each whole or not there at all, so the same command goes on where it stopped. A file has `latents` (n, C, h, w),
-`labels` (n,), and with --flip `mirrored`, the latents of the mirrored crops. index.json comes last.
+`save` writes normalised latents of ADM's centre crops, 1,024 images a file: latents_00000.safetensors and so on. A file
+appears when it is complete, so the same command goes on where it stopped. It has `latents` (n, C, h, w), `labels` (n,),
+and with --flip `mirrored`, the latents of the mirrored crops. index.json comes last.
 """
 import argparse
 import hashlib
@@ -39,13 +39,13 @@ def parse_args(argv=None):
         add("--data", nargs="+", required=True, metavar="PATH", help="images: folders or .zip archives")
         add("--weights", metavar="FILE", help="tokenizer [out/model.safetensors, else the shipped weights]")
         add("--out", metavar="FILE" if part is stats else "FOLDER", required=part is save,
-            help="instead of the weights file itself, a new .safetensors" if part is stats else "folder to write to")
+            help="a new .safetensors to write to [the weights file itself]" if part is stats else "folder to write to")
         add("--size", type=int, help="pixels of the crops, a multiple of the patch [the model's native size]")
         add("--batch_size", type=int, default=32, help="images at a time, on each rank [%(default)s]")
         add("--workers", type=int, default=max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
             help="processes that load images, on each rank; 0: none [%(default)s: CPU cores / ranks, at most 8]")
         add("--bf16", action="store_true", help="run the tokenizer in bf16 autocast instead of fp32 without TF32"
-            + "; also store bf16" * (part is save))
+            + ("" if part is stats else "; also store bf16"))
     save.add_argument("--flip", action="store_true", help="save the latents of the mirrored crops, too")
     args = ap.parse_args(argv)
     if args.batch_size < 1 or args.workers < 0:
@@ -58,8 +58,8 @@ def parse_args(argv=None):
             ap.error(f"--out {args.out} is a weights file, and must end in .safetensors")
         folder = os.path.dirname(target) or "."
         if (args.out or os.path.isfile(target)) and (not os.access(folder, os.W_OK) or os.path.isdir(target)):
-            ap.error(f"{target} cannot be written: {folder} is no folder to write to, or {target} is one itself")
-    args.target, args.out = args.out, None  # a Job writes its report to args.out
+            ap.error(f"{target} cannot be written: it is a folder, or {folder} is no folder to write to")
+    args.target, args.out = args.out, None  # because a Job would write its report to args.out
     return args
 
 
@@ -67,7 +67,7 @@ def parse_args(argv=None):
 def save_statistics(job, enc, dec, images, info, about):
     """`stats`: per-channel mean and standard deviation of the latents, into the weights file or --out."""
     weights, target, latents = about["weights"], job.args.target or about["weights"], Moments()
-    if not job.args.target and weights != job.args.weights:  # the authors', converted beside the download
+    if not job.args.target and weights != job.args.weights:  # weights is then a converted copy of the authors' file
         raise UserError(f"{job.args.weights} is no file to write into: give --out NEW.safetensors")
     for _, img, _ in job.images("latents", images):
         with job.autocast:
@@ -76,21 +76,21 @@ def save_statistics(job, enc, dec, images, info, about):
     mean, std = latents.mean.float(), (latents.scatter.diagonal() / latents.count).sqrt().float()
     if not (std > 0).all():
         constant = torch.nonzero(std <= 0).flatten().tolist()
-        raise UserError(f"latent channels {constant} are constant, nothing to normalise by: train longer")
+        raise UserError(f"latent channels {constant} are constant and cannot be normalised: train longer")
     if job.rank == 0:
         if sha256(weights) != about["weights_sha256"]:
-            raise UserError(f"{weights} was written anew meanwhile: run this again on a copy, or after its training")
+            raise UserError(f"{weights} was overwritten meanwhile: run this again on a copy, or after its training")
         info = {**info, "latent_images": len(images)}
         write_model(target, info, {**load_file(weights), "latent_mean": mean, "latent_std": std})
     protocol = f"ADM centre crops to {images.size} px, {job.precision}, per channel over images and positions"
     report = {**about, "latent_mean": mean.tolist(), "latent_std": std.tolist(), "protocol": protocol}
     return job.finish(report, [
         f"mean      {' '.join(f'{x:.3f}' for x in mean)}", f"deviation {' '.join(f'{x:.3f}' for x in std)}",
-        f"in {target}: encode now returns latents of mean 0 and deviation 1 there, and decode undoes it"])
+        f"written to {target}: its encode returns latents of mean 0 and deviation 1, and its decode undoes this"])
 
 
 def saved_already(path, made_of):
-    """Whether the file of latents is there. UserError unless it is sound and was made of the same."""
+    """Whether a file of latents is there. UserError if it is damaged, or of other weights, data or settings."""
     if not os.path.exists(path):
         return False
     try:
@@ -105,13 +105,13 @@ def saved_already(path, made_of):
 
 @torch.no_grad()
 def save_latents(job, enc, images, about):
-    """`save`: normalised latents and labels in files of SHARD images; those that are there stay."""
+    """`save`: write normalised latents and labels in files of SHARD images; keep the files that are there."""
     args, folder, dtype = job.args, job.args.target, torch.bfloat16 if job.args.bf16 else torch.float32
     if not (enc.latent_mean.any() or (enc.latent_std != 1).any()):
         raise UserError(f"{about['weights']} has no latent statistics yet: "
                         f"python -m tools.latents stats --data TRAIN --weights {about['weights']}")
     identity = hashlib.sha256(json.dumps([os.path.abspath(r) for r in images.roots]).encode() + images.names)
-    identity.update(images.name_ends.tobytes() + images.spans.tobytes())  # of archives: lengths and CRC-32
+    identity.update(images.name_ends.tobytes() + images.spans.tobytes())  # spans: lengths and CRC-32 in archives
     made_of = {"weights_sha256": about["weights_sha256"], "data_sha256": identity.hexdigest(), "images": len(images),
                "size": images.size, "dtype": str(dtype), **({"flip": True} if args.flip else {})}
     try:
@@ -121,10 +121,10 @@ def save_latents(job, enc, images, about):
 
     def path(first):
         return os.path.join(folder, f"latents_{first // SHARD:05d}.safetensors")
-    firsts = range(job.rank * SHARD, len(images), job.ranks * SHARD)  # images that this rank's files begin with
+    firsts = range(job.rank * SHARD, len(images), job.ranks * SHARD)  # the first image of each file of this rank
     missing = [first for first in firsts if not saved_already(path(first), made_of)]
     numbers = [i for first in missing for i in range(first, min(len(images), first + SHARD))]
-    rows = {}  # of the file that is being filled
+    rows = {}  # what the current file will hold: {name: list of tensors}
     for n, img, labels in job.images("latents", images, numbers=numbers):
         with job.autocast:
             batch = {"latents": enc.encode(img).to(dtype).cpu(), "labels": labels}
@@ -133,12 +133,12 @@ def save_latents(job, enc, images, about):
         for k, i in enumerate(n):
             for name, x in batch.items():
                 rows.setdefault(name, []).append(x[k])
-            if (i + 1) % SHARD == 0 or i + 1 == len(images):  # the last of its file
+            if (i + 1) % SHARD == 0 or i + 1 == len(images):  # the file's last image
                 first = i // SHARD * SHARD
                 tensors = {name: torch.stack(x) for name, x in rows.items()}
                 write_model(path(first), {**made_of, "first": first}, tensors)
                 rows = {}
-    written = sum(job.gather(len(missing)))  # all ranks have come to here
+    written = sum(job.gather(len(missing)))  # it waits for all ranks, so all files are written
     if job.rank == 0:
         index = {**made_of, **about, "classes": images.classes, "shard": SHARD,
                  "protocol": f"ADM centre crops to {images.size} px, {job.precision}"}

@@ -24,11 +24,11 @@ MAX_NAME = 255  # bytes of a file's name, the limit of most file systems
 
 
 def find_pictures(files, out=None, alone=False):
-    """[(picture, folder for its results)] of the files and folders given; of a folder, the pictures in and below it.
+    """[(picture, folder for its results)] of the files given, and of the pictures in and below the folders given.
 
     Results go to `out`. Without it they go beside a picture; those of a folder NAME, which may be training data, go to
-    NAME_recon beside it. alone: the results bear the pictures' own names, so they go to NAME_reconstruction, subfolders
-    are kept below `out` too, and `out` may not overlap with what was given.
+    NAME_recon beside it. alone (--reconstruction): the results have the pictures' own names. So they go to
+    NAME_reconstruction, subfolders are kept below `out`, too, and `out` may not overlap with what was given.
     """
     pictures = []
     for path in files:
@@ -38,8 +38,8 @@ def find_pictures(files, out=None, alone=False):
         if not os.path.exists(path):
             raise MissingFile(f"{path}: no such picture or folder")
         if alone and out and (is_within(path, out) or os.path.isdir(path) and is_within(out, path)):
-            raise UserError(f"--reconstruction would overwrite pictures, because {path} and --out {out} lie in each "
-                            "other: give another --out")
+            raise UserError(f"--reconstruction would overwrite pictures, because --out {out} overlaps with {path}: "
+                            "give another --out")
         if not os.path.isdir(path):
             pictures.append((path, out or os.path.dirname(path)))
             continue
@@ -91,7 +91,8 @@ def resize_short_side(img, short, max_pixels=MAX_PIXELS):
 def load_frames(file, size, max_pixels=MAX_PIXELS):
     """A path, or - for standard input -> frames uint8 (T, 3, H, W), (H, W), options. A still has T = 1.
 
-    size: of the short side, 0 as it is. max_pixels: of a frame. UserError if the file is damaged or too large.
+    size: the short side in pixels, 0 to keep it. max_pixels: the most that a frame may have. Raises UserError if the
+    file is damaged or too large.
     """
     def to_frame(img):
         return to_tensor(resize_short_side(img, size, max_pixels))
@@ -116,7 +117,7 @@ def load_frames(file, size, max_pixels=MAX_PIXELS):
                 img.seek(i)
                 frame = Image.alpha_composite(white, img.convert("RGBA").crop((0, 0, *white.size))).convert("RGB")
                 frames.append(to_frame(frame if turn is None else frame.transpose(turn)))
-                durations.append(img.info.get("duration", 0))  # a WebP tells it only after its frame is decoded
+                durations.append(img.info.get("duration", 0))  # after the frame: a WebP does not know it before
             loop = {"loop": img.info["loop"]} if "loop" in img.info else {}  # a GIF without it plays once
             return torch.stack(frames), (H, W), {"format": img.format, "duration": durations, **loop}
     except USER_ERRORS:
@@ -127,9 +128,10 @@ def load_frames(file, size, max_pixels=MAX_PIXELS):
 
 def picture_file(frames, options):
     """Frames, each uint8 (3, H, W), and the options of load_frames -> the bytes of such a file, a WebP without loss."""
+    file = io.BytesIO()
     first, *others = (Image.fromarray(x.permute(1, 2, 0).numpy()) for x in frames)
     try:
-        first.save(file := io.BytesIO(), save_all=bool(others), append_images=others, lossless=True, **options)
+        first.save(file, save_all=bool(others), append_images=others, lossless=True, **options)
     except Exception as e:  # sides or durations that the format cannot hold
         raise UserError(f"cannot be written as {options['format']} ({type(e).__name__}: {one_line(e)})") from None
     return file.getvalue()

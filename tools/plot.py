@@ -34,7 +34,7 @@ def read_log(folder):
 
 
 def labels(folders):
-    """A name for each run: its path from the folder that they share, as text that matplotlib shows as it is."""
+    """A name for each run: its path from the folder that all share, as text that matplotlib prints unchanged."""
     shared = os.path.commonpath([os.path.dirname(os.path.abspath(folder)) for folder in folders])
     names = [os.path.relpath(folder, shared) for folder in folders]
     return [name.encode(errors="backslashreplace").decode().replace("$", r"\$") for name in names]  # $ begins a formula

@@ -1,8 +1,8 @@
-"""train.py's command line: its flags, and what the teacher and the recipe decide where it is silent.
+"""train.py's command line: its flags, and the defaults, which depend on the teacher and on the recipe.
 
     args = parse_args(["--teacher", "internvit", "--recipe", "fast"])
 
---help shows the defaults of the teacher and the recipe that stand beside it.
+`--teacher X --recipe Y --help` shows the defaults of that teacher and that recipe.
 """
 import argparse
 import os
@@ -15,8 +15,8 @@ from distill import STRATEGIES
 from encoder import TEACHERS, teacher_config
 from tools.run import number
 
-# What the teacher decides. Of the foundation models: the paper's Tables 6-9 (where they and the text disagree on the
-# batch, the text's 512). micro_batch: images a GPU holds at once, for 80 GB.
+# What the teacher decides. The values of the foundation models are those of the paper's Tables 6-9. Tables and text
+# disagree on the batch; 512 is the text's. micro_batch: how many images a GPU of 80 GB holds at once.
 FOUNDATION = dict(latent_dim=64, gtb_depth=6, flow_depth=12, flow_width=1024, lr=2e-4, batch_size=512, micro_batch=32,
                   epochs=30)
 OURS = dict(size=64, latent_dim=16, gtb_depth=3, flow_depth=6, micro_batch=256, steps=20_000)
@@ -31,8 +31,8 @@ SETTINGS = {
     "small": dict(OURS, flow_width=512),
     "tiny": dict(OURS, flow_width=384),
 }
-# What the recipe decides. paper: Tables 6-9. fast: what experiments/efficiency found to need the least GPU time with
-# small and tiny; for all other teachers it is extrapolated, at the batch and the rate of the paper.
+# What the recipe decides. paper: Tables 6-9. fast: experiments/efficiency found that it needs the least GPU time with
+# small and tiny. With all other teachers it is extrapolated, and takes the paper's batch and learning rate.
 RECIPES = {
     "paper": dict(beta1=0.5, beta2=0.95, endpoint=0.0, lr_decay=0.0, warmup=0),
     "fast": dict(beta1=0.9, beta2=0.95, endpoint=0.9, lr_decay=0.5, warmup=100),
@@ -41,30 +41,30 @@ OUR_RATES = {
     ("small", "paper"): dict(lr=5e-4, batch_size=256), ("small", "fast"): dict(lr=1e-3, batch_size=128),
     ("tiny", "paper"): dict(lr=1e-3, batch_size=256), ("tiny", "fast"): dict(lr=2e-3, batch_size=128),
 }
-# The length of a trial: small and tiny without --data, on any machine. With tiny it takes less than four minutes on two
-# cores, and ends at 24.0 dB on other drawn pictures.
+# The length of a trial, which is a run of small or tiny without --data: short enough for any machine. With tiny it
+# takes less than four minutes on two cores, and ends at 24.0 dB on other drawn pictures.
 TRIAL = dict(steps=300, batch_size=16)
 
 
 def parse_args(argv=None):
-    """The command line, completed by what it leaves open: everything that decides a run is in the result."""
+    """The arguments of a run. What the command line leaves out has the default of the teacher or the recipe."""
     ap = argparse.ArgumentParser(add_help=False, epilog="Run the same command again to resume.")
     ap.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS,
-                    help="show this, with the defaults of the teacher and the recipe that are named")
+                    help="show this, with the defaults of the --teacher and the --recipe given")
     add = ap.add_argument_group("data").add_argument
     add("--data", nargs="+", metavar="PATH", help="training images: folders or .zip archives [drawn pictures]")
-    add("--val", nargs="+", metavar="PATH", help="images to evaluate on during training")
+    add("--val", nargs="+", metavar="PATH", help="images to evaluate on during training [the training images]")
     add("--size", type=number(int, 1), help="training size in pixels, a multiple of the patch [%(default)s]")
     add("--crop_scale", type=float, nargs=2, default=[0.8, 1.0], metavar=("MIN", "MAX"),
         help="random crop, fractions of the short side %(default)s")
     add("--max_bad_images", type=number(float, 0, 1), default=0.01, metavar="FRACTION",
-        help="stop if more of the training images cannot be read [%(default)s]")
+        help="stop if more than this part of the training images cannot be read [%(default)s]")
     add("--workers", type=number(int, 0), help="data loading processes per rank "
         "[%(default)s: cores / ranks, at most 16; 1 without a GPU]")
     add = ap.add_argument_group("model").add_argument
     add("--teacher", default="tiny", help=f"{' '.join(TEACHERS)}, or a self-describing .safetensors file [%(default)s]")
     add("--teacher_weights", metavar="PATH|random",
-        help="its weights in any published layout, or random [the published file, downloaded]")
+        help="the teacher's weights in any published layout, or random [the published file, downloaded]")
     add("--init", metavar="FILE",
         help="start from this tokenizer (a file, or uniflow-internvit) instead of a copy of the teacher")
     add("--latent_dim", type=number(int, 1), help="latent channels [%(default)s]")
@@ -77,7 +77,7 @@ def parse_args(argv=None):
     add = ap.add_argument_group("method").add_argument
     add("--recipe", choices=list(RECIPES),
         help="the defaults of endpoint, lr, lr_decay, warmup, beta1, beta2 and batch_size. paper: Tables 6-9. fast: as "
-        "good for less GPU time (experiments/efficiency); extrapolated for all teachers but small and tiny, at the "
+        "good in less GPU time (experiments/efficiency), but tried with small and tiny alone; other teachers keep the "
         "paper's batch and lr [%(default)s]")
     add("--strategy", default="adaptive", choices=STRATEGIES, help="layer weights, Table 5a [%(default)s]")
     add("--beta", type=number(float, 0), default=2.0, help="temperature of eq. 1 [%(default)s]")
@@ -91,23 +91,23 @@ def parse_args(argv=None):
     add("--micro_batch", type=number(int, 1), help="images per rank and forward pass [%(default)s]")
     length = ap.add_argument_group("length of the run").add_mutually_exclusive_group()
     length.add_argument("--steps", type=number(int, 1),
-                        help="in optimizer steps; without --data small and tiny take few, of small batches: a trial "
+                        help="how many optimizer steps; without --data, small and tiny make a short trial "
                         "[%(default)s]")
-    length.add_argument("--epochs", type=number(int, 1), help="or in passes over the data [%(default)s]")
+    length.add_argument("--epochs", type=number(int, 1), help="or how many passes over the data [%(default)s]")
     add("--lr", type=number(float, 0), help="AdamW learning rate [%(default)s]")
     add("--lr_decay", type=number(float, 0, 1), metavar="FRACTION",
-        help="the last part of the run, over which the rate falls linearly to 0, and rises again if --steps extend it "
+        help="the last part of the run, over which the rate falls to 0; more --steps on a resume raise it again "
         "[%(default)s]")
-    add("--decay_shape", default="linear", choices=["linear", "cosine"], help="how it falls there [%(default)s]")
+    add("--decay_shape", default="linear", choices=["linear", "cosine"], help="how the rate falls [%(default)s]")
     add("--warmup", type=number(int, 0), metavar="STEPS",
-        help="the first steps, over which the rate rises linearly from 0 [%(default)s]")
+        help="the number of first steps, in which the rate rises linearly from 0 [%(default)s]")
     add("--beta1", type=number(float, 0, 0.999999), help="AdamW's momentum [%(default)s]")
     add("--beta2", type=number(float, 0, 0.999999), help="AdamW's decay of the squared gradients [%(default)s]")
     add("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY",
-        help="average the weights over the steps, and evaluate and export the averages; state.pt holds both; 0 for "
-        "none [%(default)s]")
+        help="average the weights over the steps, and evaluate and export the averages; state.pt holds both; 0: no "
+        "averages [%(default)s]")
     add("--encoder_lr_scale", type=number(float, 0), default=1.0,
-        help="times lr for the pretrained encoder [%(default)s]")
+        help="a factor of lr for the pretrained encoder [%(default)s]")
     add("--weight_decay", type=number(float, 0), default=0.0,
         help="of linear and convolution weights; the paper is silent [%(default)s]")
     add("--clip", type=number(float, 0), default=1.0,
@@ -117,24 +117,24 @@ def parse_args(argv=None):
         help="of initialisation, sample order, crops, times and noise [%(default)s]")
     add = ap.add_argument_group("machine").add_argument
     add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-        help="compile the blocks, and on a single GPU replay the step as a CUDA graph [%(default)s: with a GPU]")
+        help="compile the blocks, and on a single GPU replay the step as a CUDA graph [%(default)s: on with a GPU]")
     add("--checkpoint_activations", action="store_true",
         help="recompute blocks in the backward pass: less memory, slower")
     add = ap.add_argument_group("output").add_argument
     add("--out", default="out", metavar="FOLDER", help="where the run lives [%(default)s]")
-    add("--log_every", type=number(int, 1), default=50, metavar="STEPS", help="[%(default)s]")
+    add("--log_every", type=number(int, 1), default=50, metavar="STEPS", help="log a line [%(default)s]")
     add("--eval_every", type=number(int, 0), default=1000, metavar="STEPS",
-        help="evaluation and sample grid, also at the end; 0: only there [%(default)s]")
+        help="evaluate, and draw a picture; also at the end, 0: only then [%(default)s]")
     add("--save_every", type=number(int, 0), default=1000, metavar="STEPS",
-        help="state.pt and model.safetensors, also at the end; 0: only there [%(default)s]")
-    add("--keep_every", type=number(int, 0), metavar="STEPS", help="keep a copy of the model for good [never]")
+        help="save; also at the end, 0: only then [%(default)s]")
+    add("--keep_every", type=number(int, 0), metavar="STEPS", help="keep a copy of the model [never]")
     add("--resume_anyway", action="store_true", help="resume although arguments differ")
     args = ap.parse_args(argv)
 
     config = teacher_config(args.teacher)
     values = left_open(args, config)
     if hasattr(args, "help"):
-        ap.description = (f"Train a UniFlow tokenizer. In brackets: the defaults, here of --teacher {args.teacher} "
+        ap.description = (f"Train a UniFlow tokenizer. The defaults in brackets are those of --teacher {args.teacher} "
                           f"--recipe {values['recipe']}.")
         ap.set_defaults(**{"steps": "-", "epochs": "-", **values})
         ap.print_help()
@@ -154,8 +154,8 @@ def parse_args(argv=None):
 
 
 def left_open(args, config):
-    """What the command line may leave open: the values of the teacher, whose ViT has this config, and of the recipe."""
-    own = dict(FOUNDATION, size=config.size, flow_width=max(1024, config.width))  # of a teacher of one's own
+    """Defaults of the teacher, whose ViT has this config, and of the recipe: for what the command line leaves open."""
+    own = dict(FOUNDATION, size=config.size, flow_width=max(1024, config.width))  # for a teacher of the user's own
     recipe = args.recipe or ("fast" if args.teacher in ("small", "tiny") else "paper")
     values = {"recipe": recipe, **SETTINGS.get(args.teacher, own), **RECIPES[recipe],
               **OUR_RATES.get((args.teacher, recipe), {})}

@@ -41,7 +41,7 @@ INTERRUPTS = []  # signals that asked the run to save and stop
 
 
 def number(kind, low, high=math.inf):
-    """A type for argparse: an int or a float (kind) that is at least `low` and at most `high`."""
+    """A type for argparse: an int or a float (kind is which) that is at least `low` and at most `high`."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high:  # also refuses nan
@@ -55,7 +55,8 @@ def number(kind, low, high=math.inf):
 class Run:
     """A training run as one of its processes sees it: `rank` of `ranks`, its `device`, and the folder `out`.
 
-    A process alone, or one of torchrun's. say, write and the folder are rank 0's, and do nothing elsewhere.
+    The process runs alone, or is one of torchrun's. Only rank 0 prints, writes the log and locks the folder; on the
+    other ranks these methods do nothing.
     """
 
     def __init__(self, out):
@@ -68,11 +69,11 @@ class Run:
             torch.set_float32_matmul_precision("high")
 
     def path(self, *names):
-        """Of a file in the folder."""
+        """The path of a file in the folder."""
         return os.path.join(self.out, *names)
 
     def connect(self):
-        """Join the other ranks: NCCL for gradients, gloo for what they must agree on without a wait for the GPU."""
+        """Join the other ranks: NCCL exchanges gradients, gloo what CPUs must agree on without waiting for a GPU."""
         if self.ranks > 1:
             dist.init_process_group("nccl" if self.on_gpu else "gloo", device_id=self.device if self.on_gpu else None)
             self.control = dist.new_group(backend="gloo")
@@ -105,12 +106,13 @@ class Run:
             raise UserError(f"another run is writing to {self.out}: wait for it, or use another --out") from None
         except OSError as e:  # a file system without locks
             print(f"{self.out} cannot be locked ({e}): nothing keeps a second run out of it")
-        for name in os.listdir(self.out):  # what a killed run has half written, but not what a process writes now
+        # remove half-written files of killed runs; a file of the last ten minutes may still be in work
+        for name in os.listdir(self.out):
             if re.fullmatch(r"\.[0-9a-f]{12}\.tmp", name) and time.time() - os.path.getmtime(self.path(name)) > 600:
                 os.remove(self.path(name))
 
     def agree(self, checkpoint):
-        """UserError unless all ranks see the same checkpoint, told by any list."""
+        """Raise UserError unless all ranks see the same checkpoint. checkpoint: a list that identifies it."""
         first = [checkpoint]
         if self.ranks > 1:
             dist.broadcast_object_list(first, group=self.control)
@@ -126,7 +128,7 @@ class Run:
         return total.tolist()
 
     def list_unreadable(self, paths):
-        """Add files that cannot be read to this rank's list of them, bad_images.txt. Returns how many are new there."""
+        """Add the paths of images that cannot be read to this rank's bad_images.txt. Returns how many are new there."""
         if not paths:
             return 0
         listed = self.path("bad_images.txt" if self.rank == 0 else f"bad_images.rank{self.rank}.txt")
@@ -137,8 +139,8 @@ class Run:
         return len(new)
 
     def load(self, keys, args, may_differ):
-        """The checkpoint in the folder, the same on all ranks; None, if there is none: see load_checkpoint. What an
-        earlier run without one has left is then set aside."""
+        """The checkpoint in the folder, the same on all ranks, or None if there is none; see load_checkpoint. If there
+        is none, rank 0 sets aside what an earlier run has left."""
         state = load_checkpoint(self.path("state.pt"), keys, args, may_differ)
         self.agree([state["id"], state["step"]] if state else [None, 0])
         if state is None and self.rank == 0:
@@ -157,22 +159,23 @@ class Run:
 
     def open_log(self, step):
         """Rank 0 opens the log to append to, without lines later than the checkpoint or torn by a crash."""
-        def kept(line):
+        if self.rank > 0:
+            return
+
+        def is_kept(line):
             try:
                 return line.endswith("\n") and json.loads(line)["step"] <= step
             except (ValueError, KeyError, TypeError):
                 return False
-        if self.rank > 0:
-            return
         path = self.path("log.jsonl")
         if os.path.exists(path):
             with open(path, errors="replace") as f:
-                lines = [line for line in f if kept(line)]
+                lines = [line for line in f if is_kept(line)]
             write_atomically(path, lambda f: f.write("".join(lines).encode()))
         self.log = open(path, "a")
 
     def write(self, **line):
-        """A line of the log. UserError if the disk is full."""
+        """Write a line to the log. Raises UserError if the disk is full."""
         if self.rank == 0:
             try:
                 print(json.dumps(finite(line), allow_nan=False), file=self.log, flush=True)
@@ -181,7 +184,8 @@ class Run:
                                 "command again, which goes on from the last save") from None
 
     def stop_not_finite(self, step, in_a_row, last_finite, files):
-        """End a run by a UserError that says when its loss was `last_finite`, and name its last batch."""
+        """Raise UserError, because that many steps in a row were not finite. last_finite: the losses of the last finite
+        step, as text. files: those of the last batch, which rank 0 writes to not_finite.txt."""
         if self.rank == 0:
             write_names(self.path("not_finite.txt"), files)
         raise UserError(f"at step {step} the loss or its gradient is not finite, {in_a_row} steps in a row (the last "
@@ -195,7 +199,7 @@ class Run:
 
 
 def rate_factor(step, args):
-    """What multiplies the learning rates at step 0, 1, ..: the warm-up times the decay at the end."""
+    """The factor of the learning rates at a step (0 is the first): the warm-up times the decay at the end."""
     left = min(1.0, (args.steps - step) / max(1.0, args.lr_decay * args.steps))
     if args.decay_shape == "cosine":
         left = (1 - math.cos(math.pi * left)) / 2
@@ -203,8 +207,8 @@ def rate_factor(step, args):
 
 
 def average_weights(averages, weights, step, decay):
-    """Move the averages (a list of tensors) toward the weights after step 0, 1, ..: a <- d a + (1 - d) w. The first
-    steps forget faster, d = min(decay, (step + 1) / (step + 10)): the initial weights leave a short run's average."""
+    """After a step (0 is the first) move each average toward its weight: a <- d a + (1 - d) w. In the first steps
+    d = (step + 1) / (step + 10) is below `decay`, so that the averages of a short run forget its initial weights."""
     torch._foreach_lerp_(averages, weights, 1 - min(decay, (step + 1) / (step + 10)))
 
 
@@ -214,10 +218,11 @@ def seed_step(*numbers):
 
 
 def capture_graph(micro_step, img, clear):
-    """micro_step (uint8 image batch -> statistics) as a CUDA graph: recorded once, then replayed on each batch of that
-    shape. clear() sets the gradients back before: where it leaves None, the graph writes them; else it adds to them.
+    """Record micro_step (uint8 image batch -> statistics) as a CUDA graph. Returns a function that replays it on
+    batches of that shape. Python launches the kernels of a small model one by one, more slowly than the GPU runs them.
 
-    Python launches the kernels of a small model one by one more slowly than the GPU runs them.
+    clear() clears the gradients just before the recording. Where it leaves None, the graph writes gradients; where it
+    leaves zeros, the graph adds to them.
     """
     img, side = img.clone(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -230,7 +235,7 @@ def capture_graph(micro_step, img, clear):
     with torch.cuda.graph(graph):
         stats = micro_step(img)
 
-    def replay(batch, last=True):
+    def replay(batch, last=True):  # `last` is for several ranks (see train.py), and a graph has one
         img.copy_(batch)
         graph.replay()
         return stats
@@ -238,14 +243,14 @@ def capture_graph(micro_step, img, clear):
 
 
 def finite(x):
-    """x with None for each number in it that JSON has no word for."""
+    """x, a number or dicts and lists that hold numbers, with None for nan and inf, which JSON does not know."""
     if isinstance(x, (dict, list)):
         return {k: finite(v) for k, v in x.items()} if isinstance(x, dict) else [finite(v) for v in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def write_names(path, names):
-    """Names of files, a line each, as bytes: they need not be text."""
+    """Write names of files, one a line, as bytes: a file's name need not be text."""
     write_atomically(path, lambda f: f.write("".join(name + "\n" for name in names).encode(errors="surrogateescape")))
 
 
@@ -256,19 +261,21 @@ def read_names(path):
 
 
 def load_checkpoint(path, keys, args, may_differ):
-    """The state at `path`, a dict with these keys, or None if there is none. UserError names the arguments, saved under
-    "args", that differ from `args` and are not in `may_differ`, unless args.resume_anyway."""
+    """The state at `path`, a dict with at least these keys, or None if there is none. Unless args.resume_anyway, raises
+    UserError if a saved argument (in state["args"]) differs from `args` and is not in `may_differ`."""
     if not os.path.isfile(path):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not set(keys) <= set(state):
-            raise KeyError("not what train.py saves")
-    except Exception as e:  # torch.load raises many types; all mean that the file is not what train.py wrote
-        if user_message(e):  # but not a disk's trouble
+        missing = set(keys).difference(state)
+    except Exception as e:  # torch.load raises many types
+        if user_message(e):  # trouble of the machine: the file may be whole
             raise
-        raise UserError(f"{path} is damaged or no checkpoint of train.py ({type(e).__name__}); move it away to start "
-                        "afresh") from None
+        raise UserError(f"{path} is damaged or no checkpoint of this script ({type(e).__name__}): move it away to "
+                        "start afresh") from None
+    if missing:
+        raise UserError(f"{path} is of an older version, or no checkpoint of this script (it lacks "
+                        f"{' '.join(sorted(missing))}): move it away to start afresh")
     now = vars(args)
     changed = [f"{k} was {v}, is now {now[k]}" for k, v in state["args"].items()
                if k in now and k not in may_differ and v != now[k]]
@@ -278,23 +285,23 @@ def load_checkpoint(path, keys, args, may_differ):
 
 
 def restore_optimizer(optimizer, state, path):
-    """The moments of a checkpoint; learning rate, weight decay and the like stay this command's."""
+    """Load the moments of a checkpoint. Learning rate, weight decay and other settings remain those of this command."""
     ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
-    except ValueError as e:  # of --resume_anyway with another --freeze_encoder
+    except ValueError as e:  # --resume_anyway with another --freeze_encoder
         raise UserError(f"{path} has the optimizer of other parameters ({e}): use another --out") from None
     for group, settings in zip(optimizer.param_groups, ours):
         group.update(settings)
 
 
 @contextlib.contextmanager
-def saving(path, step):
-    """Around all that a save writes: a full disk is a UserError that says what is whole."""
+def explain_failed_save(path, step):
+    """A context for all that a save writes. A full disk becomes a UserError, which says that the last save is whole."""
     try:
         yield
     except (OSError, RuntimeError) as e:
-        why = e if isinstance(e, OSError) else e.__context__  # torch.save on a full disk raises its own
+        why = e if isinstance(e, OSError) else e.__context__  # torch.save hides the OSError behind its own
         if not isinstance(why, OSError):
             raise
         raise UserError(f"step {step} could not be saved ({why}); {path}, if there is one, is of the last save and "
@@ -334,36 +341,36 @@ def sample_numbers(first, batch, micro_batch, rank, ranks, batches):
 
 
 def listen(on_signal):
-    """From now on signals ask the run to save and stop. SIGHUP stays ignored where nohup has it so."""
-    for number in SAVE_AND_STOP:
-        if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, on_signal)
+    """From now on signals ask the run to save and stop. Under nohup, SIGHUP stays ignored."""
+    for received in SAVE_AND_STOP:
+        if received != getattr(signal, "SIGHUP", None) or signal.getsignal(received) != signal.SIG_IGN:
+            signal.signal(received, on_signal)
 
 
-def interrupt(number, frame):
-    """Save and stop after this step; a second Ctrl-C stops at once (of SIGTERM torchrun may hand on a second one)."""
-    INTERRUPTS.append(number)
+def interrupt(received, frame):
+    """Save and stop after this step. A second Ctrl-C stops at once, but no second SIGTERM: torchrun may send two."""
+    INTERRUPTS.append(received)
     if INTERRUPTS.count(signal.SIGINT) > 1:
-        os._exit(128 + number)
+        os._exit(128 + received)
 
 
 def command_line(main, name):
-    """main(on_signal=interrupt) as a script that ends the process: status 2 and one line for what the user or the
-    machine did wrong, 1 and a traceback for a bug.
+    """Call main(on_signal=interrupt) as the script `name`. What the user or the machine did wrong ends the process with
+    one line and status 2, a bug with a traceback and status 1.
 
-    After an exception it ends at once: Python would wait for the loader's workers, which ignore signals, and a process
-    group for the other ranks.
+    After an exception the process ends at once. Otherwise Python would wait for the workers, which ignore signals, and
+    torch for the other ranks.
     """
     open_streams()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & has children ignore
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes `command &` ignore it
     who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     try:
         main(on_signal=interrupt)
-        if dist.is_initialized():  # it must end on all ranks together
-            dist.barrier()
+        if dist.is_initialized():
+            dist.barrier()  # all ranks leave the group together
             dist.destroy_process_group()
         return
-    except KeyboardInterrupt:  # before the first step
+    except KeyboardInterrupt:  # Ctrl-C before the first step
         status = 130
     except Exception as e:
         if said := user_message(e):
@@ -373,7 +380,7 @@ def command_line(main, name):
         status = 2 if said else 1
     sys.stdout.flush(), sys.stderr.flush()
     if fcntl:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's, which would complain
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report the killed workers
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(status)

@@ -1,11 +1,9 @@
 """What every script of this project needs: which tokenizer, which device, and how it ends when something is wrong.
 
-    weights = find_weights(args.weights)        # the file given, else that in out/, else the one that ships
+    weights = find_weights(args.weights)    # the file given, else that in out/, else the one that ships
     rank, ranks, device = rank_and_device()
-    except Exception as e:
-        if not (said := user_message(e)):       # a bug: it shows its traceback
-            raise
-        print(said, file=sys.stderr)            # what the user or the machine did wrong: one line, and exit status 2
+    user_message(error)                     # one line if the user or the machine caused the error; None for a bug
+    run_command(main, "sample.py")          # main() as a script: such a line and status 2, or a bug's traceback
 """
 import errno
 import multiprocessing
@@ -25,7 +23,7 @@ from encoder import MissingFile, UserError, fetch
 from tools.convert import convert_once, is_released
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-RUNS_FILE = "out/model.safetensors"  # what train.py leaves, as long as it is given no --out
+RUNS_FILE = "out/model.safetensors"  # what train.py leaves without --out
 SHIPPED = os.path.join(TOP, "weights", "uniflow-tiny.safetensors")
 USER_ERRORS = data.UserError, decoder.UserError, encoder.UserError, evaluation.UserError
 # errors of the machine or its disk, which are neither a bug nor the user's mistake
@@ -37,8 +35,8 @@ SAVE_AND_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP
 
 
 def find_weights(given):
-    """The tokenizer file to use: the one given (a path, a name or a URL), else that in out/, else the shipped one.
-    Where the authors' released file is given, it is a file of ours, which is made of that once."""
+    """The path of the tokenizer to use: the one given (a path, a name or a URL), else that in out/, else the shipped
+    one. The authors' released file is converted once, and the path is that of the result."""
     if given:
         path = fetch(given)
         return convert_once(path) if is_released(path) else path
@@ -48,9 +46,10 @@ def find_weights(given):
 
 
 def name_weights(given, found):
-    """What to print of the file that find_weights found; if it is a run's, unasked, also how to get the shipped one."""
-    unnamed = not given and found == RUNS_FILE
-    return found + f" (there is no --weights; the shipped tokenizer is --weights {SHIPPED})" * unnamed
+    """How to print the file that find_weights found. If a run's file was taken without --weights, the text also says
+    how to get the shipped one."""
+    by_default = not given and found == RUNS_FILE
+    return found + f" (there is no --weights; the shipped tokenizer is --weights {SHIPPED})" * by_default
 
 
 def commit():
@@ -74,7 +73,7 @@ def rank_and_device():
 
 
 def machines_trouble(e):
-    """Whether the machine or its disk caused an exception. One of a DataLoader's worker tells its errno in the text."""
+    """Whether the machine or its disk caused an exception. One from a DataLoader's worker has its errno in the text."""
     number = re.search(r"\[Errno (\d+)\][^\n]*$", str(e))
     return isinstance(e, OSError) and (int(number[1]) if number else e.errno) in MACHINES_TROUBLE
 
@@ -90,16 +89,16 @@ def user_message(error):
 
 
 def open_streams():
-    """Make print work for a script: names that no encoding holds are printed with backslashes, and if standard output
-    was closed (>&-), the text goes to standard error."""
+    """Make print work for a script. What cannot be encoded (a file's name may be any bytes) is printed with
+    backslashes. If standard output was closed (>&-), the text goes to standard error."""
     sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout = sys.stdout or sys.stderr
     sys.stdout.reconfigure(errors="backslashreplace")  # stderr does so by itself
 
 
 def run_command(main, name):
-    """main() as the script `name`; its result. What the user or the machine did wrong becomes one line, and exit status
-    2."""
+    """Call main() as the script `name`, and return its result. What the user or the machine did wrong ends the process
+    with one line and status 2."""
     open_streams()
     try:
         return main()
@@ -110,20 +109,22 @@ def run_command(main, name):
             raise
         who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         print(f"{who}{name}: {said}", file=sys.stderr)
-        sys.stdout = None  # if it is broken, Python would fail at its end to write the rest, and change the status
+        sys.stdout = None  # at exit Python would write the rest, and if that fails, change the status
         sys.exit(2)
 
 
 def ignore_signals(worker):
-    """For workers that load data. A scheduler signals all processes, and the main one still needs its workers then."""
-    for number in SAVE_AND_STOP:
-        signal.signal(number, signal.SIG_IGN)
+    """Let a worker that loads data ignore signals: a scheduler signals all processes, but the main one needs its
+    workers to finish its step."""
+    for received in SAVE_AND_STOP:
+        signal.signal(received, signal.SIG_IGN)
 
 
 def check_locks(workers):
-    """UserError if /dev/shm has no room for the locks of this many processes that load images; each lock is a file."""
+    """Raise UserError if /dev/shm has no room for the locks of so many processes that load images; a lock is a file."""
+    locks = 16 + 4 * workers if workers else 0  # torch needs 8, and 3 more for each worker
     try:
-        [multiprocessing.Lock() for _ in range(16 + 4 * workers if workers else 0)]  # torch needs 8, and 3 for each
+        [multiprocessing.Lock() for _ in range(locks)]
     except OSError as e:
         raise UserError(f"the processes that load images need locks ({e}): make room in /dev/shm (docker run "
                         "--shm-size 1g), or give --workers 0") from None

@@ -6,7 +6,7 @@
     python -m tools.speed sample --weights weights/uniflow-tiny.safetensors --size 256
     python -m tools.speed data imagenet.zip --size 448                          # decoded, cropped, sent to the device
 
-`train` also says which share of a large matrix product's speed, measured in the same run, the step reaches: that can be
+`train` also measures a large matrix product, and says which share of that speed the step reaches. This share can be
 compared between machines. docs/speed.md has results.
 """
 import argparse
@@ -27,7 +27,7 @@ from train import build_models, build_optimizer, model_flops, parse_args, traini
 
 
 def seconds(f, repeats=10):
-    """Mean time of a call of f(): of `repeats` calls after three to warm up, on a CPU of one call after one."""
+    """Mean time of a call of f(). On a GPU three calls warm up and `repeats` are timed, on a CPU one and one."""
     on_gpu = torch.cuda.is_available()
     for n in (3, repeats) if on_gpu else (1, 1):
         start = time.perf_counter()
@@ -89,6 +89,7 @@ def train_speed(flags):
     adding = seconds(lambda: micro_step(img))  # a micro-batch's gradients, without the optimizer's step
     count = args.batch_size / micro_batch
     if count > 1:
+        # a step of `count` micro-batches: their gradients, and once the optimizer
         say_row(f"{args.batch_size} images a step (micro-batch x {count:g})", args.batch_size,
                 count * adding + took - adding)
     micro_step = update = None  # frees their graph
@@ -167,7 +168,8 @@ def sample_speed(weights, size):
         took = median_seconds(f)
         print(f"batch {B:2d} | {name:18s} | {B / took:8.1f} img/s | {took * 1e3:7.2f} ms", flush=True)
 
-    for B, several_steps in ((32, (1, 2, 4, 25)), (1, (1,))) if on_gpu else ((2, (1, 2)),):
+    batches = {32: (1, 2, 4, 25), 1: (1,)} if on_gpu else {2: (1, 2)}  # {batch: numbers of decoding steps}
+    for B, several_steps in batches.items():
         img = torch.rand(B, 3, size, size, device=device)
         for steps in several_steps:
             encode, decode = fast(enc, dec, img, steps)
@@ -189,7 +191,7 @@ def data_speed(roots, size, duration):
     for workers in sorted({2 ** k for k in range(cores().bit_length())} | {cores()}):
         loader = iter(DataLoader(data, num_workers=workers, pin_memory=on_gpu, prefetch_factor=4,
                                  batch_sampler=sample_numbers(0, 32, 32, 0, 1, 1_000_000)))
-        for _ in range(2 * workers):  # until all are at work
+        for _ in range(2 * workers):  # until all workers have begun
             next(loader)
         start, n = time.perf_counter(), 0
         while (took := time.perf_counter() - start) < duration:

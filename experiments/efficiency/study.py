@@ -26,7 +26,7 @@ sys.path.insert(0, TOP)
 
 MOST_RATES = 5
 # what a lever changes one of, and how often to look
-RUN = "--log_every 50 --save_every 1000000 --beta1 0.9 --beta2 0.95 --endpoint 0.9 --lr_decay 0.5"
+RUN = "--recipe paper --log_every 50 --save_every 1000000 --beta1 0.9 --beta2 0.95 --endpoint 0.9 --lr_decay 0.5"
 BASES = {  # name -> (flags, images of a row, batch, rates)
     "tiny": ("--teacher tiny --size 64", 384_000, 256, (5e-4, 1e-3, 2e-3)),
     "small": ("--teacher small --size 64", 512_000, 256, (5e-4, 1e-3, 2e-3)),
@@ -48,6 +48,8 @@ LEVERS = {  # name -> flags of train.py after the base's; batch=x: times its bat
     "1:0": "--lambda_f 0",                                   # Table 5b: distillation alone, which trains no decoder
     "grow": "grow",  # 64, 128, 256 px in a row, in the GPU time of the full size
     "fast": "batch=0.5 --warmup 100", "growfast": "grow --warmup 50",
+    "fast-crop": "batch=0.5 --warmup 100 --crop_scale 1 1",  # at the size of the files, no crop: nothing is resized
+    "growfast-crop": "grow --warmup 50 --crop_scale 0.8 1",
 }
 ONE_RATE = "1:0",  # the distance is zero from the start: there is nothing to tune
 GROW = (64, 256, 0.2), (128, 64, 0.3), (256, 32, 0.5)  # size, batch, share of the GPU time
@@ -60,6 +62,8 @@ def speed(shapes, path):
     import torch
 
     import train
+    from tools.run import average_weights
+    from tools.speed import seconds
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -71,16 +75,16 @@ def speed(shapes, path):
         models = teacher, encoder, decoder = [m.to(device) for m in train.build_models(args)]
         averages = [copy.deepcopy(p.detach()) for m in models[1:] for p in m.parameters()]
         weights = [p.detach() for m in models[1:] for p in m.parameters()]
-        optimizer = torch.optim.AdamW(train.parameter_groups(encoder, decoder, 1e-4), fused=True)
+        optimizer = train.build_optimizer(args, encoder, decoder)
         micro_step, update = train.training_step(args, *models, optimizer, autocast, args.batch_size, 1)
         img = torch.randint(256, (args.batch_size, 3, args.size, args.size), dtype=torch.uint8, device=device)
         card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
         step = lambda: update(micro_step(img))
-        averaging = lambda: (step(), train.average_weights(averages, weights, 9, 0.9))
-        line = {"shape": shape, "device": card, "torch": torch.__version__, "seconds": train.seconds(step, 50),
-                "seconds_ema": train.seconds(averaging, 50)}
+        averaging = lambda: (step(), average_weights(averages, weights, 9, 0.9))
+        line = {"shape": shape, "device": card, "torch": torch.__version__, "seconds": seconds(step, 50),
+                "seconds_ema": seconds(averaging, 50)}
         with torch.no_grad(), autocast:
-            line["seconds_teacher"] = train.seconds(lambda: models[0](img / 255), 50)  # not as a graph: launches count
+            line["seconds_teacher"] = seconds(lambda: models[0](img / 255), 50)  # not as a graph: launches count
         line["gflop"] = train.model_flops(encoder, decoder, args.size) / 1e9
         with open(path, "a") as f:
             f.write(json.dumps(line) + "\n")

@@ -6,9 +6,10 @@ import os
 HERE = os.path.dirname(os.path.abspath(__file__))
 HEADLINE = {  # title -> settings, the paper's first; =rate where the best PSNR costs semantics or has a single seed
     "64 px, tiny": "tiny:paper@2 tiny:paper tiny:paper-decay tiny:fast@1/4 tiny:fast@1/3 tiny:fast@1/2 tiny:fast",
-    "64 px, small": "small:paper small:fast@1/4=0.001 small:fast@1/3=0.001",
+    "64 px, small": "small:paper small:fast@1/4=0.001 small:fast@1/3=0.001 small:fast@1/3",
     "256 px, tiny": "photos:paper@2 photos:paper photos:growfast@1/4 photos:growfast@1/2=0.001 photos:growfast@1/2 "
-                    "photos:base=0.001 photos:base",
+                    "photos:growfast-crop@1/2=0.001 photos:growfast-crop@1/2 photos:warmup@1/2=0.001 "
+                    "photos:warmup@1/2=0.002 photos:base=0.001 photos:base",
 }
 LEVERS = {  # title -> {setting: what it is}
     "64 px, tiny": {
@@ -20,18 +21,24 @@ LEVERS = {  # title -> {setting: what it is}
         "tiny:cosine": "cosine decay over all", "tiny:cosine-half": "cosine decay over half",
         "tiny:warmup": "warm-up of 100 steps", "tiny:ema": "EMA 0.99", "tiny:ema-constant": "constant rate, EMA 0.998",
         "tiny:fast": "batch 128, warm-up: **fast**", "tiny:fast@1/2": "fast, 1/2 of the images",
-        "tiny:fast@1/3": "fast, 1/3", "tiny:fast@1/4": "fast, 1/4", "tiny:base@1/2": "base, 1/2",
+        "tiny:fast@1/3": "fast, 1/3", "tiny:fast@1/4": "fast, 1/4",
+        "tiny:fast-crop@1/2": "fast, 1/2, `--crop_scale 1 1`", "tiny:base@1/2": "base, 1/2",
         "tiny:base@1/4": "base, 1/4", "tiny:paper": "**paper**: beta1 0.5, endpoint 0, constant",
         "tiny:paper@2": "paper, 2 times the images", "tiny:paper-decay": "paper, with the base's decay",
         "tiny:1:0": "base, `--lambda_f 0`"},
-    "64 px, small": {"small:paper": "paper", "small:fast@1/3": "fast, 1/3", "small:fast@1/4": "fast, 1/4"},
+    "64 px, small": {"small:paper": "paper", "small:fast@1/3": "fast, 1/3", "small:fast@1/4": "fast, 1/4",
+                     "small:fast-crop@1/3": "fast, 1/3, `--crop_scale 1 1`"},
     "256 px, tiny": {
         "photos:base": "**base**, batch 32", "photos:m0.5": "beta1 0.5",
         "photos:e0@1/2": "endpoint 0, 1/2 of the images",
-        "photos:base@1/2": "base, 1/2", "photos:base@1/3": "base, 1/3", "photos:base@1/4": "base, 1/4",
+        "photos:base@1/2": "base, 1/2", "photos:warmup@1/2": "warm-up of 100 steps, 1/2",
+        "photos:base@1/3": "base, 1/3", "photos:base@1/4": "base, 1/4",
         "photos:growfast@1/2": "64, 128, 256 px, warm-up: **fast**, 1/2 of the time",
+        "photos:growfast-crop@1/2": "fast, 1/2 of the time, `--crop_scale 0.8 1`",
+        "photos:growfast-photos@1/2": "fast, 1/2 of the time, 3 photographs for each small picture",
         "photos:growfast@1/4": "fast, 1/4 of the time", "photos:paper": "**paper**",
-        "photos:paper@2": "paper, 2 times the images", "photos:e1": "endpoint 1", "photos:m0.95": "beta1 0.95",
+        "photos:paper@2": "paper, 2 times the images", "photos:e0.5": "endpoint 0.5", "photos:e1": "endpoint 1",
+        "photos:m0.95": "beta1 0.95",
         "photos:v0.99": "beta2 0.99", "photos:batch/2": "batch 16", "photos:batch*2": "batch 64",
         "photos:linear": "linear decay over all", "photos:ema": "EMA 0.99"},
 }
@@ -108,7 +115,8 @@ def text(settings, speeds):
                             for name in ("tiny:base", "small:paper"))
     constant = lambda name: name.partition(":")[2].partition("@")[0] in ("paper", "constant", "ema-constant")
     falling = lambda *bases: lambda name: name.partition(":")[0] in bases and not constant(name)
-    kinds = {"at 64 px with a falling rate": falling("tiny", "small"), "at 256 px with a falling rate": falling("photos"),
+    kinds = {"at 64 px with a falling rate": falling("tiny", "small"),
+             "at 256 px with a falling rate": falling("photos"),
              "with the paper's constant rate": lambda name: "paper" in name and constant(name)}
     noise = ["{1:.2f} dB and {2:.2f} points of the probe {3} ({0} pairs)".format(*spread(settings, kind), name)
              for name, kind in kinds.items()]

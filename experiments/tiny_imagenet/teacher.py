@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 from data import ImageDataset, cores
 from encoder import TEACHERS, ViT, write_model
+from tools.run import capture_graph
 from tools.script import commit
-from train import record
 
 
 def load(paths, size, workers):
@@ -119,7 +119,8 @@ def main():
 
     step_model = torch.compile(model, dynamic=False) if device.type == "cuda" else model
     if device.type == "cuda":  # as a CUDA graph, which overwrites the gradients
-        gradients = record(gradients, torch.zeros(args.batch_size, 3, config.size, config.size, device=device), optimizer.zero_grad)
+        img = torch.zeros(args.batch_size, 3, config.size, config.size, device=device)
+        gradients = capture_graph(gradients, img, optimizer.zero_grad)
     top1 = lambda: 100 * torch.cat([model(x / 255).argmax(1) for x in val_x.split(500)]).eq(val_y).double().mean().item()
     for step in range(1, steps + 1):
         if (step - 1) % (len(train_x) // args.batch_size) == 0:
