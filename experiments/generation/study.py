@@ -48,7 +48,7 @@ JUDGE_CLASSES = [
     542, 543, 562, 565, 568, 570, 605, 614, 619, 621, 625, 635, 645, 655, 675, 678, 682, 683, 707, 720, 733, 734, 737,
     758, 779, 811, 815, 826, 839, 842, 853, 862, 866, 873, 879, 887, 899, 900, 910, 924, 928, 929, 932, 935, 945, 947,
     951, 957, 970, 973, 978, 988]
-TOKENIZER = "--teacher tiny --size 64 --beta1 0.9 --endpoint 0.9 --lr 1e-3 --lr_decay 0.5 --warmup 100 --eval_every 0"
+TOKENIZER = "--teacher tiny --recipe fast --size 64 --eval_every 0"
 CODES = {"distilled": "", "pixels": "--lambda_d 0", "frozen": "--freeze_encoder", "pca": None}  # flags of train.py
 GENERATOR = "--lr 1e-3 --warmup 200 --lr_decay 0.3 --ema 0.999 --eval_every 0 --save_every 1000000"
 FIELDS = ("prediction=v", "shift=0.5", "shift=2")
@@ -257,7 +257,7 @@ def main(argv=None, on_signal=None):
     add("--minutes", type=float, default=1.0, help="of training a row; four times as long for (a) [%(default)s]")
     add("--generator", default="dit-s", help="of the rows of (b) [%(default)s]")
     add("--images", type=int, default=10_000, help="to generate for an evaluation [%(default)s]")
-    add("--tokenizer_steps", type=int, default=3000, help="of 256 images [%(default)s]")
+    add("--tokenizer_steps", type=int, default=6000, help="of 128 images [%(default)s]")
     add("--batch_size", type=int, default=512, help="of the generators [%(default)s]")
     add("--probe_steps", type=int, default=100, help="a quarter of the run that tells the speed [%(default)s]")
     add("--workers", type=int, default=4, help="of each training [%(default)s]")
