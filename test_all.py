@@ -19,6 +19,8 @@ The sections of this file, in its order, and the files of tests/ that run with i
     tests/test_efficiency_flags.py  Flags that make training cheaper: AdamW's betas, warm-up, decay, averaged weights
     tests/test_faults.py            Hostile and damaged files, full disks, signals, bad numbers, crashes, ranks that die
     tests/test_flags.py             Every flag of every script changes the quantity that it names, by what it says
+    tests/test_generate.py          downstream/generate.py by its command line: training, sampling, scoring, refusals
+    tests/test_generation.py        downstream/: generation, MAR and DiT as models
     tests/test_images.py            Odd metadata, all sorts of archives and folders, trouble of the machine, other
                                     systems
     tests/test_latents.py           Saved latents: their statistics, their order, faults of the folder

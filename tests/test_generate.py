@@ -1,4 +1,4 @@
-"""downstream/generate.py by its command line: training, sampling, scoring, and what it refuses."""
+"""downstream/generate.py by its command line: training, sampling, scoring, refusals."""
 from tests.helpers import (  # first: it sets the environment that torch reads
     QuickInception, close, log_lines, picture_folder, raises, run, run_ranks, same_weights,
     tokenizer_file)

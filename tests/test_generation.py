@@ -1,4 +1,4 @@
-"""downstream/: generation. MAR and DiT as models, then training, sampling and scoring by the command line."""
+"""downstream/: generation, MAR and DiT as models."""
 from tests.helpers import close, raises  # first: it sets the environment that torch reads
 
 import argparse
