@@ -6,7 +6,6 @@ from tests.helpers import (
 import argparse
 import contextlib
 import io
-import math
 import os
 import shutil
 import subprocess
@@ -144,20 +143,17 @@ def test_images_of_several_sizes_are_named_by_width_and_height():
                words=f"1 of 3 images cannot be used, so there are no figures: {path} is 20x36, the first is 40x30:")
 
 
-def test_statistics_that_are_no_gaussian_are_refused():
-    mu, sigma, why = np.arange(3.0), np.eye(3), "they must be (D,) and (D, D), and finite"
+def test_statistics_of_shapes_that_are_no_gaussian():
+    """A mean and a square covariance of as many features, in any floating type, and nothing else."""
+    mu, sigma = np.arange(3.0), np.eye(3)
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "s.npz")
         np.savez(path, mu=mu.astype(np.float32), sigma=sigma.astype(np.float32))
         found = fid_command.read_npz(path)
         assert all(np.array_equal(a, b) and a.dtype == np.float64 for a, b in zip(found, (mu, sigma), strict=True))
-        for value in math.nan, math.inf, -math.inf:
-            for wrong in (mu * [1, 1, value], sigma), (mu, sigma + np.diag([0, value, 0])):
-                np.savez(path, mu=wrong[0], sigma=wrong[1])
-                raises(evaluation.UserError, fid_command.read_npz, path, words=[path, why])
         for wrong in (mu[None], sigma), (mu, sigma[:2]), (mu, sigma[:, :2]), (mu[:2], sigma), (mu, mu), (sigma, sigma):
             np.savez(path, mu=wrong[0], sigma=wrong[1])
-            raises(evaluation.UserError, fid_command.read_npz, path, words=[path, why])
+            raises(evaluation.UserError, fid_command.read_npz, path, words=[path, "they must be (D,) and (D, D)"])
 
 
 def test_the_commit_is_that_of_the_code():
