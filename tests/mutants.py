@@ -894,7 +894,7 @@ TABLE = [
     ("a limit of pixels not handed on", "tools/pictures.py", "resize_short_side(img, size, max_pixels))",
      "resize_short_side(img, size))", "test_sample_animations"),
     ("a name's characters for its bytes", "tools/pictures.py", "len(os.fsencode(stem + number + ending))",
-     "len(stem + number + ending)", "test_names_that_are_no_text_and_pictures_that_fail"),
+     "len(stem + number + ending)", "test_results_have_names_of_255_bytes_at_most"),
     ("a conversion of an older file", "tools/convert.py", "{about.st_size}-{about.st_mtime_ns}.safetensors",
      "{about.st_size}.safetensors", "test_a_released_file_is_converted_once_and_again_when_it_changes"),
 ]
