@@ -8,6 +8,7 @@ working tree). Its own tests run first, then, if these pass, the whole suite. A 
 killed: a rank that waits for ever is noticed.
 """
 import argparse
+import ast
 import collections
 import concurrent.futures
 import glob
@@ -112,6 +113,8 @@ TABLE = [
      "test_student_equals_teacher_at_start"),
     ("teacher in training mode", "encoder.py", "return vit.eval().requires_grad_(False)",
      "return vit.requires_grad_(False)", "test_student_equals_teacher_at_start test_initial_weights_and_modes"),
+    ("pixels that are nan go in", "encoder.py", "if not (low > -0.5 and high < 1.5):",
+     "if low <= -0.5 or high >= 1.5:", "test_what_is_no_image_or_latent_is_refused"),
     # ---- encoder.py: files ----
     ("renamed before it is on disk", "encoder.py",
      "            os.fsync(f.fileno())\n        os.replace(temporary, path)", "        os.replace(temporary, path)",
@@ -122,7 +125,7 @@ TABLE = [
      "attention.output.dense layer_scale2.lambda1", "test_published_layouts_equal_transformers"),
     ("norms swapped in clip files", "encoder.py", "pre_layrnorm post_layernorm", "post_layernorm pre_layrnorm",
      "test_published_layouts_equal_transformers"),
-    ("hash in a download's name unchecked", "encoder.py", "path, sha and sha[1])", "None if sha else", "test_downloads"),
+    ("hash in a download's name unchecked", "encoder.py", "path, sha and sha[1])", "path)", "test_downloads"),
     ("pickles on old torch", "encoder.py", "< (2, 10)", "< (2, 1)",
      "test_pickles_where_torch_does_not_read_them_safely"),
     ("registers before cls", "encoder.py", "prefix = [self.cls_token + self.pos_embed[:, :1], self.register_tokens]",
@@ -164,6 +167,10 @@ TABLE = [
      "test_vision_towers_of_larger_models"),
     ("a file and weights", "encoder.py", '        if weights is not None:\n            raise',
      "        if weights == 'random':\n            raise", "test_what_command_lines_refuse"),
+    ("a deviation of 0 is read", "encoder.py", 'k == "latent_std" and x.float().min() <= 0',
+     'k == "latent_std" and x.float().min() < 0', "test_hostile_weights"),
+    ("a teacher seeds its caller", "encoder.py", "with torch.random.fork_rng(devices=[]):", "if True:",
+     "test_loading_a_teacher_leaves_the_callers_draws_alone"),
     # ---- decoder.py ----
     ("decoder's imagenet mean", "decoder.py", "(0.485, 0.456, 0.406)", "(0.485, 0.406, 0.456)",
      "test_architectures_are_the_published_ones"),
@@ -243,6 +250,22 @@ TABLE = [
      '    check_tensor("velocity", v, x.shape)  # one that is broadcast', '    #',
      "test_empty_batches_and_what_would_be_broadcast"),
     ("deviations of 0", "decoder.py", 'k == "latent_std" and x.float().min() <= 0', "False", "test_hostile_weights"),
+    ("a tenth of t = 1 becomes uniform", "decoder.py",
+     "    t = torch.where(torch.rand(shape, device=device) < 0.1, torch.rand(shape, device=device), t)\n"
+     "    return torch.where(torch.rand(shape, device=device) < endpoint, torch.ones_like(t), t)\n",
+     "    t = torch.where(torch.rand(shape, device=device) < endpoint, torch.ones_like(t), t)\n"
+     "    return torch.where(torch.rand(shape, device=device) < 0.1, torch.rand(shape, device=device), t)\n",
+     "test_sample_t_distribution"),
+    ("gtb tanh gelu", "decoder.py", "F.gelu(self.fc1(self.norm2(x)))",
+     'F.gelu(self.fc1(self.norm2(x)), approximate="tanh")', "test_released_uniflow_file"),
+    ("final modulation not zero", "decoder.py", "+ [self.final_modulation, self.output]:", "+ [self.output]:",
+     "test_student_equals_teacher_at_start"),
+    ("frequencies to 1e-4 itself", "decoder.py", "device=t.device) / (dim // 2))", "device=t.device) / (dim // 2 - 1))",
+     "test_position_tables"),
+    ("pixels in several steps", "decoder.py", "x, steps = torch.zeros_like(x), min(steps, 1)",
+     "x = torch.zeros_like(x)", "test_pixel_objective_regresses_the_pixels"),
+    ("a decoder of nan", "decoder.py", 'not x.float().isfinite().all() or k == "latent_std"', 'k == "latent_std"',
+     "test_hostile_weights"),
     # ---- tools/convert.py ----
     ("the flow head's norms are not renamed", "tools/convert.py", "flow_head.net.res_blocks.#.in_ln",
      "flow_head.net.res_blocks.#.norm", "test_released_uniflow_file"),
@@ -278,7 +301,9 @@ TABLE = [
     ("cosine in half precision", "distill.py", "F.cosine_similarity(student.float(), teacher.float(), dim=-1)",
      "F.cosine_similarity(student, teacher, dim=-1)", "test_distillation_defaults_and_gradients"),
     ("alpha is no copy", "distill.py", "alpha = attached.detach().clone()", "alpha = attached.detach()",
-     "", "a rank's loss becomes the mean of all ranks', which is what is logged; the gradient reads no distance"),
+     "test_each_rank_returns_the_loss_of_its_own_tokens"),
+    ("layers without a token", "distill.py", " or shape[1] == 0 for shape in shapes)", " for shape in shapes)",
+     "test_empty_batches_and_what_would_be_broadcast"),
     # ---- data.py ----
     ("deep pictures", "data.py", "deep >> bits - 8", "deep >> bits - 7", "test_every_kind_of_picture_becomes_rgb"),
     ("transparent is black", "data.py", 'Image.new("RGBA", img.size, "white")', 'Image.new("RGBA", img.size, "black")',
@@ -373,6 +398,27 @@ TABLE = [
     ("a TIFF's metadata stay", "data.py", "if tag not in TIFF_PIXELS:", "if False:", "test_odd_metadata_cost_no_picture"),
     ("signs of a deep TIFF stay", "data.py", "or tag == 339 and tags[tag] == 2)", "or False)",
      "test_deep_and_transparent_pictures_by_hand"),
+    ("12 bits as 16", "data.py", "grey = (deep >> bits - 8)", "grey = (deep >> 8)",
+     "test_deep_and_transparent_pictures_by_hand"),
+    ("tall pictures cut at the centre", "data.py", "int(where * (img.height - h))", "(img.height - h) // 2",
+     "test_the_piece_of_a_long_picture_by_hand"),
+    ("a draw for 16 : 1", "data.py", "if max(img.size) > 16 * min(img.size):",
+     "if max(img.size) >= 16 * min(img.size):", "test_the_piece_of_a_long_picture_by_hand"),
+    ("least side of a crop rounded down", "data.py", "low, high = np.ceil(size / crop_scale[1])",
+     "low, high = np.floor(size / crop_scale[1])", "test_sides_that_a_random_crop_draws"),
+    ("the stand-in's own number", "data.py", "-1 - i if error", "-1 - j % len(self) if error",
+     "test_only_its_own_damage_replaces_a_picture"),
+    ("of one name the first entry", "data.py", 'found[posixpath.normpath("/" + name).lstrip("/")] = e',
+     'found.setdefault(posixpath.normpath("/" + name).lstrip("/"), e)', "test_archives_by_other_tools"),
+    ("drawn alike for training and evaluation", "tools/drawn.py", "[self.seed, n, int(self.train)]", "[self.seed, n]",
+     "test_drawn_pictures"),
+    ("waves that are not square to each other", "tools/drawn.py", "y * np.cos(angle) - x * np.sin(angle)",
+     "y * np.cos(angle) + x * np.sin(angle)", "test_drawn_textures_and_gradients_by_numpy"),
+    ("fine waves alone", "tools/drawn.py", "rng.uniform(min(3, size / 16)", "rng.uniform(max(3, size / 16)",
+     "test_drawn_textures_and_gradients_by_numpy"),
+    ("no letter Z", "tools/drawn.py", 'ord("Z") + 1)', 'ord("Z"))', "test_what_drawn_pictures_are_made_of"),
+    ("one to three shapes", "tools/drawn.py", "rng.integers(1, 5)", "rng.integers(1, 4)",
+     "test_what_drawn_pictures_are_made_of"),
     # ---- tools/latents.py ----
     ("sample deviation of latents", "tools/latents.py", "latents.scatter.diagonal() / latents.count)",
      "latents.scatter.diagonal() / (latents.count - 1))", "test_latent_statistics_and_saved_latents"),
@@ -390,6 +436,10 @@ TABLE = [
      "range(0, len(images), SHARD)", "test_ranks_and_a_kill_change_no_byte"),
     ("latents without statistics", "tools/latents.py", "if not (enc.latent_mean.any() or (enc.latent_std != 1).any()):",
      "if False:", "test_latent_statistics_and_saved_latents"),
+    ("statistics in fp32 despite --bf16", "tools/latents.py", "        with job.autocast:\n            latents.add(",
+     "        if True:\n            latents.add(", "test_latents_in_the_precision_that_was_asked_for"),
+    ("latents in fp32 despite --bf16", "tools/latents.py", "        with job.autocast:\n            batch = ",
+     "        if True:\n            batch = ", "test_latents_in_the_precision_that_was_asked_for"),
     # ---- eval.py: metrics ----
     ("psnr of amplitudes", "eval.py", "return -10 * (a.double()", "return -20 * (a.double()", "test_psnr_closed_form"),
     ("ssim sigma", "eval.py", "- 5) / 1.5)", "- 5) / 1.6)", "test_ssim_equals_scikit_image"),
@@ -858,6 +908,10 @@ def wrong_entries(root):
         wrong += [f"{m.name}: there is no test {test}" for test in m.tests.split() if f"def {test}(" not in tests]
         if m.text == m.replacement or not m.tests and not m.equivalent:
             wrong.append(f"{m.name}: it changes nothing, or names no test")
+        try:
+            compile(sources[m.file].replace(m.text, m.replacement), m.file, "exec", ast.PyCF_ONLY_AST)
+        except SyntaxError as e:
+            wrong.append(f"{m.name}: every test would notice that the file is no Python any more ({e})")
     names = collections.Counter(m.name for m in MUTANTS)
     return wrong + [f"{name}: {n} mutants have this name" for name, n in names.items() if n > 1]
 
