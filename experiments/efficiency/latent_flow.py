@@ -10,7 +10,8 @@
 The paper's autoencoder is SDXL's VAE; the PCA stands in for it. Student, distillation, condition and flow head are
 those of the pixel flow (train.py, decoder.py), with the settings of row "default" of ../tiny_imagenet/study.py. Other
 flags go to train.py. Appends one line to latent_flow.jsonl: figures of all --val by eval.py's functions (--bf16 on a
-GPU), and the ceiling: what the PCA alone gives. Not resumable; nothing but that line is written.
+GPU), and the ceiling: what the PCA alone gives (25.23 dB, ssim 0.8513 on Tiny-ImageNet-100). Not resumable; nothing
+but that line is written.
 """
 import argparse
 import json
