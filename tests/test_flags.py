@@ -1,7 +1,7 @@
 """Every flag of every script changes the quantity that it names, by what it says."""
 from tests.helpers import (  # first: it sets the environment that torch reads when it is imported
-    HERE, MICRO_VIT, QuickInception, close, evaluate, log_lines, micro_teacher, picture, picture_folder, pixels,
-    raises, sampled, tokenizer_file, train_quietly)
+    HERE, MICRO_VIT, QuickInception, close, evaluate, log_lines, micro_teacher, picture, picture_folder,
+    raises, tokenizer_file, train_quietly)
 
 import argparse
 import contextlib

@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 
-from decoder import euler, patchify, unpatchify
+from decoder import patchify, unpatchify
 from downstream import dit, mar
 from encoder import UserError
 

@@ -18,7 +18,7 @@ import unittest.mock
 from dataclasses import asdict
 
 from tests.helpers import (
-    HERE, MICRO_RUN, QuickInception, clip, evaluate, faulty_training, log_lines, micro_models, micro_teacher, picture,
+    MICRO_RUN, QuickInception, clip, evaluate, faulty_training, log_lines, micro_models, micro_teacher, picture,
     picture_folder, pixels, raises, run, same_weights, sampled, side_by_side, tokenizer_file, train_quietly,
     windows_like)
 

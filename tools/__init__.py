@@ -1,1 +1,1 @@
-"""What serves a tokenizer's user beside the nine files; each a script, `python -m tools.NAME`."""
+"""What the scripts share, and what serves a tokenizer's user beside them: each also a script, `python -m tools.NAME`."""
