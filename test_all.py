@@ -974,7 +974,8 @@ def test_optimizer_sees_clipped_gradients_and_this_runs_settings():
         assert all(torch.allclose(a[k], b[k], atol=1e-9) for k in a), (
             "the command's learning rate, not the checkpoint's")
         torch.save({"args": {}}, os.path.join(out, "state.pt"))
-        raises(ValueError, train_quietly, *flags, "--out", out, "--steps", 3, words="older version, or no checkpoint of this script")
+        raises(ValueError, train_quietly, *flags, "--out", out, "--steps", 3,
+               words="older version, or no checkpoint of this script")
 
 
 def test_learning_rate_decay():
