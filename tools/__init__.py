@@ -1,1 +1,1 @@
-"""What the scripts share, and what serves a tokenizer's user beside them: each also a script, `python -m tools.NAME`."""
+"""What the scripts share, and what serves a tokenizer's user: each also a script, `python -m tools.NAME`."""
