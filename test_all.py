@@ -1531,9 +1531,6 @@ def test_bad_input_is_one_line_and_status_2():
              "junk.safetensors"),
             (["train.py", *micro[:-1], os.path.join(teacher, "out"), "--data", folder], "teacher.safetensors"),
             (["train.py", *micro, "--data", folder, "--steps", "0"], "--steps"),
-            (["train.py", *micro, "--data", folder, "--drop_path", "1"], "--drop_path"),
-            (["train.py", *micro, "--data", folder, "--clip", "-1"], "--clip"),
-            (["train.py", *micro, "--data", folder, "--beta", "nan"], "--beta"),
             (["sample.py", "/missing.png", "--weights", good], "/missing.png"),
             (["sample.py", folder + "/class0", "--weights", os.path.join(tmp, "no.safetensors")], "no.safetensors"),
             (["sample.py", folder + "/class0", "--weights", teacher], "no tokenizer"),
@@ -1542,8 +1539,6 @@ def test_bad_input_is_one_line_and_status_2():
             (["eval.py", "--data", folder, "--weights", os.path.join(tmp, "junk.safetensors")], "junk.safetensors"),
             (["eval.py", "--data", folder, "--weights", good, "--pca"], "--fit"),
             (["eval.py", "--fid", folder, "/misspelt"], "/misspelt: no such folder"),
-            (["sample.py", folder, "--steps", "0", "--weights", good], "--steps is 0"),
-            (["sample.py", "z.safetensors", "--size", "64", "--weights", good], "--size are for pictures, not latents"),
             (["data.py", "/nonexistent"], "/nonexistent"),
         ]
         results = side_by_side(*(functools.partial(run, "python", *flags, HF_HUB_OFFLINE="1", TORCH_HOME=tmp,

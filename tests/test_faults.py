@@ -414,7 +414,7 @@ def test_a_full_disk_loses_nothing():
 
 
 def test_crashes_change_nothing():
-    side_by_side(lambda: crash_and_resume(3, 1), lambda: crash_and_resume(2, 2))
+    side_by_side(lambda: crash_and_resume(2, 1), lambda: crash_and_resume(1, 2))
 
 
 def slow_crashes():
