@@ -450,9 +450,9 @@ def measure_reconstructions(job, enc, dec, images, fit):
     return results, protocol
 
 
-def pooled_features(job, enc, teacher, images, note):
+def pooled_features(job, enc, teacher, images, note, compare=False):
     """Features of all ranks' images in order, averaged over positions: ({(layer, "student" or "teacher"): (n, D)},
-    labels (n,), mean cosine of student and teacher at each layer). Only rank 0 gets features and labels."""
+    labels (n,), with `compare` the mean cosine of the two at each layer). Only rank 0 gets features and labels."""
     P, parts, cosines = teacher.num_prefix, {}, torch.zeros(len(teacher.blocks), dtype=torch.float64)
     for n, img, y in job.images(note, images):
         with job.autocast:
@@ -464,7 +464,7 @@ def pooled_features(job, enc, teacher, images, note):
                 pooled["second to last", who] = hidden[who][-2][:, P:].mean(1).float()
         for name, x in pooled.items():
             parts.setdefault(name, []).append(x.cpu())
-        for l, (s, t) in enumerate(zip(*hidden.values())):
+        for l, (s, t) in enumerate(zip(*hidden.values()) if compare else ()):
             cosines[l] += F.cosine_similarity(s[:, P:].float(), t[:, P:].float(), dim=-1).mean(1).double().sum().item()
     cosines = (sum(job.gather(cosines)) / len(images)).tolist()
     parts = {name: torch.cat(x) for name, x in parts.items()}
@@ -480,7 +480,7 @@ def pooled_features(job, enc, teacher, images, note):
 def measure_features(job, enc, teacher, images, fit):
     """Returns ({layer: {who: accuracies}}, which only rank 0 has, and the mean cosine to the teacher at each layer)."""
     x, y, _ = pooled_features(job, enc, teacher, fit, "features of --fit")
-    test_x, test_y, cosines = pooled_features(job, enc, teacher, images, "features of --data")
+    test_x, test_y, cosines = pooled_features(job, enc, teacher, images, "features of --data", compare=True)
     number_in_fit = torch.tensor([fit.classes.index(name) for name in images.classes], device=job.device)
     accuracies = {}
     for layer, who in x:
