@@ -428,13 +428,9 @@ def main(argv=None, on_signal=None):
         if logging or evaluating or saving:  # their time is not the steps'
             tick, timed = time.time(), 0
     bar.close()
-    if interrupted:
-        run.write(kind="interrupted", step=now.step)
-        run.say(f"interrupted and saved at step {now.step:,}: the same command goes on from there")
-    else:
-        model = run.path("model.safetensors")
-        run.say(f"done: {model}, pictures in {run.path('samples')}; try: python sample.py YOUR.png --weights {model}")
-    run.close()
+    model = run.path("model.safetensors")
+    run.end(now.step, interrupted, f"{model}, pictures in {run.path('samples')}; try: python sample.py YOUR.png "
+            f"--weights {model}")
 
 
 def run():

@@ -323,12 +323,8 @@ def train(args, on_signal=None):
         if logging or evaluating or writing:
             tick, timed = time.time(), 0
     bar.close()
-    if interrupted:
-        run.write(kind="interrupted", step=now.step)
-        run.say(f"interrupted and saved at step {now.step:,}: the same command goes on from there")
-    else:
-        run.say(f"done: {run.path('model.safetensors')}; try: python -m downstream.generate sample --run {args.out}")
-    run.close()
+    run.end(now.step, interrupted,
+            f"{run.path('model.safetensors')}; try: python -m downstream.generate sample --run {args.out}")
 
 
 def main(argv=None, on_signal=None):

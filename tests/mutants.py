@@ -853,7 +853,7 @@ TABLE = [
      "test_sample_at_its_limits"),
     ("names too long for features", "sample.py", '"_features.png" if args.features else ending, taken)',
      "ending, taken)", "test_sample_at_its_limits"),
-    ("no rank is named", "tools/run.py", 'if "RANK" in os.environ else ""', 'if "RANKS" in os.environ else ""',
+    ("no rank is named", "tools/script.py", 'if "RANK" in os.environ else ""', 'if "RANKS" in os.environ else ""',
      "test_a_script_says_which_rank_and_ends_with_its_status"),
     ("moments that do not fit are a bug", "tools/run.py", "    except ValueError as e:  # --resume",
      "    except KeyError as e:  # --resume", "test_moments_of_other_parameters_are_a_users_error"),

@@ -30,7 +30,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from encoder import UserError, write_atomically
-from tools.script import SAVE_AND_STOP, open_streams, rank_and_device, user_message
+from tools.script import SAVE_AND_STOP, open_streams, print_user_message, rank_and_device, user_message
 
 try:
     import fcntl
@@ -192,6 +192,15 @@ class Run:
                         f"finite one: {last_finite}); the last batch is {', '.join(files[:3])} .. (all of it in "
                         f"{self.path('not_finite.txt')}). The last save is {self.path('state.pt')}: the same command "
                         "with a lower --lr and --resume_anyway goes on from there")
+
+    def end(self, step, interrupted, done):
+        """Say how the run has ended, at a signal or `done` (a text), and close its files."""
+        if interrupted:
+            self.write(kind="interrupted", step=step)
+            self.say(f"interrupted and saved at step {step:,}: the same command goes on from there")
+        else:
+            self.say(f"done: {done}")
+        self.close()
 
     def close(self):
         for file in filter(None, (self.log, self.lock)):
@@ -363,7 +372,6 @@ def command_line(main, name):
     """
     open_streams()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes `command &` ignore it
-    who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     try:
         main(on_signal=interrupt)
         if dist.is_initialized():
@@ -373,11 +381,9 @@ def command_line(main, name):
     except KeyboardInterrupt:  # Ctrl-C before the first step
         status = 130
     except Exception as e:
-        if said := user_message(e):
-            print(f"{who}{name}: {said}", file=sys.stderr)
-        else:
+        status = 2 if print_user_message(e, name) else 1
+        if status == 1:
             traceback.print_exc()
-        status = 2 if said else 1
     sys.stdout.flush(), sys.stderr.flush()
     if fcntl:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report the killed workers

@@ -88,6 +88,15 @@ def user_message(error):
     return " ".join(text.splitlines()) or repr(error)
 
 
+def print_user_message(error, name):
+    """Print that line as the script `name`, under torchrun with the rank. Returns False for a bug, which has none."""
+    said = user_message(error)
+    if said:
+        who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{who}{name}: {said}", file=sys.stderr)
+    return bool(said)
+
+
 def open_streams():
     """Make print work for a script. What cannot be encoded (a file's name may be any bytes) is printed with
     backslashes. If standard output was closed (>&-), the text goes to standard error."""
@@ -105,10 +114,8 @@ def run_command(main, name):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as e:
-        if not (said := user_message(e)):
+        if not print_user_message(e, name):
             raise
-        who = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{who}{name}: {said}", file=sys.stderr)
         sys.stdout = None  # at exit Python would write the rest, and if that fails, change the status
         sys.exit(2)
 
