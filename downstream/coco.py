@@ -69,7 +69,8 @@ class CocoDetection(Samples):
     """
 
     def __init__(self, root, split, side, train, seed=0, jitter=(0.1, 2.0)):
-        self.root, self.side, self.train, self.seed, self.jitter = os.fspath(root), side, train, seed, jitter
+        self.root, self.split, self.side = os.fspath(root), split, side
+        self.train, self.seed, self.jitter = train, seed, jitter
         content, self.truth, folder = read_split(self.root, split)
         try:
             self.read(content, folder)

@@ -18,32 +18,26 @@ RPN, heads, RoIAlign and NMS are torchvision's, AP is pycocotools'. Ours is what
     --window w      attention inside of windows of w x w tokens, but in the last block of each quarter: ViTDet's way to
                     afford large pictures. A window as large as the canvas is plain attention.
 
-Four things that go wrong in silence, and what is done here:
-- torchvision's pixels: its transform normalises, and so does the encoder. Here only the encoder does.
-- strides: torchvision rounds a map's stride to a power of two, and infers it from the first batch. A ViT of patch 14
-  has none: it sees the canvas resized (1024 -> 896), so that its map has exactly S / 16. RoIAlign is told the stride.
-- half pixels: a map's first value is the mean of x = 0 .. s and lies at x = s / 2, so RoIAlign is used with `aligned`.
-- bf16: torchvision decodes boxes in the type that the heads give, whose 8 bits are up to 4 pixels off at 1024.
+Four things go wrong in silence where these are joined:
+- pixels: torchvision's transform normalises, and so does the encoder. Here only the encoder does.
+- strides: torchvision takes a map's stride from the first batch, rounded to a power of two, and patch 14 gives none.
+  Here such a ViT sees the canvas resized, 1024 to 896, so that its map has S / 16, and RoIAlign is told the strides.
+- half pixels: a map's first value is the mean of x = 0 .. s and lies at x = s / 2, so RoIAlign is `aligned`.
+- bf16: torchvision computes boxes in the type that the heads give, and bf16 is up to 4 pixels off at 1024.
 
-Rates, decay, drop path and schedule are ViTDet's for ViT-L (Li et al. 2022). The trainer is finetune.py, the data are
-in coco.py. Needs torchvision and pycocotools.
+Rates and schedule are ViTDet's for ViT-L (Li et al. 2022), but that the rate falls linearly over the last 11%, not in
+two steps. Training is finetune.py's, data and AP are in coco.py. Needs torchvision and pycocotools.
 """
 import argparse
-import contextlib
 import functools
-import io
 import json
 import math
 import os
-import time
-from dataclasses import asdict
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, RPNHead
@@ -53,14 +47,20 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import AnchorGenerator, RegionProposalNetwork
 from torchvision.ops import FeaturePyramidNetwork, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from tqdm import tqdm
 
 from data import load_image
-from downstream.coco import CocoDetection, collate, place, to_canvas
+from downstream import speed
+finetune = None
+from downstream.canvas import draw, paste_masks, place, to_canvas
+from downstream.coco import FIGURES, CocoDetection, average_precision, collate, read_split, to_results
 from encoder import Encoder, TEACHERS, UserError, ViT, ViTConfig, write_atomically
+from tools.job import Job
+from tools.pictures import find_pictures, free_path
+from tools.run import command_line, number
+from tools.script import ignore_signals
 
 STRIDES = (4, 8, 16, 32)  # of the levels from which boxes are read; the RPN has one more, 64
-COLOURS = "#e6194b #3cb44b #4363d8 #f58231 #911eb4 #0b9c9c #f032e6 #808000 #9a6324 #000075".split()
-FIGURES = "AP AP50 AP75 APs APm APl".split()  # the first of COCOeval.stats
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -71,8 +71,8 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 def resize_maps(width, factor, narrow):
-    """Layers that make maps (B, width, h, w) larger by `factor`, a power of two, and how many channels come out. narrow:
-    as ViTDet, where a larger map has fewer channels, and a smaller one is a maximum."""
+    """Layers that make maps (B, width, h, w) larger by `factor`, a power of two, and how many channels come out.
+    narrow: as in ViTDet, a larger map has fewer channels, and a smaller one is a maximum."""
     layers = []
     while factor > 1:
         layers += [LayerNorm2d(width), nn.GELU()] if layers else []
@@ -139,6 +139,11 @@ def attend_in_windows(attention, window, prefix, x):
     return torch.cat([first, x], 1)
 
 
+def to_float(x):
+    """A tensor in fp32, or tuples and lists of tensors."""
+    return x.float() if isinstance(x, torch.Tensor) else type(x)(map(to_float, x))
+
+
 class Detector(nn.Module):
     """Mask R-CNN on an Encoder. Calling it gives the losses, `find` the objects of canvases of size x size pixels."""
 
@@ -148,7 +153,7 @@ class Detector(nn.Module):
         L, P = len(vit.blocks), vit.num_prefix
         self.backbone, self.size, self.stride = backbone, size, 2 ** round(math.log2(vit.config.patch))
         if size % 64:
-            raise UserError(f"--size {size} is no multiple of 64, the coarsest stride: try {max(64, round(size / 64) * 64)}")
+            raise UserError(f"--size {size} is no multiple of 64, the coarsest stride: try {-(-size // 64) * 64}")
         grid = size // self.stride
         if window and grid % window:
             fits = [w for w in range(1, grid + 1) if grid % w == 0]
@@ -166,14 +171,13 @@ class Detector(nn.Module):
         self.rpn = RegionProposalNetwork(anchors, RPNHead(C, 3, conv_depth=2), 0.7, 0.3, 256, 0.5, *counts, 0.7)
         mask = dict(mask_roi_pool=RoIAlign(14), mask_head=MaskRCNNHeads(C, [C] * 4, 1, LayerNorm2d),
                     mask_predictor=MaskRCNNPredictor(C, C, classes + 1)) if masks else {}
-        self.roi_heads = RoIHeads(RoIAlign(7), FastRCNNConvFCHead((C, 7, 7), [C] * 4, [4 * C], LayerNorm2d),
-                                  FastRCNNPredictor(4 * C, classes + 1), 0.5, 0.5, 512, 0.25, None, 0.05, 0.5, 100, **mask)
-        nn.init.normal_(self.roi_heads.box_predictor.cls_score.weight, std=0.01)
-        nn.init.normal_(self.roi_heads.box_predictor.bbox_pred.weight, std=0.001)
-        to_float = lambda module, given, out: out.float() if isinstance(out, torch.Tensor) else type(out)(
-            [x.float() for x in part] if isinstance(part, list) else part.float() for part in out)
-        for head in filter(None, (self.rpn.head, self.roi_heads.box_predictor, self.roi_heads.mask_predictor)):
-            head.register_forward_hook(to_float)
+        head = FastRCNNConvFCHead((C, 7, 7), [C] * 4, [4 * C], LayerNorm2d)
+        predictor = FastRCNNPredictor(4 * C, classes + 1)
+        nn.init.normal_(predictor.cls_score.weight, std=0.01)
+        nn.init.normal_(predictor.bbox_pred.weight, std=0.001)
+        self.roi_heads = RoIHeads(RoIAlign(7), head, predictor, 0.5, 0.5, 512, 0.25, None, 0.05, 0.5, 100, **mask)
+        for head in self.rpn.head, predictor, *filter(None, [self.roi_heads.mask_predictor]):
+            head.register_forward_hook(lambda module, given, out: to_float(out))
 
     def pyramid(self, img):
         """img (B, 3, S, S) in [0, 1] -> the levels of the pyramid."""
@@ -184,7 +188,7 @@ class Detector(nn.Module):
         return self.neck(maps * (len(STRIDES) // len(maps)))
 
     def detect(self, img, targets=None):
-        """Canvases uint8 (B, 3, S, S), and in training what is on them -> (objects, losses) as torchvision gives them."""
+        """Canvases uint8 (B, 3, S, S), and in training what is on them -> (objects, losses), torchvision's."""
         img = img.float() / 255
         images = ImageList(img, [tuple(img.shape[-2:])] * len(img))
         levels = self.pyramid(img)
@@ -201,10 +205,11 @@ class Detector(nn.Module):
         return self.detect(img, targets)[1]
 
     @torch.no_grad()
-    def find(self, img, views):
+    def find(self, img, views, least=0.0):
         """Objects of whole pictures, whose canvases are uint8 img (B, 3, S, S): a list of dicts of tensors on the CPU,
-        by falling score: boxes (k, 4) in the picture's own pixels, labels (k,), scores (k,), masks bool (k, H, W)."""
-        found, _ = self.detect(img)
+        by falling score, which is `least` or more: boxes (k, 4) in the picture's own pixels, labels (k,), scores (k,),
+        and masks, bool (k, H, W)."""
+        found = [{k: v[x["scores"] >= least] for k, v in x.items()} for x in self.detect(img)[0]]
         for x, view in zip(found, views):
             x["boxes"] = view.back(x["boxes"])
             if "masks" in x:
@@ -213,17 +218,150 @@ class Detector(nn.Module):
         return found
 
 
-def paste_masks(masks, boxes, size):
-    """Probabilities (k, m, m) on the boxes (k, 4) -> bool (k, H, W) of a picture of (W, H): above 1/2 at a pixel's
-    centre, interpolated between the centres of the mask's cells; outside of it is 0."""
-    out = torch.zeros(len(boxes), size[1], size[0], dtype=torch.bool, device=boxes.device)
-    for k, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-        left, top = math.floor(x1), math.floor(y1)
-        right, bottom = min(math.ceil(x2), size[0]), min(math.ceil(y2), size[1])
-        if left >= right or top >= bottom:
-            continue
-        x = (torch.arange(left, right, device=boxes.device) + 0.5 - x1) / (x2 - x1) * 2 - 1
-        y = (torch.arange(top, bottom, device=boxes.device) + 0.5 - y1) / (y2 - y1) * 2 - 1
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None]  # (1, h, w, 2)
-        out[k, top:bottom, left:right] = F.grid_sample(masks[k][None, None], grid, align_corners=False)[0, 0] >= 0.5
-    return out
+def find_all(model, data, args, device):
+    """(results in COCO's format of all pictures, {"box_AP": .., "mask_AP": .., ..}). Ranks share the work."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine, parts = [], [None] * ranks
+    loader = DataLoader(Subset(data, range(rank, len(data), ranks)), args.batch_size, num_workers=args.workers,
+                        worker_init_fn=ignore_signals)
+    for img, numbers in tqdm(loader, "find", disable=None if rank == 0 else True, leave=False):
+        views = [place(data.sizes[i], data.side) for i in numbers]
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            found = model.find(img.to(device), views)
+        mine += [(i, to_results(x, data.image_ids[i], data.category_ids)) for i, x in zip(numbers.tolist(), found)]
+    if ranks > 1:
+        dist.all_gather_object(parts, mine)
+        mine = sorted(sum(parts, []), key=lambda x: x[0])
+    results, content, figures = sum((x for _, x in mine), []), read_split(data.root, data.split)[0], {}
+    kinds = {"box": "bbox", **({"mask": "segm"} if data.has_masks and model.roi_heads.has_mask() else {})}
+    for name, kind in kinds.items():
+        figures.update({f"{name}_{k}": x for k, x in average_precision(content, results, kind).items()})
+    return results, figures
+
+
+def build(config):
+    """The Detector that RUN/model.safetensors describes."""
+    return Detector(finetune.build_backbone(config), len(config["categories"]), **config["detector"])
+
+
+def train(args, on_signal):
+    """Train as the command line asks."""
+    data, val = (CocoDetection(args.data, split, args.size, split == "train", args.seed, args.jitter)
+                 for split in ("train", "val"))
+    detector = dict(size=args.size, neck=args.neck, window=args.window, channels=args.channels, masks=data.has_masks)
+    config = dict(categories=data.categories, detector=detector)
+    model = Detector(finetune.load_backbone(args), len(data.categories), **detector)
+    given = SimpleNamespace(batch_size=args.micro_batch, workers=args.workers, bf16=torch.cuda.is_available())
+
+    def evaluate():
+        return find_all(model, val, given, next(model.parameters()).device)[1]
+    finetune.train(args, model, data, evaluate, config, collate, on_signal=on_signal)
+
+
+def test(args):
+    """AP of a run on a part of a data set; what it has found as a file."""
+    job = Job(args)
+    model, config = finetune.load_model(args.run, build, job.device)
+    data = CocoDetection(args.data, args.split, model.size, train=False)
+    if list(data.categories) != config["categories"]:
+        raise UserError(f"{args.data} has other categories than {args.run}: {' '.join(data.categories)[:100]}, and not "
+                        f"{' '.join(config['categories'])[:100]}")
+    results, figures = find_all(model, data, args, job.device)
+    if args.results and job.rank == 0:
+        write_atomically(args.results, lambda f: f.write(json.dumps(results).encode()))
+    table = [" " * 6 + "".join(f"{k:>7s}" for k in FIGURES)]
+    for name in [x for x in ("box", "mask") if f"{x}_AP" in figures]:
+        row = (figures[f"{name}_{k}"] for k in FIGURES)
+        table.append(f"{name:6s}" + "".join("      -" if x is None else f"{x:7.2f}" for x in row))
+    about = dict(data=[args.data, args.split], images=len(data), step=config["step"], protocol=f"the long side at "
+                 f"{model.size} px, at most 100 objects of a score above 0.05, pycocotools, {job.precision}")
+    return job.finish({**about, "run": args.run, "results": figures}, table)
+
+
+def predict(args):
+    """Draw what a run finds on pictures."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, config = finetune.load_model(args.run, build, device)
+    names, taken = config["categories"], set()
+    for path, folder in find_pictures(args.files, args.out):
+        try:
+            img = load_image(path)
+        except ValueError as e:  # data.py's UserError
+            raise UserError(f"{path} {e}") from None
+        view = place(img.size, model.size)
+        found, = model.find(to_canvas(img, view, model.size)[None].to(device), [view], args.score)
+        name = os.path.splitext(os.path.basename(path))[0]
+        result = free_path(folder, name, "_objects.png", taken) + "_objects.png"
+        os.makedirs(folder or ".", exist_ok=True)
+        picture = draw(img, found, names, args.score)
+        write_atomically(result, lambda f: picture.save(f, "PNG"))
+        said = [f"{names[label - 1]} {score:.2f}" for label, score in zip(found["labels"], found["scores"])]
+        print(f"{result}: {', '.join(said) or 'nothing'}")
+
+
+def bench(args):
+    """Speed and memory of training, with random weights."""
+    backbone = Encoder(ViT(TEACHERS[args.teacher]))
+    backbone.vit.drop_path = 0.4
+    speed.bench_detector(Detector(backbone, 80, args.size, args.neck, args.window, args.channels), args.batch_size)
+
+
+def parse_args(argv=None):
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = ap.add_subparsers(dest="command", required=True, metavar="train | test | predict | bench")
+    count, whole = number(int, 1), number(int, 0)
+
+    part = commands.add_parser("train", help="train a detector; the same command again resumes")
+    add_model(part)
+    add = part.add_argument
+    add("--data", required=True, metavar="PATH", help="a folder or .zip archive with the parts train and val")
+    add("--jitter", nargs=2, type=number(float, 0.01, 10), default=[0.1, 2.0], metavar=("LOW", "HIGH"),
+        help="how large pictures are, as a part of the size that fits [0.1 2.0]")
+    finetune.add_flags(part, epochs=100, batch_size=64, micro_batch=8, lr=1e-4, weight_decay=0.1, layer_decay=0.8,
+                       drop_path=0.4, warmup=250, lr_decay=0.11, out="out/detect")
+
+    part = commands.add_parser("test", help="the AP of a run")
+    add = part.add_argument
+    add("--run", required=True, metavar="FOLDER", help="what train has written")
+    add("--data", required=True, metavar="PATH", help="as for train")
+    add("--split", default="val", help="the part of the data [%(default)s]")
+    add("--batch_size", type=count, default=8, help="[%(default)s]")
+    add("--workers", type=whole, default=4, help="data loading processes per rank [%(default)s]")
+    add("--bf16", action="store_true", help="faster, figures differ a little")
+    add("--results", metavar="FILE", help="write what is found, in COCO's format")
+    add("--out", metavar="FILE", help="write the figures as JSON")
+
+    part = commands.add_parser("predict", help="draw what a run finds on pictures")
+    add = part.add_argument
+    add("files", nargs="+", metavar="FILES", help="pictures, or folders of them")
+    add("--run", required=True, metavar="FOLDER", help="what train has written")
+    add("--score", type=number(float, 0, 1), default=0.5, help="the least that is drawn [%(default)s]")
+    add("--out", metavar="FOLDER", help="for the results [beside the pictures]")
+
+    part = commands.add_parser("bench", help="speed and memory of training, with random weights")
+    add_model(part)
+    part.add_argument("--teacher", choices=TEACHERS, default="internvit", help="its ViT [%(default)s]")
+    part.add_argument("--batch_size", type=count, nargs="+", default=[4, 8], help="[4 8]")
+    args = ap.parse_args(argv)
+    if args.command == "train" and args.jitter[0] > args.jitter[1]:
+        ap.error("--jitter takes two numbers, the smaller first")
+    return args
+
+
+def add_model(parser):
+    """The flags that say what a detector is."""
+    add = parser.add_argument
+    add("--size", type=number(int, 64), default=1024, help="side of the canvas in pixels [%(default)s]")
+    add("--neck", choices=["fpn", "simple"], default="fpn", help="the pyramid [%(default)s, the paper's]")
+    add("--window", type=number(int, 0), default=0, metavar="TOKENS", help="side of attention's windows [0: none]")
+    add("--channels", type=number(int, 1), default=256, help="of pyramid and heads [%(default)s]")
+
+
+def main(argv=None, on_signal=None):
+    args = parse_args(argv)
+    return train(args, on_signal) if args.command == "train" else dict(test=test, predict=predict, bench=bench)[
+        args.command](args)
+
+
+if __name__ == "__main__":
+    command_line(main, "downstream.detect")
