@@ -99,3 +99,13 @@ def draw(img, found, names, least):
         pen.rectangle(pen.textbbox(box[:2], text, font), fill=colour[k])
         pen.text(box[:2], text, "white", font)
     return canvas
+
+
+def side_by_side(pictures, height=256):
+    """PIL pictures in a row, of one height."""
+    pictures = [img.resize((max(1, round(img.width * height / img.height)), height)) for img in pictures]
+    row, x = Image.new("RGB", (sum(img.width for img in pictures), height)), 0
+    for img in pictures:
+        row.paste(img, (x, 0))
+        x += img.width
+    return row

@@ -1,16 +1,13 @@
-"""COCO's format: pictures with boxes and masks to train and test a detector on, results, and their AP by pycocotools.
+"""Pictures with boxes and masks in COCO's format, to train and test a detector on.
 
     data = CocoDetection("coco", "train", side=1024, train=True)    # a folder or a .zip archive, and a part of it
     img, boxes, labels, masks = data[n]     # uint8 (3, S, S); (k, 4) x1 y1 x2 y2; (k,) from 1 on; uint8 (k, S, S)
-    average_precision(json.load(file), results, "bbox")
 
 In training n is the global sample number, as for data.ImageDataset, and the augmentation is a mirror image and
 large-scale jitter (Ghiasi et al. 2021): the picture is resized to `jitter` (0.1 to 2) times the size at which it fits
 the canvas of S x S pixels (see canvas.py), and a random part of it is shown. Crowd regions and boxes without area are
-not trained on, nor are pictures that have no others. Testing shows every picture whole.
+not trained on, nor are pictures that have no others. Testing shows every picture whole. Needs pycocotools for masks.
 """
-import contextlib
-import io
 import json
 import os
 import zipfile
@@ -24,7 +21,6 @@ from downstream.canvas import place, to_canvas
 
 LAYOUTS = ("{}/images", "{}/instances.json"), ("{}2017", "annotations/instances_{}2017.json")  # ours, COCO's own
 SLACK = 1.0  # pixels by which a box may leave its picture, as rounded ones do; it is cut off there
-FIGURES = "AP AP50 AP75 APs APm APl".split()  # the first of COCOeval.stats
 
 
 def read_split(root, split):
@@ -114,6 +110,10 @@ class CocoDetection(Samples):
     def __len__(self):
         return len(self.files)
 
+    def content(self):
+        """What the instances.json holds, read again: nothing else needs all of it."""
+        return read_split(self.root, self.split)[0]
+
     def path(self, i):
         """Where picture i lies."""
         return self.images.path(self.files[i])
@@ -166,34 +166,3 @@ def collate(samples):
     img, boxes, labels, *masks = zip(*samples)
     return (torch.stack(img), torch.cat(boxes), torch.cat(labels), torch.tensor([len(x) for x in labels]),
             *(torch.cat(x) for x in masks))
-
-
-def to_results(found, picture, category_ids):
-    """What a Detector has found in the picture of that id -> a list of results in COCO's format."""
-    from pycocotools import mask as runs
-
-    results = []
-    for k, (x1, y1, x2, y2) in enumerate(found["boxes"].tolist()):
-        results.append(dict(image_id=picture, category_id=category_ids[found["labels"][k] - 1],
-                            bbox=[x1, y1, x2 - x1, y2 - y1], score=found["scores"][k].item()))
-        if "masks" in found:
-            mask = runs.encode(np.asfortranarray(found["masks"][k].numpy().view(np.uint8)))
-            results[-1]["segmentation"] = dict(mask, counts=mask["counts"].decode())
-    return results
-
-
-def average_precision(content, results, kind):
-    """{"AP": .., "AP50": .., ..} in percent of results against what an instances.json holds, None where there is
-    nothing to find. kind: "bbox" or "segm"."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    # by masks without boxes, as else pycocotools takes the boxes' area to tell small from large
-    results = [{k: v for k, v in x.items() if kind == "bbox" or k != "bbox"} for x in results]
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth, found = COCO(), COCO()
-        truth.dataset, found.dataset = content, dict(content, annotations=[])
-        truth.createIndex(), found.createIndex()
-        scored = COCOeval(truth, truth.loadRes(results) if results else found, kind)
-        scored.evaluate(), scored.accumulate(), scored.summarize()
-    return {k: 100 * x if x >= 0 else None for k, x in zip(FIGURES, scored.stats.tolist())}

@@ -33,13 +33,10 @@ import functools
 import json
 import math
 import os
-from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, RPNHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -47,18 +44,16 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import AnchorGenerator, RegionProposalNetwork
 from torchvision.ops import FeaturePyramidNetwork, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
-from tqdm import tqdm
 
 from data import load_image
-from downstream import speed
-finetune = None
-from downstream.canvas import draw, paste_masks, place, to_canvas
-from downstream.coco import FIGURES, CocoDetection, average_precision, collate, read_split, to_results
+from downstream import finetune, speed
+from downstream.canvas import draw, paste_masks, place, side_by_side, to_canvas
+from downstream.coco import CocoDetection, collate
+from downstream.coco_eval import FIGURES, find_all
 from encoder import Encoder, TEACHERS, UserError, ViT, ViTConfig, write_atomically
 from tools.job import Job
 from tools.pictures import find_pictures, free_path
 from tools.run import command_line, number
-from tools.script import ignore_signals
 
 STRIDES = (4, 8, 16, 32)  # of the levels from which boxes are read; the RPN has one more, 64
 
@@ -218,27 +213,6 @@ class Detector(nn.Module):
         return found
 
 
-def find_all(model, data, args, device):
-    """(results in COCO's format of all pictures, {"box_AP": .., "mask_AP": .., ..}). Ranks share the work."""
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine, parts = [], [None] * ranks
-    loader = DataLoader(Subset(data, range(rank, len(data), ranks)), args.batch_size, num_workers=args.workers,
-                        worker_init_fn=ignore_signals)
-    for img, numbers in tqdm(loader, "find", disable=None if rank == 0 else True, leave=False):
-        views = [place(data.sizes[i], data.side) for i in numbers]
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            found = model.find(img.to(device), views)
-        mine += [(i, to_results(x, data.image_ids[i], data.category_ids)) for i, x in zip(numbers.tolist(), found)]
-    if ranks > 1:
-        dist.all_gather_object(parts, mine)
-        mine = sorted(sum(parts, []), key=lambda x: x[0])
-    results, content, figures = sum((x for _, x in mine), []), read_split(data.root, data.split)[0], {}
-    kinds = {"box": "bbox", **({"mask": "segm"} if data.has_masks and model.roi_heads.has_mask() else {})}
-    for name, kind in kinds.items():
-        figures.update({f"{name}_{k}": x for k, x in average_precision(content, results, kind).items()})
-    return results, figures
-
-
 def build(config):
     """The Detector that RUN/model.safetensors describes."""
     return Detector(finetune.build_backbone(config), len(config["categories"]), **config["detector"])
@@ -251,11 +225,17 @@ def train(args, on_signal):
     detector = dict(size=args.size, neck=args.neck, window=args.window, channels=args.channels, masks=data.has_masks)
     config = dict(categories=data.categories, detector=detector)
     model = Detector(finetune.load_backbone(args), len(data.categories), **detector)
-    given = SimpleNamespace(batch_size=args.micro_batch, workers=args.workers, bf16=torch.cuda.is_available())
 
     def evaluate():
-        return find_all(model, val, given, next(model.parameters()).device)[1]
-    finetune.train(args, model, data, evaluate, config, collate, on_signal=on_signal)
+        return find_all(model, val, args.micro_batch, args.workers, torch.cuda.is_available())[1]
+
+    def picture():
+        """The first four pictures to test on, with what is found there."""
+        few = [(*val[i], val.load(i)) for i in range(min(4, len(val)))]
+        views = [place(img.size, val.side) for *_, img in few]
+        found = model.find(torch.stack([x for x, *_ in few]).to(next(model.parameters()).device), views, 0.5)
+        return side_by_side([draw(img, x, val.categories, 0.5) for (*_, img), x in zip(few, found)])
+    finetune.train(args, model, data, evaluate, config, collate, on_signal=on_signal, picture=picture)
 
 
 def test(args):
@@ -266,7 +246,7 @@ def test(args):
     if list(data.categories) != config["categories"]:
         raise UserError(f"{args.data} has other categories than {args.run}: {' '.join(data.categories)[:100]}, and not "
                         f"{' '.join(config['categories'])[:100]}")
-    results, figures = find_all(model, data, args, job.device)
+    results, figures = find_all(model, data, args.batch_size, args.workers, args.bf16)
     if args.results and job.rank == 0:
         write_atomically(args.results, lambda f: f.write(json.dumps(results).encode()))
     table = [" " * 6 + "".join(f"{k:>7s}" for k in FIGURES)]

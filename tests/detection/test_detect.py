@@ -23,7 +23,8 @@ from torchvision.models.detection.image_list import ImageList
 from data import UserError as BadData
 from downstream import detect
 from downstream.canvas import paste_masks, place, to_canvas
-from downstream.coco import FIGURES, CocoDetection, average_precision, collate, to_results
+from downstream.coco import CocoDetection, collate
+from downstream.coco_eval import FIGURES, average_precision, to_results
 from encoder import Encoder, UserError, ViT
 
 RED, BLUE, GREY = (250, 20, 20), (20, 20, 250), (128, 128, 128)
@@ -469,3 +470,154 @@ def test_objects_are_in_the_pictures_own_pixels():
     assert one["masks"][0].sum() == 300 and one["labels"].tolist() == [2, 1]
     best, = model.find(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [place((80, 40), 64)], 0.5)
     assert best["labels"].tolist() == [2] and len(best["masks"]) == len(best["boxes"]) == 1
+
+
+# ---- training and commands ----
+
+def quietly(*flags):
+    """What downstream.detect prints, in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+        detect.main(list(map(str, flags)))
+    return out.getvalue()
+
+
+def training(folder, out, *flags):
+    """Flags of a short training on shapes."""
+    data = os.path.join(folder, "data")
+    if not os.path.exists(data):
+        shapes(data)
+    return ["train", "--data", data, "--weights", tokenizer_file(folder), "--size", 64, "--channels", 8, "--batch_size",
+            2, "--workers", 0, "--lr", 2e-3, "--warmup", 5, "--weight_decay", 0.01, "--layer_decay", 1, "--drop_path",
+            0, "--jitter", 0.8, 1.2, "--log_every", 1, "--eval_every", 0, "--out", os.path.join(folder, out), *flags]
+
+
+def test_training_resumes_exactly():
+    """Killed after step 3, saved after step 2: the same weights and the same log as without, bit for bit."""
+    with tempfile.TemporaryDirectory() as tmp:
+        more = ["--steps", 4, "--save_every", 2, "--drop_path", 0.5, "--layer_decay", 0.7, "--window", 4]
+        quietly(*training(tmp, "whole", *more))
+        plain, calls = detect.finetune.step, []
+
+        def step(s, batches):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return plain(s, batches)
+        detect.finetune.step = step
+        try:
+            quietly(*training(tmp, "killed", *more))
+            raise AssertionError("not killed")
+        except KeyboardInterrupt:
+            pass
+        finally:
+            detect.finetune.step = plain
+        assert torch.load(os.path.join(tmp, "killed", "state.pt"))["step"] == 2
+        quietly(*training(tmp, "killed", *more))
+        whole, killed = (os.path.join(tmp, name) for name in ("whole", "killed"))
+        assert same_weights(*(os.path.join(x, "model.safetensors") for x in (whole, killed)))
+        assert log_lines(whole) == log_lines(killed) and len(log_lines(whole)) == 5
+        last = log_lines(whole)[-1]
+        assert last["kind"] == "eval" and {"box_AP", "box_AP50", "mask_AP", "mask_APs"} <= last.keys()
+        with Image.open(os.path.join(whole, "samples", "step_0000004.png")) as img:
+            assert img.height == 256 and img.width > 3 * 256, "four pictures"
+
+
+def test_two_ranks_are_one():
+    """Where torchvision samples no boxes at random, two ranks train as one does, and measure the same."""
+    with tempfile.TemporaryDirectory() as tmp:
+        script = os.path.join(tmp, "ordered.py")
+        open(script, "w").write(f"import sys, torch\nsys.path.insert(0, {HERE!r})\nfrom downstream import detect\n"
+                                "torch.randperm = lambda n, device=None: torch.arange(n, device=device)\n"
+                                "detect.command_line(detect.main, 'downstream.detect')\n")
+        more = "--steps", 2, "--micro_batch", 1
+        one = run("python", script, *training(tmp, "one", *more))
+        two = run_ranks(2, "python", script, *training(tmp, "two", *more))
+        assert one.returncode == 0 and [x.returncode for x in two] == [0, 0], one.stderr + two[0].stderr + two[1].stderr
+        a, b = (log_lines(os.path.join(tmp, name)) for name in ("one", "two"))
+        for x, y in zip(a, b):
+            assert all(x[k] == y[k] or abs(x[k] - y[k]) < 1e-4 * abs(x[k]) + 1e-6 for k in x), (x, y)
+        state = [torch.load(os.path.join(tmp, name, "state.pt"))["model"] for name in ("one", "two")]
+        for k, x in state[0].items():
+            assert (x - state[1][k]).norm() <= 1e-4 * x.norm() + 1e-6, k
+
+
+def test_commands():
+    """train learns two shapes; test gives pycocotools' own figures of the file that it writes; predict draws."""
+    with tempfile.TemporaryDirectory() as tmp:
+        said = quietly(*training(tmp, "run", "--steps", 70, "--batch_size", 3, "--channels", 16))
+        assert "Detector of" in said and "box_AP50" in said
+        folder, results, report = (os.path.join(tmp, name) for name in ("run", "found.json", "report.json"))
+        truth = os.path.join(tmp, "data", "val", "instances.json")
+        flags = "test", "--run", folder, "--data", os.path.join(tmp, "data"), "--workers", 0
+        said = quietly(*flags, "--results", results, "--out", report, "--batch_size", 3)
+        found = json.load(open(report))["results"]
+        assert found["box_AP50"] > 50 and found["mask_AP50"] > 50, found
+        last = log_lines(folder)[-1]
+        assert all(abs(last[k] - x) < 1e-6 for k, x in found.items() if x is not None), "as training has measured"
+        rows = {}
+        for name, kind in ("box", "bbox"), ("mask", "segm"):
+            with contextlib.redirect_stdout(io.StringIO()):
+                coco = COCO(truth)
+                content = json.load(open(results))
+                if kind == "segm":
+                    [x.pop("bbox") for x in content]
+                scored = COCOeval(coco, coco.loadRes(content), kind)
+                scored.evaluate(), scored.accumulate(), scored.summarize()
+            rows[name] = [100 * x if x >= 0 else None for x in scored.stats[:6]]
+            assert [found[f"{name}_{k}"] for k in FIGURES] == rows[name], kind
+            printed = next(line for line in said.splitlines() if line.startswith(name)).split()[1:]
+            assert printed == ["-" if x is None else f"{x:.2f}" for x in rows[name]], said
+        two = run_ranks(2, "python", "-m", "downstream.detect", *flags, "--results", results + "2")
+        assert [x.returncode for x in two] == [0, 0], two[0].stderr
+        one, two = (json.load(open(path)) for path in (results, results + "2"))
+        assert [x["image_id"] for x in one] == [x["image_id"] for x in two] == sorted(x["image_id"] for x in one)
+        assert max(abs(x["score"] - y["score"]) for x, y in zip(one, two)) < 1e-4
+        train = quietly(*flags, "--split", "train")
+        assert "4" in next(line for line in train.splitlines() if line.startswith("images")), train
+        picture = os.path.join(tmp, "data", "val", "images", "0.png")
+        out = os.path.join(tmp, "drawn")
+        said = quietly("predict", "--run", folder, "--out", out, "--score", 0.3, picture)
+        assert "0_objects.png: " in said and "rectangle 0." in said and "ellipse 0." in said, said
+        drawn, plain = (np.array(Image.open(path)) for path in (os.path.join(out, "0_objects.png"), picture))
+        assert drawn.shape == plain.shape and (drawn != plain).any()
+        assert "nothing" in quietly("predict", "--run", folder, "--out", out, "--score", 1, picture)
+        damaged = os.path.join(tmp, "damaged.png")
+        open(damaged, "wb").write(b"no picture")
+        done = run("python", "-m", "downstream.detect", "predict", "--run", folder, damaged)
+        assert done.returncode == 2 and f"{damaged} cannot be read as an image" in done.stderr, done.stderr
+        content = json.load(open(truth))
+        content["categories"][1]["name"] = "something"
+        json.dump(content, open(truth, "w"))
+        raises(UserError, quietly, *flags, words="has other categories than")
+
+
+def test_without_masks():
+    """Data of boxes alone make a detector of boxes alone."""
+    with tempfile.TemporaryDirectory() as tmp:
+        shapes(os.path.join(tmp, "data"), masks=False)
+        quietly(*training(tmp, "run", "--steps", 1))
+        first, last = log_lines(os.path.join(tmp, "run"))
+        assert "loss_mask" not in first and "loss_box_reg" in first and "mask_AP" not in last and "box_AP" in last
+        with Image.open(os.path.join(tmp, "run", "samples", "step_0000001.png")) as img:
+            assert img.height == 256
+        said = quietly("test", "--run", os.path.join(tmp, "run"), "--data", os.path.join(tmp, "data"), "--workers", 0)
+        assert "box " in said and "mask" not in said.split("protocol")[1].split("\n", 1)[1], said
+
+
+def test_defaults_and_refusals():
+    """The recipe is ViTDet's of ViT-L; the other defaults by hand."""
+    args = detect.parse_args(["train", "--data", "coco", "--teacher", "internvit"])
+    expected = dict(size=1024, neck="fpn", window=0, channels=256, jitter=[0.1, 2.0], epochs=100, batch_size=64,
+                    lr=1e-4, weight_decay=0.1, layer_decay=0.8, drop_path=0.4, warmup=250, lr_decay=0.11, frozen=False,
+                    seed=0)
+    assert {k: getattr(args, k) for k in expected} == expected
+    args = detect.parse_args(["test", "--run", "x", "--data", "y"])
+    assert (args.split, args.bf16, args.results, args.out, args.batch_size) == ("val", False, None, None, 8)
+    assert detect.parse_args(["predict", "--run", "x", "y"]).score == 0.5
+    assert detect.parse_args(["bench"]).batch_size == [4, 8]
+    for wrong, words in (["--jitter", "2", "1"], "the smaller first"), (["--size", "32"], "at least 64"):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            raises(SystemExit, detect.parse_args, ["train", "--data", "x", "--weights", "y", *wrong], words="2")
+        assert words in said.getvalue()
+    said = quietly("bench", "--teacher", "tiny", "--size", 64, "--channels", 4, "--batch_size", 1, 2)
+    assert "batch 1 | " in said and "batch 2 | " in said and "hours for 100 epochs of COCO" in said
