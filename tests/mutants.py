@@ -5,13 +5,15 @@
 
 Not part of the daily run. Each mutant is applied to a scratch copy of the repository (what git lists, as it lies in the
 working tree). Its own tests run first, then, if these pass, the whole suite. A run that takes too long counts as
-killed: a rank that waits for ever is noticed.
+killed: a rank that waits for ever is noticed. The mutants of detection need the environment of its tests, with tqdm:
+without torchvision they are left out, which is said.
 """
 import argparse
 import ast
 import collections
 import concurrent.futures
 import glob
+import importlib.util
 import os
 import queue
 import re
@@ -1027,15 +1029,87 @@ TABLE = [
      "test_score_is_the_distance_of_its_own_images"),
     ("any tokenizer decodes", "downstream/sampling.py", "    if sha256(path) != expected:", "    if False:",
      "test_generation_refuses_what_is_wrong"),
+    # ---- downstream/: detection; python -m tests.mutants downstream/detect.py .. in the environment of its tests ----
+    ("a stride that is the patch", "downstream/detect.py", "2 ** round(math.log2(vit.config.patch))",
+     "vit.config.patch", "test_features_of_a_ramp"),
+    ("a canvas that is not resized", "downstream/detect.py", "// self.stride * self.backbone.vit.config.patch",
+     "// self.stride * self.stride", "test_the_pyramid_reads_its_subsets"),
+    ("half a pixel off", "downstream/detect.py", "sampling_ratio=2, aligned=True", "sampling_ratio=2, aligned=False",
+     "test_features_of_a_ramp"),
+    ("levels from 112 pixels on", "downstream/detect.py", "(2 + (sizes / 224", "(2 + (sizes / 112",
+     "test_boxes_go_to_the_level_of_their_size"),
+    ("every box reads the first picture", "downstream/detect.py", "F.pad(b, (1, 0), value=i)", "F.pad(b, (1, 0))",
+     "test_boxes_go_to_the_level_of_their_size"),
+    ("anchors of half the size", "downstream/detect.py", "((8 * s,) for s in", "((4 * s,) for s in", "test_anchors"),
+    ("maps in the wrong order", "downstream/detect.py", "self.layers = [*quarters[:3], None]",
+     "self.layers = [*quarters[2::-1], None]", "test_the_pyramid_reads_its_subsets"),
+    ("subsets that begin too early", "downstream/detect.py", "-(-k * L // 4) - 1", "k * L // 4 - 1",
+     "test_the_pyramid_reads_its_subsets"),
+    ("windows in every block", "downstream/detect.py", "if window and i not in quarters:", "if window:",
+     "test_windows"),
+    ("windows of rows", "downstream/detect.py",
+     "x.reshape(B, n, window, n, window, D).transpose(2, 3).reshape(B * n * n, window * window, D)",
+     "x.reshape(B * n * n, window * window, D)", "test_windows"),
+    ("prefix tokens of the first window", "downstream/detect.py", ".unflatten(0, (B, n * n)).mean(1)",
+     ".unflatten(0, (B, n * n))[:, 0]", "test_windows"),
+    ("normalised twice", "downstream/detect.py", "img = img.float() / 255\n",
+     "img = (img.float() / 255 - 0.45) / 0.225\n", "test_pixels_are_normalised_once"),
+    ("boxes in bf16", "downstream/detect.py", "head.register_forward_hook(", "(lambda hook: None)(",
+     "test_boxes_are_exact_in_bf16"),
+    ("maps in bf16", "downstream/detect.py", "return {k: x.float() for k, x in zip(names, levels)}",
+     "return {k: x for k, x in zip(names, levels)}", "test_boxes_are_exact_in_bf16"),
+    ("all targets are the first picture's", "downstream/detect.py", "zip(boxes.split(counts), labels.split(counts))",
+     "zip(boxes.split(counts), labels.split(sorted(counts)))", "test_targets_belong_to_their_pictures"),
+    ("objects on the canvas", "downstream/detect.py", 'x["boxes"] = view.back(x["boxes"])', 'x["boxes"] = x["boxes"]',
+     "test_objects_are_in_the_pictures_own_pixels"),
+    ("weak objects are shown", "downstream/detect.py", '{k: v[x["scores"] >= least] for', '{k: v for',
+     "test_objects_are_in_the_pictures_own_pixels"),
+    ("other categories are taken", "downstream/detect.py", 'if list(data.categories) != config["categories"]:',
+     "if False:", "test_commands"),
+    ("another recipe", "downstream/detect.py", "layer_decay=0.8,", "layer_decay=0.9,", "test_defaults_and_refusals"),
+    ("a label is an id", "downstream/coco.py", "label, found = {x: k + 1 for k, x", "label, found = {x: x for k, x",
+     "test_what_is_trained_on"),
+    ("crowds are trained on", "downstream/coco.py", 'if not a.get("iscrowd") and box', "if box",
+     "test_what_is_trained_on"),
+    ("empty pictures are trained on", "downstream/coco.py", "if found[k] or not self.train]", "]",
+     "test_what_is_trained_on"),
+    ("sizes of masks the wrong way round", "downstream/coco.py", 'tuple(mask["size"][::-1]) != size',
+     'tuple(mask["size"]) != size', "test_what_is_trained_on"),
+    ("runs the wrong way round", "downstream/coco.py", "*self.sizes[i][::-1])", "*self.sizes[i])",
+     "test_augmentation_moves_all_together"),
+    ("boxes of what is cut off", "downstream/coco.py", "box = np.array([x[0], y[0], x[-1] + 1, y[-1] + 1])", "pass",
+     "test_augmentation_moves_all_together"),
+    ("one view in every epoch", "downstream/coco.py", "[self.seed, n, 1]", "[self.seed, i, 1]",
+     "test_augmentation_moves_all_together"),
+    ("masks sorted by their boxes", "downstream/coco_eval.py", 'if kind == "bbox" or k != "bbox"', 'if k != "x"',
+     "test_masks_are_small_by_their_own_area"),
+    ("corners as sizes", "downstream/coco_eval.py", "bbox=[x1, y1, x2 - x1, y2 - y1]", "bbox=[x1, y1, x2, y2]",
+     "test_average_precision_by_hand"),
+    ("results in the order of ranks", "downstream/coco_eval.py", "mine = sorted(sum(parts, []), key=lambda x: x[0])",
+     "mine = sum(parts, [])", "test_commands"),
+    ("half of the pictures", "downstream/coco_eval.py", "dist.all_gather_object(parts, mine)", "parts[rank] = mine",
+     "test_commands"),
+    ("a mirrored picture, and its boxes not", "downstream/canvas.py", "self.shown[0] - boxes[:, ::-1, 0]",
+     "boxes[:, :, 0]", "test_augmentation_moves_all_together"),
+    ("boxes of another part", "downstream/canvas.py", "np.divide(self.resized, self.size) - self.start",
+     "np.divide(self.resized, self.size)", "test_augmentation_moves_all_together"),
+    ("the upper left part alone", "downstream/canvas.py", "int(rng.integers(a - b + 1)) if rng else 0", "0",
+     "test_canvas_and_back"),
+    ("masks half a pixel off", "downstream/canvas.py", "(left, right, device=boxes.device) + 0.5",
+     "(left, right, device=boxes.device)", "test_pasted_masks"),
+    ("masks that are larger", "downstream/canvas.py", "align_corners=False)[0, 0] >= 0.5",
+     "align_corners=False)[0, 0] >= 0.2", "test_pasted_masks"),
 ]
 MUTANTS = [Mutant(*row) for row in TABLE]
+DETECTION = [f"downstream/{name}.py" for name in ("detect", "coco", "coco_eval", "canvas")]  # their tests run apart
 
 
 def wrong_entries(root, parse=False):
     """What is not true in the table: a text that is not there exactly once, a name used twice, a test that there is
     not. parse: also, in some seconds, a mutant that is no Python."""
     tests = set(re.findall(r"def (\w+)\(", "".join(open(path).read() for path in (
-        os.path.join(root, "test_all.py"), *glob.glob(os.path.join(root, "tests", "test_*.py"))))))
+        os.path.join(root, "test_all.py"), *glob.glob(os.path.join(root, "tests", "test_*.py")),
+        *glob.glob(os.path.join(root, "tests", "detection", "test_*.py"))))))
     sources, wrong = {m.file: open(os.path.join(root, m.file)).read() for m in MUTANTS}, []
     for m in MUTANTS:
         count = sources[m.file].count(m.text)
@@ -1068,15 +1142,19 @@ def heed_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
-def run_tests(folder, names, seconds):
-    """Whether the tests pass in a copy, within that time. What they started is ended with them, known by a mark in its
-    environment."""
+def suite_of(mutant):
+    """What runs the tests that may notice a mutant: those of detection are not in test_all.py."""
+    return ("-m", "tests.detection") if mutant.file in DETECTION else ("test_all.py",)
+
+
+def run_tests(folder, suite, names, seconds):
+    """Whether the tests of a suite pass in a copy, within that time. What they started is ended with them, known by a
+    mark in its environment."""
     mark = f"UNIFLOW_MUTANT={folder}"
     env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **dict([mark.split("=", 1)])}
     with open(folder + ".txt", "w") as said:
-        child = subprocess.Popen([sys.executable, "test_all.py", *names], cwd=folder, env=env, stdin=subprocess.DEVNULL,
-                                 stdout=said, stderr=said,
-                                 start_new_session=True, preexec_fn=heed_signals)
+        child = subprocess.Popen([sys.executable, *suite, *names], cwd=folder, env=env, stdin=subprocess.DEVNULL,
+                                 stdout=said, stderr=said, start_new_session=True, preexec_fn=heed_signals)
     try:
         return child.wait(seconds) == 0
     except subprocess.TimeoutExpired:
@@ -1100,9 +1178,9 @@ def verdict(mutant, folder, quick):
     original = open(path).read()
     try:
         open(path, "w").write(original.replace(mutant.text, mutant.replacement))
-        if not run_tests(folder, mutant.tests.split(), 150):
+        if not run_tests(folder, suite_of(mutant), mutant.tests.split(), 150):
             return "killed", ""
-        if quick or run_tests(folder, [], 1800):
+        if quick or run_tests(folder, suite_of(mutant), [], 1800):
             return "SURVIVED", ""
         others = [line.split()[1] for line in open(folder + ".txt", errors="replace") if line.startswith("FAILED ")]
         return "killed", f"not by {mutant.tests}, but by {' '.join(others) or 'time'}"
@@ -1124,16 +1202,21 @@ def main(argv=None):
         print("\n".join(wrong) or f"{len(MUTANTS)} mutants, each text found once")
         return 1 if wrong else 0
     chosen = [m for m in MUTANTS if not args.names or any(n in m.name or n == m.file for n in args.names)]
+    if not importlib.util.find_spec("torchvision"):
+        left_out = [m for m in chosen if m.file in DETECTION]
+        chosen = [m for m in chosen if m.file not in DETECTION]
+        print(f"{len(left_out)} mutants of detection are left out: there is no torchvision here")
     count = collections.Counter()
     with tempfile.TemporaryDirectory() as tmp, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         copies = queue.Queue()
         for job in range(args.jobs):
             copies.put(scratch_copy(os.path.join(tmp, str(job))))
-        named = sorted({test for m in chosen if not m.equivalent for test in m.tests.split()})
-        if named and not args.quick and not run_tests(copies.queue[0], named, 1800):
-            print(open(copies.queue[0] + ".txt", errors="replace").read(),
-                  "the tests that these mutants name fail without a mutant: mend that first", sep="")
-            return 1
+        for suite in {suite_of(m) for m in chosen}:
+            named = sorted({test for m in chosen if suite_of(m) == suite for test in m.tests.split()})
+            if named and not args.quick and not run_tests(copies.queue[0], suite, named, 1800):
+                print(open(copies.queue[0] + ".txt", errors="replace").read(),
+                      "the tests that these mutants name fail without a mutant: mend that first", sep="")
+                return 1
 
         def judge(mutant):
             folder = copies.get()

@@ -55,6 +55,15 @@ def log_of(out):
         return [json.loads(line) for line in f]
 
 
+def merge(*texts):
+    """The flags of several texts as a list. The last text that has a flag decides; --steps and --epochs are one."""
+    found = {}
+    for part in " ".join(texts).split("--")[1:]:
+        name, *values = part.split()
+        found["length" if name in ("steps", "epochs") else name] = ["--" + name, *values]
+    return [x for flag in found.values() for x in flag]
+
+
 def backbone(args, row):
     """Flags of downstream.detect train that name a row's encoder."""
     if row != "plain":
@@ -69,7 +78,7 @@ def backbone(args, row):
 def train(args, row, seed, data, flags):
     """Train a row, or go on with it. Returns its figures and flags."""
     out, start = os.path.join(args.work, f"{row}-{seed}"), time.time()
-    flags = [*flags.split(), *args.more.split()]
+    flags = merge(flags, args.more)
     script(args, "downstream.detect", "train", "--data", data, *backbone(args, row), *flags, "--seed", seed,
            "--workers", args.workers, "--out", out)
     lines = log_of(out)

@@ -17,7 +17,10 @@ if __name__ == "__main__":
     ap.add_argument("names", nargs="*", metavar="NAME", help="part of a test's name [all]")
     ap.add_argument("--after", default="", metavar="LINE", help="how the tests before these ended")
     args = ap.parse_args()
-    passed, failed = map(int, re.fullmatch(r"(\d+) passed, (\d+) failed", args.after or "0 passed, 0 failed").groups())
+    before = re.fullmatch(r"(\d+) passed, (\d+) failed", args.after or "0 passed, 0 failed")
+    if not before:
+        ap.error(f"the tests before these have not ended: {args.after}")
+    passed, failed = map(int, before.groups())
     chosen = [k for k in vars(test_detect) if k.startswith("test_") and (
         not args.names or any(part in k for part in args.names))]
     if not chosen:

@@ -1,13 +1,13 @@
 """downstream/detect.py, coco.py and canvas.py: geometry, data, AP, training, commands."""
 from tests.helpers import (  # first: it sets the environment that torch reads when it is imported
-    HERE, MICRO_VIT, close, log_lines, micro_models, raises, run, run_ranks, same_weights, tokenizer_file)
+    HERE, MICRO_VIT, close, log_lines, raises, run, run_ranks, same_weights, tokenizer_file)
 
 import contextlib
 import io
 import json
 import math
 import os
-import shutil
+import re
 import tempfile
 import zipfile
 from dataclasses import replace
@@ -288,6 +288,8 @@ def test_augmentation_moves_all_together():
             assert few > 50
             again = data[7]
             assert all(torch.equal(a, b) for a, b in zip(again, data[7])) and len(data) == 3
+            other = next(n for n in range(9, 12) if data.index(n) == data.index(7))
+            assert not torch.equal(again[0], data[other][0]), "each epoch shows another view of a picture"
             other = CocoDetection(tmp, "train", 96, True, seed=2, jitter=(0.5, 2.0))[7]
             assert not torch.equal(again[0], other[0])
 
@@ -602,6 +604,17 @@ def test_without_masks():
             assert img.height == 256
         said = quietly("test", "--run", os.path.join(tmp, "run"), "--data", os.path.join(tmp, "data"), "--workers", 0)
         assert "box " in said and "mask" not in said.split("protocol")[1].split("\n", 1)[1], said
+
+
+def test_nothing_else_needs_torchvision():
+    """So the other tests run beside a torch that it was not built for."""
+    needs = []
+    for folder, folders, names in os.walk(HERE):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in [os.path.join(folder, name) for name in names if name.endswith(".py")]:
+            if re.search(r"^ *(import|from) torchvision", open(path).read(), re.M):
+                needs.append(os.path.relpath(path, HERE))
+    assert sorted(needs) == ["downstream/detect.py", "tests/detection/test_detect.py"], needs
 
 
 def test_defaults_and_refusals():
