@@ -92,12 +92,14 @@ def draw(img, found, names, least):
         inside = found["masks"][k].numpy()
         pixels[inside] = pixels[inside] // 2 + np.array(colour[k], np.uint8) // 2
     canvas = Image.fromarray(pixels)
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(max(10, max(img.size) // 40))
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(max(8, max(img.size) // 40))
     for k in reversed(chosen):  # the best on top
         box, text = found["boxes"][k].tolist(), f"{names[found['labels'][k] - 1]} {found['scores'][k]:.2f}"
         pen.rectangle(box, outline=colour[k], width=max(1, max(img.size) // 250))
-        pen.rectangle(pen.textbbox(box[:2], text, font), fill=colour[k])
-        pen.text(box[:2], text, "white", font)
+        _, _, right, bottom = pen.textbbox((0, 0), text, font)
+        at = max(0, min(box[0], img.width - right)), max(0, box[1] - bottom)  # above the box, where there is room
+        pen.rectangle(pen.textbbox(at, text, font), fill=colour[k])
+        pen.text(at, text, "white", font)
     return canvas
 
 
