@@ -26,7 +26,8 @@ Four things go wrong in silence where these are joined:
 - bf16: torchvision computes boxes in the type that the heads give, and bf16 is up to 4 pixels off at 1024.
 
 Rates and schedule are ViTDet's for ViT-L (Li et al. 2022), but that the rate falls linearly over the last 11%, not in
-two steps. Training is finetune.py's, data and AP are in coco.py. Needs torchvision and pycocotools.
+two steps. Training is finetune.py's; data, AP and drawing are in coco.py, coco_eval.py, canvas.py. Needs torchvision
+and pycocotools.
 """
 import argparse
 import functools
@@ -51,10 +52,11 @@ from downstream import finetune, speed
 from downstream.canvas import draw, paste_masks, place, side_by_side, to_canvas
 from downstream.coco import CocoDetection, collate
 from downstream.coco_eval import FIGURES, find_all
-from encoder import Encoder, TEACHERS, UserError, ViT, ViTConfig, write_atomically
+from encoder import TEACHERS, Encoder, UserError, ViT, write_atomically
 from tools.job import Job
 from tools.pictures import find_pictures, free_path
 from tools.run import command_line, number
+from tools.script import USER_ERRORS
 
 STRIDES = (4, 8, 16, 32)  # of the levels from which boxes are read; the RPN has one more, 64
 
@@ -103,8 +105,9 @@ class Pyramid(nn.Module):
 
 
 class RoIAlign(nn.Module):
-    """Features (M, C, side, side) of boxes, from the level that suits a box's size: 2^k pixels of 224 belong to stride
-    16 / 2^k (Lin et al. 2017, eq. 1). In place of torchvision's MultiScaleRoIAlign, which infers the strides."""
+    """Features (M, C, side, side) of boxes, from the level that suits a box's size (Lin et al. 2017, eq. 1): a side of
+    224 pixels reads stride 16, 112 stride 8, 448 stride 32. torchvision's MultiScaleRoIAlign would infer the strides.
+    """
 
     def __init__(self, side):
         super().__init__()
@@ -219,10 +222,18 @@ def build(config):
     return Detector(finetune.build_backbone(config), len(config["categories"]), **config["detector"])
 
 
+def check_categories(data, expected, whose):
+    """Raise UserError unless the data's categories are the expected ones, in their order."""
+    if list(data.categories) != list(expected):
+        raise UserError(f"{data.truth} has other categories than {whose}: {' '.join(data.categories)[:100]}, and not "
+                        f"{' '.join(expected)[:100]}")
+
+
 def train(args, on_signal):
     """Train as the command line asks."""
     data, val = (CocoDetection(args.data, split, args.size, split == "train", args.seed, args.jitter)
                  for split in ("train", "val"))
+    check_categories(val, data.categories, data.truth)
     detector = dict(size=args.size, neck=args.neck, window=args.window, channels=args.channels, masks=data.has_masks)
     config = dict(categories=data.categories, detector=detector)
     model = Detector(finetune.load_backbone(args), len(data.categories), **detector)
@@ -244,9 +255,7 @@ def test(args):
     job = Job(args)
     model, config = finetune.load_model(args.run, build, job.device)
     data = CocoDetection(args.data, args.split, model.size, train=False)
-    if list(data.categories) != config["categories"]:
-        raise UserError(f"{args.data} has other categories than {args.run}: {' '.join(data.categories)[:100]}, and not "
-                        f"{' '.join(config['categories'])[:100]}")
+    check_categories(data, config["categories"], args.run)
     results, figures = find_all(model, data, args.batch_size, args.workers, args.bf16)
     if args.results and job.rank == 0:
         write_atomically(args.results, lambda f: f.write(json.dumps(results).encode()))
@@ -267,7 +276,7 @@ def predict(args):
     for path, folder in find_pictures(args.files, args.out):
         try:
             img = load_image(path)
-        except ValueError as e:  # data.py's UserError
+        except USER_ERRORS as e:
             raise UserError(f"{path} {e}") from None
         view = place(img.size, model.size)
         found, = model.find(to_canvas(img, view, model.size)[None].to(device), [view], args.score)

@@ -118,6 +118,8 @@ def bench_detector(model, batches):
     device, S = torch.device("cuda" if torch.cuda.is_available() else "cpu"), model.size
     model, on_gpu = model.to(device).train(), device.type == "cuda"
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
+    for block in model.backbone.vit.blocks if on_gpu else ():
+        block.compile()
     print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, {S} px", flush=True)
     for B in batches:
         sides, masks = S / 16 + torch.rand(7 * B, 2) * S / 2, torch.zeros(7 * B, S, S, dtype=torch.uint8)

@@ -1064,7 +1064,7 @@ TABLE = [
      "test_objects_are_in_the_pictures_own_pixels"),
     ("weak objects are shown", "downstream/detect.py", '{k: v[x["scores"] >= least] for', '{k: v for',
      "test_objects_are_in_the_pictures_own_pixels"),
-    ("other categories are taken", "downstream/detect.py", 'if list(data.categories) != config["categories"]:',
+    ("other categories are taken", "downstream/detect.py", "if list(data.categories) != list(expected):",
      "if False:", "test_commands"),
     ("another recipe", "downstream/detect.py", "layer_decay=0.8,", "layer_decay=0.9,", "test_defaults_and_refusals"),
     ("a label is an id", "downstream/coco.py", "label, found = {x: k + 1 for k, x", "label, found = {x: x for k, x",
