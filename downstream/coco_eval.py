@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from downstream.canvas import place
+from downstream.canvas import draw, place, side_by_side
 from tools.script import ignore_signals
 
 FIGURES = "AP AP50 AP75 APs APm APl".split()  # the first of COCOeval.stats
@@ -69,3 +69,11 @@ def find_all(model, data, batch_size, workers, bf16):
         if name == "box" or data.has_masks and model.roi_heads.has_mask():
             figures.update({f"{name}_{k}": x for k, x in average_precision(content, results, kind).items()})
     return results, figures
+
+
+def show(model, data):
+    """A PIL image of the first four pictures, with what is found there."""
+    pictures = [data.load(i) for i in range(min(4, len(data)))]
+    canvases = torch.stack([data[i][0] for i in range(len(pictures))]).to(next(model.parameters()).device)
+    found = model.find(canvases, [place(img.size, data.side) for img in pictures], least=0.5)
+    return side_by_side([draw(img, x, data.categories, 0.5) for img, x in zip(pictures, found)])

@@ -49,9 +49,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from data import load_image
 from downstream import finetune, speed
-from downstream.canvas import draw, paste_masks, place, side_by_side, to_canvas
+from downstream.canvas import draw, paste_masks, place, to_canvas
 from downstream.coco import CocoDetection, collate
-from downstream.coco_eval import FIGURES, find_all
+from downstream.coco_eval import FIGURES, find_all, show
 from encoder import TEACHERS, Encoder, UserError, ViT, write_atomically
 from tools.job import Job
 from tools.pictures import find_pictures, free_path
@@ -237,17 +237,8 @@ def train(args, on_signal):
     detector = dict(size=args.size, neck=args.neck, window=args.window, channels=args.channels, masks=data.has_masks)
     config = dict(categories=data.categories, detector=detector)
     model = Detector(finetune.load_backbone(args), len(data.categories), **detector)
-
-    def evaluate():
-        return find_all(model, val, args.micro_batch, args.workers, torch.cuda.is_available())[1]
-
-    def picture():
-        """The first four pictures to test on, with what is found there."""
-        few = [(*val[i], val.load(i)) for i in range(min(4, len(val)))]
-        views = [place(img.size, val.side) for *_, img in few]
-        found = model.find(torch.stack([x for x, *_ in few]).to(next(model.parameters()).device), views, 0.5)
-        return side_by_side([draw(img, x, val.categories, 0.5) for (*_, img), x in zip(few, found)])
-    finetune.train(args, model, data, evaluate, config, collate, on_signal=on_signal, picture=picture)
+    measure = lambda: find_all(model, val, args.micro_batch, args.workers, torch.cuda.is_available())[1]
+    finetune.train(args, model, data, measure, config, collate, on_signal=on_signal, picture=lambda: show(model, val))
 
 
 def test(args):
@@ -349,8 +340,8 @@ def add_model(parser):
 
 def main(argv=None, on_signal=None):
     args = parse_args(argv)
-    return train(args, on_signal) if args.command == "train" else dict(test=test, predict=predict, bench=bench)[
-        args.command](args)
+    commands = dict(train=functools.partial(train, on_signal=on_signal), test=test, predict=predict, bench=bench)
+    return commands[args.command](args)
 
 
 if __name__ == "__main__":
