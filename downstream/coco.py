@@ -50,9 +50,12 @@ def check_annotation(a, size, masks):
         raise UserError(f"{what} has the box {a['bbox']} (x y w h), outside of its picture of {size[0]}x{size[1]}")
     if masks and not mask:
         raise UserError(f"{what} has no mask, but others have: give all masks, or none")
-    if isinstance(mask, dict) and tuple(mask["size"][::-1]) != size:
-        raise UserError(f"{what} has a mask of {mask['size']} (height, width), its picture is {size[0]}x{size[1]}")
-    if isinstance(mask, list) and any(len(polygon) < 6 or len(polygon) % 2 for polygon in mask):
+    if isinstance(mask, dict):
+        runs = mask["counts"] if isinstance(mask["counts"], list) else [size[0] * size[1]]  # text is packed
+        if tuple(mask["size"][::-1]) != size or sum(runs) != size[0] * size[1] or min(runs) < 0:
+            raise UserError(f"{what} has a mask of {mask['size']} (height, width), or runs that do not fill it; its "
+                            f"picture is {size[0]}x{size[1]}")
+    elif any(len(polygon) < 6 or len(polygon) % 2 for polygon in mask or ()):
         raise UserError(f"{what} has a polygon of less than three points, or a half one")
     return max(x, 0), max(y, 0), min(x + w, size[0]), min(y + h, size[1])
 
@@ -70,10 +73,10 @@ class CocoDetection(Samples):
         content, self.truth, folder = read_split(self.root, split)
         try:
             self.read(content, folder)
-        except (KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{self.truth} is not in COCO's format ({type(e).__name__}: {e})") from None
         except UserError as e:
             raise type(e)(f"{self.truth}: {e}") from None
+        except (LookupError, TypeError, AttributeError, ValueError) as e:
+            raise UserError(f"{self.truth} is not in COCO's format ({type(e).__name__}: {e})") from None
 
     def read(self, content, folder):
         pictures, annotations = {x["id"]: x for x in content["images"]}, content["annotations"]

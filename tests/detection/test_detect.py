@@ -346,8 +346,10 @@ def test_annotations_that_do_not_fit():
         refuses(["instances.json: annotation 1 has the box", "outside of its picture of 60x48"], at(0, bbox=box))
     refuses(["annotation 2 has the category_id 4, which the file does not list"], at(1, category_id=4))
     refuses(["annotation 2 has the image_id 9, which the file does not list"], at(1, image_id=9))
-    refuses(["annotation 2 has a mask of [40, 60] (height, width), its picture is 60x48"],
-            at(1, segmentation={"size": [40, 60], "counts": [0, 2400]}))
+    for mask in ({"size": [40, 60], "counts": [0, 2400]}, {"size": [48, 60], "counts": [0, 2400]},
+                 {"size": [48, 60], "counts": [100, -100, 2880]}, {"size": [60, 48], "counts": "abc"}):
+        refuses([f"annotation 2 has a mask of {mask['size']} (height, width), or", "its picture is 60x48"],
+                at(1, segmentation=mask))
     refuses(["annotation 1 has a polygon of less than three points"], at(0, segmentation=[[1, 2, 3, 4]]))
     refuses(["annotation 4 has no mask, but others have"], at(3, segmentation=[]))
     refuses(["images/1.png is not there (1 of 3 pictures are missing)"],
@@ -360,6 +362,8 @@ def test_annotations_that_do_not_fit():
             lambda content, tmp: open(os.path.join(tmp, "train", "images", "0.png"), "wb").write(b"no picture"))
     refuses(["two categories or two pictures have one id"], lambda content, tmp: content["categories"][1].update(id=3))
     refuses(["is not in COCO's format (KeyError: 'bbox')"], lambda content, tmp: content["annotations"][0].pop("bbox"))
+    refuses(["is not in COCO's format (ValueError"], at(0, bbox=[1, 2, 3]))
+    refuses(["is not in COCO's format"], at(0, segmentation=[5, 6, 7]))
     refuses(["no box to train on"], lambda content, tmp: content["annotations"].clear())
     with tempfile.TemporaryDirectory() as tmp:
         shapes(tmp)
