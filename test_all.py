@@ -37,7 +37,7 @@ The sections of this file, in its order, and the files of tests/ that run with i
 What the tests share is in tests/: helpers.py (micro models, pictures, processes), published.py (reference networks and
 layouts), hostile.py (damaged files, fuzzers), crashes.py (killed runs), mutants.py (mistakes that the tests must
 notice). They run on the CPU in tiny configurations and need requirements-test.txt. `pytest test_all.py` runs the same
-functions.
+functions. The tests of downstream/detect.py need torchvision, and run apart: `python -m tests.detection`.
 """
 import argparse
 import ast
