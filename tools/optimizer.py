@@ -24,17 +24,20 @@ def average_weights(averages, weights, step, decay):
 
 
 def update_weights(optimizer, weights, clip, stats):
-    """Clip the gradients of `weights` and step the optimizer, which must be fused. stats: the step's statistics, a
-    vector. Returns them, the gradient norm, and 1.
+    """Clip the gradients of `weights` and step the optimizer. stats: the step's statistics, a vector. Returns them, the
+    gradient norm, and 1.
 
     If one of these numbers is not finite, the weights and the optimizer stay as they are. The numbers are the same on
     all ranks, so all ranks skip the same steps.
     """
     norm = torch.nn.utils.clip_grad_norm_(weights, clip or math.inf)
     row = torch.cat([stats, norm[None], torch.ones_like(stats[:1])])
-    # a fused optimizer skips its step where found_inf is 1 (GradScaler's way): Python need not wait for the GPU
-    optimizer.found_inf = (~row.isfinite().all()).float()
-    optimizer.step()
+    finite = row.isfinite().all()
+    if optimizer.defaults.get("fused"):  # it skips its step where found_inf is 1: Python need not wait for the GPU
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
+    elif finite:
+        optimizer.step()
     return row
 
 
