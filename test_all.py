@@ -18,6 +18,8 @@ The sections of this file, in its order, and the files of tests/ that run with i
     tests/test_commands.py          Commands of README.md and docs/, the benches, the rows of the study
     tests/test_efficiency_flags.py  Flags that make training cheaper: AdamW's betas, warm-up, decay, averaged weights
     tests/test_faults.py            Hostile and damaged files, full disks, signals, bad numbers, crashes, ranks that die
+    tests/test_finetune.py          downstream/finetune.py, the trainer of the tasks on a backbone: exact resume, ranks,
+                                    rates, files, refusals
     tests/test_flags.py             Every flag of every script changes the quantity that it names, by what it says
     tests/test_generate.py          downstream/generate.py by its command line: training, sampling, scoring, refusals
     tests/test_generation.py        downstream/: generation, MAR and DiT as models

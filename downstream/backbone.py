@@ -18,8 +18,8 @@ from tools.script import find_weights
 
 
 def load_backbone(args):
-    """The Encoder of --weights, or one around --teacher's ViT whose latent means nothing. args.backbone_sha256 becomes
-    that of its ViT's tensors. Seeds torch by --seed, so that the head that is built next depends on nothing else."""
+    """The Encoder of --weights, or one around --teacher's ViT, whose latent is 0. args.backbone_sha256 becomes that of
+    its ViT's tensors. Seeds torch by --seed, so that the head that is built next depends on nothing else."""
     if bool(args.weights) == bool(args.teacher):
         raise UserError("give --weights TOKENIZER or --teacher NAME, one of the two")
     if args.weights and args.teacher_weights:
@@ -28,6 +28,8 @@ def load_backbone(args):
         backbone = Encoder.from_pretrained(find_weights(args.weights))
     else:
         backbone = Encoder(load_teacher(args.teacher, args.teacher_weights), 1, "linear")
+        for p in backbone.latent_down.parameters():
+            torch.nn.init.zeros_(p)
     digest = hashlib.sha256()
     for _, p in sorted(backbone.vit.named_parameters()):
         digest.update(p.detach().numpy())
