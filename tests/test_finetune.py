@@ -86,7 +86,7 @@ def main(argv=None, on_signal=None):
     """The toy task's command line. Returns the trained model."""
     ap = argparse.ArgumentParser()
     add = ap.add_argument
-    add("--norm", default="batch"), add("--task", default="Toy"), add("--samples_", type=int, default=10)
+    add("--norm", default="batch"), add("--task", default="Toy"), add("--count", type=int, default=10)
     add("--sgd", action="store_true")
     finetune.add_flags(ap, steps=6, batch_size=4, workers=0, log_every=1, eval_every=0, save_every=0, lr=1e-2)
     args = ap.parse_args(argv)
@@ -97,7 +97,7 @@ def main(argv=None, on_signal=None):
         assert not model.training and not torch.is_grad_enabled()
         torch.save(model.state_dict(), os.path.join(args.out, f"rank{os.environ.get('RANK', 0)}.pt"))
         return {"mean": model.head.weight.mean().item(), "of": "the head"}
-    finetune.train(args, model, Blobs(args.samples_), evaluate, {"norm": args.norm},
+    finetune.train(args, model, Blobs(args.count), evaluate, {"norm": args.norm},
                    collate_other if args.task == "Other" else None, on_signal=on_signal,
                    optimizer=torch.optim.SGD(filter(lambda p: p.requires_grad, model.parameters()), args.lr)
                    if args.sgd else None,
@@ -341,7 +341,7 @@ def test_finetuning_refuses_what_is_wrong():
         flags = ["--teacher", teacher, "--steps", 2]
         trained(out, *flags)
         for more, words in ((["--lr", 0.5], "lr was 0.01, is now 0.5"),
-                            (["--samples_", 11], "samples was 10, is now 11"),
+                            (["--count", 11], "training_samples was 10, is now 11"),
                             (["--norm", "layer"], "norm was batch"), (["--seed", 1], "seed was 0")):
             raises(UserError, trained, out, *flags, "--steps", 3, *more, words=words)
         raises(UserError, trained, out, "--weights", tokenizer_file(tmp), "--steps", 3, words="backbone_sha256 was")
