@@ -192,7 +192,7 @@ def test_several_ranks_finetune_as_one():
 
 def test_accumulated_batches_are_one_batch():
     with tempfile.TemporaryDirectory() as tmp:
-        flags = ["--teacher", micro_teacher(tmp), "--norm", "layer", "--steps", 3, "--lr", 0.1, "--sgd"]
+        flags = ["--teacher", micro_teacher(tmp), "--norm", "layer", "--steps", 3, "--lr", 0.03, "--clip", 0, "--sgd"]
         one, said = trained(os.path.join(tmp, "a"), *flags)
         assert "micro-batch 4 x accumulation 1" in said
         with unittest.mock.patch.object(finetune, "seed_step") as seeded:
@@ -202,7 +202,7 @@ def test_accumulated_batches_are_one_batch():
         for k, x in one.state_dict().items():
             close(several.state_dict()[k], x, 1e-5)
         for a, b in zip(*(log_lines(os.path.join(tmp, x)) for x in "ab")):
-            assert "loss" not in a or math.isclose(a["loss"], b["loss"], rel_tol=1e-5)
+            assert all(math.isclose(a[k], b[k], rel_tol=1e-4) for k in ("loss", "grad_norm") if k in a), (a, b)
 
 
 def first_step(tmp, name, *flags):
