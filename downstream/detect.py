@@ -49,6 +49,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from data import load_image
 from downstream import finetune, speed
+from downstream.backbone import build_backbone, load_backbone, load_model
 from downstream.canvas import draw, paste_masks, place, to_canvas
 from downstream.coco import CocoDetection, collate
 from downstream.coco_eval import FIGURES, find_all, show
@@ -219,7 +220,7 @@ class Detector(nn.Module):
 
 def build(config):
     """The Detector that RUN/model.safetensors describes."""
-    return Detector(finetune.build_backbone(config), len(config["categories"]), **config["detector"])
+    return Detector(build_backbone(config), len(config["categories"]), **config["detector"])
 
 
 def check_categories(data, expected, whose):
@@ -236,7 +237,7 @@ def train(args, on_signal):
     check_categories(val, data.categories, data.truth)
     detector = dict(size=args.size, neck=args.neck, window=args.window, channels=args.channels, masks=data.has_masks)
     config = dict(categories=data.categories, detector=detector)
-    model = Detector(finetune.load_backbone(args), len(data.categories), **detector)
+    model = Detector(load_backbone(args), len(data.categories), **detector)
     measure = lambda: find_all(model, val, args.micro_batch, args.workers, torch.cuda.is_available())[1]
     finetune.train(args, model, data, measure, config, collate, on_signal=on_signal, picture=lambda: show(model, val))
 
@@ -244,7 +245,7 @@ def train(args, on_signal):
 def test(args):
     """AP of a run on a part of a data set; what it has found as a file."""
     job = Job(args)
-    model, config = finetune.load_model(args.run, build, job.device)
+    model, config = load_model(args.run, build, job.device)
     data = CocoDetection(args.data, args.split, model.size, train=False)
     check_categories(data, config["categories"], args.run)
     results, figures = find_all(model, data, args.batch_size, args.workers, args.bf16)
@@ -262,7 +263,7 @@ def test(args):
 def predict(args):
     """Draw what a run finds on pictures."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, config = finetune.load_model(args.run, build, device)
+    model, config = load_model(args.run, build, device)
     names, taken = config["categories"], set()
     for path, folder in find_pictures(args.files, args.out):
         try:
