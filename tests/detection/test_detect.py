@@ -252,6 +252,9 @@ def test_pasted_masks():
     x, y = torch.arange(12) + 0.5, torch.arange(8)[:, None] + 0.5
     assert torch.equal(found[0], (x > 2.3) & (x < 9.4) & (y > 1.6) & (y < 7.4))
     assert torch.equal(found[1], (x < 6).expand(8, 12)) and not found[2].any()
+    two = torch.tensor([[[0.9, 0.3], [0.9, 0.3]]])  # at x = 2 and 6 of 0 .. 8, so 0.5 is at x = 4.67
+    inside = paste_masks(two, torch.tensor([[0.0, 0, 8, 8]]), (8, 8))[0, 4]
+    assert inside.tolist() == [x + 0.5 < 4.67 and 0.9 * min(1, (x + 2.5) / 4) >= 0.5 for x in range(8)]
     assert found.shape == (3, 8, 12) and paste_masks(torch.rand(0, 28, 28), boxes[:0], (12, 8)).shape == (0, 8, 12)
 
 
