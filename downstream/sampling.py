@@ -206,6 +206,8 @@ def sample(args):
     path, one_file = args.save, args.save.endswith((".png", ".npz"))
     if not one_file and os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
         raise UserError(f"--save {path} is there, and no empty folder: give another one")
+    if one_file and os.path.isdir(path):
+        raise UserError(f"--save {path} is there, and no file: give another one")
     job = Job(args)
     model, dec, info = load(args, job.device)
     names, C, S = info["classes"], len(info["classes"]), args.resolution
@@ -215,7 +217,10 @@ def sample(args):
             raise UserError(f"--classes {c}: {args.run} has {C} classes, 0 ({names[0]}) to {C - 1} ({names[-1]})")
     pairs, part = [(c, k) for c in classes for k in range(args.number)], path + ".part"
     if job.rank == 0:
-        os.makedirs(os.path.dirname(path) or "." if one_file else path, exist_ok=True)
+        try:
+            os.makedirs(os.path.dirname(path) or "." if one_file else path, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--save {path} cannot be written ({e})") from None
         if one_file:  # where all ranks write
             np.lib.format.open_memmap(part, "w+", np.uint8, (len(pairs), S, S, 3))
     job.gather(None)  # it is there
