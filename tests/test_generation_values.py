@@ -1,13 +1,14 @@
 """Generation: values that pass through, second branches and refusals, each with a model of a few thousand numbers."""
-from tests.helpers import QuickInception, close, raises  # first: it sets the environment that torch reads
+from tests.helpers import QuickInception, close, picture_folder, raises  # first: it sets the environment that torch reads
 
 import contextlib
+import hashlib
 import inspect
 import io
 import math
 import os
-import pickle
 import re
+import shutil
 import sys
 import tempfile
 import types
@@ -18,15 +19,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import data
 import train
 from downstream import dit, generate, mar, sampling, speed
-from encoder import MissingFile, UserError, write_model
+from encoder import Encoder, MissingFile, UserError, read_config, write_model
 from experiments.generation import study
 from tests.test_generation import MICRO_DIT, MICRO_MAR, micro
+from tests.test_generate import latents as saved_latents, tokenizer
 from tools import latents
+from tools.run import Run
 
 KINDS = ("mar", mar.MAR, MICRO_MAR), ("dit", dit.DiT, MICRO_DIT)
 CLASSES = [f"class{c}" for c in range(8)]
@@ -229,8 +234,11 @@ def test_a_released_mar_of_other_classes_or_another_size():
                    words=f"another size: {name} is {shape}, expected {tuple(before[name].shape)}")
         torch.save({"model_ema": {**theirs, "more": torch.zeros(1)}}, path)
         raises(UserError, mar.load_released, model, path, words="missing or unknown: ['more']")
-        for content in b"", pickle.dumps([1, 2]), pickle.dumps({"model_ema": 3}), open(path, "rb").read()[:-300]:
-            open(path, "wb").write(content)
+        cut = open(path, "rb").read()[:-300]
+        for content in b"", cut, [1, 2], {"model_ema": 3}, {1: 2}:
+            torch.save(content, path)
+            if isinstance(content, bytes):
+                open(path, "wb").write(content)
             raises(UserError, mar.load_released, model, path, words=f"{path} is no checkpoint of MAR (")
         for name in "nothing.pth", ".":
             raises(MissingFile, mar.load_released, model, os.path.join(tmp, name), words="no such file")
@@ -402,7 +410,7 @@ def test_a_score_against_ones_own_images_is_zero():
         # 72 images are the same as those: 9 of each class; a sweep of no fewer images is the result
         result = score(own, "--images", 72, "--sweep", 90, "--cfg", 5, 2, 3)
         rows = {row["cfg"]: row for row in result["results"]}
-        assert list(rows) == [5, 2, 3] and {row["images"] for row in rows.values()} == {72}
+        assert [row["cfg"] for row in result["results"]] == [5, 2, 3] and {row["images"] for row in rows.values()} == {72}
         far = min(rows[5]["gfid"], rows[3]["gfid"])
         assert abs(rows[2]["gfid"]) < 1e-3 * far, rows
         assert (result["run"], result["generator"], result["step"], result["weights"], result["weights_sha256"]) == (
@@ -439,7 +447,7 @@ def test_defaults_of_generation():
     assert (sample.cfg, sample.classes, sample.number, sample.save) == (3.0, None, 8, "samples.png")
     assert (score.cfg, score.images, score.sweep, score.out) == ([3.0], 50_000, 10_000, None)
     assert score.inception == sampling.INCEPTION_URL and parse("bench", "--model", "mar-l").cfg == 3.0
-    assert parse("sample", "--run", "x", "--bf16").bf16 and not parse("sample", "--run", "x", "--fp32").bf16
+    assert parse("sample", "--run", "x", "--bf16").bf16 and not parse("sample", "--run", "x", "--bf16", "--fp32").bf16
 
 
 # ---- speed ----
@@ -632,3 +640,185 @@ def test_the_study_generates_as_many_of_each_class():
         expected = 255 * F.interpolate(latent, scale_factor=16).sigmoid()[0]
         assert (img[n] - expected).abs().max() < 0.6
         assert study.DEFAULTS == dict(cfg=2.0, iterations=32, steps=25, temperature=1.0)
+
+
+# ---- training: what setup makes of the command line ----
+
+SMALL = ["width=32", "depth=1", "heads=2"]
+SMALL_MAR = [*SMALL, "head_width=32", "head_depth=1", "buffer=2"]
+
+
+def ready(folder, model, *flags):
+    """The namespace of a run that is about to begin, and what it said."""
+    args = parse("train", "--model", model, "--set", *(SMALL_MAR if model.startswith("mar") else SMALL),
+                 *flags, *([] if "--data" in flags else ["--latents", os.path.join(folder, "latents")]))
+    run, said = Run(os.path.join(folder, "run")), []
+    run.say = said.append
+    with patch.object(speed, "training_flops", lambda *what: what):  # to count takes a second
+        return generate.setup(args, run), said
+
+
+def test_training_is_set_up_as_the_flags_say():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights = tokenizer(tmp)
+        saved_latents(tmp, weights)
+        digest = hashlib.sha256(open(weights, "rb").read()).hexdigest()
+        for model, decay, part in ("mar-s", 0.02, 0.25), ("dit-s", 0.0, 1 / 16):
+            s, said = ready(tmp, model, "--batch_size", 6, "--micro_batch", 4, "--epochs", 53, "--seed", 3)
+            assert (s.micro_batch, s.accumulation) == (3, 2)
+            assert s.args.steps == 88 and s.args.warmup == round(part * s.args.steps)
+            lr = (1e-4 if model == "mar-s" else 5e-5) * 6 / 256
+            for group, wanted in zip(s.optimizer.param_groups, (decay, 0.0)):
+                assert math.isclose(group["lr"], lr) and group["betas"] == (0.9, 0.95)
+                assert group["weight_decay"] == wanted
+            torch.manual_seed(3)
+            fields = dict(x.split("=") for x in (SMALL_MAR if model == "mar-s" else SMALL))
+            first = sampling.build(model, channels=8, grid=4, classes=2, **{k: int(x) for k, x in fields.items()})
+            for part in s.model, s.averaged:
+                assert all(torch.equal(p, q) for p, q in zip(part.parameters(), first.parameters()))
+            assert all(not p.requires_grad for p in s.averages) and not s.averaged.training and s.model.training
+            assert {id(p) for p in s.weights}.isdisjoint(map(id, s.averages))
+            assert s.config["generator"] == model and s.config["config"] == vars(first.config)
+            assert (s.config["classes"], s.config["size"], s.config["weights"]) == (["class0", "class1"], 16, weights)
+            assert s.config["weights_sha256"] == digest and s.flops == (model, dict(
+                channels=8, grid=4, classes=2, **{k: int(x) for k, x in fields.items()}))
+            assert s.args.images == f"10 latents of 8x4x4 by tokenizer {digest[:12]}"
+            assert "2 classes" in said[0] and "= micro-batch 3 x accumulation 2 x 1 rank on cpu" in said[2]
+            assert f"recipe {model[:3]}: rate {lr:.2e} after {s.args.warmup:,} steps of warm-up, EMA 0.9999" in said[2]
+            assert type(s.decoder).__name__ == "Decoder" and s.data.seed == 3 and s.data.train
+        s, said = ready(tmp, "dit-s", "--batch_size", 4, "--steps", 9, "--warmup", 5, "--lr", 0.5, "--beta1", 0.7,
+                        "--beta2", 0.8, "--weight_decay", 0.3, "--ema", 0.25)
+        group = s.optimizer.param_groups[0]
+        assert (s.args.steps, s.args.warmup, group["lr"], group["betas"], group["weight_decay"], s.args.ema) == (
+            9, 5, 0.5, (0.7, 0.8), 0.3, 0.25) and "EMA 0.25" in said[2]
+        s, _ = ready(tmp, "dit-s", "--epochs", 1, "--batch_size", 64)
+        assert s.args.steps == 1, "at least one"
+        compiled, started = [], []
+
+        def load(model, path):
+            started.append(path)
+            return ["head.output.weight", "encoder_pos"]
+        with patch.object(mar.MAR, "compile_blocks", lambda self: compiled.append(self)), \
+                patch.object(mar, "load_released", load):
+            s, said = ready(tmp, "mar-s", "--steps", 1, "--init", "theirs.pth", "--compile")
+            assert compiled == [s.model] and started == ["theirs.pth"]
+            assert "start from theirs.pth, but not 2 tensors: head.output.weight encoder_pos" in said[2]
+            ready(tmp, "mar-s", "--steps", 1, "--no-compile")
+            assert len(compiled) == 1
+        os.rename(weights, weights + ".away")
+        s, said = ready(tmp, "dit-s", "--steps", 1)  # its latents are enough
+        assert s.decoder is None and f"{weights} is not there, so there will be no pictures" in said[-1]
+        with patch.object(sampling, "look", None):
+            generate.evaluate(s)
+        s, said = ready(tmp, "dit-s", "--steps", 1, "--weights", weights + ".away")
+        assert s.decoder is not None and len(said) == 3
+
+
+def test_training_on_images_encodes_them():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (pictures, _) = tokenizer(tmp), picture_folder(tmp)
+        for size, flags in (16, []), (24, ["--size", 24]):
+            args = parse("train", "--data", pictures, "--weights", weights, "--seed", 5, *flags)
+            images, encode, dec, about = generate.build_data(args, torch.device("cpu"))
+            img, label = images[3]
+            expected = data.ImageDataset(pictures, size, True, 5, (1.0, 1.0))
+            assert torch.equal(img, expected[3][0]) and label == expected[3][1] and not images.replace
+            assert about == dict(weights=weights, weights_sha256=hashlib.sha256(
+                open(weights, "rb").read()).hexdigest(), size=size)
+            z = encode(img[None])
+            with torch.no_grad():
+                close(z, Encoder.from_pretrained(weights).encode(img[None] / 255))
+            assert z.dtype == torch.float32 and not z.requires_grad and z.shape == (1, 8, size // 4, size // 4)
+            assert dec.config.latent_dim == 8
+
+
+def test_logs_and_pictures_of_training():
+    wrote, said, shown = [], [], []
+    with tempfile.TemporaryDirectory() as tmp:
+        run = SimpleNamespace(rank=0, ranks=2, on_gpu=False, write=lambda **line: wrote.append(line), say=said.append,
+                              path=lambda *names: os.path.join(tmp, *names))
+        args = SimpleNamespace(batch_size=12, steps=40, lr=0.5, warmup=10, lr_decay=0.0, decay_shape="linear",
+                               log_every=4, seed=6)
+        now = SimpleNamespace(step=8, sums=torch.tensor([12.0, 6.0, 4.0], dtype=torch.float64),
+                              faults=torch.tensor([3.0, 1.0]))
+        s = SimpleNamespace(args=args, now=now, run=run, flops=5e12, decoder="D", averaged="A",
+                            data=SimpleNamespace(classes=["x"]), autocast=contextlib.nullcontext())
+        generate.log(s, 1.5)
+        assert wrote == [dict(step=8, loss=3.0, grad_norm=1.5, lr=0.4, skipped=3, img_s=8.0, tflops_per_gpu=20.0,
+                              memory_gib=None)], wrote
+        assert "step      8/40 | loss 3.0000 | grad 1.50 | lr 4.0e-01 | 8.0 img/s | 20 TFLOP/s | eta 00:48" == said[0]
+        assert not now.sums.any()
+        now.step, now.sums = 9, torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64)
+        generate.log(s, 1.5)
+        assert now.sums.tolist() == [2, 2, 1], "the interval goes on after the end, if the run is extended"
+
+        def look(*what):
+            shown.append(what)
+            return Image.new("RGB", (3, 2))
+        os.makedirs(os.path.join(tmp, "samples"))
+        with patch.object(sampling, "look", look):
+            generate.evaluate(s)
+            assert shown == [("A", "D", ["x"], 6)]
+            assert Image.open(os.path.join(tmp, "samples", "step_0000009.png")).size == (3, 2)
+            run.rank = 1
+            generate.evaluate(s)
+            run.rank, s.decoder = 0, None
+            generate.evaluate(s)
+            assert len(shown) == 1, "rank 0 alone, and with a decoder"
+
+
+def test_the_command_line_of_training():
+    def refused(*flags):
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            raises(SystemExit, parse, "train", *flags, words="2")
+        return err.getvalue()
+    assert "give --latents FOLDER, or --data" in refused("--latents", "a", "--data", "b")
+    assert "not allowed with argument" in refused("--latents", "a", "--steps", 1, "--epochs", 1)
+    for field in "channels=3", "grid=4", "classes=8":
+        assert "are those of the latents" in refused("--latents", "a", "--set", "depth=3", field)
+    assert "--init starts a MAR from a released one, and --model is dit-b" in refused("--latents", "a", "--init", "x")
+    for flag, low, high in ("--beta1", -0.1, 1), ("--beta2", -0.1, 1), ("--ema", -0.1, 1), ("--lr_decay", -0.1, 1.1), (
+            "--clip", -1, None), ("--weight_decay", -1, None), ("--warmup", -1, None), ("--lr", -1, None), (
+            "--batch_size", 0, None), ("--steps", 0, None), ("--epochs", 0, None), ("--log_every", 0, None), (
+            "--seed", -1, 2 ** 63):
+        for value in filter(lambda x: x is not None, (low, high)):
+            assert f"argument {flag}: it is {value}" in refused("--latents", "a", flag, value)
+        kind = float if flag in ("--beta1", "--beta2", "--ema", "--lr_decay", "--clip", "--lr", "--weight_decay") else int
+        good = 0 if flag in ("--beta1", "--clip", "--lr", "--warmup", "--seed", "--ema", "--weight_decay") else 1
+        good = 0.5 if flag == "--beta2" else good
+        args = parse("train", "--latents", "a", flag, good)
+        assert getattr(args, flag[2:]) == kind(good), "the recipe does not replace what is given, be it 0"
+    args = parse("train", "--latents", "a")
+    assert (args.model, args.recipe, args.epochs, args.out, args.micro_batch, args.seed) == ("dit-b", "dit", 80, "gen",
+                                                                                            64, 0)
+    assert (args.log_every, args.eval_every, args.save_every, args.keep_every) == (100, 5000, 1000, None)
+    assert (args.lr_decay, args.decay_shape, args.compile) == (0.0, "linear", torch.cuda.is_available())
+    assert parse("train", "--latents", "a", "--epochs", 3).epochs == 3
+    mixed = parse("train", "--latents", "a", "--model", "dit-s", "--recipe", "paper", "--batch_size", 512)
+    assert math.isclose(mixed.lr, 5e-6) and (mixed.ema, mixed.warmup_part) == (0.999, 0.25)
+
+
+def test_a_run_goes_on_with_its_own_latents_only():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, out = tokenizer(tmp), os.path.join(tmp, "run")
+        folder = saved_latents(tmp, weights)
+
+        def trained(*flags):
+            with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
+                generate.main([str(x) for x in ("train", "--model", "dit-s", "--set", *SMALL, "--out", out, "--workers",
+                                                0, "--batch_size", 4, "--eval_every", 0, "--lr", 0.01, "--warmup", 0,
+                                                *flags)])
+            return said.getvalue()
+        assert "done: " in trained("--latents", folder, "--steps", 1)
+        shutil.copytree(folder, folder + "-moved")
+        assert "resumed from" in trained("--latents", folder + "-moved", "--steps", 2), "they may lie elsewhere"
+        assert "the run is finished" in trained("--latents", folder, "--steps", 2)
+        config, tensors = read_config(weights), load_file(weights)
+        tensors["latent_std"] *= 2
+        other = os.path.join(tmp, "more", "tokenizer.safetensors")
+        os.makedirs(os.path.dirname(other)), write_model(other, config, tensors)
+        digest = hashlib.sha256(open(other, "rb").read()).hexdigest()[:12]
+        theirs = saved_latents(os.path.join(tmp, "more"), other)
+        raises(UserError, trained, "--latents", theirs, "--steps", 3, words=[
+            "state.pt is of another run (images was 10 latents of 8x4x4", f"by tokenizer {digest}"])
+        raises(UserError, trained, "--latents", folder, "--steps", 3, "--ema", 0.5, words="ema was 0.9999, is now 0.5")
