@@ -22,6 +22,8 @@ The sections of this file, in its order, and the files of tests/ that run with i
                                     rates, files, refusals
     tests/test_flags.py             Every flag of every script changes the quantity that it names, by what it says
     tests/test_generate.py          downstream/generate.py by its command line: training, sampling, scoring, refusals
+    tests/test_generate_values.py   Generation: values that pass through, second branches and refusals, each with a
+                                    model of a few thousand numbers
     tests/test_generation.py        downstream/: generation, MAR and DiT as models
     tests/test_images.py            Odd metadata, all sorts of archives and folders, trouble of the machine, other
                                     systems

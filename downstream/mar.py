@@ -204,7 +204,7 @@ class MAR(nn.Module):
         return h + take(self.head_pos.expand(B, -1, -1), wanted)
 
     def velocity(self, x_t, t, c):
-        """The head's velocity in fp32, of noisy tokens x_t (B, M, C), times t (B, M) with 1 = noise, conditions c (B, M, D)."""
+        """v in fp32: the head on noisy tokens x_t (B, M, C), times t (B, M) with 1 = noise, conditions c (B, M, D)."""
         return self.head(x_t, t, c).float()
 
     def loss(self, latent, labels, ratio=None):

