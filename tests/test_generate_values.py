@@ -464,15 +464,15 @@ def test_bench_counts_what_is_computed():
     block = N * D * (3 * D + D + 2 * hidden + hidden) + 2 * N * N * D + 6 * D * D
     b = 12 * block + 256 * D + D * D + N * 256 * D * 2 + 2 * D * D
     assert speed.training_flops("dit-b", {}) == 3 * 2 * b and round(b / 1e9) == 23  # as was counted by others
-    D, W, N, V, buffer, C = 32, 48, 16, 16 - math.ceil(16 * 0.867), 3, 3
-    small = dict(channels=C, grid=4, classes=8, width=D, depth=1, heads=2, head_width=W, head_depth=1, buffer=buffer)
+    D, W, N, V, buffer, C = 32, 48, 9, 9 - math.ceil(9 * 0.867), 3, 3
+    small = dict(channels=C, grid=3, classes=8, width=D, depth=1, heads=2, head_width=W, head_depth=1, buffer=buffer)
     attend = lambda n: n * 12 * D * D + 2 * n * n * D  # of a block on n tokens
     head = lambda n: n * (C * W + 256 * W + W * W + D * W + (2 * W * W + 3 * W * W) + 2 * W * W + W * C)
     body = lambda V: V * C * D + attend(V + buffer) + (V + buffer) * D * D + attend(N + buffer)
     assert speed.training_flops("mar-s", small) == 3 * 2 * (body(V) + head(4 * (N - V)))
     # 16 iterations are counted one by one, 32 as twice as many, and the head on each token once a step; with guidance
     # all is done twice
-    bodies = sum(body(done) for done, _, _ in mar.portions(16, 16))
+    bodies = sum(body(done) for done, _, _ in mar.portions(9, 16))
     assert speed.sampling_flops("mar-s", small, 2.0, 32, 5) == 2 * 2 * (2 * bodies + 5 * head(N))
     micro_dit = dict(channels=3, grid=4, classes=8, width=32, depth=2, heads=2)
     one = speed.training_flops("dit-s", micro_dit) / 3
