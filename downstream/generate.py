@@ -138,7 +138,7 @@ def build_data(args, device):
     def encode(img):
         with autocast:
             return enc.encode(img / 255).float()
-    return data, encode, dec, dict(weights=weights, weights_sha256=sha256(weights), size=size)
+    return data, encode, dec, dict(weights=weights, weights_sha256=sha256(weights), size=size, data=args.data)
 
 
 def build_optimizer(model, args):
@@ -168,7 +168,7 @@ def setup(args, run):
     args.warmup = round(args.warmup_part * args.steps) if args.warmup is None else args.warmup
     args.images = f"{len(s.data):,} latents of {'x'.join(map(str, shape))} by tokenizer {about['weights_sha256'][:12]}"
     s.config = {"generator": args.model, "config": asdict(s.model.config), "classes": s.data.classes,
-                **{k: about[k] for k in ("weights", "weights_sha256", "size")}, "commit": commit()}
+                **{k: about.get(k) for k in ("weights", "weights_sha256", "size", "data")}, "commit": commit()}
     s.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.on_gpu)  # the flow loss stays fp32
     s.flops = speed.training_flops(args.model, changes)
     s.now = run.counts(3)  # loss, gradient norm, steps

@@ -1462,6 +1462,14 @@ TABLE = [
      "args.graph and (not", "test_a_graph_of_the_step_is_fed_each_batch"),
     ("--graph for several ranks", "downstream/generate.py", '"WORLD_SIZE", 1)) > 1):', '"WORLD_SIZE", 1)) > 2):',
      "test_a_graph_of_the_step_is_fed_each_batch"),
+    ("the generator's own images are not the reference", "downstream/sampling.py",
+     'paths = args.reference or info.get("data")', "paths = args.reference",
+     "test_a_score_against_ones_own_images_is_zero"),
+    ("the reference is its first folder", "downstream/sampling.py", "job.crops(paths, resolution)",
+     "job.crops(paths[:1], resolution)", "test_a_score_against_ones_own_images_is_zero"),
+    ("a generator forgets its images", "downstream/generate.py", '"weights_sha256", "size", "data")}',
+     '"weights_sha256", "size")}',
+     "test_training_is_set_up_as_the_flags_say"),
 ]
 MUTANTS = [Mutant(*row) for row in TABLE]
 

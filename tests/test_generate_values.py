@@ -434,7 +434,7 @@ def test_a_score_against_ones_own_images_is_zero():
                words="has a covariance of (63, 63), these features one of (64, 64)")
         with patch.object(sampling, "load_inception", lambda job: (None, None)):
             raises(UserError, score, own, words="gFID and IS need --inception")
-        raises(MissingFile, score, os.path.join(tmp, "none"), words="none: no such folder, .zip or .npz")
+        raises(MissingFile, score, os.path.join(tmp, "none"), words="none: no such folder, .zip or .npz; give the")
     with loads("dit"), patch.object(sampling, "load_inception", lambda job: (network, "NET")), \
             tempfile.TemporaryDirectory() as tmp:
         np.savez(os.path.join(tmp, "s.npz"), mu=np.zeros(64), sigma=np.eye(64))
@@ -442,6 +442,19 @@ def test_a_score_against_ones_own_images_is_zero():
         for words in "; 2 Heun steps, ", f"against the statistics in {tmp}/s.npz":
             assert words in report["protocol"]
         assert report["results"][0]["cfg"] == 3.0
+        # without --reference: the images that the generator was trained on
+        flags, (folder, archive) = "score --run RUN --images 8 --steps 1 --workers 0".split(), picture_folder(tmp)
+        found = []
+        for more, known in ([], [folder, archive]), (["--reference", folder, archive], None), ([], [folder]):
+            info = dict(as_loaded("dit")[2], data=known)
+            with patch.object(sampling, "load", lambda args, device: [
+                    vars(args).update(resolution=8), (*as_loaded("dit")[:2], info)][1]), \
+                    contextlib.redirect_stdout(io.StringIO()):
+                found.append(sampling.score(parse(*flags, *more)))
+        assert [x["results"][0]["gfid"] for x in found][0] == found[1]["results"][0]["gfid"]
+        assert f"against 20 images of {folder} {archive};" in found[0]["protocol"] == found[1]["protocol"]
+        assert f"against 10 images of {folder};" in found[2]["protocol"]
+        raises(UserError, sampling.score, parse(*flags), words="RUN does not say what images it was trained on")
 
 
 def test_defaults_of_generation():
@@ -692,6 +705,7 @@ def test_training_is_set_up_as_the_flags_say():
             assert all(not p.requires_grad for p in s.averages) and not s.averaged.training and s.model.training
             assert {id(p) for p in s.weights}.isdisjoint(map(id, s.averages))
             assert s.config["generator"] == model and s.config["config"] == vars(first.config)
+            assert s.config["data"] == [os.path.join(tmp, "pictures")]
             assert (s.config["classes"], s.config["size"], s.config["weights"]) == (["class0", "class1"], 16, weights)
             assert s.config["weights_sha256"] == digest and s.flops == (model, dict(
                 channels=8, grid=4, classes=2, **{k: int(x) for k, x in fields.items()}))
@@ -737,7 +751,7 @@ def test_training_on_images_encodes_them():
             expected = data.ImageDataset(pictures, size, True, 5, (1.0, 1.0))
             assert torch.equal(img, expected[3][0]) and label == expected[3][1] and not images.replace
             assert about == dict(weights=weights, weights_sha256=hashlib.sha256(
-                open(weights, "rb").read()).hexdigest(), size=size)
+                open(weights, "rb").read()).hexdigest(), size=size, data=[pictures])
             z = encode(img[None])
             with torch.no_grad():
                 close(z, Encoder.from_pretrained(weights).encode(img[None] / 255))
