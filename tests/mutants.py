@@ -1470,6 +1470,22 @@ TABLE = [
     ("a generator forgets its images", "downstream/generate.py", '"weights_sha256", "size", "data")}',
      '"weights_sha256", "size")}',
      "test_training_is_set_up_as_the_flags_say"),
+    ("statistics at the native size, it says", "tools/latents.py", "crops to {images.size} px, {job.precision}, per",
+     "crops to {info['size']} px, {job.precision}, per", "test_reports_of_latents_say_what_was_done"),
+    ("statistics in fp32, it says", "tools/latents.py", "px, {job.precision}, per", "px, fp32 without TF32, per",
+     "test_reports_of_latents_say_what_was_done"),
+    ("latents in fp32, it says", "tools/latents.py", 'px, {job.precision}"}', 'px, fp32 without TF32"}',
+     "test_reports_of_latents_say_what_was_done"),
+    ("latents at 256 px, it says", "tools/latents.py", '"protocol": f"ADM centre crops to {images.size} px',
+     '"protocol": f"ADM centre crops to 256 px', "test_reports_of_latents_say_what_was_done"),
+    ("the mean is reported twice", "tools/latents.py", '"latent_std": std.tolist()', '"latent_std": mean.tolist()',
+     "test_reports_of_latents_say_what_was_done"),
+    ("the deviation is printed twice", "tools/latents.py", "f\"mean      {' '.join(f'{x:.3f}' for x in mean)}\"",
+     "f\"mean      {' '.join(f'{x:.3f}' for x in std)}\"", "test_reports_of_latents_say_what_was_done"),
+    ("written to the weights, it says", "tools/latents.py", 'f"written to {target}: its', 'f"written to {weights}: its',
+     "test_reports_of_latents_say_what_was_done"),
+    ("latents do not say of which tokenizer", "tools/latents.py", "index = {**made_of, **about,", "index = {**made_of,",
+     "test_reports_of_latents_say_what_was_done"),
 ]
 MUTANTS = [Mutant(*row) for row in TABLE]
 

@@ -374,3 +374,22 @@ def test_files_of_latents_stay_mapped():
         os.remove(os.path.join(out, "latents_00001.safetensors"))
         raises(data.MissingFile, late.__getitem__, 5, words="latents_00001.safetensors is gone")
         assert torch.equal(late[8][0], first[8]) and torch.equal(a[5][0], first[5]), "a mapped file is still there"
+
+
+def test_reports_of_latents_say_what_was_done():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=4)
+        given, made = ["--data", folder, "--weights", weights, "--size", 24], os.path.join(tmp, "made.safetensors")
+        for flags, precision in ([], "fp32 without TF32"), (["--bf16"], "bf16 autocast"):
+            said, report = command("stats", *given, "--out", made, *flags)
+            mean, std = (load_file(made)[f"latent_{k}"] for k in ("mean", "std"))
+            assert report["latent_mean"] == mean.tolist() and report["latent_std"] == std.tolist()
+            assert f"ADM centre crops to 24 px, {precision}, per channel over" in report["protocol"]
+            for name, figures in ("mean      ", mean), ("deviation ", std):
+                assert name + " ".join(f"{x:.3f}" for x in figures) + "\n" in said, said
+            assert f"written to {made}: " in said and encoder.read_config(made)["latent_images"] == 4
+            out = os.path.join(tmp, precision)
+            command("save", *given[:2], "--weights", made, *given[4:], "--out", out, *flags)
+            index = json.load(open(os.path.join(out, "index.json")))
+            assert index["protocol"] == f"ADM centre crops to 24 px, {precision}"
+            assert (index["weights"], index["data"], index["images"], index["size"]) == (made, [folder], 4, 24)
