@@ -14,11 +14,13 @@ All figures are of the codes, not of the picture: centred, compared by the cosin
 Needs matplotlib and scikit-learn (requirements-test.txt).
 """
 import argparse
+import io
 import json
 import os
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from data import ImageDataset
@@ -77,7 +79,10 @@ def draw(panels, labels, names, path):
         axis.scatter(*points.T, c=labels, cmap="tab20", s=5, linewidths=0)
         axis.set_title(title, fontsize=9)
         axis.set_xticks([]), axis.set_yticks([])
-    write_atomically(path, lambda f: figure.savefig(f, format="png", pil_kwargs={"optimize": True}))
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    picture = Image.open(drawn).convert("RGB").quantize(64)  # a quarter of the bytes
+    write_atomically(path, lambda f: picture.save(f, "PNG", optimize=True))
 
 
 def main(argv=None):
@@ -86,6 +91,7 @@ def main(argv=None):
     add("--data", nargs="+", required=True, metavar="PATH", help="pictures by class: tiny-imagenet-100-val.zip")
     add("--weights", default=SHIPPED, metavar="FILE", help="[the shipped tokenizer]")
     add("--teacher", default="tiny", help=f"of {', '.join(TEACHERS)}, or a file [%(default)s]")
+    add("--size", type=int, default=64, help="of the pictures, in pixels [%(default)s: their own]")
     add("--classes", type=int, default=15, help="how many [%(default)s]")
     add("--seed", type=int, default=0, help="of t-SNE [%(default)s]")
     add("--out", default=HERE, metavar="FOLDER", help="[beside this file]")
@@ -94,7 +100,7 @@ def main(argv=None):
     from sklearn.metrics import silhouette_score
 
     enc, teacher = Encoder.from_pretrained(find_weights(args.weights)), Encoder(load_teacher(args.teacher)).eval()
-    data = ImageDataset(args.data, enc.size, train=False)
+    data = ImageDataset(args.data, args.size, train=False)
     chosen = np.flatnonzero(np.isin(data.labels, spread_classes(data.labels, args.classes)))
     labels = np.unique(np.asarray(data.labels)[chosen], return_inverse=True)[1]
     batches = [img / 255 for img, _ in DataLoader(Subset(data, chosen.tolist()), 50)]
@@ -107,8 +113,9 @@ def main(argv=None):
         panels[title] = TSNE(init="pca", random_state=args.seed).fit_transform(x)
         print(title.replace("\n", ": "), flush=True)
     draw(panels, labels, data.classes, os.path.join(args.out, "tsne.png"))
-    protocol = {"pictures": len(labels), "classes": args.classes, "weights": os.path.basename(args.weights),
-                "weights_sha256": sha256(args.weights), "teacher": args.teacher, "seed": args.seed}
+    protocol = {"pictures": len(labels), "size": args.size, "classes": args.classes,
+                "weights": os.path.basename(args.weights), "weights_sha256": sha256(args.weights),
+                "teacher": args.teacher, "seed": args.seed}
     text = json.dumps({**protocol, "codes": found}, indent=1) + "\n"
     write_atomically(os.path.join(args.out, "tsne.json"), lambda f: f.write(text.encode()))
 
