@@ -26,6 +26,9 @@ from encoder import UserError, write_atomically
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
+MME_TASKS = {
+    "perception": "existence count position color posters celebrity scene landmark artwork OCR".split(),
+    "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()}
 MME_ASKS = "Please answer yes or no."  # LLaVA asks with SHORT instead
 ROTATED = 10 ** 6  # rows of MMBench from this number on repeat a question with its options in another order
 
@@ -85,13 +88,15 @@ def pope(*paths):
 
 def mme(folder):
     questions = []
-    for task in sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))):
+    for task in sorted({*MME_TASKS["perception"], *MME_TASKS["cognition"]}.intersection(os.listdir(folder))):
         apart = os.path.isdir(os.path.join(folder, task, "images"))  # from the texts
         pictures = f"{task}/images" if apart else task
         texts = os.path.join(folder, task, "questions_answers_YN") if apart else os.path.join(folder, task)
-        names = sorted(name for name in os.listdir(os.path.join(folder, pictures)) if not name.endswith(".txt"))
-        for image in names:
-            lines = read_text(os.path.join(texts, os.path.splitext(image)[0] + ".txt")).split("\n")
+        images = {os.path.splitext(name)[0]: name for name in os.listdir(os.path.join(folder, pictures))
+                  if not name.endswith(".txt")}
+        for name in sorted(name for name in os.listdir(texts) if name.endswith(".txt")):
+            image = images[name[:-4]]
+            lines = read_text(os.path.join(texts, name)).split("\n")
             for n, line in enumerate(filter(str.strip, lines), 1):
                 text, label = line.strip().split("\t")
                 questions.append({"question_id": f"{task}/{image}#{n}", "image": f"{pictures}/{image}",

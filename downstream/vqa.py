@@ -28,13 +28,10 @@ import os
 import re
 from collections import Counter
 
-from downstream.questions import MME_ASKS, READERS, parse_lines, read_questions, write
+from downstream.questions import MME_ASKS, MME_TASKS, READERS, parse_lines, read_questions, write
 from encoder import UserError, one_line
 from tools.script import run_command
 
-MME_TASKS = {
-    "perception": "existence count position color posters celebrity scene landmark artwork OCR".split(),
-    "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()}
 BY_PICTURE = "mme", "textvqa"  # in LLaVA's own question files for these, question_id is that of the picture
 SERVERS = {"mmvet": "MM-Vet's online evaluator, where GPT-4 judges", "vqav2": "VQA's challenge on EvalAI, test-dev"}
 

@@ -193,6 +193,8 @@ def published(folder):
     write(mme, "artwork/questions_answers_YN/7.txt", "Is it\u2028old? Please answer yes or no.\tNo\nNew?\tYes")
     write(mme, "artwork/images/7.png", "x")
     write(mme, "README.txt", "x")
+    write(mme, "artwork/images/.DS_Store", "x")
+    write(mme, "eval_tool/calculation.py", "x")
     gqa = {"05": {"imageId": "n1", "question": "Is it red?", "answer": "no", "isBalanced": True,
                   "types": {"structural": "verify"}},
            "06": {"imageId": "n1", "question": "And?", "answer": "x", "isBalanced": False,

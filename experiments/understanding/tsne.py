@@ -81,7 +81,7 @@ def draw(panels, labels, names, path):
         axis.set_xticks([]), axis.set_yticks([])
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
-    picture = Image.open(drawn).convert("RGB").quantize(64)  # a quarter of the bytes
+    picture = Image.open(drawn).convert("RGB").quantize(128)  # fewer bytes
     write_atomically(path, lambda f: picture.save(f, "PNG", optimize=True))
 
 
