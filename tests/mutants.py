@@ -1073,6 +1073,8 @@ TABLE = [
     ("a test question without an answer is left out", "downstream/vqa.py",
      'if key in answers else ""}\n                 for key, x in asked.items()]',
      "}\n                 for key, x in asked.items() if key in answers]", "test_files_for_servers"),
+    ("options not handed on", "downstream/vqa.py", "read_questions(args.benchmark, args.files, **options)",
+     "read_questions(args.benchmark, args.files)", "test_questions_are_those_of_the_published_files"),
     ("lines end within a text", "downstream/questions.py", 'read_text(path).split("\\n"), 1)',
      "read_text(path).splitlines(), 1)", "test_bad_answers_and_labels_are_one_line"),
     ("MME asks twice for yes or no", "downstream/questions.py", 'text.replace(MME_ASKS, "").strip() + SHORT',

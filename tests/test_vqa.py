@@ -249,7 +249,7 @@ def test_questions_are_those_of_the_published_files():
             {"question_id": "05", "image": "n1.jpg", "text": f"Is it red?{SHORT}", "label": "no", "category": "binary"},
             {"question_id": "07", "image": "n2.jpg", "text": f"What is it?{SHORT}", "label": "cat", "category": "open"}]
         ocr = write(tmp, "ocr.json", {"data": [{"image_id": "0a", "ocr_tokens": ["NOKIA", "n 95"]}]})
-        plain, shown = read("textvqa"), read("textvqa", ocr=ocr)
+        plain, shown = read("textvqa"), read("textvqa", ocr=ocr)  # both questions are about one picture
         assert plain == [{"question_id": 34602 + n, "image": "0a.jpg", "text": text + SHORT, "label": [label] * 10}
                          for n, (text, label) in enumerate((("what brand?", "nokia"), ("what year?", "1999")))]
         assert shown[0] == {**plain[0], "text": f"what brand?\nReference OCR token: NOKIA, n 95{SHORT}"}
@@ -274,6 +274,10 @@ def test_questions_are_those_of_the_published_files():
             out = os.path.join(tmp, "made", f"{name}.jsonl")
             assert quietly("questions", name, *paths, "--out", out) == f"{out}: {len(read(name))} questions\n"
             assert questions.read_questions(name, [out]) == read(name), name
+        quietly("questions", "textvqa", *files["textvqa"], "--ocr", ocr, "--out", out)
+        assert questions.read_questions("textvqa", [out]) == shown
+        quietly("questions", "mmbench", *files["mmbench"], "--images", os.path.join(tmp, "more"), "--out", out)
+        assert os.listdir(os.path.join(tmp, "more")) == os.listdir(images)
 
 
 def test_scores_on_the_command_line():
