@@ -61,7 +61,7 @@ def strip_punctuation(text):
     found = text
     for sign in PUNCTUATION:
         found = found.replace(sign, "" if joined or sign + " " in text or " " + sign in text else " ")
-    return re.sub(r"\.(?!\d)", "", found)
+    return re.sub(r"\.(?!\d)", "", found, count=32)  # their re.sub has a flag, 32, where it takes the count
 
 
 def plain_words(text):
