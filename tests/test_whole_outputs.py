@@ -1,7 +1,7 @@
 """Whole reports, log lines and messages of the scripts, word by word, against values computed here."""
 from tests.helpers import (
-    QuickInception, clip, evaluate, log_lines, micro_teacher, picture, picture_folder, pixels, raises, sampled,
-    tokenizer_file, train_quietly)
+    QuickInception, clip, evaluate, log_lines, micro_teacher, picture, picture_folder, pixels, refused,
+    sampled, tokenizer_file, train_quietly)
 
 import contextlib
 import hashlib
@@ -199,17 +199,6 @@ def test_whole_reports_of_a_fid():
                 says=f"{one} holds 1 image; a covariance, and so an FID, needs at least 2 (or --inception none)")
         refused(evaluation.UserError, evaluate, "--data", one, "--weights", weights, *flags,
                 says=f"{one} holds 1 image; a covariance, and so an FID, needs at least 2 (or --inception none)")
-
-
-def refused(kind, function, *args, says):
-    """function(*args) must raise `kind` with exactly this message."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            got = function(*args)
-    except kind as e:
-        assert str(e) == says, f"it says\n{e}\nexpected\n{says}"
-        return
-    raise AssertionError(f"no {kind.__name__}, but {got}: {says}")
 
 
 def as_latents(*flags):
