@@ -508,6 +508,17 @@ def test_where_downloads_are_looked_for_offline():
                 assert asked == [(url, target, None)] * 4
             refused(encoder.MissingFile, encoder.fetch, "other",
                     says=f"other: no such file, no URL, and none of the names {' '.join(encoder.PUBLISHED)}")
+        # weights that are given come before the published ones
+        given = os.path.join(tmp, "given.safetensors")
+        with patch.dict(encoder.PUBLISHED, {"micro": "org/repo/model.safetensors"}), \
+                patch.dict(encoder.TEACHERS, micro=MICRO_VIT), patch.object(encoder, "fetch", lambda *args: asked.append(args)):
+            save_file(encoder.ViT(MICRO_VIT).state_dict(), given)
+            assert torch.equal(encoder.load_teacher("micro", given).pos_embed, load_file(given)["pos_embed"])
+            assert len(asked) == 4
+            for offline in False, True:
+                with contextlib.suppress(TypeError):  # there is no file
+                    encoder.load_teacher("micro", None, offline)
+            assert asked[4:] == [("micro", False), ("micro", True)]
         # a random teacher is announced once under torchrun
         for rank, lines in ("0", 1), ("1", 0):
             with patch.dict(os.environ, RANK=rank), contextlib.redirect_stdout(io.StringIO()) as said:
@@ -587,6 +598,10 @@ def test_what_is_said_of_pictures_that_cannot_be_read():
                 refused(data.UserError, zipped.read, 0, says="is 5,000 bytes long; at most 4,999 are read")
             with patch.object(data, "MAX_BYTES", 5000):
                 assert zipped.read(0) == bytes(5000)
+        for wrong in 4999, 5001:  # a directory that tells another length
+            zipped.spans[0, 3] = wrong
+            refused(data.UserError, zipped.read, 0,
+                    says="damaged in the archive, or the archive was changed meanwhile (CRC-32)")
         read = data.ImageDataset([tmp], 16, False)
         for e, code in (OSError("no number"), errno.EIO), (MemoryError(), errno.ENOMEM), (OSError(5, "x"), errno.EIO):
             waits = []

@@ -185,6 +185,18 @@ def test_the_commit_is_that_of_the_code():
                 assert script.commit() == "unknown"
 
 
+def test_a_folder_is_no_tokenizer():
+    with tempfile.TemporaryDirectory() as tmp, contextlib.chdir(tmp):
+        os.makedirs(script.RUNS_FILE)
+        assert script.find_weights(None) == script.SHIPPED
+        os.rmdir(script.RUNS_FILE), open(script.RUNS_FILE, "w").close()
+        assert script.find_weights(None) == script.RUNS_FILE
+        with patch.object(script, "SHIPPED", "gone"):
+            os.remove(script.RUNS_FILE)
+            refused(encoder.MissingFile, script.find_weights, None, says="no tokenizer at out/model.safetensors or gone: "
+                    "train one with `python train.py`, or give --weights")
+
+
 def test_only_a_run_found_unasked_is_explained():
     shipped = script.SHIPPED
     assert script.name_weights(None, shipped) == shipped
@@ -379,6 +391,12 @@ def test_every_refusal_of_sample():
         for limit, status in (16 * 21 / 2, 0), (16 * 21 / 2 - 1, 1):
             with patch.object(sample, "MAX_PIXELS", limit):
                 assert sampled(z, "--weights", weights)[0] == status
+        nothing = lambda self, latent, *rest: torch.full((len(latent), 3, 16, 24), float("nan"))
+        with patch.object(decoder.Decoder, "decode", nothing):
+            for file in z, "a.png":
+                status, _, err = sampled(file, "--weights", weights)
+                assert (status, err) == (1, f"sample.py: {file} reconstructions are not finite in 1 of 1 rows: the weights "
+                                         "are damaged\n")
         encoder.write_model(z, {**about, "weights_sha256": "f" * 64}, {"latent": latent})
         own = evaluation.sha256(weights)
         assert sampled(z, "--weights", weights)[2] == (
@@ -793,7 +811,7 @@ def test_export_of_one_register_and_what_cannot_be_exported():
                 convert.to_released(weights, out)
             assert said.getvalue() == (f"{weights}: its latent statistics are left out: the authors' layout has no place for "
                                        "them\n") * bool(name)
-        table = [(f"x{k}", f"y{k}", (1,)) for k in range(6)]
+        table = [(f"x{k}", f"y{k}", (1,)) for k in range(6)] + [("latent_mean", "z", (8,))]
         refused(encoder.UserError, convert.read_renamed, weights, table, says=f"{weights} lacks tensors of that model (6): "
                 + "; ".join(f"missing x{k}" for k in range(4)))
 
@@ -851,3 +869,55 @@ def test_clocks_of_the_benches():
         with patch.multiple(torch.cuda, is_available=lambda: True, synchronize=lambda: None):
             took = itertools.chain([100.0] * 3, [1.0, 2.0, 6.0])
             assert speed.seconds(f, 3) == 3.0, "on a GPU the first three"
+
+
+def printed(f, *args):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        f(*args)
+    return said.getvalue().splitlines()
+
+
+def test_what_the_benches_print():
+    """By times that are given: rates, shares and sums of the training step, of sampling and of loading."""
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(os.path.join(tmp, "p"), 3)
+        with patch.object(speed, "median_seconds", lambda f: 0.5):
+            for size, px in (None, 16), (24, 24):
+                assert printed(speed.sample_speed, weights, size) == [
+                    f"CPU, fp32, not compiled, torch {torch.__version__}, {px} px",
+                    *(f"batch  2 | {what:18s} |      4.0 img/s |  500.00 ms" for what in (
+                        "encode + decode", "encode", "decode in 1 step", "decode in 2 steps"))]
+        clock, loaders = itertools.count(0.0), []
+
+        def loader(data_, num_workers, batch_sampler, **how):
+            loaders.append((len(data_), data_.train, data_.size, num_workers, next(iter(batch_sampler))))
+            return itertools.repeat((torch.zeros(32, 3, 4, 4), []))
+        with patch.object(speed.time, "perf_counter", lambda: next(clock)), patch.object(speed, "DataLoader", loader), \
+                patch.object(speed, "cores", lambda: 3):
+            assert printed(speed.data_speed, [folder], 24, 3.0) == [
+                "3 images at 24 px; the order of an epoch of ImageNet takes 1000 ms and 10 MiB a worker",
+                # two batches of 32 in a clock of three seconds
+                *(f"{n:3d} workers |     21.3 img/s | {64 / 3 / n:7.1f} a worker" for n in (1, 2, 3))]
+        assert loaders == [(3, True, 24, n, list(range(32))) for n in (1, 2, 3)]
+        teacher = os.path.join(tmp, "teacher.safetensors")
+        flags = ["--teacher", teacher, "--latent_dim", "8", "--gtb_depth", "1", "--flow_depth", "2", "--flow_width", "96",
+                 "--batch_size", "10", "--micro_batch", "4", "--no-compile"]
+        # the matrix product; five settings and the last; a micro-batch alone; the four parts
+        given = [0.125, 0.5, 0.25, 1.0, 0.125, 0.75, 0.5, 0.375, 0.01, 0.02, 0.03, 0.04]
+        times = iter(given)
+        with patch.object(speed, "seconds", lambda f, repeats=10: next(times)):
+            said = printed(speed.train_speed, flags)
+        _, enc, dec = train.build_models(train.parse_args(flags))
+        tflop, ceiling = train.model_flops(enc, dec, 16) / 1e12, 2 * 1024 ** 3 / 0.125 / 1e12
+        row = lambda name, images, took: (f"{name:36s} | {images / took:8,.1f} img/s | {took * 1e3:7.1f} ms | "
+                                          f"{images / took * tflop:6.4g} TFLOP/s a GPU | "
+                                          f"{images / took * tflop / ceiling:.3f} of the ceiling")
+        assert said == [
+            f"CPU, torch {torch.__version__}, {teacher} at 16 px, {tflop:.2f} TFLOP an image, 1 rank; a matrix product of "
+            f"1024 reaches {ceiling:.3g} TFLOP/s",
+            row("   4 x 1, not compiled", 4, 0.5), row("   2 x 1, not compiled", 2, 0.25),
+            row("   8 x 1, not compiled", 8, 1.0), row("   1 x 1, not compiled, checkpoint_activations", 1, 0.125),
+            row("   4 x 1, not compiled, checkpoint_activations", 4, 0.75), row("   4 x 1, not compiled", 4, 0.5),
+            row("10 images a step (micro-batch x 2.5)", 10, 2.5 * 0.375 + 0.125),
+            "parts: teacher 10.0 ms, student 20.0 ms, decoder 30.0 ms, distance 40.0 ms, optimizer 125.0 ms; sum 225.0 ms "
+            "of 500.0"], said

@@ -27,12 +27,9 @@ import encoder
 import eval as evaluation
 import tools.fid as fid_command
 import tools.latents as latents
-import tools.pictures as pictures
-import tools.run as running
 import tools.script as script
 import tools.validate as validation
 import train
-from tools import convert, recipes
 
 patch = unittest.mock.patch
 MEASURES = ("PSNR per image, at most 100 dB, then averaged; ssim: Gaussian 11x11, sigma 1.5, data_range 1; ssim_paper: "
@@ -131,6 +128,15 @@ def test_whole_reports_of_an_evaluation():
                 *start, f"data      {b}", "images    1", f"protocol  {protocol}", "",
                 "                    PSNR dB    ssim  ssim_paper",
                 f"tokenizer           {x['psnr']:7.2f}  {x['ssim']:.4f}      {x['ssim_paper']:.4f}"], said
+        # the PCA codes what goes in, and is compared where the tokenizer is
+        report = evaluate(*flags, "--inception", "none", "--data", b, "--fit", fit, "--pca", "--resolution", 256)[1]
+        small, large, whole = (torch.stack([x for x, _ in data.ImageDataset(root, size, train=False)]) / 255
+                               for root, size in ((b, 16), (b, 256), (fit, 16)))
+        mean, basis = evaluation.fit_patch_pca([whole], 4, 8)
+        x = (255 * evaluation.patch_pca(small, mean, basis, 4)[0]).round().byte().permute(1, 2, 0).numpy()
+        x = np.array(Image.fromarray(x).resize((256, 256), Image.Resampling.BICUBIC)) / 255
+        quality = -10 * np.log10(((x - large[0].permute(1, 2, 0).numpy()) ** 2).mean())
+        assert abs(report["results"]["PCA, 8 per patch"]["psnr"] - quality) < 1e-3, (report["results"], quality)
         # the fit's own images are only then the measured ones if the folders are the same
         for given, same in ([b], True), ([b, b], False):
             warning = evaluate(*flags, "--inception", "none", "--data", b, "--fit", *given, "--pca")[1]["warning"]
