@@ -350,7 +350,8 @@ def test_messages_of_the_method():
         refused(ValueError, dec.loss, z, img, says=f"img has values from {low:.3g} to {high:.3g}; expected [0, 1]")
     img[0, 0, 0, :2] = torch.tensor([-0.49, 1.49])
     enc(img), dec.loss(z, img)
-    for (H, W), near in {(13, 21): "20x12", (16, 0): "4x16", (0, 16): "16x4", (15, 14): "16x16", (1, 30): "32x4"}.items():
+    for (H, W), near in (((13, 21), "20x12"), ((16, 0), "4x16"), ((0, 16), "16x4"), ((15, 14), "16x16"),
+                         ((1, 30), "32x4")):
         refused(ValueError, enc, torch.zeros(1, 3, H, W),
                 says=f"image is {W}x{H} pixels; sides must be multiples of the patch 4: try {near}")
     for layer in 3, -4, [0, 3], []:
@@ -414,7 +415,8 @@ def test_what_a_file_of_weights_may_hold():
         for content in state | extra, {"state_dict": state | extra, "optimizer": torch.zeros(1)}:
             torch.save(content, dump)
             present, get = encoder.open_weights(dump)
-            assert present == {"a", "b.module.c", "d"} and [get(n)[0].item() for n in ("a", "b.module.c", "d")] == [0, 1, 2]
+            expected = {"a": 0, "b.module.c": 1, "d": 2}
+            assert present == expected.keys() and all(get(name)[0].item() == x for name, x in expected.items())
         assert encoder.one_line("a\n  b\tc ") == "a b c" and encoder.one_line("x " * 400) == ("x " * 150)
         vit, file = encoder.ViT(MICRO_VIT), os.path.join(tmp, "vit.safetensors")
         own = vit.state_dict()
@@ -455,8 +457,8 @@ def test_what_a_model_would_weigh_by_hand():
         size = os.path.getsize(path)
         about = "such a file's metadata have config = {\"vit\": ...}"
         refused(encoder.UserError, encoder.read_config, path,
-                says=f"{path} is damaged, or is no model file of this project: {about} (ValueError: its config asks for "
-                f"{of_vit:,} weights, but it has {size:,} bytes)")
+                says=f"{path} is damaged, or is no model file of this project: {about} (ValueError: its config asks "
+                     f"for {of_vit:,} weights, but it has {size:,} bytes)")
         refused(decoder.UserError, decoder.Decoder.from_pretrained, path,
                 says=f"{path} does not hold a UniFlow decoder (ValueError: its config asks for {of_dec:,} weights, but "
                 f"it has {size:,} bytes)")
@@ -511,7 +513,8 @@ def test_where_downloads_are_looked_for_offline():
         # weights that are given come before the published ones
         given = os.path.join(tmp, "given.safetensors")
         with patch.dict(encoder.PUBLISHED, {"micro": "org/repo/model.safetensors"}), \
-                patch.dict(encoder.TEACHERS, micro=MICRO_VIT), patch.object(encoder, "fetch", lambda *args: asked.append(args)):
+                patch.dict(encoder.TEACHERS, micro=MICRO_VIT), \
+                patch.object(encoder, "fetch", lambda *args: asked.append(args)):
             save_file(encoder.ViT(MICRO_VIT).state_dict(), given)
             assert torch.equal(encoder.load_teacher("micro", given).pos_embed, load_file(given)["pos_embed"])
             assert len(asked) == 4
@@ -630,20 +633,21 @@ def test_jpegs_that_are_decoded_smaller_keep_their_last_rows():
 # ---- training ----
 
 def test_what_a_run_trains_and_evaluates_on():
-    """--data and --val, one, the other, both or none: sets, seeds, sizes, names, and whose bad pictures are replaced."""
+    """--data and --val, one, the other, both or none: sets, seeds, sizes, names; whose bad pictures are replaced."""
     with tempfile.TemporaryDirectory() as tmp:
         (a, _), (b, _) = picture_folder(os.path.join(tmp, "a"), 4), picture_folder(os.path.join(tmp, "b"), 2)
         flags = ["--size", "24", "--seed", "7", "--crop_scale", "0.5", "0.75"]
         build = lambda *more: train.build_data(train.parse_args([*flags, *more]))
         drawn_sets = lambda *sets: [(type(x), x.size, x.train, x.seed) for x in sets]
         train_set, val, name = build()
-        assert drawn_sets(train_set, val) == [(drawn.ProceduralDataset, 24, True, 7), (drawn.ProceduralDataset, 24, False, 7)]
+        assert drawn_sets(train_set, val) == [(drawn.ProceduralDataset, 24, train, 7) for train in (True, False)]
         assert name == "other drawn pictures"
         train_set, val, name = build("--val", b, a)
         assert drawn_sets(train_set) == [(drawn.ProceduralDataset, 24, True, 7)]
         of_folder = lambda x: (x.roots, x.size, x.train, x.seed, x.crop_scale, x.replace)
         assert of_folder(val) == ([b, a], 24, False, 0, (0.8, 1.0), False) and name == f"{b} {a}"
-        for more, roots, replaced, expected in (([], [a, b], True, "the training images"), (["--val", b], [b], False, b)):
+        for more, roots, replaced, expected in (([], [a, b], True, "the training images"),
+                                                (["--val", b], [b], False, b)):
             train_set, val, name = build("--data", a, b, *more)
             assert of_folder(train_set) == ([a, b], 24, True, 7, (0.5, 0.75), True)
             assert of_folder(val) == (roots, 24, False, 0, (0.8, 1.0), replaced) and name == expected
@@ -671,8 +675,8 @@ def test_a_start_from_another_tokenizer():
         build = lambda *more: train.build_models(train.parse_args([*flags, *more]))
         mean, std = (tensors[f"latent_{name}"].clone() for name in ("mean", "std"))
         mean[3], std[5] = 0.5, 2.0
-        warning = (f"{other} has latent statistics: they are set back, because training moves the latent; run `python -m "
-                   "tools.latents stats` again afterwards\n")
+        warning = (f"{other} has latent statistics: they are set back, because training moves the latent; run `python "
+                   "-m tools.latents stats` again afterwards\n")
         for changed, words in ({}, ""), ({"latent_mean": mean}, warning), ({"latent_std": std}, warning):
             encoder.write_model(other, config, {**tensors, **changed})
             for rank in "0", "1":

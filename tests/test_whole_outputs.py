@@ -70,9 +70,9 @@ def test_whole_reports_of_an_evaluation():
         with patch.multiple(evaluation, linear_probe=lambda *args: (fake(), 0.25), nearest_neighbours=fake):
             said, report = evaluate(*flags, "--data", a, b, "--fit", fit, a, "--size", 24, "--steps", 2, "--seed", 5,
                                     "--bf16", "--pca", "--probe")
-        protocol = (f"ADM centre crop to 24 px in; compared at 24 px as uint8 with the ADM crop of the original; 2 Euler "
-                    f"steps, noise from (seed 5, image number); bf16 autocast; {MEASURES}; rFID against the same crops "
-                    f"of the same images, IS in 3 splits, drawn by a fixed permutation; Inception of_a_run.safetensors "
+        protocol = ("ADM centre crop to 24 px in; compared at 24 px as uint8 with the ADM crop of the original; 2 "
+                    f"Euler steps, noise from (seed 5, image number); bf16 autocast; {MEASURES}; rFID against the same "
+                    "crops of the same images, IS in 3 splits, drawn by a fixed permutation; Inception of_a_run.safetensors "
                     f"(sha256 {digest[:8]}, NOT that of pytorch-fid: compare with nothing), bilinear resize to 299 "
                     "without antialiasing, float64 statistics; probe: features averaged over positions; softmax "
                     "regression, 40 epochs of SGD, learning rate chosen on a tenth of --fit; 20-NN by cosine, votes "
@@ -319,8 +319,8 @@ def test_what_training_says_of_itself():
         block = lambda mlp: 4 * 32 + 4 * (32 * 32 + 32) + 2 * 32 * mlp + mlp + 32
         student = 32 + 17 * 32 + 32 * 49 + 3 * block(64) + 64 + 32 * 33 + 33 * 8
         head = 96 * (48 + 1 + 256 + 1 + 97 + 33) + 2 * (2 * 96 + 5 * 96 * 97) + 2 * 96 * 97 + 97 * 48
-        assert sum(x.numel() for x in encoder.Encoder(encoder.ViT(encoder.teacher_config(teacher)), 8).parameters()) == (
-            student), student
+        module = encoder.Encoder(encoder.ViT(encoder.teacher_config(teacher)), 8)
+        assert sum(x.numel() for x in module.parameters()) == student
         dec = 32 * 9 + 32 * 33 + 2 * 16 * 32 + block(128) + head
 
         def lines(*flags):
@@ -328,15 +328,16 @@ def test_what_training_says_of_itself():
             return re.sub(r"[\d,.]+ img/s", "N img/s", said).splitlines()
         begun = lambda n, on, steps, rest: [
             f"data: {n} at 16 px; evaluation on {on}", f"model: student of {student / 1e6:.1f}M and decoder of "
-            f"{dec / 1e6:.1f}M parameters; latent 8x4x4", f"run: {steps} steps of 4 = micro-batch {rest} x 1 rank on cpu"]
+            f"{dec / 1e6:.1f}M parameters; latent 8x4x4", f"run: {steps} steps of 4 = micro-batch {rest} x 1 rank on "
+                                                          f"cpu"]
 
         def trained(step, total):
             x, = (x for x in log_lines(out, timing=True) if x["step"] == step and "loss" in x)
             three = lambda name: " ".join(f"{v:.3f}" for v in x[name])
             assert x["lr"] == 1e-3 * step / 4 and x["memory_gib"] is None and x["skipped"] == 0
             return (f"step {step:6d}/{total} | loss {x['loss']:.4f} | flow {x['loss_flow']:.4f} | dist "
-                    f"{x['loss_dist']:.4f} | alpha {three('alpha')} | w {three('weight')} | grad {x['grad_norm']:.2f} | "
-                    f"lr {x['lr']:.1e} | N img/s | {x['tflops_per_gpu']:.1f} TFLOP/s | eta 00:00")
+                    f"{x['loss_dist']:.4f} | alpha {three('alpha')} | w {three('weight')} | grad {x['grad_norm']:.2f} "
+                    f"| lr {x['lr']:.1e} | N img/s | {x['tflops_per_gpu']:.1f} TFLOP/s | eta 00:00")
 
         def evaluated(step, on):
             x, = (x for x in log_lines(out) if x["step"] == step and x.get("kind") == "eval")
@@ -380,7 +381,8 @@ def test_a_line_of_a_run_on_a_gpu_and_of_one_that_skips():
     line = dict(step=1234, loss=2.34567, loss_flow=1.23456, loss_dist=0.98765, alpha=[0.1111, 9, 0.3333, 0.4444],
                 weight=[0.5555, 9, 0.7777, 0.8888], grad_norm=12.345, lr=1.5e-4, img_s=99.96, tflops_per_gpu=345.67,
                 memory_gib=56.78, skipped=7)
-    start = ("step   1234/20000 | loss 2.3457 | flow 1.2346 | dist 0.9877 | alpha 0.111 0.333 0.444 | w 0.555 0.778 0.889"
+    start = ("step   1234/20000 | loss 2.3457 | flow 1.2346 | dist 0.9877 | alpha 0.111 0.333 0.444 | w 0.555 0.778 "
+             "0.889"
              .replace("0.555", f"{0.5555:.3f}") + " | grad 12.35 | lr 1.5e-04 | ".replace("12.35", f"{12.345:.2f}"))
     assert train.as_text(line, 20000, 3723) == (
         start + "100.0 img/s | 345.7 TFLOP/s | 56.8 GiB | 7 steps skipped | eta 1:02:03")
