@@ -38,6 +38,8 @@ import tools.speed as speed
 import tools.validate as validation
 import train
 from tools import convert, pictures, plot, recipes
+from tools.batches import split_batch
+from tools.checkpoint import explain_failed_save
 
 patch = unittest.mock.patch
 
@@ -451,7 +453,7 @@ def test_bounds_of_trainings_numbers():
 
 def test_batches_that_ranks_do_not_divide():
     for batch, ranks, near in (7, 3, "6 or 9"), (2, 3, "3"), (13, 4, "12 or 16"), (17, 8, "16 or 24"):
-        refused(encoder.UserError, running.split_batch, batch, 1, ranks,
+        refused(encoder.UserError, split_batch, batch, 1, ranks,
                 says=f"batch_size {batch} does not divide among {ranks} ranks: try {near}")
 
 
@@ -498,16 +500,17 @@ def test_a_run_from_its_folder_to_its_end():
             run.end(1234, True, "")
         assert log_lines(out)[-1] == {"kind": "interrupted", "step": 1234}
         names = [f"{k}.png" for k in range(5)]
+        stopped = argparse.Namespace(step=7, faults=torch.tensor([12.0, 10.0]))
         words = (f"at step 7 the loss or its gradient is not finite, 10 steps in a row (the last finite one: flow 1); "
                  f"the last batch is 0.png, 1.png, 2.png .. (all of it in {out}/not_finite.txt). The last save is "
                  f"{out}/state.pt: the same command with a lower --lr and --resume_anyway goes on from there")
-        refused(encoder.UserError, run.stop_not_finite, 7, 10, "flow 1", names, says=words)
+        refused(encoder.UserError, run.stop_not_finite, stopped, "flow 1", names, says=words)
         assert running.read_names(os.path.join(out, "not_finite.txt")) == names
         os.remove(os.path.join(out, "not_finite.txt"))
         with patch.dict(os.environ, RANK="1", WORLD_SIZE="2"), contextlib.redirect_stdout(io.StringIO()) as said:
             other = running.Run(os.path.join(tmp, "other"))
             other.hold_folder(), other.open_log(1), other.write(step=1), other.say("x"), other.end(1, True, "")
-            refused(encoder.UserError, other.stop_not_finite, 7, 10, "flow 1", names,
+            refused(encoder.UserError, other.stop_not_finite, stopped, "flow 1", names,
                     says=words.replace(out, os.path.join(tmp, "other")))
             with patch.object(running, "load_checkpoint", lambda *args: None), patch.object(other, "agree"):
                 with patch.object(other, "set_aside", side_effect=AssertionError("rank 0 does it")):
@@ -533,7 +536,7 @@ def test_a_run_from_its_folder_to_its_end():
                                                     "and run the same command again, which goes on from the last save")
 
         def save(error, hidden=None):
-            with running.explain_failed_save("state.pt", 9):
+            with explain_failed_save("state.pt", 9):
                 try:
                     raise hidden or error
                 except OSError:
