@@ -1427,6 +1427,11 @@ TABLE = [
     ("a small batch has no small micro-batch", "train.py",
      "if s.micro_batch < min(args.micro_batch, args.batch_size // run.ranks):", "if s.micro_batch < args.micro_batch:",
      "test_what_training_says_of_itself"),
+    ("all missing classes are named", "eval.py", "missing[:5]", "missing", "test_what_a_probe_lacks"),
+    ("a GPU is waited for at every step", "tools/run.py", "(not self.on_gpu or now.step % 10 == 0) and", "True and",
+     "test_when_steps_that_are_not_finite_stop_a_run"),
+    ("the machine's error in another order", "data.py", "OSError(e.errno, e.strerror, path)",
+     "OSError(e.strerror, e.errno, path)", "test_what_is_said_of_pictures_that_cannot_be_read"),
 ]
 MUTANTS = [Mutant(*row) for row in TABLE]
 

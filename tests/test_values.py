@@ -601,6 +601,11 @@ def test_what_is_said_of_pictures_that_cannot_be_read():
                 refused(data.UserError, zipped.read, 0, says="is 5,000 bytes long; at most 4,999 are read")
             with patch.object(data, "MAX_BYTES", 5000):
                 assert zipped.read(0) == bytes(5000)
+        with patch.object(data.zipfile, "ZipFile", side_effect=OSError(errno.EMFILE, "Too many open files")):
+            refused(OSError, data.ImageDataset, archive, 16, False, says=f"[Errno 24] Too many open files: {archive!r}")
+        with patch.object(data.zipfile, "ZipFile", side_effect=OSError(errno.EACCES, "not allowed")):
+            refused(data.UserError, data.ImageDataset, archive, 16, False,
+                    says=f"{archive} is neither a folder nor a .zip archive that can be read ([Errno 13] not allowed)")
         for wrong in 4999, 5001:  # a directory that tells another length
             zipped.spans[0, 3] = wrong
             refused(data.UserError, zipped.read, 0,

@@ -577,6 +577,35 @@ def test_a_copy_is_kept_though_nothing_else_is_saved():
 
 # ---- ranks, errors, jobs ----
 
+def test_when_steps_that_are_not_finite_stop_a_run():
+    """At ten in a row; where a GPU would have to be waited for, at every tenth step alone."""
+    with tempfile.TemporaryDirectory() as tmp:
+        run = running.Run(tmp)
+        for run.on_gpu, step, in_a_row, stops in ((False, 13, 10, True), (False, 13, 9, False), (True, 13, 10, False),
+                                                  (True, 20, 10, True), (True, 20, 9, False), (False, 10, 11, True)):
+            now = argparse.Namespace(step=step, faults=torch.tensor([50.0, in_a_row]))
+            assert bool(run.must_stop(now)) == stops, (run.on_gpu, step, in_a_row)
+
+
+def test_what_a_probe_lacks():
+    """Twenty images and every class: what there is and, of what is missing, five classes in their order."""
+    about = ("--fit has {} images and lacks the classes {}: it needs at least 20 images, and every class of --data "
+             "(the folder that an image is in)")
+
+    def of(n, *classes):
+        return unittest.mock.Mock(classes=list(classes), __len__=lambda self: n)
+    vit = encoder.ViT(MICRO_VIT)
+    job = unittest.mock.Mock(args=argparse.Namespace(teacher=None, teacher_weights="w"), device="cpu")
+    enc = argparse.Namespace(vit=vit)
+    with patch.object(encoder, "load_teacher", lambda *args: vit if args == ("t", "w") else None):
+        load = lambda images, fit: evaluation.load_probe_teacher(job, enc, {"teacher": "t", "teacher_weights": "x"},
+                                                                 images, fit)
+        assert load(of(3, "a", "c"), of(20, "a", "b", "c")) is vit
+        for images, fit, says in ((of(3, *"gabcdef"), of(20, "b"), (20, "a c d e f")),
+                                  (of(3, "a"), of(19, "a"), (19, "-")), (of(3, "a"), of(20, "b"), (20, "a"))):
+            refused(evaluation.UserError, load, images, fit, says=about.format(*says))
+
+
 def test_ranks_and_their_gpus():
     """torchrun's numbers: the rank among all, and the GPU among those of this machine."""
     env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
