@@ -1432,6 +1432,8 @@ TABLE = [
      "test_when_steps_that_are_not_finite_stop_a_run"),
     ("the machine's error in another order", "data.py", "OSError(e.errno, e.strerror, path)",
      "OSError(e.strerror, e.errno, path)", "test_what_is_said_of_pictures_that_cannot_be_read"),
+    ("the probe in half precision", "eval.py", "hidden[who][-2][:, P:].mean(1).float()",
+     "hidden[who][-2][:, P:].mean(1)", "test_whole_reports_of_an_evaluation"),
 ]
 MUTANTS = [Mutant(*row) for row in TABLE]
 

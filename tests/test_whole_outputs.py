@@ -65,16 +65,19 @@ def test_whole_reports_of_an_evaluation():
         about = {"weights": weights, "weights_sha256": digest, "step": 0, "teacher": teacher, "commit": "theirs"}
         start = [f"weights   {weights}", "step      0", f"teacher   {teacher}"]
         figures = itertools.count(10)
-        fake = lambda *args, **how: float(next(figures))
+
+        def fake(x, y, test_x, *more):
+            assert x.dtype == test_x.dtype == torch.float32 and (len(x), len(test_x)) == (22, 3), "with --bf16, too"
+            return float(next(figures))
         flags = ["--weights", weights, "--inception", weights, "--out", out, "--workers", 0]
-        with patch.multiple(evaluation, linear_probe=lambda *args: (fake(), 0.25), nearest_neighbours=fake):
+        with patch.multiple(evaluation, linear_probe=lambda *args: (fake(*args), 0.25), nearest_neighbours=fake):
             said, report = evaluate(*flags, "--data", a, b, "--fit", fit, a, "--size", 24, "--steps", 2, "--seed", 5,
                                     "--bf16", "--pca", "--probe")
         protocol = ("ADM centre crop to 24 px in; compared at 24 px as uint8 with the ADM crop of the original; 2 "
                     f"Euler steps, noise from (seed 5, image number); bf16 autocast; {MEASURES}; rFID against the same "
-                    "crops of the same images, IS in 3 splits, drawn by a fixed permutation; Inception of_a_run.safetensors "
-                    f"(sha256 {digest[:8]}, NOT that of pytorch-fid: compare with nothing), bilinear resize to 299 "
-                    "without antialiasing, float64 statistics; probe: features averaged over positions; softmax "
+                    "crops of the same images, IS in 3 splits, drawn by a fixed permutation; Inception "
+                    f"of_a_run.safetensors (sha256 {digest[:8]}, NOT that of pytorch-fid: compare with nothing), bilinear resize "
+                    "to 299 without antialiasing, float64 statistics; probe: features averaged over positions; softmax "
                     "regression, 40 epochs of SGD, learning rate chosen on a tenth of --fit; 20-NN by cosine, votes "
                     "exp(cosine / 0.07)")
         warning = ("FID of 3 images, fewer than the 2048 dimensions of its covariance: such a figure means little")
