@@ -73,13 +73,13 @@ def test_whole_reports_of_an_evaluation():
         with patch.multiple(evaluation, linear_probe=lambda *args: (fake(*args), 0.25), nearest_neighbours=fake):
             said, report = evaluate(*flags, "--data", a, b, "--fit", fit, a, "--size", 24, "--steps", 2, "--seed", 5,
                                     "--bf16", "--pca", "--probe")
-        protocol = ("ADM centre crop to 24 px in; compared at 24 px as uint8 with the ADM crop of the original; 2 "
-                    f"Euler steps, noise from (seed 5, image number); bf16 autocast; {MEASURES}; rFID against the same "
-                    "crops of the same images, IS in 3 splits, drawn by a fixed permutation; Inception "
-                    f"of_a_run.safetensors (sha256 {digest[:8]}, NOT that of pytorch-fid: compare with nothing), bilinear "
-                    "resize to 299 without antialiasing, float64 statistics; probe: features averaged over positions; softmax "
-                    "regression, 40 epochs of SGD, learning rate chosen on a tenth of --fit; 20-NN by cosine, votes "
-                    "exp(cosine / 0.07)")
+        protocol = ("ADM centre crop to 24 px in; compared at 24 px as uint8 with the ADM crop of the original; "
+                    f"2 Euler steps, noise from (seed 5, image number); bf16 autocast; {MEASURES}; "
+                    "rFID against the same crops of the same images, IS in 3 splits, drawn by a fixed permutation; "
+                    f"Inception of_a_run.safetensors (sha256 {digest[:8]}, NOT that of pytorch-fid: compare with "
+                    "nothing), bilinear resize to 299 without antialiasing, float64 statistics; "
+                    "probe: features averaged over positions; softmax regression, 40 epochs of SGD, learning rate "
+                    "chosen on a tenth of --fit; 20-NN by cosine, votes exp(cosine / 0.07)")
         warning = ("FID of 3 images, fewer than the 2048 dimensions of its covariance: such a figure means little")
         results, probe, cosines = report["results"], {}, report["cosine_to_teacher"]
         for layer, who in (("latent", "student"), ("last layer", "student"), ("second to last", "student"),
