@@ -39,6 +39,8 @@ The sections of this file, in its order, and the files of tests/ that run with i
     tests/test_values_scripts.py    Values that the scripts pass on or say: counts, defaults, hints, rFID's reference
     tests/test_vqa.py               downstream/vqa.py: scores worked by hand, the benchmarks' files, what a user gets
                                     wrong
+    tests/test_whole_outputs.py     Whole reports, log lines and messages of the scripts, word by word, against values
+                                    computed here
 
 What the tests share is in tests/: helpers.py (micro models, pictures, processes), published.py (reference networks and
 layouts), hostile.py (damaged files, fuzzers), crashes.py (killed runs), mutants.py (mistakes that the tests must
