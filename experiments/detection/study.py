@@ -112,6 +112,7 @@ def by_files(truth, results, kind):
     """The six figures as any program that has the two files computes them. Masks are scored without their boxes."""
     with contextlib.redirect_stdout(io.StringIO()):
         coco, rows = COCO(truth), json.load(open(results))
+        assert rows, f"{results} holds no object: train longer"
         rows = [{k: x for k, x in row.items() if kind == "bbox" or k != "bbox"} for row in rows]
         scored = COCOeval(coco, coco.loadRes(rows), kind)
         scored.evaluate(), scored.accumulate(), scored.summarize()
