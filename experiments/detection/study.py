@@ -82,6 +82,8 @@ def train(args, row, seed, data, flags):
     script(args, "downstream.detect", "train", "--data", data, *backbone(args, row), *flags, "--seed", seed,
            "--workers", args.workers, "--out", out)
     lines = log_of(out)
+    if lines[-1].get("kind") != "eval":  # a signal has ended it
+        raise RuntimeError(f"{row} was interrupted at step {lines[-1]['step']}: the same command goes on from there")
     figures = {k: x for k, x in lines[-1].items() if k not in ("kind", "step")}
     curve = [[x["step"], round(x["box_AP50"], 2)] for x in lines if x.get("kind") == "eval"]
     return {**figures, "AP50_by_step": curve, "seconds": round(time.time() - start), "flags": " ".join(flags)}
