@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data import load_image, to_tensor
 from downstream import finetune
-from downstream.bench import measure_speed
+from downstream.network_speed import measure_speed
 from downstream.pairs import Pairs, list_some
 from downstream.upernet import IGNORED, Segmenter, resize, slide
 from encoder import TEACHERS, Encoder, UserError, ViT, ViTConfig, write_atomically
