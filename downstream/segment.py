@@ -17,6 +17,7 @@ import colorsys
 import json
 import os
 import zipfile
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data import load_image, to_tensor
 from downstream import finetune
-from downstream.network_speed import measure_speed
+from downstream.bench import measure_speed
 from downstream.pairs import Pairs, list_some
 from downstream.upernet import IGNORED, Segmenter, resize, slide
 from encoder import TEACHERS, Encoder, UserError, ViT, ViTConfig, write_atomically
@@ -82,9 +83,9 @@ def parse_args(argv=None):
     return ap.parse_args(argv)
 
 
-def build(config):
-    """The Segmenter of a run's configuration, with random weights."""
-    backbone = Encoder(ViT(ViTConfig(**config["vit"])), config["latent_dim"], config["projector"])
+def build(config, backbone=None):
+    """The Segmenter of a run's configuration; without a backbone with random weights."""
+    backbone = backbone or Encoder(ViT(ViTConfig(**config["vit"])), config["latent_dim"], config["projector"])
     return Segmenter(backbone, len(config["names"]), config["head"], config["width"])
 
 
@@ -245,25 +246,27 @@ def overlay(img, classes, names):
 
 
 def train(args, on_signal=None):
-    labels = describe_labels(args)
+    labels, first = describe_labels(args), rank_and_device()[0] == 0
     data = Masks(args.data, args.split, labels, args.crop, args.short, train=True, seed=args.seed)
     val = Masks(args.data, args.val_split, labels)
-    if rank_and_device()[0] == 0:
-        print(f"data: {len(data):,} pairs to train on, {len(val):,} to evaluate; {len(labels['names'])} classes; labels "
-              f"of no class: {' '.join(map(str, labels['ignore']))}; all are read once before the first step", flush=True)
+    if first:
+        print(f"data: {len(data):,} pairs to train on, {len(val):,} to evaluate; {len(labels['names'])} classes, labels "
+              f"without class {' '.join(map(str, labels['ignore']))}; each is read once before the first step", flush=True)
         for _ in data.every(data.check, workers=args.workers):  # so that all faults are named
             pass
-    torch.manual_seed(args.seed)
     backbone = finetune.load_backbone(args)
-    config = {**labels, "head": args.head, "width": args.width, "crop": args.crop, "short": args.short}
-    model = Segmenter(backbone, len(labels["names"]), args.head, args.width)
+    config = {**labels, "head": args.head, "width": args.width, "crop": args.crop, "short": args.short,
+              "vit": asdict(backbone.vit.config), "latent_dim": backbone.latent_dim, "projector": backbone.projector}
+    torch.manual_seed(args.seed)
+    model = build(config, backbone)
     windows = argparse.Namespace(crop=args.crop, stride=args.crop * 2 // 3, short=args.short, batch_size=8,
                                  workers=args.workers)
 
-    def evaluate(folder, step):
-        if rank_and_device()[0] == 0:
+    def evaluate(path):
+        if first:
             img, classes = val.load(0)
-            pictures = [overlay(img, x, labels["names"]) for x in (classes, predict_classes(model, img, windows).cpu())]
+            shown = [overlay(img, x, labels["names"]) for x in (classes, predict_classes(model, img, windows).cpu())]
+            write_atomically(path, lambda f: side_by_side(to_picture(img), *shown).save(f, "PNG"))
         found = figures(count_pixels(model, val, windows))
         return {k: found[k] for k in ("miou", "aacc", "macc")}
     finetune.train(args, model, data, evaluate, config, on_signal=on_signal)
