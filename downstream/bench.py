@@ -1,6 +1,6 @@
 """How fast a network on an encoder trains and predicts on this machine, with random weights: the tasks' `bench`.
 
-    measure_speed("internvit, upernet", model, (img, labels), lambda: model.logits(img / 255), {"160,000 x 16": 2_560_000})
+    measure_speed("ViT-L", model, (img, labels), lambda: model.logits(img / 255), {"160,000 steps of 16": 2_560_000})
 
 Beside each figure stands its share of what a large matrix product reaches in the same run, which can be compared
 between machines. FLOPs are those of matrix products, convolutions and attention, as torch counts them.

@@ -3,21 +3,21 @@
     T="torchrun --nproc_per_node=8 -m downstream.segment"; ADE="--data ADEChallengeData2016"
     $T train $ADE --short 512 --weights W --out ade                     # the tokenizer's encoder, fine-tuned
     $T train $ADE --short 512 --teacher internvit --out ade-teacher     # the control: the encoder that it came from
-    $T train $ADE --short 512 --weights W --frozen --head linear --lr 1e-3 --out ade-linear
+    $T train $ADE --short 512 --weights W --frozen --head linear --out ade-linear
     $T test $ADE --run ade                                              # mIoU, aAcc, mAcc by sliding windows
     python -m downstream.segment predict --run ade photo.jpg            # an overlay with a legend, and the raw mask
     python -m downstream.segment bench                                  # speed at the paper's size, random weights
 
 A data set is a folder or archive with <split>/images and <split>/masks, or ADE20K's own: see pairs.py. A classes.json
 at its top, a list, names the classes from label 0 on; without it give --classes. The network is in upernet.py, the
-training loop in finetune.py. A run's files are those of train.py; RUN/samples has picture | truth | prediction.
+training loop in finetune.py. A run's files are those of train.py; RUN/samples/ has truth | prediction. Without --lr it
+is 2e-5, with --frozen 1e-3; without --warmup the first hundredth of the steps, at most 1,500.
 """
 import argparse
 import colorsys
 import json
 import os
 import zipfile
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from downstream import finetune
 from downstream.bench import measure_speed
 from downstream.pairs import Pairs, list_some
 from downstream.upernet import IGNORED, Segmenter, resize, slide
-from encoder import TEACHERS, Encoder, UserError, ViT, ViTConfig, write_atomically
+from encoder import TEACHERS, Encoder, UserError, ViT, write_atomically
 from tools.job import Job
 from tools.pictures import find_pictures, free_path
 from tools.run import command_line, number
@@ -38,8 +38,8 @@ from tools.script import rank_and_device
 
 NO_CLASS = "unlabelled", "unlabeled", "void", "ignore", "ignored"  # names of pixels that do not count, in any case
 # BEiT-L's and MAE-L's on ADE20K; the paper says UperNet, 100 epochs (126,000 steps) of 16, and no more
-RECIPE = dict(steps=160_000, batch_size=16, micro_batch=16, lr=2e-5, weight_decay=0.05, layer_decay=0.95, drop_path=0.2,
-              warmup=1500, lr_decay=1.0, eval_every=16_000)
+RECIPE = dict(steps=160_000, batch_size=16, lr=None, weight_decay=0.05, layer_decay=0.95, drop_path=0.2, warmup=None,
+              lr_decay=1.0, eval_every=16_000, save_every=2000, out="segmenter")
 
 
 def parse_args(argv=None):
@@ -60,10 +60,11 @@ def parse_args(argv=None):
     add("--split", default="train", help="to train on [%(default)s]")
     add("--val_split", default="val", help="for --eval_every and the end [%(default)s]")
     add("--classes", type=number(int, 1, 254), help="how many, if there is no classes.json")
-    add("--ignore", type=int, nargs="*", default=[255], metavar="LABEL", help="numbers in masks that are no class [255]")
+    add("--ignore", type=int, nargs="*", default=[255], metavar="LABEL",
+        help="numbers in masks that are no class [255]")
     add("--reduce_zero_label", action="store_true", help="0 is no class, classes count from 1 [with ADE20K]")
-    add("--short", type=number(int, 0), default=0, metavar="PIXELS", help="shorter side that pictures are first resized "
-        "to, the longer at most 4 times that; 0: their own size [0; ADE20K's protocol is 512]")
+    add("--short", type=number(int, 0), default=0, metavar="PIXELS", help="pictures are first resized to this "
+        "shorter side, the longer at most 4 times that; 0: not [0; ADE20K's protocol is 512]")
     finetune.add_flags(train, **RECIPE)
     for part in test, predict:
         add = part.add_argument
@@ -79,13 +80,13 @@ def parse_args(argv=None):
     predict.add_argument("files", nargs="+", metavar="FILES", help="pictures, or folders of them")
     predict.add_argument("--out", metavar="FOLDER", default="predictions", help="[%(default)s]")
     bench.add_argument("--teacher", choices=TEACHERS, default="internvit", help="whose shape [%(default)s]")
-    bench.add_argument("--batch_size", type=count, default=16, help="[%(default)s]")
+    bench.add_argument("--batch_size", type=number(int, 2), default=16, help="[%(default)s]")
     return ap.parse_args(argv)
 
 
 def build(config, backbone=None):
     """The Segmenter of a run's configuration; without a backbone with random weights."""
-    backbone = backbone or Encoder(ViT(ViTConfig(**config["vit"])), config["latent_dim"], config["projector"])
+    backbone = backbone or finetune.build_backbone(config)
     return Segmenter(backbone, len(config["names"]), config["head"], config["width"])
 
 
@@ -179,7 +180,7 @@ def describe_labels(args):
 
 
 def predict_classes(model, img, args):
-    """uint8 img (3, H, W) -> int64 class numbers (H, W), on the model's device. args: crop, stride, short, batch_size."""
+    """uint8 img (3, H, W) -> int64 class numbers (H, W), on its device. args: crop, stride, short, batch_size."""
     H, W = img.shape[1:]
     img = img.to(model.backbone.latent_mean.device)[None] / 255
     if args.short:
@@ -224,7 +225,8 @@ def figures(counts):
 
 def colour(k):
     """The RGB colour of class k: hues a golden section apart, in three shades."""
-    return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.9, 0.55)[k // 3 % 2], (1, 0.75)[k % 2]))
+    rgb = colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.9, 0.55)[k // 3 % 2], (1, 0.75)[k % 2])
+    return tuple(round(255 * x) for x in rgb)
 
 
 def overlay(img, classes, names):
@@ -245,31 +247,42 @@ def overlay(img, classes, names):
     return canvas
 
 
+def side_by_side(*pictures):
+    """PIL images as one."""
+    canvas = Image.new("RGB", (sum(x.width for x in pictures), max(x.height for x in pictures)), "white")
+    for k, x in enumerate(pictures):
+        canvas.paste(x, (sum(before.width for before in pictures[:k]), 0))
+    return canvas
+
+
 def train(args, on_signal=None):
-    labels, first = describe_labels(args), rank_and_device()[0] == 0
+    labels, (rank, ranks, _) = describe_labels(args), rank_and_device()
     data = Masks(args.data, args.split, labels, args.crop, args.short, train=True, seed=args.seed)
     val = Masks(args.data, args.val_split, labels)
-    if first:
-        print(f"data: {len(data):,} pairs to train on, {len(val):,} to evaluate; {len(labels['names'])} classes, labels "
-              f"without class {' '.join(map(str, labels['ignore']))}; each is read once before the first step", flush=True)
+    if rank == 0:
+        print(f"data: {len(data):,} pairs to train on, {len(val):,} to evaluate, {len(labels['names'])} classes without "
+              f"{' '.join(map(str, labels['ignore']))}; each pair is read once before the first step", flush=True)
         for _ in data.every(data.check, workers=args.workers):  # so that all faults are named
             pass
-    backbone = finetune.load_backbone(args)
-    config = {**labels, "head": args.head, "width": args.width, "crop": args.crop, "short": args.short,
-              "vit": asdict(backbone.vit.config), "latent_dim": backbone.latent_dim, "projector": backbone.projector}
-    torch.manual_seed(args.seed)
-    model = build(config, backbone)
+    if args.head == "upernet" and ranks == 1 and 1 in (args.batch_size, args.micro_batch):
+        raise UserError("UperNet's batch normalisation needs two pictures at a time: give a larger --micro_batch")
+    steps = args.steps or args.epochs * len(data) // args.batch_size
+    args.warmup = min(1500, steps // 100) if args.warmup is None else args.warmup
+    args.lr = args.lr if args.lr is not None else 1e-3 if args.frozen else 2e-5
+    config = {**labels, "head": args.head, "width": args.width, "crop": args.crop, "short": args.short}
+    model = build(config, finetune.load_backbone(args))
     windows = argparse.Namespace(crop=args.crop, stride=args.crop * 2 // 3, short=args.short, batch_size=8,
                                  workers=args.workers)
 
-    def evaluate(path):
-        if first:
-            img, classes = val.load(0)
-            shown = [overlay(img, x, labels["names"]) for x in (classes, predict_classes(model, img, windows).cpu())]
-            write_atomically(path, lambda f: side_by_side(to_picture(img), *shown).save(f, "PNG"))
+    def evaluate():
         found = figures(count_pixels(model, val, windows))
         return {k: found[k] for k in ("miou", "aacc", "macc")}
-    finetune.train(args, model, data, evaluate, config, on_signal=on_signal)
+
+    def picture():
+        img, classes = val.load(0)
+        return side_by_side(*(overlay(img, x, labels["names"])
+                              for x in (classes, predict_classes(model, img, windows).cpu())))
+    finetune.train(args, model, data, evaluate, config, on_signal=on_signal, picture=picture)
 
 
 def load(args, device):
@@ -288,8 +301,8 @@ def test(args):
     with job.autocast:
         found = figures(count_pixels(model, data, args))
     size = f"resized to a shorter side of {args.short}" if args.short else "at its own size"
-    protocol = (f"each picture {size}; windows of {args.crop} every {args.stride} px, their logits averaged and resized "
-                f"to the mask; intersections and unions summed over all {len(data):,} pictures of {args.split}; labels "
+    protocol = (f"each picture {size}; windows of {args.crop} every {args.stride} px, logits averaged and resized to "
+                f"the mask; intersections and unions summed over all {len(data):,} pictures of {args.split}; labels "
                 f"{' '.join(map(str, config['ignore']))} do not count; {job.precision}")
     table = [f"{name:24.24} {iou:6.2f}" for name, iou in zip(config["names"], found["iou"])]
     table += ["", f"mIoU {found['miou']:.2f}   aAcc {found['aacc']:.2f}   mAcc {found['macc']:.2f}"]

@@ -10,10 +10,10 @@
     logits = model.logits(img)        # (B, 3, H, W) in [0, 1], any H and W -> (B, 150, H, W)
     logits = slide(model.logits, img[0], crop=512, stride=341)  # of a whole picture (3, H, W), by windows
 
-Xiao et al. 2018, as BEiT and MAE use it: blocks 8, 12, 16, 24 of 24, width 512, batch normalisation (over all ranks if
-the trainer converts it to SyncBatchNorm; over each micro-batch, in any case). Differs from theirs: tokens are normalised
-first, because blocks and teachers differ in scale; the loss is the mean over the pixels that count; a patch of 8 keeps
-the strides. LinearHead is the control.
+Xiao et al. 2018, as BEiT and MAE use it: blocks 8, 12, 16, 24 of 24, width 512, batch normalisation (of a micro-batch,
+over all ranks if the trainer makes it SyncBatchNorm). Differs from theirs: tokens are normalised first, because blocks
+and teachers differ in scale; the loss is the mean over the pixels that count; with patches of 8 the strides are the
+same. LinearHead is the control.
 `python -m downstream.upernet` prints shapes and parameter counts.
 """
 import math
@@ -155,7 +155,8 @@ if __name__ == "__main__":
 
     for name, head in ("internvit", "upernet"), ("internvit", "linear"), ("siglip2", "upernet"), ("tiny", "upernet"):
         with torch.device("meta"):
-            model = Segmenter(Encoder(ViT(TEACHERS[name])), 150, head)
+            model = Segmenter(Encoder(ViT(TEACHERS[name])), 150, head).eval()
             logits, _ = model.outputs(torch.empty(1, 3, 512, 512))
-        print(f"{name:10s} {head:8s} {sum(p.numel() for p in model.head.parameters()) / 1e6:6.2f}M parameters in the head, "
-              f"512 px -> logits {tuple(logits.shape)}")
+        numbers = sum(p.numel() for p in model.head.parameters())
+        print(f"{name:10s} {head:8s} {numbers / 1e6:6.2f}M parameters in the head, 512 px -> logits "
+              f"{tuple(logits.shape)}")

@@ -203,13 +203,12 @@ def test_heads_have_the_parameters_that_one_counts():
                     + block(4 * w, w, 3) + w * C + C + block(D, 256, 3) + 256 * C + C)
         assert sum(p.numel() for p in model.head.parameters()) == expected, patch
     assert sum(p.numel() for p in Segmenter(backbone(), C, "linear").head.parameters()) == D * C + C
-    with torch.device("meta"):  # by hand for ViT-L/14, 150 classes: the strides are 3.5, 7, 14, 28 pixels
-        large = Segmenter(Encoder(ViT(upernet_config := replace(MICRO_VIT, width=1024, depth=24, heads=16, mlp_width=4096,
-                                                                patch=14, size=448))), 150)
-    assert large.head.layers == [7, 11, 15, None] and upernet_config.depth == 24
     assert Segmenter(backbone(depth=12), C, width=w).head.layers == [3, 5, 7, None]
-    block, up, D, w = block, 4 * 1024 ** 2 + 1024, 1024, 512
-    assert sum(p.numel() for p in large.head.parameters()) == (
+    with torch.device("meta"):  # ViT-L/14 and ADE20K
+        large = upernet.UperHead(1024, 150, 24, 14, 512)
+    assert large.layers == [7, 11, 15, None]
+    up, D, w = 4 * 1024 ** 2 + 1024, 1024, 512
+    assert sum(p.numel() for p in large.parameters()) == (
         3 * up + 2 * D + 7 * block(D, w, 1) + block(D + 4 * w, w, 3) + 3 * block(w, w, 3) + block(4 * w, w, 3)
         + w * 150 + 150 + block(D, 256, 3) + 256 * 150 + 150)
 
@@ -331,7 +330,8 @@ def test_no_class_fills_a_crop_where_another_draw_avoids_it():
         good += int(fine(segment.augment(img, mask, 32, 0, np.random.default_rng(seed))[1].numpy()))
         rng = np.random.default_rng(seed)
         scale = rng.uniform(0.5, 2)
-        large = np.array(Image.fromarray(mask).resize((round(128 * scale), round(64 * scale)), Image.Resampling.NEAREST))
+        size = round(128 * scale), round(64 * scale)
+        large = np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
         y, x = (int(rng.integers(side - 32 + 1)) for side in large.shape)
         first += int(fine(large[y:y + 32, x:x + 32]))
     assert first < 35 and good > first + 20, (first, good)
