@@ -199,13 +199,14 @@ def gather(x):
     return parts
 
 
-def count_pixels(model, data, args):
-    """How many pixels of a Masks data set are of class i and predicted as j, over all ranks: (classes, classes)."""
+def count_pixels(model, data, args, every=1):
+    """How many pixels of a Masks data set are of class i and predicted as j, over all ranks: (classes, classes). every:
+    3 looks at each third picture alone."""
     rank, ranks, _ = rank_and_device()
     C = len(data.classes)
     counts = torch.zeros(C * C, dtype=torch.long)
-    for img, classes in data.every(data.load, range(rank, len(data), ranks), args.workers, gather):
-        predicted, truth = predict_classes(model, torch.as_tensor(img), args).cpu(), torch.as_tensor(classes).long()
+    for img, classes in data.every(data.load, range(every * rank, len(data), every * ranks), args.workers, gather):
+        truth, predicted = torch.as_tensor(classes).long(), predict_classes(model, img, args).cpu()
         known = truth != IGNORED
         counts += torch.bincount(C * truth[known] + predicted[known], minlength=C * C)
     return sum(gather(counts)).view(C, C)

@@ -6,10 +6,12 @@ import contextlib
 import io
 import json
 import os
+import struct
 import tempfile
 import types
 import unittest.mock
 import zipfile
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +24,7 @@ from downstream import finetune, segment, upernet
 from downstream.pairs import Pairs, read_numbers
 from downstream.upernet import IGNORED, Segmenter, slide
 from encoder import Encoder, UserError, ViT, parameter_groups
+from tools.script import USER_ERRORS
 
 SMALL = ["--width", "16", "--crop", "16", "--workers", "0", "--warmup", "0", "--drop_path", "0"]
 COLOURS = np.array([(40, 60, 200), (220, 40, 40), (60, 200, 60)], np.uint8)
@@ -107,8 +110,6 @@ def test_masks_are_read_as_the_numbers_that_they_store():
         img.save(file, "PNG", bits=bits)
         assert (read_numbers(file.getvalue()) == numbers).all(), (mode, bits)
     # a grey PNG of 2 bits, by hand: PIL would read its 0, 1, 2, 3 as 0, 85, 170, 255
-    import struct
-    import zlib
     chunk = lambda kind, x: struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x))
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, 2, 0, 0, 0, 0)) + chunk(
         b"IDAT", zlib.compress(b"\0" + bytes([0b00011011]))) + chunk(b"IEND", b"")
@@ -379,3 +380,130 @@ def test_eight_pictures_are_learned_by_heart():
         windows = types.SimpleNamespace(crop=40, stride=30, short=0, batch_size=8, workers=0)
         found = segment.figures(segment.count_pixels(model.eval(), data, windows))
     assert found["miou"] > 95, found
+
+
+def trained(folder, out, *flags):
+    """Path of a run of 4 steps, as far as its flags leave it so."""
+    source = [] if "--teacher" in flags else ["--weights", tokenizer_file(folder)]
+    quietly("train", "--data", shapes(f"{folder}/shapes", 4), *source, *SMALL, "--steps", 4, "--batch_size", 4, "--lr",
+            1e-2, "--log_every", 1, "--eval_every", 0, "--out", f"{folder}/{out}", *flags)
+    return f"{folder}/{out}"
+
+
+def test_a_segmenter_resumes_exactly():
+    with tempfile.TemporaryDirectory() as tmp:
+        whole = trained(tmp, "whole", "--micro_batch", 2, "--save_every", 2, "--drop_path", 0.3)
+        plain, calls = finetune.step, []
+
+        def step(s, batches):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return plain(s, batches)
+        with unittest.mock.patch.object(finetune, "step", step), contextlib.suppress(KeyboardInterrupt):
+            trained(tmp, "killed", "--micro_batch", 2, "--save_every", 2, "--drop_path", 0.3)
+        assert torch.load(f"{tmp}/killed/state.pt")["step"] == 2
+        killed = trained(tmp, "killed", "--micro_batch", 2, "--save_every", 2, "--drop_path", 0.3)
+        assert log_lines(killed) == log_lines(whole) and len(log_lines(whole)) == 5
+        assert same_weights(f"{whole}/model.safetensors", f"{killed}/model.safetensors")
+        evaluation = log_lines(whole)[-1]
+        report, said = quietly("test", "--run", whole, "--data", f"{tmp}/shapes", "--workers", 0)
+        for figure in "miou", "aacc", "macc":  # what training logged is what test finds
+            assert abs(evaluation[figure] - report[figure]) < 1e-6
+        assert f"mIoU {report['miou']:.2f}   aAcc" in said and "windows of 16 every 10 px" in said
+        assert Image.open(f"{whole}/samples/step_0000004.png").width == 80  # truth | prediction
+
+
+def test_what_is_trained_starts_from_the_weights_given():
+    with tempfile.TemporaryDirectory() as tmp:
+        start = load_file(tokenizer_file(tmp))
+        for name, flags in {"linear": ["--head", "linear", "--frozen"], "head": ["--frozen"], "all": []}.items():
+            run = load_file(trained(tmp, name, *flags) + "/model.safetensors")
+            moved = [k for k in start if k.startswith("encoder.vit.")
+                     and not torch.equal(start[k], run[k.replace("encoder.", "backbone.")])]
+            assert bool(moved) == (name == "all"), (name, moved)
+            assert ("head.classifier.weight" in run) == (name == "linear")
+            assert len(moved) in (0, sum(k.startswith("encoder.vit.") for k in start) - 2)  # all but mean and std
+        run, teacher = trained(tmp, "teacher", "--teacher", micro_teacher(tmp), "--frozen"), load_file(micro_teacher(tmp))
+        of_teacher = load_file(f"{run}/model.safetensors")
+        assert all(torch.equal(x, of_teacher[f"backbone.vit.{k}"]) for k, x in teacher.items())
+        parsed = lambda *flags: segment.parse_args(["train", "--data", "x", "--weights", "y", *flags])
+        args = parsed()  # BEiT-L's recipe on ADE20K
+        assert (args.steps, args.batch_size, args.weight_decay, args.layer_decay, args.drop_path, args.lr_decay,
+                args.decay_shape, args.crop, args.width) == (160_000, 16, 0.05, 0.95, 0.2, 1.0, "linear", 512, 512)
+        for flags, lr, warmup in ([], 2e-5, 1500), (["--frozen"], 1e-3, 1500), (["--steps", "300"], 2e-5, 3), (
+                ["--epochs", "50", "--batch_size", "2", "--lr", "0.5"], 0.5, 1), (["--warmup", "7"], 2e-5, 7):
+            args = segment.parse_args(["train", "--data", f"{tmp}/shapes", "--weights", tokenizer_file(tmp),
+                                       "--workers", "0", *flags])
+            with unittest.mock.patch.object(finetune, "train", lambda args, *others, **more: None), \
+                    contextlib.redirect_stdout(io.StringIO()):
+                segment.train(args)
+            assert (args.lr, args.warmup) == (lr, warmup), flags
+
+
+def test_ranks_give_the_figures_of_one():
+    with tempfile.TemporaryDirectory() as tmp:
+        run, flags = trained(tmp, "run"), ["--data", f"{tmp}/shapes", "--workers", "0", "--stride", "7"]
+        alone, _ = quietly("test", "--run", run, *flags)
+        done = run_ranks(2, "python", "-m", "downstream.segment", "test", "--run", run, *flags, "--out",
+                         f"{tmp}/two.json")
+        assert all(x.returncode == 0 for x in done), done
+        two = json.load(open(f"{tmp}/two.json"))
+        assert two["ranks"] == 2 and {k: two[k] for k in ("miou", "aacc", "macc", "iou", "images")} == {
+            k: alone[k] for k in ("miou", "aacc", "macc", "iou", "images")}
+
+
+def test_prediction_draws_a_legend_and_writes_the_masks_own_numbers():
+    with tempfile.TemporaryDirectory() as tmp:
+        names = ["sky", "road"]
+        classes = np.zeros((20, 300), np.uint8)
+        classes[:, 200:], classes[5, 5] = 1, IGNORED
+        img = torch.full((3, 20, 300), 100, dtype=torch.uint8)
+        drawn = np.asarray(segment.overlay(img, classes, names)).astype(int)
+        assert drawn.shape == (20 + 18 + 4, 300, 3)
+        for k, column in (0, 100), (1, 250):
+            expected = 0.45 * 100 + 0.55 * np.array(segment.colour(k))
+            assert np.abs(drawn[10, column] - expected).max() <= 1
+            assert (drawn[30, 150 * k + 8] == segment.colour(k)).all()  # the larger class first
+        assert np.abs(drawn[5, 5] - 45).max() <= 1
+        assert len({segment.colour(k) for k in range(150)}) == 150
+        config = {**labels_of(tmp, classes=3, reduce_zero_label=True), "head": "linear", "width": 16, "crop": 16,
+                  "short": 0}
+        model = segment.build(config, backbone())
+        with unittest.mock.patch.object(finetune, "load_model", lambda run, build, device: (model.eval(), config)):
+            Image.fromarray(img[:, :, :40].permute(1, 2, 0).numpy()).save(f"{tmp}/a.png")
+            _, said = quietly("predict", "--run", "x", f"{tmp}/a.png", "--out", f"{tmp}/new/out")
+        expected = segment.predict_classes(model, img[:, :, :40], types.SimpleNamespace(crop=16, stride=10, short=0,
+                                                                                       batch_size=8))
+        mask = np.array(Image.open(f"{tmp}/new/out/a_mask.png"))
+        assert (mask == expected.numpy() + 1).all() and mask.dtype == np.uint8  # 1 to 3: 0 is no class
+        assert Image.open(f"{tmp}/new/out/a_overlay.png").width == 40 and "a_overlay.png" in said
+
+
+def test_bad_data_is_named_in_one_line():
+    with tempfile.TemporaryDirectory() as tmp:
+        def ask(change, words, *flags):
+            folder = tempfile.mkdtemp(dir=tmp)
+            shapes(folder, 3)
+            change(folder)
+            raises(USER_ERRORS, segment.main, ["train", "--data", folder, "--weights", tokenizer_file(tmp), "--out",
+                                               f"{tmp}/out", *SMALL, *flags], words=words)
+        blank, colour = np.zeros((32, 41), np.uint8), np.zeros((32, 40, 3), np.uint8)
+
+        def two_sizes(folder):
+            save(f"{folder}/train/masks/0.png", blank), save(f"{folder}/train/masks/2.png", blank)
+        ask(two_sizes, ["2 of 3 pairs", "0.png is 41x32, its image 40x32", "2.png is 41x32"])
+        ask(lambda folder: save(f"{folder}/train/masks/1.png", blank[:, :40] + 9), ["1.png has the label 9", "255"])
+        ask(lambda folder: os.remove(f"{folder}/train/masks/1.png"), ["1 files", "train/images/1.png", "no partner"])
+        ask(lambda folder: os.remove(f"{folder}/val/images/1.png"), ["val/masks/1.png", "no partner"])
+        ask(lambda folder: save(f"{folder}/train/masks/1.png", colour), ["1.png", "RGB", "one channel"])
+        ask(lambda folder: open(f"{folder}/train/masks/1.png", "wb").write(b"no"), ["masks/1.png", "cannot be read"])
+        ask(lambda folder: open(f"{folder}/train/images/1.png", "wb").write(b"no"), ["images/1.png", "cannot be read"])
+
+        def lossy(folder):
+            os.remove(f"{folder}/train/masks/1.png"), save(f"{folder}/train/masks/1.jpg", blank[:, :40])
+        ask(lossy, ["1.jpg", "JPEG", "without loss"])
+        ask(lambda folder: save(f"{folder}/train/images/1.bmp", colour), ["1.bmp", "have the same name"])
+        ask(lambda folder: os.remove(f"{folder}/classes.json"), ["classes.json", "--classes"])
+        ask(lambda folder: None, ["split nights", "no pairs"], "--split", "nights")
+        ask(lambda folder: None, ["two pictures", "--micro_batch"], "--micro_batch", "1")
