@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from downstream import finetune, segment, upernet
+from downstream import bench, finetune, segment, upernet
 from downstream.pairs import Pairs, read_numbers
 from downstream.upernet import IGNORED, Segmenter, slide
 from encoder import Encoder, UserError, ViT, parameter_groups
+from experiments.dense import study
 from tools.script import USER_ERRORS
 
 SMALL = ["--width", "16", "--crop", "16", "--workers", "0", "--warmup", "0", "--drop_path", "0"]
@@ -511,3 +512,42 @@ def test_bad_data_is_named_in_one_line():
         ask(lambda folder: os.rename(folder, folder + "x"), ["no such folder or archive"])
         ask(lambda folder: None, ["split nights", "no pairs"], "--split", "nights")
         ask(lambda folder: None, ["two pictures", "--micro_batch"], "--micro_batch", "1")
+
+
+def test_bench_counts_what_a_step_costs():
+    class Stub(torch.nn.Module):
+        """2 x 6 x 5 FLOP a picture, in a forward pass."""
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.linear = backbone(), torch.nn.Linear(6, 5)
+
+        def forward(self, img):
+            return {"loss": self.linear(img.flatten(1)).mean()}
+    for frozen, share in (False, 3), (True, 1):
+        model, img = Stub(), torch.rand(4, 3, 1, 2)
+        model.backbone.requires_grad_(not frozen)
+        with contextlib.redirect_stdout(io.StringIO()) as said, unittest.mock.patch.object(
+                bench, "seconds", lambda f, repeats=10: (f(), 2e-12)[1]):
+            bench.measure_speed("stub", model, (img,), lambda: model(img), {"some": 3.6e15})
+        training, hours, prediction = said.getvalue().splitlines()[1:]
+        ceiling = 2 * 1024 ** 3 / 2e-12
+        for line, rate in (training, share * 240 / 2e-12), (prediction, 240 / 2e-12):
+            assert "| %8.4g img/s | %6.4g TFLOP/s | %.3f of" % (4 / 2e-12, rate / 1e12, rate / ceiling) in line, line
+        assert f"{3.6e15 / 4 * 2e-12 / 3600:,.1f} hours for some" in hours  # 0.5
+    small = ["--teacher", "tiny", "--crop", "16", "--width", "16", "--batch_size", "2"]
+    assert "prediction" in quietly("bench", *small)[1]
+
+
+def test_the_study_fits_and_names_what_the_scripts_know():
+    torch.manual_seed(0)
+    x = torch.randn(300, 4) * torch.tensor([1.0, 5, 0.1, 2]) + torch.tensor([0.0, 3, 1, -2])
+    y = (x @ torch.randn(4, 3) + torch.randn(300, 3)).argmax(1)
+    weight, bias = study.fit(x, y, 3)
+    error = (x @ weight.T + bias).softmax(1) - F.one_hot(y, 3)  # at the optimum the gradient vanishes
+    std = x.std(0)
+    gradient = error.T @ ((x - x.mean(0)) / std) / 300 + 2e-4 * weight * std
+    assert gradient.abs().max() < 1e-3 and error.mean(0).abs().max() < 1e-3
+    for flags in study.FLAGS["seg"][2].values():
+        args = segment.parse_args(["train", "--data", "x", *study.CODES["random"], *study.LOOP.split(), *flags.split()])
+        assert args.crop == 352 and args.lr_decay == 1
+    assert len({row for row in study.ROWS if row.startswith("seg:")}) == 5 * 3 * 2
