@@ -247,7 +247,7 @@ def overlay(img, classes, names):
     mixed = Image.fromarray((0.45 * picture + 0.55 * colours[classes]).astype(np.uint8))
     found = sorted(((classes == k).mean(), k) for k in np.unique(classes) if k < len(names))[::-1]
     columns, font = max(1, mixed.width // 150), ImageFont.load_default(12)
-    canvas = Image.new("RGB", (mixed.width, mixed.height + 18 * -(-len(found) // columns) + 4), "white")
+    canvas = Image.new("RGB", (max(mixed.width, 150), mixed.height + 18 * -(-len(found) // columns) + 4), "white")
     canvas.paste(mixed)
     draw = ImageDraw.Draw(canvas)
     for n, (share, k) in enumerate(found):

@@ -414,7 +414,7 @@ def test_a_segmenter_resumes_exactly():
         for figure in "miou", "aacc", "macc":  # what training logged is what test finds
             assert abs(evaluation[figure] - report[figure]) < 1e-6
         assert f"mIoU {report['miou']:.2f}   aAcc" in said and "windows of 16 every 10 px" in said
-        assert Image.open(f"{whole}/samples/step_0000004.png").width == 80  # truth | prediction
+        assert Image.open(f"{whole}/samples/step_0000004.png").width == 300  # truth | prediction
 
 
 def test_what_is_trained_starts_from_the_weights_given():
@@ -480,7 +480,7 @@ def test_prediction_draws_a_legend_and_writes_the_masks_own_numbers():
                                                                                        batch_size=8))
         mask = np.array(Image.open(f"{tmp}/new/out/a_mask.png"))
         assert (mask == expected.numpy() + 1).all() and mask.dtype == np.uint8  # 1 to 3: 0 is no class
-        assert Image.open(f"{tmp}/new/out/a_overlay.png").width == 40 and "a_overlay.png" in said
+        assert Image.open(f"{tmp}/new/out/a_overlay.png").width == 150 and "a_overlay.png" in said
 
 
 def test_bad_data_is_named_in_one_line():
