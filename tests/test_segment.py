@@ -374,9 +374,9 @@ def test_eight_pictures_are_learned_by_heart():
     with tempfile.TemporaryDirectory() as tmp:
         data = segment.Masks(shapes(tmp), "train", labels_of(tmp))
         img, labels = map(torch.stack, zip(*((x, torch.from_numpy(y)) for x, y in map(data.load, range(8)))))
-        model = Segmenter(backbone(), 3, width=32)
-        optimizer = torch.optim.AdamW(parameter_groups(model, 1e-2, 0.0, 0.7))
-        for _ in range(110):
+        model = Segmenter(backbone(), 3, width=16)
+        optimizer = torch.optim.AdamW(parameter_groups(model, 2e-2, 0.0, 0.7))
+        for _ in range(100):
             sum(model(img, labels).values()).backward()
             optimizer.step()
             optimizer.zero_grad()
