@@ -427,8 +427,8 @@ def test_what_is_trained_starts_from_the_weights_given():
             assert bool(moved) == (name == "all"), (name, moved)
             assert ("head.classifier.weight" in run) == (name == "linear")
             assert len(moved) in (0, sum(k.startswith("encoder.vit.") for k in start) - 2)  # all but mean and std
-        run, teacher = trained(tmp, "teacher", "--teacher", micro_teacher(tmp), "--frozen"), load_file(micro_teacher(tmp))
-        of_teacher = load_file(f"{run}/model.safetensors")
+        run = trained(tmp, "teacher", "--teacher", micro_teacher(tmp), "--frozen")
+        teacher, of_teacher = load_file(micro_teacher(tmp)), load_file(f"{run}/model.safetensors")
         assert all(torch.equal(x, of_teacher[f"backbone.vit.{k}"]) for k, x in teacher.items())
         parsed = lambda *flags: segment.parse_args(["train", "--data", "x", "--weights", "y", *flags])
         args = parsed()  # BEiT-L's recipe on ADE20K
