@@ -18,118 +18,29 @@ MIX-5 (ReDWeb, DIML, Movies, MegaDepth, WSVD) is not to be had whole: of Movies 
 are public. ReDWeb, DIML and MegaDepth are; take these, or your own, as folders.
 """
 import argparse
-import json
 import os
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from data import cores, load_image, to_tensor
 from downstream import finetune
-from downstream.pairs import Pairs
-from encoder import TEACHERS, Encoder, UserError, ViT, write_atomically
+from downstream.bench import measure_speed
+from downstream.depth_sets import LEAST, DepthPairs, Mixed, check, convert
+from downstream.dpt import HEADS, DepthModel, align
+from encoder import TEACHERS, Encoder, UserError, ViT, ViTConfig, load_exactly, write_atomically
 from tools.job import Job
+from tools.pictures import find_pictures, free_path
 from tools.run import command_line, number
+from tools.script import rank_and_device
 
 EIGEN = slice(45, 471), slice(41, 601)  # rows and columns of NYUv2's 480 x 640 that are measured
-LEAST = 1e-3  # metres: nearer is no measurement
 COLOURS = np.array([(252, 255, 164), (249, 142, 9), (188, 55, 84), (87, 16, 110), (0, 0, 4)])  # inferno, near to far
 FIGURES = "rmse absrel log10 delta1 delta2 delta3 silog".split()
-
-
-# ---- data ----
-
-class DepthPairs(Pairs):
-    """The pairs of a split: [n] -> (uint8 image (3, S, S), depth in metres (S, S), 0 where there is none), cropped.
-
-    unit: metres of one count of the PNGs; or "disparity" if they hold an inverse depth, whose unit nobody knows.
-    """
-
-    def __init__(self, root, split, unit=0.001, size=None, train=False, seed=0):
-        super().__init__(root, split, "depth", train, seed)
-        self.unit, self.size = unit, size
-
-    def measured(self, i):
-        """Pair i at its own size: uint8 (3, H, W), and depth (H, W) in float32."""
-        img, counts = self.read(i)
-        counts = torch.from_numpy(counts.astype(np.float32))
-        return img, torch.where(counts > 0, 1 / counts, 0) if self.unit == "disparity" else counts * self.unit
-
-    def __getitem__(self, n):
-        img, depth = self.measured(self.index(n))
-        return crop(img, depth, self.size, np.random.default_rng([self.seed, n, 1]))
-
-
-def crop(img, depth, size, rng):
-    """A random square of image and depth, after the shorter side is resized to `size`; half of them are mirrored."""
-    H, W = (max(size, round(side * size / min(depth.shape))) for side in depth.shape)
-    top, left = rng.integers(H - size + 1), rng.integers(W - size + 1)
-    img = F.interpolate(img[None], (H, W), mode="bicubic", antialias=True)[0]
-    depth = F.interpolate(depth[None, None], (H, W), mode="nearest-exact")[0, 0]  # no mean of near and far, or of 0
-    img, depth = (x[..., top:top + size, left:left + size] for x in (img, depth))
-    if rng.random() < 0.5:
-        img, depth = img.flip(-1), depth.flip(-1)
-    return img.contiguous(), depth.contiguous()
-
-
-class Mixed(Dataset):
-    """Several data sets, evenly: sample n is of set n mod K, so that every batch has as many of each."""
-
-    def __init__(self, sets):
-        self.sets = sets
-
-    def __len__(self):
-        return sum(map(len, self.sets))
-
-    def __getitem__(self, n):
-        return self.sets[n % len(self.sets)][n // len(self.sets)]
-
-    def index(self, n):
-        return n
-
-    def path(self, n):
-        """Where the image of SAMPLE n lies."""
-        data = self.sets[n % len(self.sets)]
-        return data.path(data.index(n // len(self.sets)))
-
-
-def doubt_unit(data, max_depth):
-    """A warning if the depths of a few pictures are in no range that max_depth lets expect; or None."""
-    some = [data.measured(i)[1] for i in sorted({k * (len(data) - 1) // 7 for k in range(8)})]
-    depths = torch.cat([depth[depth > 0] for depth in some]).numpy()
-    if not len(depths):
-        return f"warning: the depth pictures of {data.files.roots[0]} that were looked at have no measurement (all is 0)"
-    low, middle, high = np.percentile(depths, (1, 50, 99))
-    if LEAST < max_depth / 20 < high and middle < max_depth:
-        return None
-    return (f"warning: {data.files.roots[0]} has depths from {low:.4g} to {high:.4g} m (1% to 99%, median {middle:.4g}) "
-            f"by --unit {data.unit:g}, but --max_depth is {max_depth:g} m: is it another unit?")
-
-
-def convert(args):
-    """NYUv2's labelled set, as published -> folders of its official split: train (795) and test (654), millimetres."""
-    import h5py
-    from scipy.io import loadmat
-
-    splits = loadmat(args.splits)
-    with h5py.File(args.mat, "r") as f:
-        for split in "train", "test":
-            for kind in "images", "depth":
-                os.makedirs(os.path.join(args.out, split, kind), exist_ok=True)
-            numbers = splits[split + "Ndxs"].flatten()  # from 1
-            for n in tqdm(numbers, desc=split):
-                img = np.transpose(f["images"][n - 1])  # MATLAB's order, read as C: (3, W, H) -> (H, W, 3)
-                depth = np.transpose(f[args.field][n - 1])  # metres
-                millimetres = (1000 * depth).round().clip(0, 65535).astype(np.uint16)
-                for kind, x in ("images", img), ("depth", millimetres):
-                    path = os.path.join(args.out, split, kind, f"{n:04d}.png")
-                    write_atomically(path, lambda f: Image.fromarray(x).save(f, "PNG"))
-    print(f"{args.out}: {len(splits['trainNdxs'])} pairs in train, {len(splits['testNdxs'])} in test")
 
 
 # ---- errors and pictures ----
@@ -301,9 +212,9 @@ def add_precision(part, on_gpu):
     part.add_argument("--workers", type=number(int, 0), default=max(1, min(8, cores() - 1)), help="[%(default)s]")
 
 
-def build(config):
-    """The DepthModel of a run's configuration, with random weights."""
-    backbone = Encoder(ViT(ViTConfig(**config["vit"])), config["latent_dim"], config["projector"])
+def build(config, backbone=None):
+    """The DepthModel of a run's configuration; without a backbone with random weights."""
+    backbone = backbone or Encoder(ViT(ViTConfig(**config["vit"])), config["latent_dim"], config["projector"])
     return DepthModel(backbone, **{k: config[k] for k in ("head", "head_width", "target", "max_depth")})
 
 
@@ -312,12 +223,87 @@ def train(args, on_signal=None):
     config = {"vit": asdict(backbone.vit.config), "latent_dim": backbone.latent_dim, "projector": backbone.projector,
               **{k: getattr(args, k) for k in ("head", "head_width", "target", "max_depth", "size")}}
     torch.manual_seed(args.seed)
-    model = DepthModel(backbone, **{k: config[k] for k in ("head", "head_width", "target", "max_depth")})
+    model = build(config, backbone)
     if args.init:
-        start = finetune.load_model(args.init, build, "cpu")
-        ...
-    units = args.unit * (1 if len(args.unit) > 1 else len(args.data))
-    sets = [DepthPairs(root, "train", u, args.size, True, args.seed + k) for k, (root, u) in enumerate(zip(args.data, units))]
+        earlier, _ = finetune.load_model(args.init, build, "cpu")
+        start(model, earlier, args.init)
+    units = args.unit * (len(args.data) // len(args.unit))
+    sets = [DepthPairs(root, "train", u, args.size, True, args.seed + k)
+            for k, (root, u) in enumerate(zip(args.data, units))]
+    val = None
+    if args.val_split != "none" and (args.val or units[0] != "disparity"):
+        val = DepthPairs(args.val or args.data[0], args.val_split, units[0])
+    for data in sets if rank_and_device()[0] == 0 else []:
+        print(check(data, args.max_depth if args.target == "metric" else None, args.workers), flush=True)
+
+    def evaluate(path):
+        job = Job(SimpleNamespace(bf16=torch.cuda.is_available(), workers=args.workers, out=None))
+        if job.rank == 0:
+            look(job, model, val, args.size, path)
+        return measure(job, model, val, args.size)
+    return finetune.train(args, model, Mixed(sets), evaluate if val else None, config, on_signal=on_signal)
+
+
+def start(model, earlier, name):
+    """Let a model begin with the weights of an earlier one, except for its last layer if that has another target."""
+    state = earlier.state_dict()
+    if model.target != earlier.target:
+        state.update({k: x for k, x in model.state_dict().items() if k.startswith("head.out.")})
+    load_exactly(model.state_dict(), state, name)
+
+
+def load(args):
+    """(job, model in eval mode, its configuration) of a command that reads a run."""
+    job = Job(args)
+    model, config = finetune.load_model(args.run, build, job.device)
+    return job, model, config
+
+
+def test(args):
+    """Errors of a run on a data set: the report."""
+    job, model, config = load(args)
+    data = DepthPairs(args.data, args.split, args.unit)
+    checked = check(data, model.max_depth, args.workers, most=100) if job.rank == 0 else ""
+    found = measure(job, model, data, config["size"], EIGEN if args.crop == "eigen" else None)
+    protocol = (f"seen with the shorter side at {config['size']} px, {job.precision}, enlarged to the truth; truth in "
+                f"({LEAST}, {model.max_depth:g}) m{', Eigen crop' * (args.crop == 'eigen')}; each picture, then averaged"
+                + "; DISPARITY ALIGNED TO EACH PICTURE'S TRUTH" * (model.target == "relative"))
+    table = ["  ".join(f"{name:>7s}" for name in FIGURES), "  ".join(f"{found[name]:7.4f}" for name in FIGURES)]
+    return job.finish({"run": args.run, "step": config["step"], "data": args.data, "split": args.split, **found,
+                       "protocol": protocol, "warning": checked.partition("warning: ")[2] or None}, table)
+
+
+def predict(args):
+    """Estimates of photos: NAME_depth.png with a scale, and the values as NAME_depth.npy or, in mm, NAME_depth_mm.png."""
+    job, model, config = load(args)
+    if args.raw == "png" and model.target == "relative":
+        raise UserError("--raw png is in millimetres, which a relative model does not know: use --raw npy")
+    taken = set()
+    for path, folder in find_pictures(args.files, args.out):
+        with job.autocast:
+            x = estimate(model, to_tensor(load_image(path)), config["size"]).numpy()
+        os.makedirs(folder or ".", exist_ok=True)
+        name = os.path.splitext(os.path.basename(path))[0]
+        result = free_path(folder, name, "_depth_mm.png", taken)
+        picture = draw(x, model.target)
+        write_atomically(result + "_depth.png", lambda f: picture.save(f, "PNG"))
+        if args.raw == "npy":
+            write_atomically(result + "_depth.npy", lambda f: np.save(f, x))
+        else:
+            millimetres = Image.fromarray((1000 * x).round().clip(0, 65535).astype(np.uint16))
+            write_atomically(result + "_depth_mm.png", lambda f: millimetres.save(f, "PNG"))
+        near, far = limits(x, model.target)
+        print(f"{result}_depth.png: {near:.2f} to {far:.2f}" + " m" * (model.target == "metric"))
+
+
+def bench(args):
+    """Speed at the paper's size; hours for NYUv2's 20 epochs, and for 60 epochs of each million pictures."""
+    B, S = args.batch_size, args.size
+    with rank_and_device()[2]:
+        model = DepthModel(Encoder(ViT(TEACHERS[args.teacher])))
+        img, truth = torch.randint(256, (B, 3, S, S), dtype=torch.uint8), 0.1 + 9 * torch.rand(B, S, S)
+    measure_speed(f"{args.teacher} with DPT", model, (img, truth), lambda: model.predict(img / 255),
+                  {"20 epochs of NYUv2's 795 pairs": 20 * 795, "60 epochs of each million pairs": 60_000_000})
 
 
 def main(argv=None, on_signal=None):

@@ -8,7 +8,7 @@ absolute deviation, differ by R; of M pixels that are measured (Ranftl et al. 20
 Every term is of one picture, and the loss is their mean, so that it does not depend on how a batch is split.
 
     model = DepthModel(Encoder.from_pretrained("uniflow.safetensors"), target="metric", max_depth=10)
-    loss = model(img, truth)           # uint8 (B, 3, S, S), metres (B, S, S), 0 where nothing is measured
+    losses = model(img, truth)         # uint8 (B, 3, S, S), metres (B, S, S), 0 where nothing is measured
     depth = model.predict(img / 255)   # (B, H, W) in metres, of any size
 
 The head (Ranftl et al. 2021) reads four blocks, in a ViT of 24 [4, 11, 17, 23]. Differs from DPT: no batch norm, as in
@@ -116,11 +116,11 @@ class DepthModel(nn.Module):
         return self.max_depth * x[:, 0].sigmoid() if self.target == "metric" else x[:, 0]
 
     def forward(self, img, truth):
-        """The loss of uint8 images (B, 3, S, S), whose depth is `truth` (B, S, S), 0 where there is none."""
+        """{name: loss} of uint8 images (B, 3, S, S), whose depth is `truth` (B, S, S), 0 where there is none."""
         x = self.predict(img / 255)
         if self.target == "metric":
-            return silog(x, torch.where(truth < self.max_depth, truth, 0))
-        return relative_loss(x, truth)
+            return {"silog": silog(x, torch.where(truth < self.max_depth, truth, 0))}
+        return relative_losses(x, truth)
 
 
 # ---- losses and errors; truth, valid and the predictions are (B, H, W) ----
@@ -173,8 +173,8 @@ def gradient_loss(residual, valid, scales=4):
     return total
 
 
-def relative_loss(x, truth, alpha=0.5):
-    """The loss of a disparity x, the same for every a x + b with a > 0."""
+def relative_losses(x, truth, alpha=0.5):
+    """{name: loss} of a disparity x. Both are the same for every a x + b with a > 0."""
     valid = truth > 0
     residual = standardise(x, valid) - standardise(1 / torch.where(valid, truth, 1), valid)
-    return (trimmed_loss(residual, valid) + alpha * gradient_loss(residual, valid)).mean()
+    return {"trimmed": trimmed_loss(residual, valid).mean(), "gradient": alpha * gradient_loss(residual, valid).mean()}
