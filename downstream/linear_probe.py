@@ -17,17 +17,24 @@ model has one, of the CLS token ("cls"), both after the final norm. MAE's figure
 which one it took, nor at which size. eval.py --probe is another, quicker one: fixed features without augmentation.
 """
 import argparse
-import json
-import os
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from data import ImageDataset, limit_aspect, load_image, to_tensor
+from data import ImageDataset, cores, limit_aspect, load_image, to_tensor
+from downstream import finetune
+from downstream.bench import measure_speed
+from downstream.lars import LARS, BatchNorm
+from encoder import TEACHERS, Encoder, UserError, ViT, ViTConfig
+from tools.job import Job
+from tools.pictures import find_pictures
+from tools.run import command_line, number
+from tools.script import rank_and_device
 
 # warmup: epochs over which the rate rises; blr: the rate at a batch of 256, with which it grows
 RECIPES = {"mae": dict(epochs=90, batch_size=16384, blr=0.1, warmup=10),
@@ -35,28 +42,6 @@ RECIPES = {"mae": dict(epochs=90, batch_size=16384, blr=0.1, warmup=10),
 
 
 # ---- the model ----
-
-class BatchNorm(nn.BatchNorm1d):
-    """Batch norm without gain and bias, of inputs that need no gradient. The statistics are those of all ranks."""
-
-    def __init__(self, width):
-        super().__init__(width, eps=1e-6, affine=False)
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        rows = x.detach().double()
-        moments = torch.stack([rows.sum(0), (rows ** 2).sum(0), torch.full_like(rows[0], len(rows))])
-        if dist.is_initialized():
-            dist.all_reduce(moments)
-        n, mean = moments[2], moments[0] / moments[2]
-        variance = moments[1] / n - mean ** 2
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.float(), self.momentum)
-            self.running_var.lerp_((variance * n / (n - 1).clamp_min(1)).float(), self.momentum)
-            self.num_batches_tracked += 1
-        return ((rows - mean) / (variance + self.eps).sqrt()).float()
-
 
 class Probe(nn.Module):
     """Classifiers of the backbone's (an Encoder's) features: pooled, and cls where it has a CLS token."""
@@ -85,31 +70,6 @@ class Probe(nn.Module):
         return {name: F.cross_entropy(x.float(), labels) for name, x in self.logits(img / 255).items()}
 
 
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum, in which a matrix W with gradient g moves at the rate lr * trust * |W| / |g| (You et al. 2017).
-
-    v <- momentum v + q g;  W <- W - lr v,  where q = trust |W| / |g|, or 1 for vectors and where one of the two is 0.
-    """
-
-    def __init__(self, params, lr, momentum=0.9, trust=0.001, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, trust=trust, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                g = p.grad
-                if p.ndim > 1:
-                    g = g + group["weight_decay"] * p
-                    size, slope = p.norm(), g.norm()
-                    g = g * torch.where((size > 0) & (slope > 0), group["trust"] * size / slope, 1)
-                state = self.state[p]
-                if "velocity" not in state:
-                    state["velocity"] = torch.zeros_like(p)
-                state["velocity"].mul_(group["momentum"]).add_(g)
-                p.sub_(group["lr"] * state["velocity"])
-
-
 # ---- data ----
 
 class ProbeImages(ImageDataset):
@@ -136,7 +96,7 @@ def resized_crop(img, size, rng):
     w, h = min(round((area * shape) ** 0.5), img.width), min(round((area / shape) ** 0.5), img.height)
     w, h = max(w, 1), max(h, 1)
     left, top = int(rng.integers(img.width - w + 1)), int(rng.integers(img.height - h + 1))
-    img = img.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + w, top + h))
+    img = img.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BICUBIC)
     return img.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else img
 
 
@@ -147,3 +107,147 @@ def centre(img, size):
     img = img.resize([round(side * scale) for side in img.size], Image.Resampling.BICUBIC)
     left, top = (img.width - size) // 2, (img.height - size) // 2
     return img.crop((left, top, left + size, top + size))
+
+
+# ---- the command line ----
+
+def parse_args(argv=None):
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = ap.add_subparsers(dest="command", required=True, metavar="train | test | predict | bench")
+    on_gpu, count = torch.cuda.is_available(), number(int, 1)
+    train = commands.add_parser("train", help="train the classifiers; the same command again resumes")
+    test = commands.add_parser("test", help="accuracy of a run on other images")
+    predict = commands.add_parser("predict", help="the likeliest classes of pictures")
+    bench = commands.add_parser("bench", help="speed of the frozen encoder with classifiers, random weights")
+    for part in train, test:
+        part.add_argument("--data", nargs="+", required=True, metavar="PATH", help="folders or .zip archives; an image's "
+                          "class is the folder that it is in")
+    train.add_argument("--val", nargs="+", required=True, metavar="PATH", help="images to measure the accuracy on")
+    train.add_argument("--recipe", choices=RECIPES, default="mae", help="its batch, epochs and rate [%(default)s]")
+    for part in train, bench:
+        part.add_argument("--size", type=count, help="pixels [the encoder's native size]")
+    finetune.add_flags(train, lr=None, epochs=None, batch_size=None, micro_batch=128, weight_decay=0.0, warmup=None,
+                       lr_decay=None, decay_shape="cosine", clip=0.0, frozen=True, out="probe")
+    for part in test, predict:
+        part.add_argument("--run", required=True, metavar="FOLDER", help="of training, or the file in it")
+    for part in test, predict:
+        part.add_argument("--bf16", action="store_true", default=on_gpu, help="[with a GPU]")
+        part.add_argument("--fp32", dest="bf16", action="store_false", help="without TF32 [without a GPU]")
+    test.add_argument("--out", metavar="FILE", help="also write the report as JSON")
+    test.add_argument("--workers", type=number(int, 0), default=max(1, min(8, cores() - 1)), help="[%(default)s]")
+    predict.add_argument("files", nargs="+", metavar="FILES", help="pictures, or folders of them")
+    bench.add_argument("--teacher", choices=TEACHERS, default="internvit", help="whose shape [%(default)s]")
+    for part in test, bench:
+        part.add_argument("--batch_size", type=count, default=128, help="[%(default)s]")
+    args = ap.parse_args(argv)
+    if args.command == "train":
+        recipe = RECIPES[args.recipe]
+        args.batch_size = args.batch_size or recipe["batch_size"]
+        args.epochs = args.epochs or (None if args.steps else recipe["epochs"])
+        args.lr = recipe["blr"] * args.batch_size / 256 if args.lr is None else args.lr
+    return args
+
+
+def build(config, backbone=None):
+    """The Probe of a run's configuration; without a backbone with random weights."""
+    backbone = backbone or Encoder(ViT(ViTConfig(**config["vit"])), config["latent_dim"], config["projector"])
+    return Probe(backbone, len(config["classes"]))
+
+
+def train(args, on_signal=None):
+    backbone = finetune.load_backbone(args)
+    size, p = args.size or backbone.size, backbone.vit.config.patch
+    if size % p:
+        raise UserError(f"--size {size} is no multiple of the patch {p}: try {max(1, round(size / p)) * p}")
+    data, val = ProbeImages(args.data, size, True, args.seed), ProbeImages(args.val, size, False)
+    rename_classes(val, data.classes)
+    steps = args.steps or max(1, args.epochs * len(data) // args.batch_size)
+    if args.warmup is None:
+        args.warmup = round(steps * RECIPES[args.recipe]["warmup"] / RECIPES[args.recipe]["epochs"])
+    if args.lr_decay is None:  # from the end of the warm-up
+        args.lr_decay = 1 - args.warmup / steps
+    torch.manual_seed(args.seed)
+    model = Probe(backbone, len(data.classes))
+    config = {"vit": asdict(backbone.vit.config), "latent_dim": backbone.latent_dim, "projector": backbone.projector,
+              "size": size, "classes": data.classes}
+    optimizer = LARS(model.heads.parameters(), args.lr, weight_decay=args.weight_decay)
+
+    def evaluate():
+        job = Job(SimpleNamespace(bf16=torch.cuda.is_available(), workers=args.workers, batch_size=args.micro_batch,
+                                  out=None))
+        return accuracy(job, model, val)
+    return finetune.train(args, model, data, evaluate, config, optimizer=optimizer, on_signal=on_signal)
+
+
+def rename_classes(data, classes):
+    """Give the images of a set the class numbers of training."""
+    if unknown := sorted(set(data.classes) - set(classes)):
+        raise UserError(f"{', '.join(data.roots)} has {len(unknown)} classes that training does not know: "
+                        f"{' '.join(unknown[:5])}")
+    numbers = np.array([classes.index(name) for name in data.classes])
+    data.labels = numbers[data.labels]
+
+
+def accuracy(job, model, data):
+    """{features: % of a set's images whose class is the likeliest, features_top5: one of the five likeliest}."""
+    hits = {}
+    for _, img, labels in job.images("accuracy", data):
+        with torch.no_grad(), job.autocast:
+            logits = model.logits(img)
+        for name, x in logits.items():
+            right = x.float().cpu().topk(min(5, x.shape[1])).indices == labels[:, None]  # (b, 5)
+            for key, n in (name, 1), (f"{name}_top5", 5):
+                hits[key] = hits.get(key, 0) + right[:, :n].sum().item()
+    parts = job.gather(hits)
+    return {key: 100 * sum(part.get(key, 0) for part in parts) / len(data) for key in parts[0]}
+
+
+def test(args):
+    """Print the accuracy on --data. -> the report"""
+    job = Job(args)
+    model, config = finetune.load_model(args.run, build, job.device)
+    data = ProbeImages(args.data, config["size"], False)
+    rename_classes(data, config["classes"])
+    found = accuracy(job, model, data)
+    protocol = f"the central {config['size']} of {round(config['size'] * 256 / 224)} pixels, {job.precision}"
+    table = [f"{'features':8s}   top-1   top-5"] + [f"{name:8s}  {found[name]:6.2f}  {found[name + '_top5']:6.2f}"
+                                                    for name in model.heads]
+    return job.finish({"run": args.run, "step": config["step"], "data": args.data, "images": len(data), **found,
+                       "protocol": protocol}, table)
+
+
+def predict(args):
+    """Print the five likeliest classes of each picture, by each classifier."""
+    job = Job(args)
+    model, config = finetune.load_model(args.run, build, job.device)
+    for path, _ in find_pictures(args.files):
+        img = to_tensor(centre(load_image(path), config["size"]))[None].to(job.device) / 255
+        with torch.no_grad(), job.autocast:
+            logits = model.logits(img)
+        for name, x in logits.items():
+            chance, best = x[0].float().softmax(0).topk(min(5, len(config["classes"])))
+            print(f"{path}  {name}:  " + "  ".join(f"{config['classes'][k]} {100 * p:.0f}%"
+                                                  for p, k in zip(chance.tolist(), best.tolist())))
+
+
+def bench(args):
+    """Print what training and prediction reach on this machine with random weights."""
+    config = TEACHERS[args.teacher]
+    size = args.size or config.size
+    with rank_and_device()[2]:
+        model = Probe(Encoder(ViT(config)), 1000)
+        img = torch.randint(256, (args.batch_size, 3, size, size), dtype=torch.uint8)
+        labels = torch.randint(1000, (args.batch_size,))
+    measure_speed(f"linear probe of {args.teacher}", model, (img, labels), lambda: model.logits(img / 255),
+                  {"90 epochs of ImageNet": 90 * 1_281_167, "100 epochs, the paper's": 100 * 1_281_167})
+
+
+def main(argv=None, on_signal=None):
+    args = parse_args(argv)
+    if args.command == "train":
+        return train(args, on_signal)
+    return {"test": test, "predict": predict, "bench": bench}[args.command](args)
+
+
+if __name__ == "__main__":
+    command_line(main, "downstream.linear_probe")
