@@ -1,25 +1,25 @@
 """Monocular depth: a DPT head on the tokenizer's encoder, trained for relative or for metric depth (Table 4c).
 
-    python -m downstream.depth convert nyu_depth_v2_labeled.mat splits.mat --out nyu     # NYUv2's own files -> folders
-    python -m downstream.depth train --target relative --data redweb diml.zip --unit disparity 0.001 --weights W --out mix
-    python -m downstream.depth train --data nyu --weights W --init mix --out depth       # metres; resumes likewise
-    python -m downstream.depth test --run depth --data nyu --split test --crop eigen     # NYUv2's protocol
-    python -m downstream.depth predict --run depth photo.jpg                             # a picture, and the values
-    python -m downstream.depth bench                                                     # speed at the paper's size
+    D="python -m downstream.depth"                # or torchrun --nproc_per_node=8 -m downstream.depth
+    $D convert nyu_depth_v2_labeled.mat splits.mat --out nyu                         # NYUv2's own files -> folders
+    $D train --target relative --data redweb diml.zip --unit disparity 0.001 --weights W --out mix    # several sets
+    $D train --data nyu --val_split test --crop eigen --weights W --init mix --out depth              # metres
+    $D test --run depth --data nyu --split test --crop eigen                         # NYUv2's protocol
+    $D predict --run depth photo.jpg                                                 # a picture, and the values
+    $D bench                                                                         # speed at the paper's size
 
 A data set is a folder or archive of <split>/images and <split>/depth: 16-bit PNGs of one channel, 0 = no measurement.
 
-The model and its losses are in dpt.py. NYUv2 by the field's protocol: 654 pictures of 640x480, the prediction enlarged to
+Network and losses are in dpt.py. NYUv2 by the field's protocol: 654 pictures of 640x480, the prediction enlarged to
 them and clamped to [0.001, 10] m, errors in the Eigen crop (rows 45 to 470, columns 41 to 600) where the truth is in
-(0.001, 10) m, of each picture, then averaged; no median scaling; the last epoch's weights. A relative model's
-disparity is aligned to each picture's truth by least squares first, and its report says so.
+(0.001, 10) m, of each picture, then averaged; no median scaling; the last step's weights. A relative model's disparity
+is first aligned to each picture's truth by least squares, and its report says so.
 
 MIX-5 (ReDWeb, DIML, Movies, MegaDepth, WSVD) is not to be had whole: of Movies and WSVD only lists of films and videos
 are public. ReDWeb, DIML and MegaDepth are; take these, or your own, as folders.
 """
 import argparse
 import os
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,14 +32,15 @@ from downstream import finetune
 from downstream.bench import measure_speed
 from downstream.depth_sets import LEAST, DepthPairs, Mixed, check, convert
 from downstream.dpt import HEADS, DepthModel, align
-from encoder import TEACHERS, Encoder, UserError, ViT, ViTConfig, load_exactly, write_atomically
+from encoder import TEACHERS, Encoder, UserError, ViT, load_exactly, write_atomically
 from tools.job import Job
 from tools.pictures import find_pictures, free_path
 from tools.run import command_line, number
 from tools.script import rank_and_device
 
-EIGEN = slice(45, 471), slice(41, 601)  # rows and columns of NYUv2's 480 x 640 that are measured
+CROPS = {"none": None, "eigen": (slice(45, 471), slice(41, 601))}  # rows and columns that are measured, of 480 x 640
 COLOURS = np.array([(252, 255, 164), (249, 142, 9), (188, 55, 84), (87, 16, 110), (0, 0, 4)])  # inferno, near to far
+EPOCHS = {"metric": 20, "relative": 60}  # the paper's
 FIGURES = "rmse absrel log10 delta1 delta2 delta3 silog".split()
 
 
@@ -82,10 +83,9 @@ def estimate(model, img, size):
 def measure(job, model, data, size, crop=None):
     """{figure: its mean over the pictures of a set, images: how many}; the same on any number of ranks."""
     rows, numbers = [], range(job.rank, len(data), job.ranks)
-    gather = lambda x: job.gather(x)
-    for i, (img, truth) in zip(numbers, data.every(data.measured, numbers, job.args.workers, gather)):
+    for i, (img, truth) in zip(numbers, data.every(data.measured, numbers, job.args.workers, job.gather)):
         if crop and truth.shape != (480, 640):
-            raise UserError(f"{data.path(i)} is {truth.shape[1]}x{truth.shape[0]}; the Eigen crop is of NYUv2's 640x480")
+            raise UserError(f"{data.path(i)} is {truth.shape[1]}x{truth.shape[0]}; --crop eigen is of NYUv2's 640x480")
         with job.autocast:
             x = estimate(model, img, size)
         rows.append((i, errors(x, truth, model.target, model.max_depth, crop)))
@@ -123,21 +123,20 @@ def draw(x, target):
     return canvas
 
 
-def look(job, model, data, size, path):
-    """Write a picture of four pairs: image, truth (grey where there is none) and estimate, on the scale of the truth."""
+def look(model, data, size):
+    """A PIL picture of four pairs: image, truth (grey where there is none) and estimate, on the scale of the truth."""
     rows = []
     for i in sorted({k * (len(data) - 1) // 3 for k in range(4)}):
         img, truth = data.measured(i)
-        with job.autocast:
-            x = estimate(model, img, size)
-        x, valid = (y[0].numpy() for y in in_metres(x[None], truth[None], model.target, model.max_depth))
-        near, far = limits(truth.numpy()[valid] if valid.any() else x, "metric")
-        shown = np.where(valid[..., None], colour(truth.numpy(), near, far), 128).astype(np.uint8)
+        x, valid = in_metres(estimate(model, img, size)[None], truth[None], model.target, model.max_depth)
+        x, valid, truth = x[0].numpy(), valid[0].numpy(), truth.numpy()
+        near, far = limits(truth[valid] if valid.any() else x, "metric")
+        shown = np.where(valid[..., None], colour(truth, near, far), 128).astype(np.uint8)
         rows.append(np.concatenate([img.permute(1, 2, 0).numpy(), shown, colour(x, near, far)], 1))
     canvas = Image.new("RGB", (max(row.shape[1] for row in rows), sum(len(row) for row in rows)), "white")
     for k, row in enumerate(rows):
-        canvas.paste(Image.fromarray(row), (0, sum(len(other) for other in rows[:k])))
-    write_atomically(path, lambda f: canvas.save(f, "PNG"))
+        canvas.paste(Image.fromarray(row), (0, sum(len(before) for before in rows[:k])))
+    return canvas
 
 
 # ---- the command line ----
@@ -149,18 +148,20 @@ def parse_args(argv=None):
 
     part = commands.add_parser("train", help="train a head, and with it the encoder unless --frozen")
     add = part.add_argument
-    add("--data", nargs="+", required=True, metavar="PATH", help="data sets; of several every batch has as many of each")
+    add("--data", nargs="+", required=True, metavar="PATH", help="data sets; a batch has as many pairs of each")
     add("--unit", nargs="+", type=unit, default=[0.001], help="metres of one count of the PNGs, or disparity; one for "
         "all data sets or one for each [%(default)s]")
     add("--val", nargs="+", metavar="PATH", help="a data set to measure on, in metres by the first --unit [--data]")
-    add("--val_split", default="val", metavar="NAME", help="its split, or none [%(default)s]")
-    add("--target", choices=["metric", "relative"], default="metric", help="[%(default)s]")
+    add("--val_split", default="val", metavar="NAME", help="its split [%(default)s]")
+    add("--target", choices=EPOCHS, default="metric", help="metric trains for 20 epochs, relative for 60, as in the "
+        "paper [%(default)s]")
     add("--max_depth", type=number(float, 0.01), default=10.0, metavar="METRES", help="[%(default)s]")
     add("--size", type=count, default=448, help="pixels of the square crops, and of the shorter side [%(default)s]")
     add("--head", choices=HEADS, default="dpt", help="[%(default)s]")
     add("--head_width", type=number(int, 2), help="channels of its fused maps [a quarter of the ViT's, at most 256]")
+    add("--crop", choices=CROPS, default="none", help="the part of val that is measured [%(default)s]")
     add("--init", metavar="RUN", help="start from encoder and head of this run, whose target may be another")
-    finetune.add_flags(part, epochs=20, batch_size=32, lr=1e-4, out="depth")
+    finetune.add_flags(part, epochs=None, batch_size=32, lr=1e-4, weight_decay=0.01, out="depth")
 
     part = commands.add_parser("test", help="errors on a data set, each of one picture, then averaged")
     add = part.add_argument
@@ -168,7 +169,7 @@ def parse_args(argv=None):
     add("--data", nargs="+", required=True, metavar="PATH", help="a data set")
     add("--split", default="val", help="[%(default)s]")
     add("--unit", type=number(float, 0), default=0.001, help="metres of one count of the PNGs [%(default)s]")
-    add("--crop", choices=["none", "eigen"], default="none", help="the part that is measured [%(default)s]")
+    add("--crop", choices=CROPS, default="none", help="the part that is measured [%(default)s]")
     add("--out", metavar="FILE", help="also write the report as JSON")
     add_precision(part, on_gpu)
 
@@ -195,6 +196,8 @@ def parse_args(argv=None):
         "holes filled in [%(default)s]")
     add("--out", required=True, metavar="FOLDER")
     args = ap.parse_args(argv)
+    if args.command == "train" and not args.steps:
+        args.epochs = args.epochs or EPOCHS[args.target]
     if args.command == "train" and len(args.unit) not in (1, len(args.data)):
         ap.error(f"--unit has {len(args.unit)} values, --data {len(args.data)}: give one, or one for each")
     if args.command == "train" and args.target == "metric" and "disparity" in args.unit:
@@ -214,38 +217,32 @@ def add_precision(part, on_gpu):
 
 def build(config, backbone=None):
     """The DepthModel of a run's configuration; without a backbone with random weights."""
-    backbone = backbone or Encoder(ViT(ViTConfig(**config["vit"])), config["latent_dim"], config["projector"])
-    return DepthModel(backbone, **{k: config[k] for k in ("head", "head_width", "target", "max_depth")})
+    fields = {k: config[k] for k in ("head", "head_width", "target", "max_depth")}
+    return DepthModel(backbone or finetune.build_backbone(config), **fields)
 
 
 def train(args, on_signal=None):
-    backbone = finetune.load_backbone(args)
-    config = {"vit": asdict(backbone.vit.config), "latent_dim": backbone.latent_dim, "projector": backbone.projector,
-              **{k: getattr(args, k) for k in ("head", "head_width", "target", "max_depth", "size")}}
-    torch.manual_seed(args.seed)
-    model = build(config, backbone)
-    if args.init:
-        earlier, _ = finetune.load_model(args.init, build, "cpu")
-        start(model, earlier, args.init)
     units = args.unit * (len(args.data) // len(args.unit))
     sets = [DepthPairs(root, "train", u, args.size, True, args.seed + k)
             for k, (root, u) in enumerate(zip(args.data, units))]
-    val = None
-    if args.val_split != "none" and (args.val or units[0] != "disparity"):
-        val = DepthPairs(args.val or args.data[0], args.val_split, units[0])
+    measurable = args.val or units[0] != "disparity"
+    val = DepthPairs(args.val or args.data[0], args.val_split, units[0]) if measurable else None
     for data in sets if rank_and_device()[0] == 0 else []:
         print(check(data, args.max_depth if args.target == "metric" else None, args.workers), flush=True)
+    config = {k: getattr(args, k) for k in ("head", "head_width", "target", "max_depth", "size")}
+    model = build(config, finetune.load_backbone(args))
+    if args.init:
+        begin_with(model, finetune.load_model(args.init, build, "cpu")[0], args.init)
 
-    def evaluate(path):
-        job = Job(SimpleNamespace(bf16=torch.cuda.is_available(), workers=args.workers, out=None))
-        if job.rank == 0:
-            look(job, model, val, args.size, path)
-        return measure(job, model, val, args.size)
-    return finetune.train(args, model, Mixed(sets), evaluate if val else None, config, on_signal=on_signal)
+    def evaluate():
+        job = Job(SimpleNamespace(bf16=torch.cuda.is_available(), workers=args.workers))
+        return measure(job, model, val, args.size, CROPS[args.crop])
+    finetune.train(args, model, Mixed(sets), evaluate if val else None, config, on_signal=on_signal,
+                   picture=(lambda: look(model, val, args.size)) if val else None)
 
 
-def start(model, earlier, name):
-    """Let a model begin with the weights of an earlier one, except for its last layer if that has another target."""
+def begin_with(model, earlier, name):
+    """Copy the weights of an earlier model, except for the last layer's if that one has another target."""
     state = earlier.state_dict()
     if model.target != earlier.target:
         state.update({k: x for k, x in model.state_dict().items() if k.startswith("head.out.")})
@@ -255,8 +252,7 @@ def start(model, earlier, name):
 def load(args):
     """(job, model in eval mode, its configuration) of a command that reads a run."""
     job = Job(args)
-    model, config = finetune.load_model(args.run, build, job.device)
-    return job, model, config
+    return job, *finetune.load_model(args.run, build, job.device)
 
 
 def test(args):
@@ -264,9 +260,9 @@ def test(args):
     job, model, config = load(args)
     data = DepthPairs(args.data, args.split, args.unit)
     checked = check(data, model.max_depth, args.workers, most=100) if job.rank == 0 else ""
-    found = measure(job, model, data, config["size"], EIGEN if args.crop == "eigen" else None)
+    found = measure(job, model, data, config["size"], CROPS[args.crop])
     protocol = (f"seen with the shorter side at {config['size']} px, {job.precision}, enlarged to the truth; truth in "
-                f"({LEAST}, {model.max_depth:g}) m{', Eigen crop' * (args.crop == 'eigen')}; each picture, then averaged"
+                f"({LEAST}, {model.max_depth:g}) m; crop {args.crop}; of each picture, then averaged"
                 + "; DISPARITY ALIGNED TO EACH PICTURE'S TRUTH" * (model.target == "relative"))
     table = ["  ".join(f"{name:>7s}" for name in FIGURES), "  ".join(f"{found[name]:7.4f}" for name in FIGURES)]
     return job.finish({"run": args.run, "step": config["step"], "data": args.data, "split": args.split, **found,
@@ -274,7 +270,7 @@ def test(args):
 
 
 def predict(args):
-    """Estimates of photos: NAME_depth.png with a scale, and the values as NAME_depth.npy or, in mm, NAME_depth_mm.png."""
+    """Of each photo NAME_depth.png with a scale, and the values: NAME_depth.npy or, in mm, NAME_depth_mm.png."""
     job, model, config = load(args)
     if args.raw == "png" and model.target == "relative":
         raise UserError("--raw png is in millimetres, which a relative model does not know: use --raw npy")

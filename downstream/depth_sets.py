@@ -81,8 +81,8 @@ class Mixed(Dataset):
 
 
 def check(data, max_depth, workers, most=10_000):
-    """Read a set once, or `most` pairs of it, so that every fault is named. Returns a line on its depths, with a warning
-    if max_depth lets expect others. max_depth None: the unit does not matter."""
+    """Read a set once, or `most` pairs of it, so that every fault is named. Returns a line on its depths, and a warning
+    if max_depth makes them unlikely to be metres. max_depth None: the unit does not matter."""
     spreads = [x for x in data.every(data.spread, range(0, len(data), -(-len(data) // most)), workers) if x is not None]
     where = ", ".join(data.files.roots)
     if not spreads:

@@ -98,6 +98,7 @@ class DepthModel(nn.Module):
     def __init__(self, backbone, head="dpt", head_width=None, target="metric", max_depth=10.0):
         super().__init__()
         vit = backbone.vit.config
+        backbone.vit.norm.requires_grad_(False)  # it is not used
         self.backbone, self.target, self.max_depth = backbone, target, max_depth
         self.blocks = blocks_to_read(vit.depth)
         self.head = HEADS[head](vit.width, head_width or max(2, min(256, vit.width // 4)))

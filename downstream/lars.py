@@ -5,7 +5,7 @@ from torch import nn
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum, in which a matrix W with gradient g moves at the rate lr * trust * |W| / |g| (You et al. 2017).
+    """SGD with momentum, in which a matrix W with gradient g has the rate lr * trust * |W| / |g| (You et al. 2017).
 
     v <- momentum v + q g;  W <- W - lr v,  where q = trust |W| / |g|, or 1 for vectors and where one of the two is 0.
     """
@@ -29,23 +29,24 @@ class LARS(torch.optim.Optimizer):
                 p.sub_(group["lr"] * state["velocity"])
 
 
-class BatchNorm(nn.BatchNorm1d):
-    """Batch norm without gain and bias, of inputs that need no gradient. The statistics are those of all ranks."""
+class BatchNorm(nn.Module):
+    """Batch norm without gain and bias, of inputs (B, D) that need no gradient, with the statistics of all ranks."""
 
-    def __init__(self, width):
-        super().__init__(width, eps=1e-6, affine=False)
+    def __init__(self, D, eps=1e-6, momentum=0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.register_buffer("running_mean", torch.zeros(D))
+        self.register_buffer("running_var", torch.ones(D))
 
     def forward(self, x):
         if not self.training:
-            return super().forward(x)
-        rows = x.detach().double()
+            return (x - self.running_mean) / (self.running_var + self.eps).sqrt()
+        rows = x.double()
         moments = torch.stack([rows.sum(0), (rows ** 2).sum(0), torch.full_like(rows[0], len(rows))])
         if dist.is_initialized():
             dist.all_reduce(moments)
         n, mean = moments[2], moments[0] / moments[2]
         variance = moments[1] / n - mean ** 2
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.float(), self.momentum)
-            self.running_var.lerp_((variance * n / (n - 1).clamp_min(1)).float(), self.momentum)
-            self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.float(), self.momentum)
+        self.running_var.lerp_((variance * n / (n - 1).clamp_min(1)).float(), self.momentum)
         return ((rows - mean) / (variance + self.eps).sqrt()).float()

@@ -7,17 +7,16 @@
     python -m downstream.linear_probe predict --run probe photo.jpg     # its five likeliest classes
     python -m downstream.linear_probe bench                             # speed of a frozen ViT-L/14 at 448 px
 
-Protocol (He et al. 2022): batch norm without gain and bias, then a linear layer; LARS without weight decay, 90 epochs of
-16,384, rate 0.1 * batch / 256, which rises over 10 epochs and then falls by half a cosine to 0; random resized crops and
-mirroring, no other augmentation; the central 224 of 256 pixels, or their like at another --size, are classified. The
-accuracy is that after the last epoch, not the best one.
+Protocol (He et al. 2022): batch norm without gain and bias, then a linear layer; LARS without weight decay, 90 epochs
+of 16,384, rate 0.1 * batch / 256, which rises over 10 epochs and then falls by half a cosine to 0; random resized crops
+and mirroring, no other augmentation; the central 224 of 256 pixels, or their like at another --size, are classified.
+The accuracy is that after the last epoch, not the best one.
 
 Two classifiers learn from the same pass, each as if alone: of the mean of the spatial tokens ("pooled"), and, where the
 model has one, of the CLS token ("cls"), both after the final norm. MAE's figure is that of CLS; the paper says neither
 which one it took, nor at which size. eval.py --probe is another, quicker one: fixed features without augmentation.
 """
 import argparse
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,7 +29,7 @@ from data import ImageDataset, cores, limit_aspect, load_image, to_tensor
 from downstream import finetune
 from downstream.bench import measure_speed
 from downstream.lars import LARS, BatchNorm
-from encoder import TEACHERS, Encoder, UserError, ViT, ViTConfig
+from encoder import TEACHERS, Encoder, UserError, ViT
 from tools.job import Job
 from tools.pictures import find_pictures
 from tools.run import command_line, number
@@ -38,7 +37,7 @@ from tools.script import rank_and_device
 
 # warmup: epochs over which the rate rises; blr: the rate at a batch of 256, with which it grows
 RECIPES = {"mae": dict(epochs=90, batch_size=16384, blr=0.1, warmup=10),
-           "paper": dict(epochs=100, batch_size=128, blr=0.1, warmup=10)}  # the paper's B.4; what it leaves out is MAE's
+           "paper": dict(epochs=100, batch_size=128, blr=0.1, warmup=10)}  # the paper's B.4, the rest MAE's
 
 
 # ---- the model ----
@@ -120,8 +119,8 @@ def parse_args(argv=None):
     predict = commands.add_parser("predict", help="the likeliest classes of pictures")
     bench = commands.add_parser("bench", help="speed of the frozen encoder with classifiers, random weights")
     for part in train, test:
-        part.add_argument("--data", nargs="+", required=True, metavar="PATH", help="folders or .zip archives; an image's "
-                          "class is the folder that it is in")
+        part.add_argument("--data", nargs="+", required=True, metavar="PATH", help="folders or .zip archives; a class "
+                          "is the folder that an image is in")
     train.add_argument("--val", nargs="+", required=True, metavar="PATH", help="images to measure the accuracy on")
     train.add_argument("--recipe", choices=RECIPES, default="mae", help="its batch, epochs and rate [%(default)s]")
     for part in train, bench:
@@ -150,8 +149,7 @@ def parse_args(argv=None):
 
 def build(config, backbone=None):
     """The Probe of a run's configuration; without a backbone with random weights."""
-    backbone = backbone or Encoder(ViT(ViTConfig(**config["vit"])), config["latent_dim"], config["projector"])
-    return Probe(backbone, len(config["classes"]))
+    return Probe(backbone or finetune.build_backbone(config), len(config["classes"]))
 
 
 def train(args, on_signal=None):
@@ -166,17 +164,14 @@ def train(args, on_signal=None):
         args.warmup = round(steps * RECIPES[args.recipe]["warmup"] / RECIPES[args.recipe]["epochs"])
     if args.lr_decay is None:  # from the end of the warm-up
         args.lr_decay = 1 - args.warmup / steps
-    torch.manual_seed(args.seed)
-    model = Probe(backbone, len(data.classes))
-    config = {"vit": asdict(backbone.vit.config), "latent_dim": backbone.latent_dim, "projector": backbone.projector,
-              "size": size, "classes": data.classes}
+    args.size, config = size, {"size": size, "classes": data.classes}
+    model = build(config, backbone)
     optimizer = LARS(model.heads.parameters(), args.lr, weight_decay=args.weight_decay)
 
     def evaluate():
-        job = Job(SimpleNamespace(bf16=torch.cuda.is_available(), workers=args.workers, batch_size=args.micro_batch,
-                                  out=None))
+        job = Job(SimpleNamespace(bf16=torch.cuda.is_available(), workers=args.workers, batch_size=args.micro_batch))
         return accuracy(job, model, val)
-    return finetune.train(args, model, data, evaluate, config, optimizer=optimizer, on_signal=on_signal)
+    finetune.train(args, model, data, evaluate, config, optimizer=optimizer, on_signal=on_signal)
 
 
 def rename_classes(data, classes):
