@@ -1,4 +1,4 @@
-"""Semantic segmentation: train UperNet or a linear layer on a tokenizer's encoder, test it, use it (Table 4a).
+"""Semantic segmentation: train UperNet or a linear layer on a tokenizer's encoder, test it, use it (Table 4d).
 
     T="torchrun --nproc_per_node=8 -m downstream.segment"; ADE="--data ADEChallengeData2016"
     $T train $ADE --short 512 --weights W --out ade                     # the tokenizer's encoder, fine-tuned
