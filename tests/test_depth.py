@@ -201,7 +201,7 @@ def test_errors_are_nyus():
     np.testing.assert_allclose(found, [0, 0, 0, 1, 1, 1, 0], atol=1e-6)
 
 
-def test_heads_have_the_parameters_that_one_counts():
+def test_depth_heads_have_the_parameters_that_one_counts():
     with torch.device("meta"):  # ViT-L
         large = DepthModel(Encoder(ViT(replace(MICRO_VIT, width=1024, depth=24))))
     D, w = 1024, 256
@@ -251,7 +251,7 @@ def test_dpt_is_what_its_parts_give():
     close(linear.predict(img), F.interpolate(x, (20, 28), mode="bilinear", align_corners=False)[:, 0], 1e-5)
 
 
-def test_pictures_of_any_size_become_whole_patches():
+def test_depth_of_pictures_of_any_size():
     seen, model = [], DepthModel(backbone(patch=14, size=56), head_width=4)
     plain = model.backbone.features
     model.backbone.features = lambda img, *rest, **how: seen.append(tuple(img.shape[2:])) or plain(img, *rest, **how)
@@ -303,7 +303,7 @@ def test_several_sets_are_mixed_evenly():
         assert not torch.equal(one[0], other[0])
 
 
-def test_eight_pictures_are_learned_by_heart():
+def test_depth_of_eight_pictures_is_learned_by_heart():
     img, z = zip(*(scene(i, 16, 16) for i in range(8)))
     img = torch.from_numpy(np.stack(img)).permute(0, 3, 1, 2).contiguous()
     z = torch.from_numpy(np.stack(z).astype(np.float32)) / 1000
@@ -347,7 +347,8 @@ def test_depth_resumes_exactly_and_two_ranks_are_one():
         assert same_weights(f"{whole}/model.safetensors", f"{killed}/model.safetensors")
         line, evaluation = log_lines(whole)[0], log_lines(whole)[-1]
         assert abs(line["loss"] - line["trimmed"] - line["gradient"]) < 1e-6
-        report, said = quietly("test", "--run", whole, "--data", f"{tmp}/data", "--workers", 0, "--out", f"{tmp}/r.json")
+        test = ["test", "--run", whole, "--data", f"{tmp}/data", "--workers", "0", "--out"]
+        report, said = quietly(*test, f"{tmp}/r.json")
         for figure in depth.FIGURES:  # what training logged is what test finds, and prints in this order
             assert evaluation[figure] == report[figure] == json.load(open(f"{tmp}/r.json"))[figure]
         assert [float(x) for x in said.split("\n")[-2].split()] == [round(report[k], 4) for k in depth.FIGURES]
@@ -360,8 +361,7 @@ def test_depth_resumes_exactly_and_two_ranks_are_one():
         for one, both in zip(log_lines(whole), log_lines(f"{tmp}/two")):
             for k in one:
                 assert one[k] == both[k] or abs(one[k] - both[k]) < 1e-4 * abs(one[k]), (k, one, both)
-        done = run_ranks(2, *two, "test", "--run", whole, "--data", f"{tmp}/data", "--workers", "0", "--out",
-                         f"{tmp}/r2.json")
+        done = run_ranks(2, *two, *test, f"{tmp}/r2.json")
         assert all(x.returncode == 0 for x in done), done
         both = json.load(open(f"{tmp}/r2.json"))
         assert all(both[k] == report[k] for k in (*depth.FIGURES, "images"))
@@ -378,7 +378,7 @@ def test_a_run_starts_from_another_and_predicts_pictures():
             assert start.keys() - same == ({"head.out.weight", "head.out.bias"} if name == "metric" else set())
         frozen = load_file(trained(tmp, "frozen", "--frozen") + "/model.safetensors")
         tokenizer = load_file(tokenizer_file(tmp))
-        assert all(torch.equal(frozen[f"backbone.{k[8:]}"], x) for k, x in tokenizer.items() if k[:12] == "encoder.vit.")
+        assert all(torch.equal(frozen[f"backbone.{k[8:]}"], x) for k, x in tokenizer.items() if "encoder.vit" in k)
         photo, run = f"{tmp}/photo.png", f"{tmp}/metric"
         save(photo, scene(9, 50, 70)[0])
         quietly("predict", photo, "--run", run)
@@ -406,8 +406,8 @@ def test_pictures_have_a_scale():
         assert (picture[:, 145:] < 300).any(), "numbers beside it"
     anchors = depth.colour(np.array([[1.0, 2.5, 5.0, 9.0]]), 1.0, 5.0)[0]
     assert anchors.tolist() == [[252, 255, 164], [218, 98, 46], [0, 0, 4], [0, 0, 4]]
-    assert abs(depth.limits(np.arange(101.0), "metric")[0] - 1) < 1e-9 and depth.limits(np.arange(101.0), "relative") == (
-        99, 1)
+    np.testing.assert_allclose(depth.limits(np.arange(101.0), "metric"), [1, 99])
+    np.testing.assert_allclose(depth.limits(np.arange(101.0), "relative"), [99, 1])
 
 
 class Hdf5(dict):
@@ -427,7 +427,8 @@ def test_nyus_files_become_folders():
     tables = {"images": images, "rawDepths": rng.uniform(0, 10, (5, 8, 6)).astype(np.float32)}
     tables["depths"] = 2 * tables["rawDepths"]
     with tempfile.TemporaryDirectory() as tmp:
-        scipy.io.savemat(f"{tmp}/splits.mat", {"trainNdxs": np.array([[1], [4], [5]]), "testNdxs": np.array([[2], [3]])})
+        splits = {"trainNdxs": np.array([[1], [4], [5]]), "testNdxs": np.array([[2], [3]])}
+        scipy.io.savemat(f"{tmp}/splits.mat", splits)
         try:
             import h5py
             with h5py.File(f"{tmp}/nyu.mat", "w") as f:
