@@ -1,6 +1,7 @@
 """Do a tokenizer's features serve dense tasks as well as its teacher's? CamVid and two indoor sequences, one GPU.
 
-    python -m experiments.dense.study all --camvid camvid_seg.zip --indoor indoor_depth.zip --images tiny-imagenet*.zip
+    python -m experiments.dense.study all --camvid camvid_seg.zip --indoor indoor_depth.zip \
+        --images tiny-imagenet-100-train-*.zip --val tiny-imagenet-100-val.zip
     python -m experiments.dense.study seg --camvid camvid_seg.zip --images tiny-imagenet-100-train-0.zip
     python -m experiments.dense.study seg:student:linear@0 seg:teacher:linear@0 --camvid camvid_seg.zip
     python -m experiments.dense.study quick:student quick:teacher --camvid camvid_seg.zip --thin 8 4     # on a CPU
@@ -10,12 +11,13 @@ Rows are TASK:CODE:HEAD@SEED; a part alone, like seg or seg:student, stands for 
          pixels and distilled, two tokenizers of the same short training with --lambda_d 0 and with distillation
   HEAD   linear, a linear layer on the frozen encoder; frozen, UperNet or DPT on it; finetuned, both trained together
   TASK   seg, CamVid: trained on train, mIoU of test; depth, indoor_depth: trained on train, errors on val;
-         harder, trained on the office's pictures, errors on the kitchen's
+         harder, trained on the office's pictures, errors on the kitchen's; probe, MAE's linear probe on --images, its
+         accuracy on --val (HEAD is mae; beside it stands `python eval.py --probe --fit IMAGES --data VAL`)
 quick:CODE is no training: a softmax regression on the last layer's tokens of the pictures as they are (L-BFGS, on 1,000
 pixels of each --thin TRAIN-th picture), the mIoU of each --thin TEST-th picture of test.
 
-Each row is a run of downstream.segment or downstream.depth and then its `test`, by the commands in results.jsonl beside
-this file. Rows that stand there are not run again. Needs nothing from the network.
+Each row is a run of downstream.segment, depth or linear_probe and then its `test`, by the commands in results.jsonl
+beside this file. Rows that stand there are not run again. Needs nothing from the network.
 """
 import argparse
 import json
@@ -39,10 +41,10 @@ RESULTS = os.path.join(os.path.dirname(os.path.relpath(__file__)), "results.json
 CODES = {"student": ["--weights", SHIPPED], "teacher": ["--teacher", "tiny"],
          "random": ["--teacher", "tiny", "--teacher_weights", "random"], "pixels": None, "distilled": None}
 TOKENIZER = "train --teacher tiny --recipe fast --size 64 --eval_every 0"  # of pixels and distilled
-OPTIMIZER = "--lr_decay 1 --eval_every 0 --save_every 100000"
+LOOP = "--eval_every 0 --save_every 100000"
 # by task and head: the flags of training, then those of test
-SEG = "--crop 352 --batch_size 16 --width 256"
-DEPTH = "--size 224 --batch_size 16"
+SEG = "--crop 352 --batch_size 16 --width 256 --lr_decay 1"
+DEPTH = "--size 224 --batch_size 16 --lr_decay 1"
 FLAGS = {
     "seg": ("downstream.segment", "--split test --stride 176", {
         "linear": f"{SEG} --frozen --head linear --lr 1e-3 --steps 2000",
@@ -51,9 +53,10 @@ FLAGS = {
     "depth": ("downstream.depth", "", {
         "linear": f"{DEPTH} --frozen --head linear --lr 1e-3 --steps 2000",
         "frozen": f"{DEPTH} --frozen --lr 5e-4 --steps 4000",
-        "finetuned": f"{DEPTH} --lr 2e-4 --layer_decay 0.8 --drop_path 0.1 --steps 6000"})}
+        "finetuned": f"{DEPTH} --lr 2e-4 --layer_decay 0.8 --drop_path 0.1 --steps 6000"}),
+    "probe": ("downstream.linear_probe", "", {"mae": "--size 64 --batch_size 1024 --micro_batch 1024"})}
 FLAGS["harder"] = FLAGS["depth"]
-FIGURES = "miou aacc macc rmse absrel log10 delta1 delta2 delta3".split()
+FIGURES = "miou aacc macc rmse absrel log10 delta1 delta2 delta3 pooled cls".split()
 ROWS = [f"{task}:{code}:{head}@{seed}" for task in FLAGS for code in CODES for head in FLAGS[task][2] for seed in (0, 1)]
 ROWS += [f"quick:{code}" for code in CODES]
 
@@ -95,14 +98,17 @@ def run_row(args, row):
     """Train and test a row: what to write of it."""
     task, code, head = row.partition("@")[0].split(":")
     module, test, heads = FLAGS[task]
-    data = {"seg": args.camvid, "depth": args.indoor, "harder": os.path.join(args.work, "harder")}[task]
+    data = {"seg": [args.camvid], "depth": [args.indoor], "harder": [os.path.join(args.work, "harder")],
+            "probe": args.images}[task]
+    val = ["--val", *args.val] if task == "probe" else []
     out = os.path.join(args.work, row.replace(":", "-"))
-    train = [module, "train", "--data", data, *backbone_flags(args, code), *OPTIMIZER.split(), *heads[head].split(),
+    train = [module, "train", "--data", *data, *val, *backbone_flags(args, code), *LOOP.split(), *heads[head].split(),
              "--seed", row[-1], "--workers", args.workers, "--out", out, *args.more.split()]
     start = time.time()
     script(args, *train)
     seconds, report = time.time() - start, os.path.join(out, "test.json")
-    script(args, module, "test", "--run", out, "--data", data, *test.split(), "--workers", args.workers, "--out", report)
+    script(args, module, "test", "--run", out, "--data", *(val[1:] or data), *test.split(), "--workers", args.workers,
+           "--out", report)
     with open(report) as f:
         found = json.load(f)
     return {**{k: found[k] for k in FIGURES if k in found}, "iou": found.get("iou"), "images": found["images"],
@@ -169,7 +175,8 @@ def main(argv=None, on_signal=None):
     add("rows", nargs="+", metavar="ROW", help="all, or rows, or what they begin with")
     add("--camvid", metavar="ZIP", help="for seg and quick")
     add("--indoor", metavar="ZIP", help="for depth and harder")
-    add("--images", nargs="+", metavar="PATH", help="on which pixels and distilled are trained, at 64 px")
+    add("--images", nargs="+", metavar="PATH", help="on which pixels and distilled are trained, at 64 px, and probes")
+    add("--val", nargs="+", metavar="PATH", help="images to measure probes on")
     add("--work", default="out/dense", metavar="FOLDER", help="[%(default)s]")
     add("--results", default=RESULTS, metavar="FILE", help="[%(default)s]")
     add("--tokenizer_steps", type=int, default=6000, help="of 128 images [%(default)s]")
@@ -187,7 +194,7 @@ def main(argv=None, on_signal=None):
     rows = [row for row in rows if row not in {x["row"] for x in lines}]
     tasks, codes = ({row.split(":")[k].partition("@")[0] for row in rows} for k in (0, 1))
     needed = {"camvid": tasks & {"seg", "quick"}, "indoor": tasks & {"depth", "harder"},
-              "images": codes & {"pixels", "distilled"}}
+              "images": codes & {"pixels", "distilled"} | tasks & {"probe"}, "val": tasks & {"probe"}}
     for name, why in needed.items():
         if why and not getattr(args, name):
             ap.error(f"--{name} is missing, for the rows of {' '.join(sorted(why))}")
@@ -203,7 +210,7 @@ def main(argv=None, on_signal=None):
             f.write(json.dumps(line) + "\n")
         print(f"{row:28s} " + "  ".join(f"{k} {line[k]:.4g}" for k in FIGURES if k in line), flush=True)
     with ThreadPoolExecutor(args.parallel) as pool:
-        list(pool.map(lambda code: train_tokenizer(args, code), sorted(needed["images"])))
+        list(pool.map(lambda code: train_tokenizer(args, code), sorted(codes & {"pixels", "distilled"})))
         for row in filter(lambda row: row.startswith("quick"), rows):
             write(row, quick_row(args, row, device))
         list(pool.map(lambda row: write(row, run_row(args, row)), [row for row in rows if not row.startswith("quick")]))
