@@ -151,7 +151,7 @@ def parse_args(argv=None):
     add("--data", nargs="+", required=True, metavar="PATH", help="data sets; a batch has as many pairs of each")
     add("--unit", nargs="+", type=unit, default=[0.001], help="metres of one count of the PNGs, or disparity; one for "
         "all data sets or one for each [%(default)s]")
-    add("--val", nargs="+", metavar="PATH", help="a data set to measure on, in metres by the first --unit [--data]")
+    add("--val", nargs="+", metavar="PATH", help="a data set to measure on, in metres [the first of --data that is]")
     add("--val_split", default="val", metavar="NAME", help="its split [%(default)s]")
     add("--target", choices=EPOCHS, default="metric", help="metric trains for 20 epochs, relative for 60, as in the "
         "paper [%(default)s]")
@@ -225,8 +225,10 @@ def train(args, on_signal=None):
     units = args.unit * (len(args.data) // len(args.unit))
     sets = [DepthPairs(root, "train", u, args.size, True, args.seed + k)
             for k, (root, u) in enumerate(zip(args.data, units))]
-    measurable = args.val or units[0] != "disparity"
-    val = DepthPairs(args.val or args.data[0], args.val_split, units[0]) if measurable else None
+    metric = [(root, u) for root, u in zip(args.data, units) if u != "disparity"]
+    if args.val:
+        metric = [(args.val, metric[0][1] if metric else 0.001)]
+    val = DepthPairs(metric[0][0], args.val_split, metric[0][1]) if metric else None
     for data in sets if rank_and_device()[0] == 0 else []:
         print(check(data, args.max_depth if args.target == "metric" else None, args.workers), flush=True)
     config = {k: getattr(args, k) for k in ("head", "head_width", "target", "max_depth", "size")}

@@ -301,6 +301,16 @@ def test_several_sets_are_mixed_evenly():
             np.testing.assert_allclose(data.measured(1)[1].numpy(), expected, rtol=1e-6)
         one, other = (DepthPairs(b, "train", 0.001, 16, True, seed)[3] for seed in (0, 1))
         assert not torch.equal(one[0], other[0])
+        # what a run measures itself on: --val, else the first set in metres, else nothing
+        base = ["train", "--target", "relative", "--weights", tokenizer_file(tmp), *SMALL, "--steps", 1, "--data"]
+        measured = lambda job, model, data, *rest: {"pairs": len(data), "unit": data.unit}
+        for k, (flags, expected) in enumerate([
+                ([a, b, "--unit", "disparity", 0.002], [5, 0.002]), ([a, "--unit", "disparity"], []),
+                ([a, "--unit", "disparity", "--val", b], [5, 0.001]), ([b, "--unit", 0.5, "--val", a], [2, 0.5])]):
+            with unittest.mock.patch.object(depth, "measure", measured):
+                quietly(*base, *flags, "--out", f"{tmp}/{k}")
+            found = [[x["pairs"], x["unit"]] for x in log_lines(f"{tmp}/{k}") if x.get("kind") == "eval"]
+            assert found == [expected] * bool(expected), (flags, found)
 
 
 def test_depth_of_eight_pictures_is_learned_by_heart():
@@ -479,6 +489,8 @@ def test_depth_says_what_is_wrong():
         raises(UserError, quietly, "test", "--run", f"{tmp}/run", "--data", data, "--workers", 0,
                words="no depth picture of val has a measurement")
         raises(UserError, quietly, "test", "--run", weights, "--data", data, words="no run of a downstream task")
+        _, said = quietly("bench", "--teacher", "tiny", "--size", 16, "--batch_size", 2)
+        assert "tiny with DPT, 16x16 px, batch 2" in said and "hours for 20 epochs of NYUv2's 795 pairs" in said
         for flags in ["--unit", 1, 2, 3], ["--unit", "disparity"], ["--unit", "feet"], ["--max_depth", 0]:
             raises(SystemExit, quietly, *train, "--data", data, *flags)
         parsed = lambda *flags: depth.parse_args(["train", "--data", "x", "--weights", "y", *flags])

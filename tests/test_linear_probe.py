@@ -252,3 +252,5 @@ def test_the_probe_says_what_is_wrong():
         open(f"{data}/red/0.png", "w").write("no picture")
         raises(USER_ERRORS, quietly, *train, "--val", data, "--batch_size", 6, words="red/0.png: cannot be read")
         raises(UserError, quietly, "test", "--run", weights, "--data", data, words="no run of a downstream task")
+        _, said = quietly("bench", "--teacher", "tiny", "--size", 16, "--batch_size", 2)
+        assert "linear probe of tiny, 16x16 px, batch 2" in said and "hours for 90 epochs of ImageNet" in said
