@@ -30,7 +30,7 @@ from downstream import finetune
 from downstream.bench import measure_speed
 from downstream.pairs import Pairs, list_some
 from downstream.upernet import IGNORED, Segmenter, resize, slide
-from encoder import TEACHERS, Encoder, UserError, ViT, write_atomically
+from encoder import TEACHERS, Encoder, MissingFile, UserError, ViT, write_atomically
 from tools.job import Job
 from tools.pictures import find_pictures, free_path
 from tools.run import command_line, number
@@ -110,21 +110,17 @@ class Masks(Pairs):
                                 f"{self.classes[-1]}, or {list_some(list(map(str, self.ignore)))} for none")
         return img, classes
 
-    def check(self, i):
-        """UserError unless pair i can be used."""
-        self.load(i)
-
     def __getitem__(self, n):
         img, classes = self.load(self.index(n))
         return augment(img, classes, self.crop, self.short, np.random.default_rng([self.seed, n, 1]))
 
 
 def augment(img, classes, size, short, rng):
-    """A random crop of size x size for training, of uint8 img (3, H, W) and classes (H, W): the shorter side first
-    becomes 0.5 to 2 times `short` (0: its own length), no class may fill more than 3/4 of the crop if ten draws can
-    avoid it, half are mirrored, colours are distorted. Where the picture ends, the crop is grey, and does not count."""
+    """A random crop of size x size for training, of uint8 img (3, H, W) and classes (H, W). Before, the picture becomes
+    0.5 to 2 times as large as `short` says; no class fills more than 3/4 of the crop, if one of ten draws avoids it;
+    half are mirrored; colours are distorted. Where the picture ends, the crop is grey and IGNORED."""
     H, W = classes.shape
-    scale = rng.uniform(0.5, 2) * (short or min(H, W)) / min(H, W)
+    scale = rng.uniform(0.5, 2) * factor(H, W, short)
     h, w = max(1, round(H * scale)), max(1, round(W * scale))
     classes = np.array(Image.fromarray(classes).resize((w, h), Image.Resampling.NEAREST))
     for _ in range(10):
@@ -148,35 +144,49 @@ def distort(picture, rng):
     draw = lambda low, high, none: rng.uniform(low, high) if rng.random() < 0.5 else none
     brightness, contrast, saturation, hue = draw(-32, 32, 0), draw(0.5, 1.5, 1), draw(0.5, 1.5, 1), draw(-0.1, 0.1, 0)
     picture = ((picture + brightness) * contrast).clip(0, 255).astype(np.uint8)
-    hsv = np.array(Image.fromarray(picture).convert("HSV"), np.float32)
-    hsv[..., 0] = (hsv[..., 0] + 256 * hue) % 256
-    hsv[..., 1] = (hsv[..., 1] * saturation).clip(0, 255)
-    return np.array(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB"))
+    h, s, v = Image.fromarray(picture).convert("HSV").split()
+    h, s = h.point(lambda x: (x + 256 * hue) % 256), s.point(lambda x: min(255, x * saturation))
+    return np.array(Image.merge("HSV", (h, s, v)).convert("RGB"))
+
+
+def read_beside(root, name):
+    """The bytes of a file at the top of a data set, a folder or an archive; None if it is not there."""
+    if os.path.isfile(os.path.join(root, name)):
+        with open(os.path.join(root, name), "rb") as f:
+            return f.read()
+    if not os.path.exists(root):
+        raise MissingFile(f"{root}: no such folder or archive")
+    if not zipfile.is_zipfile(root):
+        return None
+    with zipfile.ZipFile(root) as z:
+        found = [n for n in z.namelist() if n.split("/")[-1] == name]
+        return z.read(min(found, key=len)) if found else None
 
 
 def describe_labels(args):
     """What the masks' numbers mean: {names, labels (the number in a mask of each class), ignore}."""
-    def beside(name):
-        root = args.data[0]
-        try:
-            if os.path.isdir(root):
-                return open(os.path.join(root, name), "rb").read()
-            with zipfile.ZipFile(root) as z:
-                return z.read(next(n for n in z.namelist() if n.split("/")[-1] == name))
-        except (FileNotFoundError, StopIteration):
-            return None
-    names, ignore, ade = [str(k) for k in range(args.classes or 0)], set(args.ignore), beside("objectInfo150.txt")
-    first = int(args.reduce_zero_label or ade is not None)  # ADE20K's masks: 0 is none, classes are 1 to 150
+    root, names = args.data[0], [str(k) for k in range(args.classes or 0)]
+    ade, listed = read_beside(root, "objectInfo150.txt"), read_beside(root, "classes.json")
     if not names and ade:
         names = [line.split("\t")[-1].split(",")[0].strip() for line in ade.decode().splitlines()[1:]]
-    elif not names and (listed := beside("classes.json")):
-        names = list(map(str, json.loads(listed)))
-    if not names:
-        raise UserError(f"{args.data[0]} has no classes.json: give the number of classes with --classes")
-    ignore |= {0} if first else set()
+    elif not names and listed:
+        try:
+            names = list(map(str, json.loads(listed)))
+        except (ValueError, TypeError) as e:
+            raise UserError(f"classes.json of {root} is no list of names ({e})") from None
+    first = int(args.reduce_zero_label or ade is not None)  # ADE20K's masks: 0 is none, classes are 1 to 150
+    ignore = set(args.ignore) | ({0} if first else set())
     ignore |= {k for k, name in enumerate(names, first) if name.lower() in NO_CLASS}
-    kept = [k for k in range(first, first + len(names)) if k not in ignore]
-    return {"names": [names[k - first] for k in kept], "labels": kept, "ignore": sorted(ignore)}
+    labels = [k for k in range(first, first + len(names)) if k not in ignore]
+    if not 0 < len(labels) <= IGNORED:
+        raise UserError(f"{root} has {len(labels)} classes by its classes.json and --ignore; expected 1 to {IGNORED}: "
+                        "--classes tells how many there are")
+    return {"names": [names[k - first] for k in labels], "labels": labels, "ignore": sorted(ignore)}
+
+
+def factor(H, W, short):
+    """How many times larger a picture becomes by --short."""
+    return min(short / min(H, W), 4 * short / max(H, W)) if short else 1.0
 
 
 def predict_classes(model, img, args):
@@ -184,8 +194,8 @@ def predict_classes(model, img, args):
     H, W = img.shape[1:]
     img = img.to(model.backbone.latent_mean.device)[None] / 255
     if args.short:
-        scale = min(args.short / min(H, W), 4 * args.short / max(H, W))
-        img = F.interpolate(img, (max(1, round(H * scale)), max(1, round(W * scale))), mode="bilinear", antialias=True)
+        size = [max(1, round(side * factor(H, W, args.short))) for side in (H, W)]
+        img = F.interpolate(img, size, mode="bilinear", antialias=True)
     logits = slide(model.logits, img[0], args.crop, args.stride, args.batch_size)
     return resize(logits[None], (H, W))[0].argmax(0)
 
@@ -217,10 +227,9 @@ def figures(counts):
     neither in the masks nor predicted has no IoU, and does not count in the mean."""
     if not counts.sum():
         raise UserError("the masks have no pixel of any class, so there are no figures")
-    counts = counts.double()
-    hits, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    hits, true, predicted = (x.double() for x in (counts.diagonal(), counts.sum(1), counts.sum(0)))
     iou = 100 * hits / (true + predicted - hits)
-    return {"miou": iou.nanmean().item(), "aacc": (100 * hits.sum() / counts.sum()).item(),
+    return {"miou": iou.nanmean().item(), "aacc": (100 * hits.sum() / true.sum()).item(),
             "macc": (100 * hits / true).nanmean().item(), "iou": iou.tolist()}
 
 
@@ -238,7 +247,7 @@ def overlay(img, classes, names):
     mixed = Image.fromarray((0.45 * picture + 0.55 * colours[classes]).astype(np.uint8))
     found = sorted(((classes == k).mean(), k) for k in np.unique(classes) if k < len(names))[::-1]
     columns, font = max(1, mixed.width // 150), ImageFont.load_default(12)
-    canvas = Image.new("RGB", (mixed.width, mixed.height + 18 * -(-len(found) // columns) + 4), "white")
+    canvas = Image.new("RGB", (max(mixed.width, 150), mixed.height + 18 * -(-len(found) // columns) + 4), "white")
     canvas.paste(mixed)
     draw = ImageDraw.Draw(canvas)
     for n, (share, k) in enumerate(found):
@@ -248,22 +257,14 @@ def overlay(img, classes, names):
     return canvas
 
 
-def side_by_side(*pictures):
-    """PIL images as one."""
-    canvas = Image.new("RGB", (sum(x.width for x in pictures), max(x.height for x in pictures)), "white")
-    for k, x in enumerate(pictures):
-        canvas.paste(x, (sum(before.width for before in pictures[:k]), 0))
-    return canvas
-
-
 def train(args, on_signal=None):
     labels, (rank, ranks, _) = describe_labels(args), rank_and_device()
     data = Masks(args.data, args.split, labels, args.crop, args.short, train=True, seed=args.seed)
     val = Masks(args.data, args.val_split, labels)
     if rank == 0:
-        print(f"data: {len(data):,} pairs to train on, {len(val):,} to evaluate, {len(labels['names'])} classes without "
-              f"{' '.join(map(str, labels['ignore']))}; each pair is read once before the first step", flush=True)
-        for _ in data.every(data.check, workers=args.workers):  # so that all faults are named
+        print(f"data: {len(data):,} pairs to train on, {len(val):,} to evaluate, {len(labels['names'])} classes, none "
+              f"for {' '.join(map(str, labels['ignore']))}; each pair is read before the first step", flush=True)
+        for _ in data.every(data.load, workers=args.workers):  # so that all faults are named
             pass
     if args.head == "upernet" and ranks == 1 and 1 in (args.batch_size, args.micro_batch):
         raise UserError("UperNet's batch normalisation needs two pictures at a time: give a larger --micro_batch")
@@ -272,17 +273,18 @@ def train(args, on_signal=None):
     args.lr = args.lr if args.lr is not None else 1e-3 if args.frozen else 2e-5
     config = {**labels, "head": args.head, "width": args.width, "crop": args.crop, "short": args.short}
     model = build(config, finetune.load_backbone(args))
-    windows = argparse.Namespace(crop=args.crop, stride=args.crop * 2 // 3, short=args.short, batch_size=8,
-                                 workers=args.workers)
+    args.stride = args.crop * 2 // 3
 
     def evaluate():
-        found = figures(count_pixels(model, val, windows))
+        found = figures(count_pixels(model, val, args))
         return {k: found[k] for k in ("miou", "aacc", "macc")}
 
     def picture():
         img, classes = val.load(0)
-        return side_by_side(*(overlay(img, x, labels["names"])
-                              for x in (classes, predict_classes(model, img, windows).cpu())))
+        truth, found = (overlay(img, x, labels["names"]) for x in (classes, predict_classes(model, img, args).cpu()))
+        canvas = Image.new("RGB", (2 * truth.width, max(truth.height, found.height)), "white")
+        canvas.paste(truth), canvas.paste(found, (truth.width, 0))
+        return canvas
     finetune.train(args, model, data, evaluate, config, on_signal=on_signal, picture=picture)
 
 
@@ -340,9 +342,8 @@ def bench(args):
 
 def main(argv=None, on_signal=None):
     args = parse_args(argv)
-    if args.command == "train":
-        return train(args, on_signal)
-    return {"test": test, "predict": predict, "bench": bench}[args.command](args)
+    other = {"test": test, "predict": predict, "bench": bench}
+    return other[args.command](args) if args.command in other else train(args, on_signal)
 
 
 if __name__ == "__main__":

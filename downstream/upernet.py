@@ -25,16 +25,9 @@ from torch import nn
 IGNORED = 255  # the class number of pixels that do not count
 
 
-def norm(channels):
-    """Batch normalisation. Its counter of batches, an integer, goes: only a momentum of None would read it."""
-    layer = nn.BatchNorm2d(channels)
-    layer.num_batches_tracked = None
-    return layer
-
-
 def conv(channels_in, channels_out, kernel):
     return nn.Sequential(nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2, bias=False),
-                         norm(channels_out), nn.ReLU())
+                         nn.BatchNorm2d(channels_out), nn.ReLU())
 
 
 def resize(x, size):
@@ -48,7 +41,7 @@ def rescale(D, power):
         return nn.MaxPool2d(2 ** -power, ceil_mode=True) if power else nn.Identity()
     layers = [nn.ConvTranspose2d(D, D, 2, 2)]
     for _ in range(power - 1):
-        layers += [norm(D), nn.GELU(), nn.ConvTranspose2d(D, D, 2, 2)]
+        layers += [nn.BatchNorm2d(D), nn.GELU(), nn.ConvTranspose2d(D, D, 2, 2)]
     return nn.Sequential(*layers)
 
 

@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from downstream import finetune, segment, upernet
+from downstream import bench, finetune, segment, upernet
 from downstream.pairs import Pairs, read_numbers
 from downstream.upernet import IGNORED, Segmenter, slide
 from encoder import Encoder, UserError, ViT, parameter_groups
+from experiments.dense import study
 from tools.script import USER_ERRORS
 
 SMALL = ["--width", "16", "--crop", "16", "--workers", "0", "--warmup", "0", "--drop_path", "0"]
@@ -413,7 +414,7 @@ def test_a_segmenter_resumes_exactly():
         for figure in "miou", "aacc", "macc":  # what training logged is what test finds
             assert abs(evaluation[figure] - report[figure]) < 1e-6
         assert f"mIoU {report['miou']:.2f}   aAcc" in said and "windows of 16 every 10 px" in said
-        assert Image.open(f"{whole}/samples/step_0000004.png").width == 80  # truth | prediction
+        assert Image.open(f"{whole}/samples/step_0000004.png").width == 300  # truth | prediction
 
 
 def test_what_is_trained_starts_from_the_weights_given():
@@ -479,7 +480,7 @@ def test_prediction_draws_a_legend_and_writes_the_masks_own_numbers():
                                                                                        batch_size=8))
         mask = np.array(Image.open(f"{tmp}/new/out/a_mask.png"))
         assert (mask == expected.numpy() + 1).all() and mask.dtype == np.uint8  # 1 to 3: 0 is no class
-        assert Image.open(f"{tmp}/new/out/a_overlay.png").width == 40 and "a_overlay.png" in said
+        assert Image.open(f"{tmp}/new/out/a_overlay.png").width == 150 and "a_overlay.png" in said
 
 
 def test_bad_data_is_named_in_one_line():
@@ -506,6 +507,47 @@ def test_bad_data_is_named_in_one_line():
             os.remove(f"{folder}/train/masks/1.png"), save(f"{folder}/train/masks/1.jpg", blank[:, :40])
         ask(lossy, ["1.jpg", "JPEG", "without loss"])
         ask(lambda folder: save(f"{folder}/train/images/1.bmp", colour), ["1.bmp", "have the same name"])
-        ask(lambda folder: os.remove(f"{folder}/classes.json"), ["classes.json", "--classes"])
+        ask(lambda folder: os.remove(f"{folder}/classes.json"), ["0 classes", "classes.json", "--classes"])
+        ask(lambda folder: json.dump(5, open(f"{folder}/classes.json", "w")), ["classes.json", "no list of names"])
+        ask(lambda folder: os.rename(folder, folder + "x"), ["no such folder or archive"])
         ask(lambda folder: None, ["split nights", "no pairs"], "--split", "nights")
         ask(lambda folder: None, ["two pictures", "--micro_batch"], "--micro_batch", "1")
+
+
+def test_bench_counts_what_a_step_costs():
+    class Stub(torch.nn.Module):
+        """2 x 6 x 5 FLOP a picture, in a forward pass."""
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.linear = backbone(), torch.nn.Linear(6, 5)
+
+        def forward(self, img):
+            return {"loss": self.linear(img.flatten(1)).mean()}
+    for frozen, share in (False, 3), (True, 1):
+        model, img = Stub(), torch.rand(4, 3, 1, 2)
+        model.backbone.requires_grad_(not frozen)
+        with contextlib.redirect_stdout(io.StringIO()) as said, unittest.mock.patch.object(
+                bench, "seconds", lambda f, repeats=10: (f(), 2e-12)[1]):
+            bench.measure_speed("stub", model, (img,), lambda: model(img), {"some": 3.6e15})
+        training, hours, prediction = said.getvalue().splitlines()[1:]
+        ceiling = 2 * 1024 ** 3 / 2e-12
+        for line, rate in (training, share * 240 / 2e-12), (prediction, 240 / 2e-12):
+            assert "| %8.4g img/s | %6.4g TFLOP/s | %.3f of" % (4 / 2e-12, rate / 1e12, rate / ceiling) in line, line
+        assert f"{3.6e15 / 4 * 2e-12 / 3600:,.1f} hours for some" in hours  # 0.5
+    small = ["--teacher", "tiny", "--crop", "16", "--width", "16", "--batch_size", "2"]
+    assert "prediction" in quietly("bench", *small)[1]
+
+
+def test_the_study_fits_and_names_what_the_scripts_know():
+    torch.manual_seed(0)
+    x = torch.randn(300, 4) * torch.tensor([1.0, 5, 0.1, 2]) + torch.tensor([0.0, 3, 1, -2])
+    y = (x @ torch.randn(4, 3) + torch.randn(300, 3)).argmax(1)
+    weight, bias = study.fit(x, y, 3)
+    error = (x @ weight.T + bias).softmax(1) - F.one_hot(y, 3)  # at the optimum the gradient vanishes
+    std = x.std(0)
+    gradient = error.T @ ((x - x.mean(0)) / std) / 300 + 2e-4 * weight * std
+    assert gradient.abs().max() < 1e-3 and error.mean(0).abs().max() < 1e-3
+    for flags in study.FLAGS["seg"][2].values():
+        args = segment.parse_args(["train", "--data", "x", *study.CODES["random"], *study.LOOP.split(), *flags.split()])
+        assert args.crop == 352 and args.lr_decay == 1
+    assert len({row for row in study.ROWS if row.startswith("seg:")}) == 5 * 3 * 2

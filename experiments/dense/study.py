@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from downstream import segment
 from downstream.upernet import IGNORED, Segmenter
 from encoder import Encoder, load_teacher
-from tools.run import command_line
+from tools.run import command_line, finite
 from tools.script import SHIPPED, commit
 
 RESULTS = os.path.join(os.path.dirname(os.path.relpath(__file__)), "results.jsonl")
@@ -57,7 +57,8 @@ FLAGS = {
     "probe": ("downstream.linear_probe", "", {"mae": "--size 64 --batch_size 1024 --micro_batch 1024"})}
 FLAGS["harder"] = FLAGS["depth"]
 FIGURES = "miou aacc macc rmse absrel log10 delta1 delta2 delta3 pooled cls".split()
-ROWS = [f"{task}:{code}:{head}@{seed}" for task in FLAGS for code in CODES for head in FLAGS[task][2] for seed in (0, 1)]
+ROWS = [f"{task}:{code}:{head}@{seed}" for task in FLAGS for code in CODES for head in FLAGS[task][2]
+        for seed in (0, 1)]
 ROWS += [f"quick:{code}" for code in CODES]
 
 
@@ -146,8 +147,9 @@ def quick_row(args, row, device):
     windows = argparse.Namespace(crop=10_000, stride=10_000, short=0, batch_size=1, workers=0)
     with autocast:
         found = segment.figures(segment.count_pixels(model, test, windows, args.thin[1]))
-    return {**{k: found[k] for k in ("miou", "aacc", "macc", "iou")}, "images": len(range(0, len(test), args.thin[1])), "fitted": len(y),
-            "protocol": f"linear on frozen tokens of {len(range(0, len(data), args.thin[0]))} pictures, bf16",
+    seen = [len(range(0, len(part), k)) for part, k in zip((data, test), args.thin)]
+    return {**{k: found[k] for k in ("miou", "aacc", "macc", "iou")}, "images": seen[1],
+            "protocol": f"linear on frozen tokens, fitted to {len(y):,} pixels of {seen[0]} pictures, bf16",
             "seconds": round(time.time() - start)}
 
 
@@ -207,7 +209,7 @@ def main(argv=None, on_signal=None):
         line = {"row": row, **measured, "commit": commit(),
                 "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
         with open(args.results, "a") as f:
-            f.write(json.dumps(line) + "\n")
+            f.write(json.dumps(finite(line), allow_nan=False) + "\n")
         print(f"{row:28s} " + "  ".join(f"{k} {line[k]:.4g}" for k in FIGURES if k in line), flush=True)
     with ThreadPoolExecutor(args.parallel) as pool:
         list(pool.map(lambda code: train_tokenizer(args, code), sorted(codes & {"pixels", "distilled"})))
