@@ -186,7 +186,6 @@ def parse_args(argv=None):
     add("--teacher", choices=TEACHERS, default="internvit", help="[%(default)s]")
     add("--size", type=count, default=448, help="pixels [%(default)s]")
     add("--batch_size", type=count, default=32, help="[%(default)s]")
-    add_precision(part, on_gpu)
 
     part = commands.add_parser("convert", help="NYUv2's labelled set as published -> folders; needs h5py and scipy")
     add = part.add_argument
