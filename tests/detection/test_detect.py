@@ -585,7 +585,7 @@ def test_commands():
         assert "4" in next(line for line in train.splitlines() if line.startswith("images")), train
         picture = os.path.join(tmp, "data", "val", "images", "0.png")
         out = os.path.join(tmp, "drawn")
-        said = quietly("predict", "--run", folder, "--out", out, "--score", 0.3, picture)
+        said = quietly("predict", "--run", folder, "--out", out, "--score", 0.1, picture)
         assert "0_objects.png: " in said and "rectangle 0." in said and "ellipse 0." in said, said
         drawn, plain = (np.array(Image.open(path)) for path in (os.path.join(out, "0_objects.png"), picture))
         assert drawn.shape == plain.shape and (drawn != plain).any()
