@@ -149,7 +149,8 @@ def count_tokens(tiles, grid, size, side, cap):
 def load_llm(name, device=None):
     """A causal language model of transformers, from a folder or by its name on the hub, in the precision of its files.
     device: on it, with random parameters: of the folder the configuration alone is read."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, logging
+    logging.disable_progress_bar()
     try:
         if device is None:
             return AutoModelForCausalLM.from_pretrained(name, dtype="auto", attn_implementation="sdpa")
@@ -200,7 +201,7 @@ def build_stage(args, device):
     if before and before["eye"].split()[-1] != eye.split()[-1]:
         raise UserError(f"--init {args.init} was trained with the encoder {before['eye']}, not with {eye}")
     llm_name = os.path.abspath(args.llm) if args.llm and os.path.isdir(args.llm) else args.llm or before["llm"]
-    size, cap = args.size or size, args.tiles if args.variant == "xl" else 0
+    size, cap = args.size or before.get("size", size), args.tiles if args.variant == "xl" else 0
     layer, pool = (before.get(name, value) if getattr(args, name) is None else getattr(args, name)
                    for name, value in (("layer", -2), ("pool", 1)))
     llava = dict(
