@@ -73,7 +73,7 @@ def check_tensor(name, x, shape):
     """Raise ValueError unless x is a floating-point tensor of that shape. A letter is any size; B may be 0, too."""
     fits = isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim == len(shape)
     for size, wanted in zip(x.shape if fits else (), shape):
-        fits &= (size > 0 or wanted == "B") if isinstance(wanted, str) else size == wanted
+        fits = fits and ((size > 0 or wanted == "B") if isinstance(wanted, str) else size == wanted)
     if not fits:
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"{name} is {got}; expected a floating-point tensor ({', '.join(map(str, shape))})")

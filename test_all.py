@@ -18,6 +18,8 @@ The sections of this file, in its order, and the files of tests/ that run with i
     tests/test_commands.py          Commands of README.md and docs/, the benches, the rows of the study
     tests/test_efficiency_flags.py  Flags that make training cheaper: AdamW's betas, warm-up, decay, averaged weights
     tests/test_faults.py            Hostile and damaged files, full disks, signals, bad numbers, crashes, ranks that die
+    tests/test_finetune.py          downstream/finetune.py, the trainer of the tasks on a backbone: exact resume, ranks,
+                                    rates, files, refusals
     tests/test_flags.py             Every flag of every script changes the quantity that it names, by what it says
     tests/test_generate.py          downstream/generate.py by its command line: training, sampling, scoring, refusals
     tests/test_generation.py        downstream/: generation, MAR and DiT as models
@@ -86,8 +88,8 @@ import distill
 import encoder
 import eval as evaluation
 import sample
+import tools.batches
 import tools.pictures
-import tools.run as running
 import tools.validate as validation
 import train
 from tools.drawn import ProceduralDataset
@@ -469,8 +471,8 @@ def test_sample_sequence_is_the_same_for_ranks_and_workers():
         dataset = data.ImageDataset(folder, 16, train=True, seed=3)
 
         def sequence(ranks, workers, micro_batch, first=0, batches=3):
-            by_rank = [torch.utils.data.DataLoader(dataset, num_workers=workers, batch_sampler=running.sample_numbers(
-                first, 8, micro_batch, r, ranks, batches)) for r in range(ranks)]
+            numbers = [tools.batches.sample_numbers(first, 8, micro_batch, r, ranks, batches) for r in range(ranks)]
+            by_rank = [torch.utils.data.DataLoader(dataset, num_workers=workers, batch_sampler=n) for n in numbers]
             parts = [torch.cat([img for img, _ in loader]).view(batches, -1, 3, 16, 16) for loader in by_rank]
             return torch.cat(parts, 1)  # (batches, 8, 3, 16, 16)
         one = sequence(1, 0, 8)
@@ -1014,10 +1016,10 @@ def test_every_micro_step_draws_its_own_noise():
 
 
 def test_split_batch():
-    assert running.split_batch(512, 32, 8) == (32, 2)
-    assert running.split_batch(24, 5, 2) == (4, 3), "12 a rank: 5 does not divide it, 4 is the largest below that does"
-    assert running.split_batch(4, 32, 4) == (1, 1)
-    raises(ValueError, running.split_batch, 10, 4, 4, words="8 or 12")
+    assert tools.batches.split_batch(512, 32, 8) == (32, 2)
+    assert tools.batches.split_batch(24, 5, 2) == (4, 3), "12 a rank: 5 does not divide it, 4 does"
+    assert tools.batches.split_batch(4, 32, 4) == (1, 1)
+    raises(ValueError, tools.batches.split_batch, 10, 4, 4, words="8 or 12")
 
 
 def two_ranks(rank, path):

@@ -15,8 +15,6 @@ import copy
 import hashlib
 import math
 import os
-import time
-import uuid
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -24,7 +22,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -33,18 +30,18 @@ from decoder import Decoder, DecoderConfig, sample_t
 from distill import distill_loss, layer_distances
 from encoder import (Encoder, UserError, ViT, load_exactly, load_teacher, parameter_groups, read_config,
                      write_atomically, write_model)
+from tools.batches import load_batches, split_batch
 from tools.drawn import ProceduralDataset
+from tools.optimizer import average_weights, capture_graph, rate_factor, update_weights
 from tools.recipes import parse_args
-from tools.run import (INTERRUPTS, Run, average_weights, capture_graph, collate, command_line, explain_failed_save,
-                       listen, rate_factor, restore_optimizer, sample_numbers, seed_step, split_batch)
-from tools.script import check_locks, commit, find_weights, ignore_signals
+from tools.run import INTERRUPTS, Run, command_line, listen, loop, seed_step
+from tools.script import check_locks, commit, find_weights
 from tools.validate import spread, validate
 
 # These arguments may differ when a run is resumed. Of the recipe only the name may: its values are arguments, too.
 MAY_DIFFER = set("data val out recipe steps epochs workers micro_batch compile log_every eval_every save_every "
                  "keep_every max_bad_images resume_anyway".split())
 STATE = "encoder decoder optimizer latent_mean latent_std step samples sums faults unreadable args id config".split()
-TOO_MANY_SKIPPED = 10  # steps in a row with a loss or gradient that is not finite
 
 
 def build_data(args):
@@ -154,16 +151,8 @@ def training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_ba
         return torch.cat([torch.stack([loss_flow, loss_dist]), alpha, weight]).detach()
 
     def update(stats):
-        """Clip the gradients, move the weights, clear the gradients. Returns `stats`, the gradient norm, and 1.
-
-        If one of these numbers is not finite, the weights and the optimizer stay as they are. The numbers are the same
-        on all ranks, so all ranks skip the same steps.
-        """
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip or math.inf)
-        row = torch.cat([stats, norm[None], torch.ones_like(stats[:1])])
-        # a fused optimizer skips its step where found_inf is 1 (GradScaler's way): Python need not wait for the GPU
-        optimizer.found_inf = (~row.isfinite().all()).float()
-        optimizer.step()
+        """Clip the gradients, move the weights, clear the gradients. Returns `stats`, the gradient norm, and 1."""
+        row = update_weights(optimizer, trained, args.clip, stats)
         if not overwrites:
             optimizer.zero_grad(set_to_none=not graphed)  # a graph adds to the tensors of its recording: keep these
         return row
@@ -193,11 +182,7 @@ def step(s, batches, micro_step, update):
     row = update(stats / run.ranks)
     if args.ema:
         average_weights(s.averages, s.weights, now.step, args.ema)
-    skipped = ~row.isfinite().all()  # this and the counters stay on the GPU, so that Python need not wait for it
-    now.sums += torch.where(skipped, 0, row)
-    now.faults = torch.stack([now.faults[0] + skipped, (now.faults[1] + 1) * skipped])
-    s.last_finite = torch.where(skipped, s.last_finite, row)
-    now.step, now.samples = now.step + 1, now.samples + args.batch_size
+    run.count(now, row, args.batch_size)
     return unreadable
 
 
@@ -242,11 +227,8 @@ def setup(args, run):
     s.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.on_gpu)  # losses and flow stay fp32
     s.flops = model_flops(s.encoder, s.decoder, args.size)
     L, grid = len(s.teacher.blocks), args.size // s.teacher.config.patch
-    s.now = SimpleNamespace(  # what state.pt holds beside weights, optimizer and arguments
-        id=uuid.uuid4().hex[:12], step=0, samples=0,
-        unreadable=0,  # samples that could not be read
-        sums=torch.zeros(4 + 2 * L, dtype=torch.float64, device=run.device),  # of statistics since the last log line
-        faults=torch.zeros(2, device=run.device))  # steps skipped so far, and steps skipped in a row
+    s.now = run.counts(4 + 2 * L)
+    s.now.unreadable = 0  # samples that could not be read
     millions = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
     drawn = "images" if args.data else "procedurally drawn pictures (no --data)"
     run.say(f"data: {len(s.data):,} {drawn} at {args.size} px; evaluation on {s.val_name}")
@@ -271,10 +253,7 @@ def resume(s):
             saved = state.get("averaged", state)  # a run that had no --ema so far begins its averages at its weights
             for part, module in s.averaged.items():
                 load_exactly(dict(module.named_parameters()), saved[part], path)
-        restore_optimizer(s.optimizer, state["optimizer"], path)
-        vars(now).update({k: state[k] for k in vars(now)})
-        now.sums, now.faults = now.sums.to(run.device), now.faults.to(run.device)
-        run.say(f"resumed from {path} at step {now.step:,}")
+        run.restore(state, now, s.optimizer)
         try:
             exported = read_config(model_path)
         except UserError:  # absent or damaged: state.pt is enough to write it again
@@ -302,11 +281,10 @@ def check(s, unreadable):
     if now.unreadable > args.max_bad_images * len(s.data) * passes:
         raise UserError(f"{how_many}, more than --max_bad_images {args.max_bad_images} allows in {passes} passes over "
                         f"{len(s.data):,} images: see {run.path('bad_images*.txt')}")
-    # Python waits for a GPU when it reads the counter: there it does so at every tenth step alone
-    if (not run.on_gpu or now.step % 10 == 0) and now.faults[1] >= TOO_MANY_SKIPPED:
-        flow, distance, *_ = (s.last_finite / s.last_finite[-1]).tolist()  # nan if no step was finite
+    if run.must_stop(now):
+        flow, distance, *_ = (run.last_finite / run.last_finite[-1]).tolist()  # nan if no step was finite
         batch = range(now.samples - args.batch_size, now.samples)
-        run.stop_not_finite(now.step, int(now.faults[1]), f"flow {flow:.4f}, distillation {distance:.4f}",
+        run.stop_not_finite(now, f"flow {flow:.4f}, distillation {distance:.4f}",
                             [s.data.path(s.data.index(n)) for n in batch] if args.data else ["drawn pictures"])
     return interrupted
 
@@ -366,22 +344,14 @@ def export(state, path):
 
 
 def save(s):
-    """Rank 0 writes state.pt, which alone is enough to resume, and the tokenizer exported from it."""
-    if s.run.rank > 0:
-        return
+    """Write state.pt, and the tokenizer exported from it."""
     weights = lambda models: {part: {k: p.detach() for k, p in m.named_parameters()} for part, m in models.items()}
     state = {**vars(s.now), **weights(s.models), "optimizer": s.optimizer.state_dict(), "args": vars(s.args),
              "latent_mean": s.encoder.latent_mean.flatten(), "latent_std": s.encoder.latent_std.flatten(),
              "config": s.config}
     if s.args.ema:
         state["averaged"] = weights(s.averaged)
-    path, every = s.run.path("state.pt"), s.args.keep_every
-    with explain_failed_save(path, s.now.step):
-        # before state.pt: a run that is killed in between resumes from an earlier step, and writes this copy then
-        if every and s.now.step % every == 0:
-            export(state, s.run.path(f"model_{s.now.step:07d}.safetensors"))
-        write_atomically(path, lambda f: torch.save(state, f))
-        export(state, s.run.path("model.safetensors"))
+    s.run.save(state, s.args.keep_every, lambda path: export(state, path))
 
 
 def main(argv=None, on_signal=None):
@@ -393,41 +363,15 @@ def main(argv=None, on_signal=None):
     if not resume(s):
         return
     now = s.now
-    s.last_finite = now.sums  # of the last finite step, for an error message; until there is one, the sums stand in
     run.open_log(now.step)
     micro_step, update = training_step(args, s.teacher, s.encoder, s.decoder, s.optimizer, s.autocast, s.micro_batch,
                                        s.accumulation, run.ranks)
     if on_signal:
         listen(on_signal)
     check_locks(2 * args.workers)  # an evaluation has workers of its own beside those of training
-    numbers = sample_numbers(now.samples, args.batch_size, s.micro_batch, run.rank, run.ranks, args.steps - now.step)
-    # pinned memory is copied to the GPU while it computes; four batches a worker bridge the change of an epoch
-    batches = iter(DataLoader(s.data, batch_sampler=numbers, num_workers=args.workers, collate_fn=collate,
-                              prefetch_factor=4 if args.workers else None, pin_memory=run.on_gpu,
-                              worker_init_fn=ignore_signals))
-    bar = tqdm(total=args.steps, initial=now.step, desc="train", unit="step", disable=None if run.rank == 0 else True)
-
-    def due(every):  # whether something happens after this step: at its interval, and at the end
-        return now.step == args.steps or every and now.step % every == 0
-
-    tick, timed, interrupted = time.time(), 0, 0  # timed: the steps since tick
-    while now.step < args.steps and not interrupted:
-        unreadable = step(s, batches, micro_step, update)
-        timed += 1
-        bar.update()
-        interrupted = check(s, unreadable)
-
-        logging, evaluating = due(args.log_every), due(args.eval_every)
-        saving = due(args.save_every) or due(args.keep_every)
-        if logging:
-            log(s, (time.time() - tick) / timed)
-        if evaluating:
-            evaluate(s)
-        if saving or interrupted:
-            save(s)
-        if logging or evaluating or saving:  # their time is not the steps'
-            tick, timed = time.time(), 0
-    bar.close()
+    batches = load_batches(run, s.data, args, now, s.micro_batch)
+    interrupted = loop(run, now, args, step=lambda: check(s, step(s, batches, micro_step, update)),
+                       log=lambda seconds: log(s, seconds), evaluate=lambda: evaluate(s), save=lambda: save(s))
     model = run.path("model.safetensors")
     run.end(now.step, interrupted, f"{model}, pictures in {run.path('samples')}; try: python sample.py YOUR.png "
             f"--weights {model}")

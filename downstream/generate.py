@@ -15,17 +15,13 @@ weights, what the generator is, and which tokenizer its latents are of.
 """
 import argparse
 import copy
-import math
 import os
-import time
-import uuid
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import ImageDataset, LatentDataset, cores
@@ -33,9 +29,10 @@ from decoder import Decoder
 from downstream import mar, sampling, speed
 from encoder import Encoder, UserError, load_exactly, read_config, write_atomically, write_model
 from eval import sha256
-from tools.run import (INTERRUPTS, Run, average_weights, collate, command_line, explain_failed_save, listen, number,
-                       rate_factor, restore_optimizer, sample_numbers, seed_step, split_batch)
-from tools.script import check_locks, commit, find_weights, ignore_signals
+from tools.batches import load_batches, split_batch
+from tools.optimizer import average_weights, rate_factor, update_weights
+from tools.run import INTERRUPTS, Run, command_line, listen, loop, number, seed_step
+from tools.script import check_locks, commit, find_weights
 
 # blr: the rate at a batch of 256, with which it grows; warmup: the part of the run over which it rises
 MAR_RECIPE = dict(epochs=400, batch_size=2048, blr=1e-4, warmup=0.25, ema=0.9999, weight_decay=0.02, clip=3.0)
@@ -49,7 +46,6 @@ RECIPES = {
 MAY_DIFFER = set("latents data weights init out steps epochs workers micro_batch compile log_every eval_every "
                  "save_every keep_every resume_anyway warmup".split())  # when a run is resumed
 STATE = "model averaged optimizer step samples sums faults args id config".split()
-TOO_MANY_SKIPPED = 10  # steps in a row with a loss or gradient that is not finite
 
 
 def parse_args(argv=None):
@@ -171,10 +167,7 @@ def setup(args, run):
                 **{k: about[k] for k in ("weights", "weights_sha256", "size")}, "commit": commit()}
     s.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.on_gpu)  # the flow loss stays fp32
     s.flops = speed.training_flops(args.model, changes)
-    s.now = SimpleNamespace(
-        id=uuid.uuid4().hex[:12], step=0, samples=0,
-        sums=torch.zeros(3, dtype=torch.float64, device=run.device),  # since the last log line: loss, norm, steps
-        faults=torch.zeros(2, device=run.device))  # steps skipped, and skipped in a row
+    s.now = run.counts(3)  # loss, gradient norm, steps
     run.say(f"data: {args.images}, {len(s.data.classes)} classes")  # args.images a resume compares
     run.say(f"model: {args.model} of {sum(p.numel() for p in s.weights) / 1e6:.1f}M parameters")
     if args.init:
@@ -199,10 +192,7 @@ def resume(s):
     if state := run.load(STATE, args, MAY_DIFFER):
         for part, module in ("model", s.model), ("averaged", s.averaged):
             load_exactly(dict(module.named_parameters()), state[part], path)
-        restore_optimizer(s.optimizer, state["optimizer"], path)
-        vars(now).update({k: state[k] for k in vars(now)})
-        now.sums, now.faults = now.sums.to(run.device), now.faults.to(run.device)
-        run.say(f"resumed from {path} at step {now.step:,}")
+        run.restore(state, now, s.optimizer)
         if run.rank == 0:  # a run that was killed between the two has not written it
             export(s, run.path("model.safetensors"))
     if now.step >= args.steps:
@@ -211,7 +201,7 @@ def resume(s):
 
 
 def step(s, batches):
-    """One optimizer step from `accumulation` micro-batches."""
+    """One optimizer step from `accumulation` micro-batches. Returns whether some rank received a signal."""
     args, now, run, loss = s.args, s.now, s.run, 0
     for group in s.optimizer.param_groups:
         group["lr"] = args.lr * rate_factor(now.step, args)
@@ -227,21 +217,15 @@ def step(s, batches):
         loss = loss + part.detach()
     if run.ranks > 1:
         dist.all_reduce(loss)
-    norm = torch.nn.utils.clip_grad_norm_(s.weights, args.clip or math.inf)
-    row = torch.stack([loss / run.ranks, norm, torch.ones_like(norm)])
-    skipped = ~row.isfinite().all()
-    s.optimizer.found_inf = skipped.float()  # the fused optimizer then leaves everything as it is
-    s.optimizer.step()
+    row = update_weights(s.optimizer, s.weights, args.clip, loss[None] / run.ranks)
     s.optimizer.zero_grad()
     average_weights(s.averages, s.weights, now.step, args.ema)
-    now.sums += torch.where(skipped, 0, row)
-    now.faults = torch.stack([now.faults[0] + skipped, (now.faults[1] + 1) * skipped])
-    s.last_finite = torch.where(skipped, s.last_finite, row)
-    now.step, now.samples = now.step + 1, now.samples + args.batch_size
-    if (not run.on_gpu or now.step % 10 == 0) and now.faults[1] >= TOO_MANY_SKIPPED:  # a GPU would be waited for
+    run.count(now, row, args.batch_size)
+    if run.must_stop(now):
         batch = range(now.samples - args.batch_size, now.samples)
-        run.stop_not_finite(now.step, int(now.faults[1]), f"{(s.last_finite[0] / s.last_finite[2]).item():.4f}",
+        run.stop_not_finite(now, f"{(run.last_finite[0] / run.last_finite[2]).item():.4f}",
                             [s.data.path(s.data.index(n)) for n in batch])
+    return run.sum(len(INTERRUPTS))[0] > 0
 
 
 def log(s, seconds_a_step):
@@ -275,18 +259,11 @@ def export(s, path):
 
 
 def save(s):
-    """Rank 0 writes state.pt, which alone is enough to resume, and the averaged model."""
-    if s.run.rank > 0:
-        return
+    """Write state.pt, and the averaged model."""
     weights = lambda module: {k: p.detach() for k, p in module.named_parameters()}
     state = {**vars(s.now), "model": weights(s.model), "averaged": weights(s.averaged), "config": s.config,
              "optimizer": s.optimizer.state_dict(), "args": vars(s.args)}
-    path, every = s.run.path("state.pt"), s.args.keep_every
-    with explain_failed_save(path, s.now.step):
-        if every and s.now.step % every == 0:  # first, as a resume from this step would not write it again
-            export(s, s.run.path(f"model_{s.now.step:07d}.safetensors"))
-        write_atomically(path, lambda f: torch.save(state, f))
-        export(s, s.run.path("model.safetensors"))
+    s.run.save(state, s.args.keep_every, lambda path: export(s, path))
 
 
 def train(args, on_signal=None):
@@ -301,28 +278,9 @@ def train(args, on_signal=None):
     if on_signal:
         listen(on_signal)
     check_locks(args.workers)
-    numbers = sample_numbers(now.samples, args.batch_size, s.micro_batch, run.rank, run.ranks, args.steps - now.step)
-    batches = iter(DataLoader(s.data, batch_sampler=numbers, num_workers=args.workers, collate_fn=collate,
-                              pin_memory=run.on_gpu, worker_init_fn=ignore_signals))
-    bar = tqdm(total=args.steps, initial=now.step, desc="train", unit="step", disable=None if run.rank == 0 else True)
-    tick, timed, interrupted = time.time(), 0, 0
-    s.last_finite = now.sums  # statistics of the last step that was
-    while now.step < args.steps and not interrupted:
-        step(s, batches)
-        timed += 1
-        bar.update()
-        interrupted, = run.sum(len(INTERRUPTS))
-        due = lambda every: now.step == args.steps or every and now.step % every == 0  # all three also at the end
-        logging, evaluating, writing = due(args.log_every), due(args.eval_every), due(args.save_every)
-        if logging:
-            log(s, (time.time() - tick) / timed)
-        if evaluating:
-            evaluate(s)
-        if writing or due(args.keep_every) or interrupted:
-            save(s)
-        if logging or evaluating or writing:
-            tick, timed = time.time(), 0
-    bar.close()
+    batches = load_batches(run, s.data, args, now, s.micro_batch)
+    interrupted = loop(run, now, args, step=lambda: step(s, batches), log=lambda seconds: log(s, seconds),
+                       evaluate=lambda: evaluate(s), save=lambda: save(s))
     run.end(now.step, interrupted,
             f"{run.path('model.safetensors')}; try: python -m downstream.generate sample --run {args.out}")
 

@@ -483,7 +483,7 @@ def test_flags_of_the_output():
         out = os.path.join(tmp, "clock")
         with unittest.mock.patch.object(encoder.Encoder,
                                         "forward", slow), unittest.mock.patch("time.time", lambda: clock[0]):
-            said = train_quietly(*flags, "--out", out, "--log_every", 2, "--eval_every", 1)
+            said = train_quietly(*flags, "--out", out, "--log_every", 2, "--eval_every", 3)
         timed = [x for x in log_lines(out, timing=True) if "loss" in x]
         assert [x["img_s"] for x in timed] == [2, 2, 2] and "eta 00:06" in said and "eta 00:02" in said, (timed, said)
         blocks = lambda tokens, width, mlp, depth: depth * (2 * tokens * (4 * width ** 2 + 2 * width * mlp)

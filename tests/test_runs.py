@@ -35,11 +35,14 @@ import encoder
 import eval as evaluation
 import sample
 import tools.pictures
+import tools.batches
+import tools.checkpoint
 import tools.run
 import tools.speed
 import train
 import tools.script as script
-from tools.run import Run, explain_failed_save, finite
+from tools.checkpoint import explain_failed_save
+from tools.run import Run, finite
 
 patch = unittest.mock.patch
 
@@ -411,7 +414,7 @@ def test_a_disk_that_fails_is_no_damaged_checkpoint():
     """Who is told that a file is damaged moves it away; where the disk was at fault it is whole."""
     with tempfile.TemporaryDirectory() as tmp:
         path, args = os.path.join(tmp, "state.pt"), types.SimpleNamespace(resume_anyway=False)
-        load = lambda: tools.run.load_checkpoint(path, ["step"], args, ())
+        load = lambda: tools.checkpoint.load_checkpoint(path, ["step"], args, ())
         assert load() is None
         torch.save({"step": 3, "args": {"flag_of_an_older_version": 1}}, path)
         assert load()["step"] == 3
@@ -433,11 +436,11 @@ def test_moments_of_other_parameters_are_a_users_error():
     a(torch.ones(1, 2)).sum().backward(), first.step()
     for group in second.param_groups:
         group["lr"] = 0.125
-    tools.run.restore_optimizer(second, first.state_dict(), "x")
+    tools.checkpoint.restore_optimizer(second, first.state_dict(), "x")
     assert second.state[b.weight]["exp_avg"].equal(first.state[a.weight]["exp_avg"])
     assert second.param_groups[0]["lr"] == 0.125, "settings are this command's"
     words = ["state.pt has the optimizer of other parameters", "another --out"]
-    raises(encoder.UserError, tools.run.restore_optimizer, more, first.state_dict(), "state.pt", words=words)
+    raises(encoder.UserError, tools.checkpoint.restore_optimizer, more, first.state_dict(), "state.pt", words=words)
 
 
 def test_a_log_is_cut_at_the_checkpoint_and_where_it_is_torn():
@@ -480,7 +483,7 @@ def test_what_command_lines_refuse():
         for size, near in (15, 16), (18, 16), (19, 20), (1, 4):
             raises(evaluation.UserError, evaluate, "--data", folder, "--weights", weights, "--size", size,
                    words=f"try --size {near}")
-        raises(encoder.UserError, tools.run.split_batch, 1, 1, 2, words="try 2")  # not 0
+        raises(encoder.UserError, tools.batches.split_batch, 1, 1, 2, words="try 2")  # not 0
         os.makedirs(os.path.join(tmp, "empty"))
         raises(encoder.UserError, tools.pictures.find_pictures, [os.path.join(tmp, "empty")], words="holds no pictures")
         before = open(weights, "rb").read()  # a latent must not take a tokenizer's place

@@ -1,17 +1,19 @@
 """What a training run needs around its loop: ranks, a locked folder, a log, checkpoints, signals, and its end.
 
     run = Run("out")                   # this process's rank and device
+    now = run.counts(3)                # step, samples, sums of 3 statistics: what changes, and is saved
     run.hold_folder()                  # rank 0 keeps every other run out of it
-    run.open_log(step)                 # log.jsonl, without lines later than the checkpoint
-    run.say("...") ; run.write(step=1, loss=0.5)
+    state = run.load(...)              # the checkpoint; run.restore(state, now, optimizer)
+    run.open_log(now.step)             # log.jsonl, without lines later than the checkpoint
+    loop(run, now, args, step, log, evaluate, save)
     add("--lr", type=number(float, 0)) # for argparse: refuses what is out of range
     if __name__ == "__main__":
         command_line(main, "train.py") # one line and status 2 for what the user or the machine did wrong
 
-train.py uses it, and so does every trainer in downstream/. All files are written whole or not at all.
+train.py uses it, and so does every trainer in downstream/. All files are written whole or not at all. Beside it,
+tools/batches.py says which samples a step sees, and tools/optimizer.py how it moves the weights.
 """
 import argparse
-import contextlib
 import glob
 import json
 import math
@@ -22,15 +24,17 @@ import signal
 import sys
 import time
 import traceback
+import uuid
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from encoder import UserError, write_atomically
-from tools.script import SAVE_AND_STOP, open_streams, print_user_message, rank_and_device, user_message
+from tools.checkpoint import explain_failed_save, load_checkpoint, restore_optimizer
+from tools.script import SAVE_AND_STOP, open_streams, print_user_message, rank_and_device
 
 try:
     import fcntl
@@ -38,6 +42,7 @@ except ImportError:  # Windows: this can be imported, hold_folder says that it c
     fcntl = None
 
 INTERRUPTS = []  # signals that asked the run to save and stop
+TOO_MANY_SKIPPED = 10  # steps in a row with a loss or gradient that is not finite
 
 
 def number(kind, low, high=math.inf):
@@ -157,6 +162,48 @@ class Run:
                     aside += ".old"
                 os.replace(path, aside)
 
+    def counts(self, statistics):
+        """What a step changes and a checkpoint holds beside the weights, at the start of a run. A step has that many
+        statistics; the last of them is 1."""
+        return SimpleNamespace(
+            id=uuid.uuid4().hex[:12], step=0, samples=0,
+            sums=torch.zeros(statistics, dtype=torch.float64, device=self.device),  # since the last log line
+            faults=torch.zeros(2, device=self.device))  # steps skipped so far, and steps skipped in a row
+
+    def count(self, now, row, samples):
+        """Count a step of that many samples, and add its statistics `row` to now.sums if all are finite. The sums stay
+        on the GPU, so that Python need not wait for it."""
+        skipped = ~row.isfinite().all()
+        now.sums += torch.where(skipped, 0, row)
+        now.faults = torch.stack([now.faults[0] + skipped, (now.faults[1] + 1) * skipped])
+        self.last_finite = torch.where(skipped, self.last_finite, row)
+        now.step, now.samples = now.step + 1, now.samples + samples
+
+    def must_stop(self, now):
+        """Whether too many steps in a row were not finite. Python waits for a GPU to read that: there it does so at
+        every tenth step alone."""
+        return (not self.on_gpu or now.step % 10 == 0) and now.faults[1] >= TOO_MANY_SKIPPED
+
+    def restore(self, state, now, optimizer):
+        """Set `now` and the optimizer to a checkpoint of run.load."""
+        restore_optimizer(optimizer, state["optimizer"], self.path("state.pt"))
+        vars(now).update({k: state[k] for k in vars(now)})
+        now.sums, now.faults = now.sums.to(self.device), now.faults.to(self.device)
+        self.say(f"resumed from {self.path('state.pt')} at step {now.step:,}")
+
+    def save(self, state, keep_every, export):
+        """Rank 0 writes state.pt, which alone is enough to resume, and by export(path) the model. Every `keep_every`
+        steps a copy of the model stays."""
+        if self.rank > 0:
+            return
+        path, step = self.path("state.pt"), state["step"]
+        with explain_failed_save(path, step):
+            # before state.pt: a run that is killed in between resumes from an earlier step, and writes this copy then
+            if keep_every and step % keep_every == 0:
+                export(self.path(f"model_{step:07d}.safetensors"))
+            write_atomically(path, lambda f: torch.save(state, f))
+            export(self.path("model.safetensors"))
+
     def open_log(self, step):
         """Rank 0 opens the log to append to, without lines later than the checkpoint or torn by a crash."""
         if self.rank > 0:
@@ -183,15 +230,15 @@ class Run:
                 raise UserError(f"{self.path('log.jsonl')} cannot be written ({e}): make room, and run the same "
                                 "command again, which goes on from the last save") from None
 
-    def stop_not_finite(self, step, in_a_row, last_finite, files):
-        """Raise UserError, because that many steps in a row were not finite. last_finite: the losses of the last finite
+    def stop_not_finite(self, now, last_finite, files):
+        """Raise UserError, because too many steps in a row were not finite. last_finite: the losses of the last finite
         step, as text. files: those of the last batch, which rank 0 writes to not_finite.txt."""
         if self.rank == 0:
             write_names(self.path("not_finite.txt"), files)
-        raise UserError(f"at step {step} the loss or its gradient is not finite, {in_a_row} steps in a row (the last "
-                        f"finite one: {last_finite}); the last batch is {', '.join(files[:3])} .. (all of it in "
-                        f"{self.path('not_finite.txt')}). The last save is {self.path('state.pt')}: the same command "
-                        "with a lower --lr and --resume_anyway goes on from there")
+        raise UserError(f"at step {now.step} the loss or its gradient is not finite, {int(now.faults[1])} steps in a "
+                        f"row (the last finite one: {last_finite}); the last batch is {', '.join(files[:3])} .. (all "
+                        f"of it in {self.path('not_finite.txt')}). The last save is {self.path('state.pt')}: the same "
+                        "command with a lower --lr and --resume_anyway goes on from there")
 
     def end(self, step, interrupted, done):
         """Say how the run has ended, at a signal or `done` (a text), and close its files."""
@@ -207,48 +254,38 @@ class Run:
             file.close()
 
 
-def rate_factor(step, args):
-    """The factor of the learning rates at a step (0 is the first): the warm-up times the decay at the end."""
-    left = min(1.0, (args.steps - step) / max(1.0, args.lr_decay * args.steps))
-    if args.decay_shape == "cosine":
-        left = (1 - math.cos(math.pi * left)) / 2
-    return left * min(1.0, (step + 1) / max(1, args.warmup))
+def loop(run, now, args, step, log, evaluate, save):
+    """Train until args.steps, or until a signal asks to save and stop. Returns whether it was a signal.
 
-
-def average_weights(averages, weights, step, decay):
-    """After a step (0 is the first) move each average toward its weight: a <- d a + (1 - d) w. In the first steps
-    d = (step + 1) / (step + 10) is below `decay`, so that the averages of a short run forget its initial weights."""
-    torch._foreach_lerp_(averages, weights, 1 - min(decay, (step + 1) / (step + 10)))
+    step() makes a step, and returns whether some rank received a signal. log(seconds a step), evaluate() and save()
+    follow at their intervals args.log_every, eval_every, save_every and keep_every, and at the end.
+    """
+    def due(every):
+        return now.step == args.steps or every and now.step % every == 0
+    bar = tqdm(total=args.steps, initial=now.step, desc="train", unit="step", disable=None if run.rank == 0 else True)
+    run.last_finite = now.sums  # statistics of the last finite step; until there is one, the sums stand in
+    tick, timed, interrupted = time.time(), 0, False  # timed: the steps since tick
+    while now.step < args.steps and not interrupted:
+        interrupted = step()
+        timed += 1
+        bar.update()
+        logging, evaluating = due(args.log_every), due(args.eval_every)
+        saving = due(args.save_every) or due(args.keep_every)
+        if logging:
+            log((time.time() - tick) / timed)
+        if evaluating:
+            evaluate()
+        if saving or interrupted:
+            save()
+        if logging or evaluating or saving:  # their time is not the steps'
+            tick, timed = time.time(), 0
+    bar.close()
+    return bool(interrupted)
 
 
 def seed_step(*numbers):
     """Make all random draws that follow (times, noise, stochastic depth) a function of these integers."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
-
-
-def capture_graph(micro_step, img, clear):
-    """Record micro_step (uint8 image batch -> statistics) as a CUDA graph. Returns a function that replays it on
-    batches of that shape. Python launches the kernels of a small model one by one, more slowly than the GPU runs them.
-
-    clear() clears the gradients just before the recording. Where it leaves None, the graph writes gradients; where it
-    leaves zeros, the graph adds to them.
-    """
-    img, side = img.clone(), torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compile, and let the libraries set up
-        for _ in range(3):
-            micro_step(img)
-    torch.cuda.current_stream().wait_stream(side)
-    clear()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        stats = micro_step(img)
-
-    def replay(batch, last=True):  # `last` is for several ranks (see train.py), and a graph has one
-        img.copy_(batch)
-        graph.replay()
-        return stats
-    return replay
 
 
 def finite(x):
@@ -267,86 +304,6 @@ def read_names(path):
     """What write_names has written."""
     with open(path, "rb") as f:
         return f.read().decode(errors="surrogateescape").split("\n")[:-1]
-
-
-def load_checkpoint(path, keys, args, may_differ):
-    """The state at `path`, a dict with at least these keys, or None if there is none. Unless args.resume_anyway, raises
-    UserError if a saved argument (in state["args"]) differs from `args` and is not in `may_differ`."""
-    if not os.path.isfile(path):
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = set(keys).difference(state)
-    except Exception as e:  # torch.load raises many types
-        if user_message(e):  # trouble of the machine: the file may be whole
-            raise
-        raise UserError(f"{path} is damaged or no checkpoint of this script ({type(e).__name__}): move it away to "
-                        "start afresh") from None
-    if missing:
-        raise UserError(f"{path} is of an older version, or no checkpoint of this script (it lacks "
-                        f"{' '.join(sorted(missing))}): move it away to start afresh")
-    now = vars(args)
-    changed = [f"{k} was {v}, is now {now[k]}" for k, v in state["args"].items()
-               if k in now and k not in may_differ and v != now[k]]
-    if changed and not args.resume_anyway:
-        raise UserError(f"{path} is of another run ({'; '.join(changed)}): use another --out, or --resume_anyway")
-    return state
-
-
-def restore_optimizer(optimizer, state, path):
-    """Load the moments of a checkpoint. Learning rate, weight decay and other settings remain those of this command."""
-    ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(state)
-    except ValueError as e:  # --resume_anyway with another --freeze_encoder
-        raise UserError(f"{path} has the optimizer of other parameters ({e}): use another --out") from None
-    for group, settings in zip(optimizer.param_groups, ours):
-        group.update(settings)
-
-
-@contextlib.contextmanager
-def explain_failed_save(path, step):
-    """A context for all that a save writes. A full disk becomes a UserError, which says that the last save is whole."""
-    try:
-        yield
-    except (OSError, RuntimeError) as e:
-        why = e if isinstance(e, OSError) else e.__context__  # torch.save hides the OSError behind its own
-        if not isinstance(why, OSError):
-            raise
-        raise UserError(f"step {step} could not be saved ({why}); {path}, if there is one, is of the last save and "
-                        "whole: make room, and run the same command again") from None
-
-
-def split_batch(batch, micro_batch, ranks):
-    """(micro-batch, accumulation steps) of each rank: micro-batch * accumulation * ranks = batch, exactly.
-
-    A micro-batch that does not divide the rank's share becomes the largest divisor below it.
-    """
-    if batch % ranks:
-        low = batch // ranks * ranks
-        near = " or ".join(str(b) for b in (low, low + ranks) if b)
-        raise UserError(f"batch_size {batch} does not divide among {ranks} ranks: try {near}")
-    share = batch // ranks
-    micro_batch = next(m for m in range(min(micro_batch, share), 0, -1) if share % m == 0)
-    return micro_batch, share // micro_batch
-
-
-def collate(samples):
-    """Samples of a dataset -> (uint8 (B, 3, S, S), their labels as a list). A worker sends a list through a pipe; a
-    tensor of labels would go through /dev/shm, by a thread that loses its errors."""
-    images, labels = zip(*samples)
-    return default_collate(images), list(labels)
-
-
-def sample_numbers(first, batch, micro_batch, rank, ranks, batches):
-    """Yields this rank's micro-batches as lists of global sample numbers: `batches` global batches from sample `first`.
-
-    Whatever the ranks, the global batches are the same samples: rank r has the r-th contiguous share of each.
-    """
-    share = batch // ranks
-    for start in range(first + rank * share, first + rank * share + batches * batch, batch):
-        for m in range(start, start + share, micro_batch):
-            yield list(range(m, m + micro_batch))
 
 
 def listen(on_signal):

@@ -21,7 +21,8 @@ import distill
 from data import ImageDataset, cores
 from decoder import Decoder, DecoderConfig
 from encoder import TEACHERS, Encoder, ViT, read_config
-from tools.run import Run, command_line, sample_numbers
+from tools.batches import sample_numbers
+from tools.run import Run, command_line
 from tools.script import find_weights
 from train import build_models, build_optimizer, model_flops, parse_args, training_step
 

@@ -29,8 +29,10 @@ sys.path.insert(0, os.path.join(HERE, "..", ".."))
 import eval as evaluation
 import train
 from decoder import Decoder, FlowHead, at_least_fp32, euler, flow_loss, patchify, sample_t, unpatchify
+from tools.batches import collate, sample_numbers
 from tools.job import Job
-from tools.run import collate, rate_factor, sample_numbers, seed_step
+from tools.optimizer import rate_factor
+from tools.run import seed_step
 from tools.script import commit, ignore_signals, run_command
 from tools.validate import validate
 

@@ -62,7 +62,7 @@ def speed(shapes, path):
     import torch
 
     import train
-    from tools.run import average_weights
+    from tools.optimizer import average_weights
     from tools.speed import seconds
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 from data import ImageDataset, cores
 from encoder import TEACHERS, ViT, write_model
-from tools.run import capture_graph
+from tools.optimizer import capture_graph
 from tools.script import commit
 
 

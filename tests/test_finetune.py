@@ -1,0 +1,378 @@
+"""downstream/finetune.py, the trainer of the tasks on a backbone: exact resume, ranks, rates, files, refusals."""
+from tests.helpers import (  # first: it sets the environment that torch reads
+    MICRO_VIT, close, log_lines, micro_teacher, raises, run, run_ranks, same_weights, side_by_side, tokenizer_file)
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import tempfile
+import unittest.mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+import encoder
+from data import Samples
+from downstream import finetune
+from encoder import UserError
+from tools.run import command_line
+
+CALLS = []  # of Toy, whose fifth or so a test lets fail
+
+
+class Toy(nn.Module):
+    """Three classes from the mean token. DIE: at this call the process gets the signal SIG; NAN: this loss is none."""
+
+    def __init__(self, backbone, norm="batch"):
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Linear(32, 3)
+        self.norm = nn.BatchNorm1d(32) if norm == "batch" else nn.LayerNorm(32)
+
+    def logits(self, img):
+        return self.head(self.norm(self.backbone.features(img / 255).mean(1)))
+
+    def forward(self, img, labels):
+        CALLS.append(self.backbone.training)
+        assert self.training
+        if len(CALLS) == int(os.environ.get("DIE", 0)):
+            os.kill(os.getpid(), int(os.environ["SIG"]))
+        logits = self.logits(img)
+        loss = F.cross_entropy(logits, labels)
+        return loss * math.nan if str(len(CALLS)) in os.environ.get("NAN", "").split() else loss
+
+
+class Other(Toy):
+    """Two losses, of a batch that collate_other makes."""
+
+    def forward(self, images, about):
+        loss = super().forward(torch.stack(images), about["labels"])
+        return {"right": loss, "size": 0.1 * self.head.weight.square().sum()}
+
+
+def collate_other(samples):
+    images, labels = zip(*samples)
+    return list(images), {"labels": torch.stack(labels), "names": ["a", "b"]}
+
+
+class Blobs(Samples):
+    """Sample n is a picture of one of `count` seeds, and its class."""
+
+    def __init__(self, count=10, seed=0):
+        self.labels, self.train, self.seed = np.arange(count) % 3, True, seed
+
+    def path(self, i):
+        return f"blob{i}"
+
+    def __getitem__(self, n):
+        i = self.index(n)
+        img = np.random.default_rng(i).integers(0, 256, (3, 16, 16), np.uint8)
+        return torch.from_numpy(img), torch.tensor(int(self.labels[i]))
+
+
+def build(config):
+    return Toy(finetune.build_backbone(config), config["norm"])
+
+
+def main(argv=None, on_signal=None):
+    """The toy task's command line. Returns the trained model."""
+    ap = argparse.ArgumentParser()
+    add = ap.add_argument
+    add("--norm", default="batch"), add("--task", default="Toy"), add("--count", type=int, default=10)
+    add("--sgd", action="store_true")
+    finetune.add_flags(ap, steps=6, batch_size=4, workers=0, log_every=1, eval_every=0, save_every=0, lr=1e-2)
+    args = ap.parse_args(argv)
+    backbone = finetune.load_backbone(args)
+    model = {"Toy": Toy, "Other": Other}[args.task](backbone, args.norm)
+
+    def evaluate():
+        assert not model.training and not torch.is_grad_enabled()
+        torch.save(model.state_dict(), os.path.join(args.out, f"rank{os.environ.get('RANK', 0)}.pt"))
+        return {"mean": model.head.weight.mean().item(), "of": "the head"}
+    finetune.train(args, model, Blobs(args.count), evaluate, {"norm": args.norm},
+                   collate_other if args.task == "Other" else None, on_signal=on_signal,
+                   optimizer=torch.optim.SGD(filter(lambda p: p.requires_grad, model.parameters()), args.lr)
+                   if args.sgd else None,
+                   picture=lambda: Image.new("RGB", (8, 8)))
+    return model
+
+
+def trained(out, *flags):
+    """(the model after training in this process, what was printed)."""
+    CALLS.clear()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        model = main([*map(str, flags), "--out", out])
+    return model, said.getvalue()
+
+
+def initial(tmp, norm):
+    """The toy before its first step."""
+    args = dict(weights=None, teacher=micro_teacher(tmp), teacher_weights=None, frozen=False, drop_path=0, seed=0)
+    return Toy(finetune.load_backbone(argparse.Namespace(**args)), norm)
+
+
+def state(out):
+    return torch.load(os.path.join(out, "state.pt"), weights_only=True)
+
+
+def differences(a, b):
+    """Names of tensors and numbers in which two checkpoints differ."""
+    if isinstance(a, dict):
+        return [f"{k}.{x}" for k in a.keys() | b.keys() for x in differences(a.get(k), b.get(k))]
+    if isinstance(a, torch.Tensor):
+        return [""] * (not torch.equal(a, b))
+    return [""] * (a != b)
+
+
+def test_finetuning_resumes_bit_for_bit_after_a_signal_and_a_kill():
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = ["--teacher", micro_teacher(tmp), "--steps", 9, "--micro_batch", 2, "--drop_path", 0.3,
+                 "--log_every", 4, "--eval_every", 3, "--save_every", 4, "--keep_every", 4, "--warmup", 2,
+                 "--lr_decay", 0.5, "--layer_decay", 0.7]
+        a, b = (os.path.join(tmp, name) for name in ("whole", "parts"))
+        start = lambda **env: run("python", "-m", "tests.test_finetune", *flags, "--out", b, **env)
+        trained(a, *flags)
+        done = start(DIE="5", SIG=str(int(signal.SIGTERM)))  # in the third step, which it finishes
+        assert done.returncode == 0 and "interrupted and saved at step 3" in done.stdout, done
+        done = start(DIE="7", SIG=str(int(signal.SIGKILL)))  # in the seventh: the last save is of the fourth
+        assert done.returncode == -9 and "resumed from" in done.stdout and state(b)["step"] == 4, done
+        done = start()
+        assert done.returncode == 0 and "at step 4" in done.stdout, done
+        one, two = state(a), state(b)
+        for x in one, two:
+            x.pop("id"), x["args"].pop("out")
+        assert not differences(one, two), differences(one, two)[:5]
+        assert one["model"]["norm.num_batches_tracked"] == 18 and (one["model"]["norm.running_mean"] != 0).all()
+        lines = log_lines(a)
+        assert [x for x in log_lines(b) if x.get("kind") != "interrupted"] == lines
+        assert [x["step"] for x in lines if "loss" in x] == [4, 8, 9]
+        assert [(x["step"], x["of"]) for x in lines if x.get("kind") == "eval"] == [(3, "the head"), (6, "the head"),
+                                                                                  (9, "the head")]
+        for name in "model.safetensors", "model_0000004.safetensors", "model_0000008.safetensors":
+            assert same_weights(os.path.join(a, name), os.path.join(b, name)), name
+        assert sorted(os.listdir(os.path.join(b, "samples"))) == [f"step_000000{k}.png" for k in (3, 6, 9)]
+        assert "the run is finished" in trained(b, *flags)[1]
+
+
+def test_several_ranks_finetune_as_one():
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = ["--teacher", micro_teacher(tmp), "--steps", 3, "--lr", 0.1, "--sgd", "--norm"]
+        start = lambda norm: run_ranks(2, "python", "-m", "tests.test_finetune", *flags, norm, "--out",
+                                       os.path.join(tmp, norm), "--micro_batch", 1 if norm == "layer" else 2)
+        for done in side_by_side(lambda: start("layer"), lambda: start("batch")):
+            assert all(x.returncode == 0 for x in done), done
+        one, _ = trained(os.path.join(tmp, "one"), *flags, "layer")
+        several = load_file(os.path.join(tmp, "layer", "model.safetensors"))
+        for k, x in one.state_dict().items():
+            close(several[k], x, 1e-5)
+        for a, b in zip(log_lines(os.path.join(tmp, "one")), log_lines(os.path.join(tmp, "layer"))):
+            assert all(math.isclose(a[k], b[k], rel_tol=1e-4) for k in ("loss", "grad_norm") if k in a), (a, b)
+        for norm in "layer", "batch":  # evaluated on both, which hold the same
+            a, b = (torch.load(os.path.join(tmp, norm, f"rank{r}.pt")) for r in range(2))
+            assert not differences(a, b), differences(a, b)
+        # running statistics after a step: 0.9 of the first, 0.1 of the mean over the ranks of each rank's own
+        run_ranks(2, "python", "-m", "tests.test_finetune", *flags, "batch", "--steps", 1, "--out",
+                  os.path.join(tmp, "step"))
+        model, data = initial(tmp, "batch"), Blobs()
+        with torch.no_grad():
+            tokens = [model.backbone.features(torch.stack([data[n][0] for n in part]) / 255).mean(1)
+                      for part in ((0, 1), (2, 3))]
+        found = load_file(os.path.join(tmp, "step", "model.safetensors"))
+        close(found["norm.running_mean"], 0.1 * sum(x.mean(0) for x in tokens) / 2, 1e-5)
+        close(found["norm.running_var"], 0.9 + 0.1 * sum(x.var(0) for x in tokens) / 2, 1e-5)
+
+
+def test_accumulated_batches_are_one_batch():
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = ["--teacher", micro_teacher(tmp), "--norm", "layer", "--steps", 3, "--lr", 0.03, "--clip", 0, "--sgd"]
+        one, said = trained(os.path.join(tmp, "a"), *flags)
+        assert "micro-batch 4 x accumulation 1" in said
+        with unittest.mock.patch.object(finetune, "seed_step") as seeded:
+            several, said = trained(os.path.join(tmp, "b"), *flags, "--micro_batch", 3)
+        assert [c.args for c in seeded.call_args_list] == [(0, step, m, 0) for step in range(3) for m in range(2)]
+        assert "micro-batch 2 x accumulation 2" in said
+        for k, x in one.state_dict().items():
+            close(several.state_dict()[k], x, 1e-5)
+        for a, b in zip(*(log_lines(os.path.join(tmp, x)) for x in "ab")):
+            assert all(math.isclose(a[k], b[k], rel_tol=1e-4) for k in ("loss", "grad_norm") if k in a), (a, b)
+
+
+def first_step(tmp, name, *flags):
+    """{name: its change in one step} of the toy's parameters, and what they were."""
+    out = os.path.join(tmp, name)
+    model, _ = trained(out, "--teacher", micro_teacher(tmp), "--norm", "layer", "--steps", 1, *flags)
+    before = dict(initial(tmp, "layer").named_parameters())
+    return {k: (p - before[k]).detach() for k, p in model.named_parameters()}, before
+
+
+def test_rates_and_decay_of_named_tensors():
+    """AdamW's first step moves every number by its rate, whatever the gradient; decay takes rate * decay of it."""
+    with tempfile.TemporaryDirectory() as tmp:
+        change, before = first_step(tmp, "a", "--layer_decay", 0.5, "--warmup", 2, "--lr", 1e-3, "--weight_decay", 0)
+        rates = {"patch_embed.weight": 1 / 16, "pos_embed": 1 / 16, "cls_token": 1 / 16, "blocks.0.qkv.weight": 1 / 8,
+                 "blocks.1.fc1.bias": 1 / 4, "blocks.2.norm2.weight": 1 / 2, "norm.weight": 1}
+        rates = {"backbone.vit." + k: x for k, x in rates.items()} | {"head.weight": 1, "norm.bias": 1}
+        for k, rate in rates.items():  # half of the rate in the first of two steps of warm-up
+            found = change[k].abs().max().item()
+            assert math.isclose(found, 1e-3 / 2 * rate, rel_tol=0.02), (k, found, rate)
+        assert not any(change[k].any() for k in change if "latent_down" in k)
+        decayed, _ = first_step(tmp, "b", "--layer_decay", 0.5, "--warmup", 2, "--lr", 1e-3, "--weight_decay", 0.3)
+        for k in rates:
+            matrix = k.endswith("weight") and before[k].ndim > 1
+            expected = -1e-3 / 2 * rates[k] * 0.3 * before[k].detach() * matrix
+            assert (decayed[k] - change[k] - expected).abs().max() < 2e-7, k
+
+
+def test_frozen_backbones_do_not_move():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights = tokenizer_file(tmp)
+        frozen, _ = trained(os.path.join(tmp, "a"), "--weights", weights, "--frozen", "--drop_path", 0.5)
+        assert CALLS == [False] * 6, "a frozen backbone is in eval mode"
+        given = encoder.Encoder.from_pretrained(weights)
+        for k, x in given.state_dict().items():
+            assert torch.equal(frozen.backbone.state_dict()[k], x), k
+        assert frozen.backbone.vit.drop_path == 0 and not any(p.requires_grad for p in frozen.backbone.parameters())
+        saved = state(os.path.join(tmp, "a"))
+        assert len(saved["optimizer"]["state"]) == 4, "norm and head"
+        tuned, _ = trained(os.path.join(tmp, "b"), "--weights", weights, "--drop_path", 0.5)
+        assert CALLS == [True] * 6 and tuned.backbone.vit.drop_path == 0.5
+        after = dict(tuned.backbone.named_parameters())
+        moved = {k for k, x in given.named_parameters() if not torch.equal(after[k], x)}
+        assert moved == {k for k, _ in given.named_parameters() if not k.startswith("latent_down.")}
+
+
+def test_backbones_are_those_named():
+    with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.dict(encoder.TEACHERS, micro=MICRO_VIT):
+        teacher, weights, img = micro_teacher(tmp), tokenizer_file(tmp), torch.rand(2, 3, 16, 16)
+        named = dict(weights=None, teacher=None, teacher_weights=None, frozen=True, drop_path=0.1, seed=3)
+        load = lambda **given: finetune.load_backbone(argparse.Namespace(**{**named, **given}))
+        expected = encoder.Encoder.from_pretrained(weights).features(img)
+        assert torch.equal(load(weights=weights).features(img), expected)
+        assert not torch.equal(load(teacher=teacher).features(img), expected)
+        for given in {"teacher": teacher}, {"teacher": "micro", "teacher_weights": teacher}, {
+                "teacher": "micro", "teacher_weights": "random"}:
+            with contextlib.redirect_stdout(io.StringIO()):
+                vit, found = encoder.load_teacher(given["teacher"], given.get("teacher_weights")), load(**given)
+            drawn = torch.rand(3)
+            torch.manual_seed(3)
+            assert torch.equal(drawn, torch.rand(3)), "what is built next depends on --seed alone"
+            assert torch.equal(found.features(img), vit.norm(vit(img)[-1][:, 1:])), given
+        for given, words in (({}, "one of the two"), ({"weights": weights, "teacher": teacher}, "one of the two"),
+                             ({"weights": weights, "teacher_weights": "x"}, "--teacher_weights x"),
+                             ({"weights": teacher}, "no tokenizer"), ({"teacher": "none"}, "'none' is neither")):
+            raises(UserError, lambda: load(**given), words=words)
+
+
+def test_model_files_are_whole():
+    with tempfile.TemporaryDirectory() as tmp:
+        out, weights = os.path.join(tmp, "run"), tokenizer_file(tmp)
+        model, _ = trained(out, "--weights", weights)
+        path = os.path.join(out, "model.safetensors")
+        for given in out, path:
+            again, config = finetune.load_model(given, build, "cpu")
+            assert not again.training
+            assert not differences(dict(again.state_dict()), dict(model.state_dict()))
+        img = torch.rand(2, 3, 16, 16)
+        assert torch.equal(again.logits(img), model.eval().logits(img))
+        given, digest = encoder.Encoder.from_pretrained(weights).vit.state_dict(), hashlib.sha256()
+        for k in sorted(k for k in given if k not in ("mean", "std")):
+            digest.update(given[k].numpy().tobytes())
+        assert config["backbone_sha256"] == digest.hexdigest() and config["source"] == weights
+        assert (config["task"], config["norm"], config["step"], config["frozen"]) == ("Toy", "batch", 6, False)
+        assert encoder.ViTConfig(**config["vit"]) == MICRO_VIT and config["id"] == state(out)["id"]
+        other = os.path.join(tmp, "other.safetensors")
+        tensors = load_file(path)
+        for wrong, words in (({**tensors, "head.bias": tensors["head.bias"][:2]}, "head.bias is (2,), expected (3,)"),
+                             ({k: x for k, x in tensors.items() if "num_batches" not in k}, "missing norm.num"),
+                             ({**tensors, "more": torch.ones(3)}, "unknown more")):
+            encoder.write_model(other, config, wrong)
+            raises(UserError, finetune.load_model, other, build, "cpu", words=words)
+        raises(UserError, finetune.load_model, path, lambda c: Other(finetune.build_backbone(c)), "cpu",
+               words=[path, "it is a Toy, and this command reads a Other"])
+        raises(UserError, finetune.load_model, path, lambda c: c["classes"], "cpu", words=[path, "a Toy", "KeyError"])
+        raises(encoder.MissingFile, finetune.load_model, os.path.join(tmp, "none"), build, "cpu", words="none: no such")
+        raises(UserError, finetune.load_model, weights, build, "cpu", words="no run of a downstream task")
+        open(other, "wb").write(b"no tensors")
+        raises(UserError, finetune.load_model, other, build, "cpu", words="damaged")
+
+
+def test_several_losses_of_any_batch():
+    with tempfile.TemporaryDirectory() as tmp:
+        out, teacher = os.path.join(tmp, "run"), micro_teacher(tmp)
+        model, said = trained(out, "--task", "Other", "--teacher", teacher, "--steps", 2, "--log_every", 2, "--lr", 0)
+        line = log_lines(out)[0]
+        assert math.isclose(line["size"], 0.1 * model.head.weight.square().sum().item(), rel_tol=1e-5)
+        assert math.isclose(line["loss"], line["right"] + line["size"], rel_tol=1e-6) and " | right " in said
+        raises(UserError, trained, out, "--teacher", teacher, "--steps", 3, words="task was Other, is now Toy")
+
+
+def test_other_optimizers_skip_what_is_not_finite():
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = ["--teacher", micro_teacher(tmp), "--sgd", "--frozen", "--norm", "layer", "--clip", 0.01, "--lr", 2.0]
+        for name, more in ("sgd", flags), ("adamw", flags[:2] + ["--norm", "layer"]):
+            out = os.path.join(tmp, name)
+            with unittest.mock.patch.dict(os.environ, NAN="2"):
+                trained(out, *more, "--steps", 2, "--warmup", 0)
+            lines = [x for x in log_lines(out) if "loss" in x]
+            assert [x["skipped"] for x in lines] == [0, 1], lines
+            once, _ = trained(os.path.join(tmp, name + "-once"), *more, "--steps", 1, "--warmup", 0)
+            differ = differences(state(out)["model"], dict(once.state_dict()))
+            assert not differ, f"{name}: the second step changed {differ}"
+        model = initial(tmp, "layer")
+        after = state(os.path.join(tmp, "sgd"))["model"]
+        moved = torch.cat([(after[k] - p.detach()).flatten() for k, p in model.named_parameters() if "latent" not in k])
+        assert math.isclose(moved.norm().item(), 2 * 0.01, rel_tol=1e-3), "rate times the clipped norm"
+        with unittest.mock.patch.dict(os.environ, NAN=" ".join(map(str, range(1, 20)))):
+            raises(UserError, trained, os.path.join(tmp, "never"), *flags, "--steps", 15,
+                   words=["10 steps in a row", "blob"])
+
+
+def test_finetuning_refuses_what_is_wrong():
+    with tempfile.TemporaryDirectory() as tmp:
+        out, teacher = os.path.join(tmp, "run"), micro_teacher(tmp)
+        flags = ["--teacher", teacher, "--steps", 2]
+        trained(out, *flags)
+        for more, words in ((["--lr", 0.5], "lr was 0.01, is now 0.5"),
+                            (["--count", 11], "training_samples was 10, is now 11"),
+                            (["--norm", "layer"], "norm was batch"), (["--seed", 1], "seed was 0")):
+            raises(UserError, trained, out, *flags, "--steps", 3, *more, words=words)
+        raises(UserError, trained, out, "--weights", tokenizer_file(tmp), "--steps", 3, words="backbone_sha256 was")
+        moved = os.path.join(tmp, "moved.safetensors")
+        os.rename(teacher, moved)
+        assert "resumed" in trained(out, "--teacher", moved, "--steps", 3, "--resume_anyway")[1]
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            for wrong, words in (([], "one of the arguments --weights --teacher is required"),
+                                 (["--weights", "x", "--teacher", "y"], "not allowed with"),
+                                 ([*flags, "--epochs", "2"], "not allowed with"),
+                                 ([*flags, "--layer_decay", "1.5"], "argument --layer_decay: it is 1.5")):
+                raises(SystemExit, main, list(map(str, wrong)), words="2")
+                assert words in err.getvalue().splitlines()[-1], err.getvalue()
+        plain = Toy.logits
+        with unittest.mock.patch.object(Toy, "logits", lambda self, img: plain(self, img).detach() + self.head.bias):
+            raises(ValueError, trained, os.path.join(tmp, "idle"), "--teacher", moved, words="not depend on backbone")
+
+
+def test_lengths_given_replace_those_by_default():
+    def length(defaults, *flags):
+        ap = argparse.ArgumentParser()
+        finetune.add_flags(ap, **defaults)
+        args = ap.parse_args(["--teacher", "tiny", *flags])
+        return args.steps, args.epochs
+    assert length({"epochs": 20}) == (None, 20) and length({"steps": 7}) == (7, None)
+    assert length({"epochs": 20}, "--steps", "3") == (3, None) and length({"steps": 7}, "--epochs", "2") == (None, 2)
+    raises(AssertionError, length, {"epoch": 1}, words="no such flag")
+    with tempfile.TemporaryDirectory() as tmp:
+        _, said = trained(os.path.join(tmp, "a"), "--teacher", micro_teacher(tmp), "--epochs", 2)
+        assert "run: 5 steps of 4 " in said, "20 samples"
+
+
+if __name__ == "__main__":
+    command_line(main, "toy")

@@ -1,0 +1,66 @@
+"""How a step moves the weights: the learning rate, an update that skips what is not finite, averages, CUDA graphs.
+
+    factor = rate_factor(step, args)                       # of the learning rates: warm-up and decay
+    row = update_weights(optimizer, weights, clip, stats)  # clips, steps; not if a number is not finite
+    average_weights(averages, weights, step, decay)
+"""
+import math
+
+import torch
+
+
+def rate_factor(step, args):
+    """The factor of the learning rates at a step (0 is the first): the warm-up times the decay at the end."""
+    left = min(1.0, (args.steps - step) / max(1.0, args.lr_decay * args.steps))
+    if args.decay_shape == "cosine":
+        left = (1 - math.cos(math.pi * left)) / 2
+    return left * min(1.0, (step + 1) / max(1, args.warmup))
+
+
+def average_weights(averages, weights, step, decay):
+    """After a step (0 is the first) move each average toward its weight: a <- d a + (1 - d) w. In the first steps
+    d = (step + 1) / (step + 10) is below `decay`, so that the averages of a short run forget its initial weights."""
+    torch._foreach_lerp_(averages, weights, 1 - min(decay, (step + 1) / (step + 10)))
+
+
+def update_weights(optimizer, weights, clip, stats):
+    """Clip the gradients of `weights` and step the optimizer. stats: the step's statistics, a vector. Returns them, the
+    gradient norm, and 1.
+
+    If one of these numbers is not finite, the weights and the optimizer stay as they are. The numbers are the same on
+    all ranks, so all ranks skip the same steps.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(weights, clip or math.inf)
+    row = torch.cat([stats, norm[None], torch.ones_like(stats[:1])])
+    finite = row.isfinite().all()
+    if optimizer.defaults.get("fused"):  # it skips its step where found_inf is 1: Python need not wait for the GPU
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
+    elif finite:
+        optimizer.step()
+    return row
+
+
+def capture_graph(micro_step, img, clear):
+    """Record micro_step (uint8 image batch -> statistics) as a CUDA graph. Returns a function that replays it on
+    batches of that shape. Python launches the kernels of a small model one by one, more slowly than the GPU runs them.
+
+    clear() clears the gradients just before the recording. Where it leaves None, the graph writes gradients; where it
+    leaves zeros, the graph adds to them.
+    """
+    img, side = img.clone(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compile, and let the libraries set up
+        for _ in range(3):
+            micro_step(img)
+    torch.cuda.current_stream().wait_stream(side)
+    clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stats = micro_step(img)
+
+    def replay(batch, last=True):  # `last` is for several ranks (see train.py), and a graph has one
+        img.copy_(batch)
+        graph.replay()
+        return stats
+    return replay
