@@ -142,8 +142,8 @@ def merge(tiles, grid, size, newline, cap):
 @functools.lru_cache(maxsize=4096)
 def count_tokens(tiles, grid, size, side, cap):
     """How many tokens `merge` makes of a picture of so many tiles, each of side x side tokens."""
-    newline = torch.empty(1, device="meta") if cap else None
-    return len(merge(torch.empty(tiles, side, side, 1, device="meta"), grid, size, newline, cap))
+    newline = torch.zeros(1) if cap else None
+    return len(merge(torch.zeros(tiles, side, side, 1), grid, size, newline, cap))
 
 
 def load_llm(name, device=None):
@@ -239,7 +239,8 @@ def set_trained(model, parts, checkpoint_activations):
     model.encoder.vit.norm.requires_grad_(False)
     model.encoder.vit.checkpoint = checkpoint_activations
     if checkpoint_activations:
-        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"  # transformers renames it
+        getattr(model.llm, new if hasattr(model.llm, new) else old)({"use_reentrant": False})
 
 
 def saved(name):

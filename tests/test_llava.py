@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from downstream import llava, llava_data, llava_model
+from downstream import llava, llava_data, llava_model, llava_speed, llava_use
 from downstream.llava_data import IGNORE, IMAGE, Looker, Prompter
 from encoder import Encoder, UserError, ViT
 
@@ -210,8 +210,8 @@ def test_anyres_grids_tiles_and_token_counts():
     assert count(4000, 4000) == 1024 + 96 * 97, "192 x 192 shrunk by 2"
     # 6 x 6 tiles of 27 x 27: LLaVA-OneVision's 729 * (9 + 1) and 81 newlines
     assert llava_model.count_tokens(37, (6, 6), (2304, 2304), 27, 9) == 729 * 10 + 81
-    assert count(3000, 1700, cap=4) == 1024 + 48 * 85, (
-        "in (4, 6) 108.8 of 128 rows stay, so 110, of 192: shrunk by sqrt(110 * 192 / 4096) = 2.27")
+    assert count(3000, 1700, cap=4) == 1024 + 48 * 86, (
+        "of 4 x 6 tiles 108 of 128 rows stay, 108 x 192; shrunk by sqrt(108 * 192 / 4096) = 2.25: 48 x 85")
     assert llava_model.count_tokens(1, None, (9, 9), 32, 9) == 1025 and llava_model.count_tokens(
         1, None, (9, 9), 32, 0) == 1024
     # which pixels: a quarter of each colour; 40 x 20 in 2 x 3 tiles of 16 is 48 x 24, with 4 black rows above and below
@@ -527,3 +527,156 @@ def test_training_resumes_exactly():
         assert not torch.equal(kept["projector.0.bias"], final["projector.0.bias"])
         assert "finished" in quietly(*flags, "--out", whole)
         raises(UserError, quietly, *flags, "--lr", 1e-2, "--out", whole, words="lr was 0.001, is now 0.01")
+
+
+def answered(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def test_sixteen_conversations_are_learnt_and_answered():
+    """Two stages; answers in batches of 5, one by one, by two ranks and after a crash are the same, and all are right."""
+    with tempfile.TemporaryDirectory() as tmp:
+        path = lambda name: os.path.join(tmp, name)
+        conversations(tmp)
+        base = ["--system", "A", "--batch_size", 16, "--micro_batch", 16, "--log_every", 20]
+        quietly(*training(tmp, "--template", "vicuna", "--steps", 5, "--out", path("first"), *base, stage=1))
+        ready = [x for x in training(tmp, *base, "--init", path("first"), "--out", path("out"), "--lr", 4e-3, "--steps",
+                                     120, "--clip", 0)]
+        at = ready.index("--weights")
+        quietly(*ready[:at], *ready[at + 2:])  # --init brings the encoder
+        assert log_lines(path("out"))[-1]["loss"] < 0.05, log_lines(path("out"))[-1]
+        assert "llm.model.embed_tokens.weight" not in load_file(path("first/model.safetensors"))
+        shutil.move(path("llm"), path("gone"))  # a language model that was trained is in the run
+        samples = json.load(open(path("data.json")))
+        with open(path("q.jsonl"), "w") as f:
+            for k, x in enumerate(samples):
+                text = x["conversations"][0]["value"].removeprefix("<image>\n")
+                f.write(json.dumps({"question_id": 100 - k, "text": text, **({"image": x["image"]} if k < 8 else {})})
+                        + "\n")
+        ask = ["answer", "--run", path("out"), "--questions", path("q.jsonl"), "--images", path("pictures"),
+               "--workers", 0, "--max_new_tokens", 4, "--answers"]
+        quietly(*ask, path("many.jsonl"), "--batch_size", 5)
+        many = answered(path("many.jsonl"))
+        assert [x["text"] for x in many] == [x["conversations"][1]["value"] for x in samples], many
+        assert [x["question_id"] for x in many] == list(range(100, 84, -1)) and many[0]["prompt"] == "What?"
+        assert set(many[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+        assert "-120" in many[0]["model_id"] and not [x for x in os.listdir(tmp) if ".part" in x]
+        quietly(*ask, path("single.jsonl"), "--batch_size", 1)
+        assert answered(path("single.jsonl")) == many
+        plain, calls = llava_use.Speaker.tokens, []
+
+        def tokens(self, asked):
+            calls.append(len(asked))
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return plain(self, asked)
+        with unittest.mock.patch.object(llava_use.Speaker, "tokens", tokens):
+            with contextlib.suppress(KeyboardInterrupt):
+                quietly(*ask, path("again.jsonl"), "--batch_size", 4)
+            with open(path("again.jsonl.part0"), "a") as f:
+                f.write('[12, {"question_id": 1')  # a torn line
+            quietly(*ask, path("again.jsonl"), "--batch_size", 4)
+        assert calls == [4, 4, 4, 4, 4] and answered(path("again.jsonl")) == many
+        for done in run_ranks(2, "python", "-m", "downstream.llava", *ask, path("ranks.jsonl"), "--batch_size", 3):
+            assert done.returncode == 0, done.stderr
+        assert answered(path("ranks.jsonl")) == many
+        raises(UserError, quietly, *ask, path("many.jsonl"), words="is there already")
+        with open(path("other.jsonl.part0"), "w") as f:
+            f.write(json.dumps([0, {**many[0], "model_id": "another"}]) + "\n")
+        raises(UserError, quietly, *ask, path("other.jsonl"), words="of another model (another")
+        for line, words in (('{"question_id": 1}', "is no file of JSON lines"), ("", "is empty"), ("{", "JSON lines"),
+                            ('{"question_id": 1, "text": "<image>?"}', "question 1: 0 pictures, but 1 <image>"),
+                            ('{"question_id": 1, "text": "?", "image": "no.png"}', "no.png cannot be opened")):
+            with open(path("bad.jsonl"), "w") as f:
+                f.write(line)
+            raises(UserError, quietly, *ask[:3], "--questions", path("bad.jsonl"), *ask[5:], path("x.jsonl"), words=words)
+        # chat: the answer comes in pieces; then a question with another picture, and one about both
+        shown = lambda k: os.path.join(tmp, "pictures", f"{k}.png")
+        said, asked, plain_ask = [], [], llava_use.ask
+        with unittest.mock.patch("sys.stdin", io.StringIO(f"{shown(2)} What?\nand?\n\nnever")):
+            with unittest.mock.patch.object(llava_use, "ask", lambda *a: asked.append((a[2][:], len(a[3]))) or
+                                            plain_ask(*a)):
+                out = quietly("chat", "--run", path("out"), shown(1), "What?", "--max_new_tokens", 4).split("\n")
+        assert out[0] == "b" and [n for _, n in asked] == [1, 2, 2], out
+        assert asked[2][0][:2] == [("<image>\nWhat?", "b"), ("<image>\nWhat?", out[1])] and asked[2][0][2][0] == "and?"
+
+
+def test_answers_in_a_batch_are_those_of_one_alone():
+    """Random weights, prompts of several lengths, in fp32: the same tokens, and the same as without a cache."""
+    for cap in 0, 9:
+        model = micro_llava(cap, seed=3)
+        n, torch_ids = 16 + (cap > 0), lambda *x: torch.tensor(x)
+        tiles = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+        prompts = [torch_ids(1, 2, 3), torch_ids(4, *[IMAGE] * n, 5, 6, 7), torch_ids(*[IMAGE] * n, 9)]
+        layouts, stop = [(1, None, (16, 16), n)] * 2, [11, 12]
+        many = torch.stack(list(model.generate(prompts, tiles, layouts, 12, stop)))
+        for k, (ids, mine, shown) in enumerate(zip(prompts, ([], layouts[:1], layouts[1:]),
+                                                   (tiles[:1], tiles[:1], tiles[1:]))):
+            alone = torch.stack(list(model.generate([ids], shown, mine, 12, stop)))[:, 0].tolist()
+            with torch.no_grad():
+                x, plain = model.embed(ids[None], shown, mine), []
+                while len(plain) < 12 and (not plain or plain[-1] != -1):
+                    token = model.llm(inputs_embeds=x).logits[0, -1].argmax().item()
+                    plain.append(-1 if token in stop else token)
+                    x = torch.cat([x, model.llm.get_input_embeddings()(torch.tensor([[token]]))], dim=1)
+            assert alone == plain and many[:len(alone), k].tolist() == alone, (many[:, k], alone, plain)
+            assert (many[len(alone):, k] == -1).all()
+
+
+def test_what_does_not_fit_is_said_in_one_line():
+    with tempfile.TemporaryDirectory() as tmp:
+        out = os.path.join(tmp, "out")
+        quietly(*training(tmp, "--steps", 1, "--system", "A", "--template", "vicuna", "--out", out, stage=1))
+        wide, mute = llm_folder(tmp, "wide", width=64), llm_folder(tmp, "mute", template=None)
+        again = ["--init", out, "--steps", 1, "--out", os.path.join(tmp, "x")]
+        refuse = lambda *flags, words, stage=2, variant="lv": raises(
+            UserError, quietly, *training(tmp, *flags, stage=stage, variant=variant), words=words)
+        refuse(*again, "--llm", wide, words=("does not fit the model", "projector.0.weight is (32, 32), expected (64, 32)"))
+        refuse("--llm", mute, "--template", "chat", words="no chat template")
+        refuse("--llm", os.path.join(tmp, "none"), words="no language model can be loaded")
+        refuse("--size", 18, words="--size 18 is no multiple of 4")
+        refuse("--layer", -4, words="there is no block -4")
+        refuse(*again, words="is of --variant lv", variant="xl")
+        refuse("--init", tmp, words="no such file")
+        refuse("--batch_size", 17, words="no batch of 17")
+        flags = training(tmp, *again)
+        flags[flags.index("--weights"):flags.index("--weights") + 2] = ["--teacher", os.path.join(tmp, "teacher.safetensors")]
+        raises(UserError, quietly, *flags, words="was trained with the encoder")
+        done = run("python", "-m", "downstream.llava", *map(str, training(tmp, "--images", out, "--data", "no.json")))
+        assert done.returncode == 2 and done.stderr.strip().count("\n") == 0 and "no.json" in done.stderr, done.stderr
+        for flags, words in ((["--stage", 3], "stages 1 and 2"), (["--teacher", "tiny"], "--weights"),
+                             (["--data"], "expected at least one")):
+            with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.suppress(SystemExit):
+                llava.parse_args(list(map(str, training(tmp, *flags))))
+            assert words in err.getvalue(), err.getvalue()
+        # the control, a teacher with random weights
+        flags = training(tmp, "--steps", 1, "--out", os.path.join(tmp, "control"), "--teacher", "tiny", "--teacher_weights",
+                         "random", "--size", 16)
+        at = flags.index("--weights")
+        assert "seeing by tiny random" in quietly(*flags[:at], *flags[at + 2:])
+
+
+def test_bench_counts_what_is_computed():
+    """Its FLOPs, against those that torch counts in a step of the same model, and the lines that it prints."""
+    from torch.utils.flop_counter import FlopCounterMode
+    for variant, stage in (("lv", 1), ("lv", 2), ("xl", 3)):
+        args = llava.parse_args(["bench", "--llm", "micro", "--encoder", "tiny", "--size", "64", "--variant", variant,
+                                 "--stage", str(stage), "--micro_batch", "1", "--text", "30", "--answer", "10"])
+        model = llava_speed.make_model(args, "cpu").float()
+        llava_model.set_trained(model, llava_speed.trained(args), False)
+        layout = (4, (1, 3), (192, 64), 64 + 8 * 25) if variant == "xl" else (1, None, (64, 64), 64)
+        length = layout[3] + 30
+        ids = torch.tensor([[3] * 30 + [IMAGE] * layout[3]])
+        batch = dict(ids=ids, places=torch.arange(10), targets=torch.full((1, 10), 5), layouts=[layout],
+                     tiles=torch.zeros(layout[0], 3, 64, 64, dtype=torch.uint8))
+        with FlopCounterMode(display=False) as counted:
+            model(**batch).backward()
+        ours = llava_speed.training_flops(model, args, length, 10, layout[0])
+        causal = 2 * 2 * length ** 2 * 32 * (3 if stage > 1 else 2)  # the upper half of both blocks' attention, which torch counts
+        attention_again = 0.5 * 4 * 2 * length ** 2 * 32  # and its backward pass computes the scores again
+        assert abs((ours + causal) / counted.get_total_flops() - 1) < 0.06, (variant, stage, ours + causal,
+                                                                              counted.get_total_flops())
+    said = quietly("bench", "--llm", "micro", "--encoder", "tiny", "--size", 64, "--variant", "xl", "--stage", 3, "--text",
+                   30, "--answer", 10, "--micro_batch", 1, "--new_tokens", 3, "--generate_batch", 1, 2)
+    assert "samples of 264 visual and 30 other tokens" in said and "of the ceiling" in said
+    assert "hours for 2,100,000 such samples on eight A800" in said and said.count("answers, batch") == 2
