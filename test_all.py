@@ -35,6 +35,8 @@ The sections of this file, in its order, and the files of tests/ that run with i
     tests/test_tools.py             The scripts of tools/
     tests/test_values.py            Values that other tests only see move: random draws, ends of ranges, one rank's loss
     tests/test_values_scripts.py    Values that the scripts pass on or say: counts, defaults, hints, rFID's reference
+    tests/test_vqa.py               downstream/vqa.py: scores worked by hand, the benchmarks' files, what a user gets
+                                    wrong
 
 What the tests share is in tests/: helpers.py (micro models, pictures, processes), published.py (reference networks and
 layouts), hostile.py (damaged files, fuzzers), crashes.py (killed runs), mutants.py (mistakes that the tests must
