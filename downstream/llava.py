@@ -7,8 +7,8 @@
     python -m downstream.llava chat --run out/lv img.png "What is in the picture?"
     $L bench --llm vicuna-7b --variant lv --stage 2
 
-The model is in llava_model.py, prompts and data in llava_data.py, what uses a trained model in llava_use.py, bench in
-llava_speed.py; this is training. Weights and moments are fp32, products bf16 on a GPU. One process trains the model
+The model is in llava_model.py, data in llava_data.py, prompts in llava_prompts.py, what uses a trained model in
+llava_use.py, bench in llava_speed.py; this is training. Weights and moments are fp32, products bf16 on a GPU. One process trains the model
 whole, several share it by FSDP2. The loss is the mean over all targets of a global batch, so that neither ranks nor
 micro-batches change it (LLaVA's is the mean of the micro-batches' means). RUN/model.safetensors holds what answer, chat
 and --init need: the encoder, the projector and, if it was trained, the language model; RUN/llm its text tokenizer.
@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from data import cores
 from downstream import llava_speed, llava_use
-from downstream.llava_data import IGNORE, TEMPLATES, Conversations, Looker, Prompter, collate
-from downstream.llava_model import PARTS, build_stage, load_tokenizer, saved, shard
+from downstream.llava_data import Conversations, Looker, collate
+from downstream.llava_model import IGNORE, PARTS, build_stage, load_tokenizer, saved, shard
+from downstream.llava_prompts import TEMPLATES, Prompter
 from encoder import UserError, load_exactly, write_atomically, write_model
 from tools.batches import load_batches, split_batch
 from tools.checkpoint import explain_failed_save

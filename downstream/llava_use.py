@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from downstream.llava_data import MARK, Looker, Prompter, expand, open_pictures
+from downstream.llava_data import Looker, expand, open_pictures
 from downstream.llava_model import load_run
+from downstream.llava_prompts import MARK, Prompter
 from encoder import MissingFile, UserError, one_line, write_atomically
 from tools.job import Job
 from tools.run import number

@@ -17,7 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from downstream import llava, llava_data, llava_model, llava_speed, llava_use
-from downstream.llava_data import IGNORE, IMAGE, Looker, Prompter
+from downstream.llava_data import Looker
+from downstream.llava_model import IGNORE, IMAGE
+from downstream.llava_prompts import Prompter
 from encoder import Encoder, UserError, ViT
 
 WORDS = ["A", "chat", "USER", "ASSISTANT", ":", "?", ".", "What", "is", "it", "cat", "dog", "red", "blue", "system",
