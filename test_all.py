@@ -26,6 +26,8 @@ The sections of this file, in its order, and the files of tests/ that run with i
     tests/test_images.py            Odd metadata, all sorts of archives and folders, trouble of the machine, other
                                     systems
     tests/test_latents.py           Saved latents: their statistics, their order, faults of the folder
+    tests/test_llava.py             downstream/llava.py: prompts, AnyRes, the spliced sequence, training on one process
+                                    and on two, answers, refusals
     tests/test_measures.py          Measures in any order of files, figures that never get lost, workers that end
     tests/test_modules.py           The models in other people's code: state dicts, precisions, wrappers, interfaces
     tests/test_oracles.py           What the code computes, against tables of published facts, closed forms and numpy
