@@ -30,8 +30,8 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }
 
 @functools.cache
 def tokenizer(llama=True, template=CHATML):
-    """A text tokenizer of whole words. llama: spaces are part of the words, as \u2581, and one is set before a text, not
-    after </s>; else they are tokens of their own, as bytes are. Every other letter is a token, too."""
+    """A text tokenizer of whole words. llama: spaces are part of the words, as \u2581; one is set before a text, but not
+    after </s>. Else spaces are tokens of their own, as bytes are. Every other letter is a token, too."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     space = "\u2581" if llama else "_"
@@ -211,7 +211,9 @@ def test_anyres_grids_tiles_and_token_counts():
     assert count(1344, 1344) == 1024 + 96 * 97, "nine tiles: the most that are not shrunk"
     assert count(1000, 500) == 1024 + 48 * 97, "16 of 64 rows are padding"
     assert count(1000, 490) == 1024 + 48 * 97, "47.04 rows: half of 17 is 8, so 48 stay"
+    assert count(1000, 510) == 1024 + 48 * 97, "48.96 rows count as 48: half of 16 is 8"
     assert count(500, 1000) == 1024 + 96 * 49
+    assert count(1400, 1344) == 1024 + 96 * 101, "of 3 x 4 tiles; 1.02 times too long is not shrunk"
     assert count(4000, 4000) == 1024 + 96 * 97, "192 x 192 shrunk by 2"
     # 6 x 6 tiles of 27 x 27: LLaVA-OneVision's 729 * (9 + 1) and 81 newlines
     assert llava_model.count_tokens(37, (6, 6), (2304, 2304), 27, 9) == 729 * 10 + 81
@@ -370,6 +372,9 @@ def test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place():
             assert [os.path.basename(x.split()[0]) for x in sample["unreadable"]] == ["2.png", "3.png"], sample
             assert torch.equal(sample["ids"], data[4]["ids"]) and torch.equal(sample["tiles"], data[4]["tiles"])
             assert data[9]["unreadable"] == [] and len(data[9]["tiles"]) == 0
+            os.remove(os.path.join(folder, "7.png"))
+            assert torch.equal(data[7]["tiles"], data[0]["tiles"]), "texts alone do not replace a picture"
+            picture(7, 23, 16).save(os.path.join(folder, "7.png"))
         said = quietly(*training(tmp, "--steps", 4, "--out", os.path.join(tmp, "out")))
         listed = sorted(os.path.basename(x.split()[0]) for x in open(os.path.join(tmp, "out", "bad_images.txt")))
         assert listed == ["2.png", "3.png"] and "could not be read" in said, (listed, said)
@@ -502,8 +507,8 @@ def test_two_ranks_are_as_one_process_and_resume_exactly():
         assert log_lines(whole) == log_lines(killed) and len(log_lines(whole)) == 4
         for k in a:
             assert torch.allclose(a[k], b[k], atol=3e-4), (k, (a[k] - b[k]).abs().max())
-        assert np.allclose([x["loss"] for x in log_lines(one)], [x["loss"] for x in log_lines(whole)], rtol=1e-4)
-        assert [x["tokens"] for x in log_lines(one)] == [x["tokens"] for x in log_lines(whole)]
+        for key in "loss", "grad_norm", "tokens":
+            assert np.allclose([x[key] for x in log_lines(one)], [x[key] for x in log_lines(whole)], rtol=1e-3), key
         assert sorted(x for x in os.listdir(whole) if x.startswith("state")) == ["state.pt", "state_0000004"]
 
 
