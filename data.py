@@ -42,6 +42,7 @@ if "avif" in features.modules and features.check_module("avif"):  # not every Pi
 MAX_PIXELS = 2 ** 27  # of a picture, so that a hostile one cannot take all memory
 MAX_BYTES = 4 * MAX_PIXELS  # of its file
 SYSTEM_FOLDERS = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information")
+MAPPED = 2048  # files of latents
 WAITS = (0.1, 0.4, 1.5)  # seconds before each new attempt, where the machine could not read
 FILE_FAULTS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM,
                errno.EINVAL, errno.EILSEQ)  # the fault of one file or its name; all other errors are the machine's
@@ -432,13 +433,15 @@ class LatentDataset(Samples):
 
     n means what it means for ImageDataset. If mirrored latents were saved, too (--flip), a coin drawn from (seed, n)
     chooses in training. `about` is what the folder's index.json says of weights, size and protocol. Raises UserError
-    for a folder that is incomplete, damaged or mixed. A latent is read from its file only when it is asked for.
+    for a folder that is incomplete, damaged or mixed. A latent is read from its file only when it is asked for. Each
+    process keeps the files that it has read mapped into memory, at most MAPPED of them: to open one takes longer than
+    to read from it. A mapped file needs no file descriptor.
     """
 
     def __init__(self, folder, train, seed=0):
         from safetensors import SafetensorError, safe_open
 
-        self.folder, self.train, self.seed = os.fspath(folder), train, seed
+        self.folder, self.train, self.seed, self.mapped = os.fspath(folder), train, seed, {}
         path, labels = os.path.join(self.folder, "index.json"), []
         try:
             with open(path) as f:
@@ -470,14 +473,28 @@ class LatentDataset(Samples):
         """Where latent i (in sorted order) lies: a file and the row in it."""
         return f"{self.file(i)}[{i % self.shard}]"
 
-    def __getitem__(self, n):
+    def __getstate__(self):  # for a worker, which maps files itself
+        return {**vars(self), "mapped": {}}
+
+    def map(self, path):
+        """The file at this path, mapped into memory."""
         from safetensors import safe_open
 
+        if path not in self.mapped:
+            if len(self.mapped) >= MAPPED:
+                self.mapped.clear()
+            try:
+                self.mapped[path] = safe_open(path, "pt")
+            except FileNotFoundError:
+                raise MissingFile(f"{path} is gone") from None
+        return self.mapped[path]
+
+    def __getitem__(self, n):
         i, name = self.index(n), "latents"
         if self.train and self.about.get("flip") and np.random.default_rng([self.seed, n, 1]).random() < 0.5:
             name = "mirrored"
-        with safe_open(self.file(i), "pt") as f:
-            return f.get_slice(name)[i % self.shard].float(), int(self.labels[i])
+        latent = self.map(self.file(i)).get_slice(name)[i % self.shard]
+        return latent.to(torch.float32, copy=True), int(self.labels[i])  # a copy: the caller may change it
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ The sections of this file, in its order, and the files of tests/ that run with i
                                     rates, files, refusals
     tests/test_flags.py             Every flag of every script changes the quantity that it names, by what it says
     tests/test_generate.py          downstream/generate.py by its command line: training, sampling, scoring, refusals
+    tests/test_generate_values.py   Generation: values that pass through, second branches and refusals, each with a
+                                    model of a few thousand numbers
     tests/test_generation.py        downstream/: generation, MAR and DiT as models
     tests/test_images.py            Odd metadata, all sorts of archives and folders, trouble of the machine, other
                                     systems
@@ -39,6 +41,8 @@ The sections of this file, in its order, and the files of tests/ that run with i
     tests/test_values_scripts.py    Values that the scripts pass on or say: counts, defaults, hints, rFID's reference
     tests/test_vqa.py               downstream/vqa.py: scores worked by hand, the benchmarks' files, what a user gets
                                     wrong
+    tests/test_whole_outputs.py     Whole reports, log lines and messages of the scripts, word by word, against values
+                                    computed here
 
 What the tests share is in tests/: helpers.py (micro models, pictures, processes), published.py (reference networks and
 layouts), hostile.py (damaged files, fuzzers), crashes.py (killed runs), mutants.py (mistakes that the tests must

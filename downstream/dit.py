@@ -137,9 +137,13 @@ class DiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
+        sizes = [x for x in vars(c).values() if isinstance(x, int)]
+        if min(sizes) < 1 or c.grid % c.patch or c.width % (4 * c.heads):
+            raise ValueError(f"sizes must be at least 1, grid a multiple of patch, and width of 4 * heads: {c}")
+        if c.prediction not in ("x", "v") or c.shift < 0 or c.t_least <= 0 or not 0 <= c.label_drop <= 1:
+            raise ValueError("prediction must be x or v, shift at least 0, t_least above 0, and label_drop between 0 "
+                             f"and 1: {c}")
         D, numbers, grid = c.width, c.channels * c.patch ** 2, c.grid // c.patch
-        if c.grid % c.patch or D % (4 * c.heads) or c.prediction not in ("x", "v"):
-            raise ValueError(f"{c}: grid must be a multiple of patch, width of 4 * heads, and prediction x or v")
         self.shift = c.shift or max(1.0, math.sqrt(c.channels * c.grid ** 2 / 4096))
         self.token_proj = nn.Linear(numbers, D)
         self.class_embed = nn.Embedding(c.classes, D)

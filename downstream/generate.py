@@ -30,7 +30,7 @@ from downstream import mar, sampling, speed
 from encoder import Encoder, UserError, load_exactly, read_config, write_atomically, write_model
 from eval import sha256
 from tools.batches import load_batches, split_batch
-from tools.optimizer import average_weights, rate_factor, update_weights
+from tools.optimizer import average_weights, capture_graph, rate_factor, update_weights
 from tools.run import INTERRUPTS, Run, command_line, listen, loop, number, seed_step
 from tools.script import check_locks, commit, find_weights
 
@@ -43,8 +43,8 @@ RECIPES = {
     "paper": dict(MAR_RECIPE, batch_size=1024, blr=1e-5 / 4, ema=0.999),
     "dit": dict(epochs=80, batch_size=1024, blr=5e-5, warmup=1 / 16, ema=0.9999, weight_decay=0.0, clip=1.0),
 }
-MAY_DIFFER = set("latents data weights init out steps epochs workers micro_batch compile log_every eval_every "
-                 "save_every keep_every resume_anyway warmup".split())  # when a run is resumed
+MAY_DIFFER = set("latents data weights init out steps epochs workers micro_batch compile graph log_every "
+                 "eval_every save_every keep_every resume_anyway warmup".split())  # when a run is resumed
 STATE = "model averaged optimizer step samples sums faults args id config".split()
 
 
@@ -83,6 +83,8 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of initialisation, order and draws [%(default)s]")
     add("--workers", type=number(int, 0), default=workers, help="data loading processes per rank [%(default)s]")
     add("--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help="[%(default)s: with a GPU]")
+    add("--graph", action="store_true", help="replay a DiT's step as a CUDA graph, which spares small models the time "
+        "of launching kernels; on one GPU [no]")
     add("--out", default="gen", metavar="FOLDER", help="where the run lives [%(default)s]")
     add("--log_every", type=count, default=100, metavar="STEPS", help="[%(default)s]")
     add("--eval_every", **every, default=5000, help="sample grid, also at the end [%(default)s]")
@@ -101,6 +103,8 @@ def parse_args(argv=None):
         train.error("--set: channels, grid and classes are those of the latents")
     if args.init and not args.model.startswith("mar"):
         train.error(f"--init starts a MAR from a released one, and --model is {args.model}")
+    if args.graph and (args.model.startswith("mar") or not on_gpu or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        train.error("--graph needs a GPU, one rank, and a DiT: MAR masks another number of tokens at each step")
     args.recipe = args.recipe or args.model.split("-")[0]
     recipe = RECIPES[args.recipe]
     for name in recipe.keys() & vars(args).keys() - {"warmup", "epochs" if args.steps else ""}:
@@ -134,7 +138,7 @@ def build_data(args, device):
     def encode(img):
         with autocast:
             return enc.encode(img / 255).float()
-    return data, encode, dec, dict(weights=weights, weights_sha256=sha256(weights), size=size)
+    return data, encode, dec, dict(weights=weights, weights_sha256=sha256(weights), size=size, data=args.data)
 
 
 def build_optimizer(model, args):
@@ -164,7 +168,7 @@ def setup(args, run):
     args.warmup = round(args.warmup_part * args.steps) if args.warmup is None else args.warmup
     args.images = f"{len(s.data):,} latents of {'x'.join(map(str, shape))} by tokenizer {about['weights_sha256'][:12]}"
     s.config = {"generator": args.model, "config": asdict(s.model.config), "classes": s.data.classes,
-                **{k: about[k] for k in ("weights", "weights_sha256", "size")}, "commit": commit()}
+                **{k: about.get(k) for k in ("weights", "weights_sha256", "size", "data")}, "commit": commit()}
     s.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=run.on_gpu)  # the flow loss stays fp32
     s.flops = speed.training_flops(args.model, changes)
     s.now = run.counts(3)  # loss, gradient norm, steps
@@ -200,6 +204,27 @@ def resume(s):
     return now.step < args.steps
 
 
+def micro_step(s):
+    """The function that adds the gradients of a micro-batch (latent, labels), and returns its share of the loss."""
+    def add_gradients(latent, labels):
+        with s.autocast:
+            part = s.trained(latent, labels) / s.accumulation
+        part.backward()
+        return part.detach()
+    if not s.args.graph:
+        return add_gradients
+    c, B, device = s.model.config, s.micro_batch, s.run.device
+    kept = torch.zeros(B, dtype=torch.long, device=device)  # where the graph reads labels
+    replay = capture_graph(lambda latent: add_gradients(latent, kept),
+                           torch.zeros(B, c.channels, c.grid, c.grid, device=device),
+                           lambda: s.optimizer.zero_grad(set_to_none=False))
+
+    def replay_with(latent, labels):
+        kept.copy_(labels)
+        return replay(latent)
+    return replay_with
+
+
 def step(s, batches):
     """One optimizer step from `accumulation` micro-batches. Returns whether some rank received a signal."""
     args, now, run, loss = s.args, s.now, s.run, 0
@@ -211,14 +236,11 @@ def step(s, batches):
         labels = torch.tensor(labels).to(run.device, non_blocking=True)
         seed_step(args.seed, now.step, m, run.rank)
         s.trained.require_backward_grad_sync = m == s.accumulation - 1
-        with s.autocast:
-            part = s.trained(latent, labels) / s.accumulation
-        part.backward()
-        loss = loss + part.detach()
+        loss = loss + s.micro_step(latent, labels)
     if run.ranks > 1:
         dist.all_reduce(loss)
     row = update_weights(s.optimizer, s.weights, args.clip, loss[None] / run.ranks)
-    s.optimizer.zero_grad()
+    s.optimizer.zero_grad(set_to_none=not args.graph)  # a graph adds to the tensors of its recording
     average_weights(s.averages, s.weights, now.step, args.ema)
     run.count(now, row, args.batch_size)
     if run.must_stop(now):
@@ -273,7 +295,7 @@ def train(args, on_signal=None):
     run.hold_folder()  # before anything in it is read
     if not resume(s):
         return
-    now = s.now
+    now, s.micro_step = s.now, micro_step(s)
     run.open_log(now.step)
     if on_signal:
         listen(on_signal)

@@ -25,6 +25,7 @@ Structure, names and numbers of MAR: github.com/LTH14/mar, which is also where i
 """
 import argparse
 import math
+import os
 import pickle
 from dataclasses import dataclass, replace
 
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from decoder import FlowHead, euler, flow_loss, sample_t
-from encoder import UserError, one_line, refuse_pickle
+from encoder import MissingFile, UserError, one_line, refuse_pickle
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,11 @@ class MAR(nn.Module):
         super().__init__()
         c = self.config = config
         N, D = c.grid ** 2, c.width
+        sizes = [x for x in vars(c).values() if isinstance(x, int)]
+        parts = c.dropout, c.label_drop, c.mask_least
+        if min(sizes) < 1 or D % c.heads or not all(0 <= part <= 1 for part in parts):
+            raise ValueError("sizes must be at least 1, width a multiple of heads, and dropout, label_drop and "
+                             f"mask_least between 0 and 1: {c}")
         self.class_embed = nn.Embedding(c.classes, D)
         self.no_class = nn.Parameter(torch.empty(1, D))
         self.token_proj = nn.Linear(c.channels, D)
@@ -198,7 +204,7 @@ class MAR(nn.Module):
         return h + take(self.head_pos.expand(B, -1, -1), wanted)
 
     def velocity(self, x_t, t, c):
-        """The head in fp32: noisy tokens x_t (B, M, C), times t (B, M) with 1 = noise, conditions c (B, M, D)."""
+        """v in fp32: the head on noisy tokens x_t (B, M, C), times t (B, M) with 1 = noise, conditions c (B, M, D)."""
         return self.head(x_t, t, c).float()
 
     def loss(self, latent, labels, ratio=None):
@@ -268,6 +274,8 @@ def load_released(model, path):
     These are of another shape (positions, token projection and classes of other data) or of the head, whose output and
     time mean something else there. Raises UserError for a file that is no MAR of this size.
     """
+    if not os.path.isfile(path):
+        raise MissingFile(f"{path}: no such file; expected a released checkpoint-last.pth")
     refuse_pickle(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # their arguments, which lie beside the weights

@@ -79,8 +79,8 @@ def add_commands(commands, on_gpu, workers):
     add("--save", default="samples.png", metavar="FILE.png|FOLDER|FILE.npz", help="[%(default)s]")
     add = score.add_argument
     add("--out", metavar="FILE", help="also write the report as JSON")
-    add("--reference", required=True, metavar="PATH", help="the training images: .npz of statistics (mu, sigma), such "
-        "as ADM's, or of images; a folder or .zip of images, which are cropped to --resolution")
+    add("--reference", nargs="+", metavar="PATH", help="the training images: an .npz of statistics (mu, sigma), such "
+        "as ADM's, or of images; or folders and .zip archives, which are cropped to --resolution [the generator's own]")
     add("--cfg", type=float, nargs="+", default=[3.0], help="guidance; of several the best on --sweep images [3]")
     add("--images", type=number(int, 2), default=IMAGES, help="to score [%(default)s]")
     add("--sweep", type=number(int, 2), default=10_000, metavar="IMAGES", help="to choose guidance on [%(default)s]")
@@ -206,6 +206,8 @@ def sample(args):
     path, one_file = args.save, args.save.endswith((".png", ".npz"))
     if not one_file and os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
         raise UserError(f"--save {path} is there, and no empty folder: give another one")
+    if one_file and os.path.isdir(path):
+        raise UserError(f"--save {path} is there, and no file: give another one")
     job = Job(args)
     model, dec, info = load(args, job.device)
     names, C, S = info["classes"], len(info["classes"]), args.resolution
@@ -215,7 +217,10 @@ def sample(args):
             raise UserError(f"--classes {c}: {args.run} has {C} classes, 0 ({names[0]}) to {C - 1} ({names[-1]})")
     pairs, part = [(c, k) for c in classes for k in range(args.number)], path + ".part"
     if job.rank == 0:
-        os.makedirs(os.path.dirname(path) or "." if one_file else path, exist_ok=True)
+        try:
+            os.makedirs(os.path.dirname(path) or "." if one_file else path, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--save {path} cannot be written ({e})") from None
         if one_file:  # where all ranks write
             np.lib.format.open_memmap(part, "w+", np.uint8, (len(pairs), S, S, 3))
     job.gather(None)  # it is there
@@ -244,17 +249,19 @@ def sample(args):
           f"{info['step']:,}, cfg {args.cfg:g}, seed {args.seed}")
 
 
-def reference_statistics(job, path, resolution, network):
-    """(mean, covariance) of --reference, and what to call it."""
-    if not os.path.exists(path):
-        raise MissingFile(f"{path}: no such folder, .zip or .npz")
-    data = read_npz(path) if path.endswith(".npz") else job.crops([path], resolution)
+def reference_statistics(job, paths, resolution, network):
+    """(mean, covariance) of an .npz, or of all images in folders and archives, and what to call it."""
+    for path in paths:
+        if not os.path.exists(path):
+            raise MissingFile(f"{path}: no such folder, .zip or .npz; give the training images with --reference")
+    names = " ".join(paths)
+    data = read_npz(names) if names.endswith(".npz") and len(paths) == 1 else job.crops(paths, resolution)
     if isinstance(data, tuple):
-        return data, f"the statistics in {path}"
-    rated = FidStatistics(network, len(data), path)
+        return data, f"the statistics in {names}"
+    rated = FidStatistics(network, len(data), names)
     for n, img, _ in job.images("features of the reference", data):
         rated.add(img, n)
-    return rated.of_all_ranks(job)[0], f"{len(data):,} images of {path}"
+    return rated.of_all_ranks(job)[0], f"{len(data):,} images of {names}"
 
 
 def score(args):
@@ -265,7 +272,10 @@ def score(args):
     network, name = load_inception(job)
     if network is None:
         raise UserError("gFID and IS need --inception")
-    reference, against = reference_statistics(job, args.reference, args.resolution, network)
+    paths = args.reference or info.get("data")
+    if not paths:
+        raise UserError(f"{args.run} does not say what images it was trained on: give them with --reference")
+    reference, against = reference_statistics(job, paths, args.resolution, network)
     C = len(info["classes"])
 
     def rate(cfg, total):
@@ -276,7 +286,7 @@ def score(args):
             rated.add((img * 255).round() / 255, numbers)
         statistics, (mean, deviation) = rated.of_all_ranks(job)
         if statistics[1].shape != reference[1].shape:
-            raise UserError(f"{args.reference} has a covariance of {tuple(reference[1].shape)}, these features one of "
+            raise UserError(f"{' '.join(paths)} has a covariance of {tuple(reference[1].shape)}, these features one of "
                             f"{tuple(statistics[1].shape)}: both must be of one network")
         return {"cfg": cfg, "images": total, "gfid": frechet_distance(*reference, *statistics), "is": mean,
                 "is_std": deviation}

@@ -292,6 +292,17 @@ def raises(kind, function, *args, words=""):
     raise AssertionError(f"no {kind.__name__}, but {got}")
 
 
+def refused(kind, function, *args, says):
+    """function(*args) must raise `kind` with exactly this message."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            got = function(*args)
+    except kind as e:
+        assert str(e) == says, f"it says\n{e}\nexpected\n{says}"
+        return
+    raise AssertionError(f"no {kind.__name__}, but {got}: {says}")
+
+
 def peak():
     """The most memory that this process has ever held, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)

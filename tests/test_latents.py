@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import tempfile
@@ -345,3 +346,50 @@ def test_a_folder_of_latents_that_is_not_whole():
         raises(data.MissingFile, data.LatentDataset, os.path.join(tmp, "nowhere"), True, words="nowhere")
         raises(data.MissingFile, data.LatentDataset, weights, True, words=weights)  # a file
         raises(encoder.UserError, save, out, words="is damaged")  # as the last of them left it
+
+
+def test_files_of_latents_stay_mapped():
+    with tempfile.TemporaryDirectory() as tmp, patch.object(latents, "SHARD", 4):
+        weights, (folder, _), out = with_statistics(tmp), picture_folder(tmp, n=11), os.path.join(tmp, "z")
+        command("save", "--data", folder, "--weights", weights, "--out", out)
+        a, opened = data.LatentDataset(out, train=False), []
+
+        def spy(path, framework):
+            opened.append(os.path.basename(path))
+            return safe_open(path, framework)
+        with patch("safetensors.safe_open", spy):
+            first = [a[n][0] for n in range(11)]
+            again = [a[n][0] for n in reversed(range(11))]
+            assert sorted(opened) == [f"latents_0000{k}.safetensors" for k in range(3)], "each file is mapped once"
+            opened.clear()
+            other = pickle.loads(pickle.dumps(a))
+            assert not other.mapped and torch.equal(other[9][0], a[9][0]) and len(opened) == 1, "a worker maps its own"
+            with patch.object(data, "MAPPED", 2):
+                for n in 0, 4, 8, 5, 1, 9, 2:
+                    assert torch.equal(other[n][0], first[n]) and len(other.mapped) <= 2
+        assert all(torch.equal(x, y) for x, y in zip(first, reversed(again)))
+        a[3][0].zero_()  # what a caller does with a latent is not in the file, nor in what is mapped
+        assert first[3].any() and torch.equal(a[3][0], first[3])
+        late = data.LatentDataset(out, train=False)
+        os.remove(os.path.join(out, "latents_00001.safetensors"))
+        raises(data.MissingFile, late.__getitem__, 5, words="latents_00001.safetensors is gone")
+        assert torch.equal(late[8][0], first[8]) and torch.equal(a[5][0], first[5]), "a mapped file is still there"
+
+
+def test_reports_of_latents_say_what_was_done():
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=4)
+        given, made = ["--data", folder, "--weights", weights, "--size", 24], os.path.join(tmp, "made.safetensors")
+        for flags, precision in ([], "fp32 without TF32"), (["--bf16"], "bf16 autocast"):
+            said, report = command("stats", *given, "--out", made, *flags)
+            mean, std = (load_file(made)[f"latent_{k}"] for k in ("mean", "std"))
+            assert report["latent_mean"] == mean.tolist() and report["latent_std"] == std.tolist()
+            assert f"ADM centre crops to 24 px, {precision}, per channel over" in report["protocol"]
+            for name, figures in ("mean      ", mean), ("deviation ", std):
+                assert name + " ".join(f"{x:.3f}" for x in figures) + "\n" in said, said
+            assert f"written to {made}: " in said and encoder.read_config(made)["latent_images"] == 4
+            out = os.path.join(tmp, precision)
+            command("save", *given[:2], "--weights", made, *given[4:], "--out", out, *flags)
+            index = json.load(open(os.path.join(out, "index.json")))
+            assert index["protocol"] == f"ADM centre crops to 24 px, {precision}"
+            assert (index["weights"], index["data"], index["images"], index["size"]) == (made, [folder], 4, 24)

@@ -1,20 +1,28 @@
 """Values that other tests only see move: random draws, ends of ranges, one rank's loss."""
 import contextlib
+import errno
 import io
 import os
+import pathlib
 import tempfile
 import unittest.mock
+import zipfile
+from dataclasses import asdict, replace
 
-from tests.helpers import close, picture_folder, tokenizer_file
+from tests.helpers import MICRO_DECODER, MICRO_VIT, close, picture, picture_folder, refused, tokenizer_file
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import data
+import decoder
 import distill
 import encoder
+import eval as evaluation
+import train
 import tools.drawn as drawn
 import tools.latents as latents
 
@@ -189,3 +197,508 @@ def test_what_drawn_pictures_are_made_of():
         edge = 0.05 * (high - low)
         for column in values.reshape(len(values), -1).T:
             assert low <= column.min() < low + edge and high - edge < column.max() <= high, (low, high)
+
+
+# ---- the networks ----
+
+def test_what_a_configuration_may_be():
+    """Every number of both configurations at its least, one below, 65,536 and one above, by the message's own words."""
+    vit = lambda **how: encoder.ViTConfig(**{**asdict(MICRO_VIT), "depth": 1, "heads": 1, "patch": 1, **how})
+    dec = lambda **how: decoder.DecoderConfig(**{**asdict(MICRO_DECODER), "heads": 1, **how})
+    for build, error, zero, below_1000 in ((vit, encoder.UserError, {"num_prefix"}, {"depth"}),
+                                           (dec, decoder.UserError, {"gtb_depth", "flow_depth"},
+                                            {"gtb_depth", "flow_depth"})):
+        numbers = [f for f, x in asdict(build()).items() if type(x) is int]
+        assert len(numbers) == (7 if build is vit else 8)
+        for name in numbers:
+            low = 0 if name in zero else 1
+            least = 4 if (build, name) == (dec, "width") else low
+            build(**{name: least})
+            if name == "num_prefix":
+                build(num_prefix=5)
+                refused(error, lambda: build(num_prefix=6),
+                        says=f"depth must be at most 1000, num_prefix at most 5: {said_of(vit(), num_prefix=6)}")
+            elif name in below_1000:
+                build(**{name: 1000})
+                rule = ("depth must be at most 1000, num_prefix at most 5" if build is vit
+                        else "gtb_depth and flow_depth must be at most 1000")
+                refused(error, lambda: build(**{name: 1001}), says=f"{rule}: {said_of(build(), **{name: 1001})}")
+            elif name != "heads":
+                build(**{name: 65536, **({"size": 65536} if (build, name) == (vit, "patch") else {})})
+            for wrong in (low - 1, 65537, True, 2.0, "8"):
+                refused(error, lambda: build(**{name: wrong}),
+                        says=f"{name} is {wrong!r}; expected int from {low} to 65536")
+        refused(error, lambda: build(pixel_stats=1), says="pixel_stats is 1; expected str")
+        refused(error, lambda: build(pixel_stats="x"),
+                says=f"pixel_stats must be one of imagenet half openai: {said_of(build(), pixel_stats='x')}")
+    for wrong, rule in (dict(width=30, heads=4), "width must be a multiple of heads"), (
+            dict(size=18, patch=4), "size must be a multiple of patch"), (
+            dict(activation="relu"), "activation must be one of gelu gelu_tanh quick_gelu"), *(
+            (wrong, "eps must be in (0, 1), layer_scale in [0, 1e6)")
+            for wrong in (dict(eps=0.0), dict(eps=1.0), dict(layer_scale=1e6), dict(layer_scale=-0.1))):
+        refused(encoder.UserError, lambda: vit(**wrong), says=f"{rule}: {said_of(vit(), **wrong)}")
+    vit(eps=0.999, layer_scale=999999.0), vit(layer_scale=0.0)
+    for wrong, rule in (dict(width=30), "width must be a multiple of 4 and of heads"), (
+            dict(width=32, heads=5), "width must be a multiple of 4 and of heads"), (
+            dict(projector="x"), "projector must be mlp or linear"), (
+            dict(objective="x"), "objective must be flow or pixel"):
+        refused(decoder.UserError, lambda: dec(**wrong), says=f"{rule}: {said_of(dec(), **wrong)}")
+    for dim in (1, 65536):
+        assert encoder.Encoder(encoder.ViT(replace(MICRO_VIT, width=2, heads=1)), dim).latent_dim == dim
+    for wrong in (0, 65537, True, "8"):
+        refused(encoder.UserError, encoder.Encoder, encoder.ViT(MICRO_VIT), wrong,
+                says=f"latent_dim is {wrong!r}, expected an integer from 1 to 65536")
+
+
+def said_of(config, **how):
+    """How a configuration with these other values is printed, without building it."""
+    return f"{type(config).__name__}({', '.join(f'{k}={v!r}' for k, v in {**asdict(config), **how}.items())})"
+
+
+def test_initial_values_of_each_kind():
+    """Scales, epsilons and tokens of a ViT that has all of them; the second position table of a decoder is the
+    first's."""
+    torch.manual_seed(0)
+    config = replace(MICRO_VIT, width=512, pre_norm=True, layer_scale=0.5, num_prefix=5, eps=0.25)
+    vit = encoder.ViT(config)
+    norms = [m.eps for m in vit.modules() if isinstance(m, nn.LayerNorm)]
+    assert norms == [0.25] * (2 + 2 * 3), norms
+    scales = [p for name, p in vit.named_parameters() if ".scale" in name]
+    assert len(scales) == 6 and all((p == 0.5).all() for p in scales)
+    for p in vit.cls_token, vit.register_tokens, vit.pos_embed:
+        assert abs(p.std() / 0.02 - 1) < 0.1
+    assert (vit.register_tokens.shape, vit.pos_embed.shape) == ((1, 4, 512), (1, 17, 512))
+    dec = decoder.Decoder(MICRO_DECODER)
+    assert torch.equal(dec.pos_embed, dec.head_pos_embed) and dec.pos_embed.abs().max() == 1
+
+    # before the first block all layers below count: CLIP's first norm, too
+    groups = encoder.parameter_groups(vit, lr=1.0, layer_decay=0.5)
+    rate = {p: g["lr"] for g in groups for p in g["params"]}
+    assert rate[vit.norm_pre.weight] == 0.5 ** 4 and rate[vit.norm.weight] == 1
+
+
+def test_stochastic_depth_is_recomputed_alike():
+    """With the activations recomputed the same branches are skipped; which they are differs from image to image."""
+    torch.manual_seed(1)
+    vit, img, found = encoder.ViT(MICRO_VIT).train(), torch.rand(1, 3, 8, 8).expand(6, -1, -1, -1), []
+    vit.drop_path = 0.8
+    for vit.checkpoint in False, True:
+        torch.manual_seed(7)
+        vit.zero_grad()
+        out = vit(img)[-1]
+        out.square().sum().backward()
+        found.append((out.detach(), vit.patch_embed.weight.grad.clone()))
+    for a, b in zip(*found):
+        assert torch.equal(a, b)
+    assert len({x.sum().item() for x in out}) > 2, "six equal images"
+
+
+class Doubled(nn.Linear):
+    """A layer that is a Linear, but computes something else."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_layer_that_only_descends_from_linear():
+    vit, img = encoder.ViT(replace(MICRO_VIT, depth=1, layer_scale=0.5)), torch.rand(1, 3, 8, 8)
+    block = vit.blocks[0]
+    x, doubled = torch.randn(2, 5, 32), Doubled(32, 32)
+    for given, scale, expected in ((doubled, block.scale1, x @ doubled.weight.T + doubled.bias),
+                                   (doubled, None, 2 * (x @ doubled.weight.T + doubled.bias)),
+                                   (block.proj, block.scale1, (x @ block.proj.weight.T + block.proj.bias) / 2)):
+        close(encoder.scaled(given, x, scale), expected, 1e-5)
+
+
+def test_times_and_weights_are_fp32_in_half_precision():
+    """Euler's times of a half-precision flow; the layers' weights of half-precision distances."""
+    seen = []
+
+    def velocity(x, t):
+        seen.append(t)
+        return 0 * x
+    decoder.euler(velocity, torch.zeros(2, 3, 4, dtype=torch.bfloat16), 3)
+    assert [t.dtype for t in seen] == [torch.float32] * 3 and all(t.shape == (2, 3) for t in seen)
+    assert [t[1, 2].item() for t in seen] == [torch.tensor(1 - i / 3).item() for i in range(3)]
+    alpha = torch.tensor([0.5, 0.2, 0.1]).bfloat16()
+    weights = distill.layer_weights(alpha)
+    exact = np.arange(1, 4) / 3 * np.exp(2 * alpha.double().numpy())
+    assert weights.dtype == torch.float32
+    close(weights.double(), torch.tensor(exact / exact.sum()), 1e-6)
+
+
+def test_messages_of_the_method():
+    tokens = lambda *shapes: [torch.ones(shape) for shape in shapes]
+    wanted = "expected the same (B, N, D) for every layer of both, N at least 1"
+    for student, teacher, words in (
+            (tokens((2, 3, 4), (2, 3, 4)), tokens((2, 3, 4)),
+             "student has 2 layers of [(2, 3, 4)], teacher 1 of [(2, 3, 4)]"),
+            (tokens((2, 3, 4), (1, 3, 4)), tokens((2, 3, 5), (2, 3, 5)),
+             "student has 2 layers of [(1, 3, 4), (2, 3, 4)], teacher 2 of [(2, 3, 5)]"),
+            (tokens((3, 4)), tokens((3, 4)), "student has 1 layers of [(3, 4)], teacher 1 of [(3, 4)]"),
+            (tokens((2, 0, 4)), tokens((2, 0, 4)), "student has 1 layers of [(2, 0, 4)], teacher 1 of [(2, 0, 4)]")):
+        refused(ValueError, distill.layer_distances, student, teacher, says=f"{words}; {wanted}")
+    refused(ValueError, distill.layer_weights, torch.ones(2), 2.0, "mean",
+            says="strategy 'mean' is not one of final uniform progressive adaptive")
+    img = torch.zeros(1, 3, 16, 16)
+    enc, dec = encoder.Encoder(encoder.ViT(MICRO_VIT), 8), decoder.Decoder(MICRO_DECODER)
+    z = torch.zeros(1, 8, 4, 4)
+    for low, high in (-0.5, 1.0), (0.0, 1.5):
+        img[0, 0, 0, :2] = torch.tensor([low, high])
+        refused(ValueError, enc, img, says=f"img has values from {low:.3g} to {high:.3g}; expected [0, 1]: the network "
+                "normalises inside")
+        refused(ValueError, dec.loss, z, img, says=f"img has values from {low:.3g} to {high:.3g}; expected [0, 1]")
+    img[0, 0, 0, :2] = torch.tensor([-0.49, 1.49])
+    enc(img), dec.loss(z, img)
+    for (H, W), near in (((13, 21), "20x12"), ((16, 0), "4x16"), ((0, 16), "16x4"), ((15, 14), "16x16"),
+                         ((1, 30), "32x4")):
+        refused(ValueError, enc, torch.zeros(1, 3, H, W),
+                says=f"image is {W}x{H} pixels; sides must be multiples of the patch 4: try {near}")
+    for layer in 3, -4, [0, 3], []:
+        refused(ValueError, enc.features, img, layer,
+                says=f"layer is {layer}; expected None or integers from -3 to 2")
+    for wide in 5, 9:  # either side below the window, of either kind
+        for window, n in ("gaussian", 11), ("uniform", 7):
+            for H, W in (wide, 20), (20, wide), (n, n):
+                if min(H, W) < n:
+                    refused(ValueError, evaluation.ssim, torch.zeros(1, 3, H, W), torch.zeros(1, 3, H, W), window,
+                            says=f"images are {W}x{H}; SSIM with its {window} window needs at least {n}x{n}")
+                else:
+                    assert evaluation.ssim(torch.ones(1, 1, H, W), torch.ones(1, 1, H, W), window).item() == 1
+    for shapes in (3, 4, 3, 3), (3, 3, 4, 3), (3, 3, 3, 4), (4, 3, 3, 3):
+        mus, sigmas = [np.zeros(n) for n in shapes[::2]], [np.eye(n) for n in shapes[1::2]]
+        a, s, b, t = (tuple(x.shape) for x in (mus[0], sigmas[0], mus[1], sigmas[1]))
+        refused(ValueError, evaluation.frechet_distance, mus[0], sigmas[0], mus[1], sigmas[1],
+                says=f"statistics of {a}, {s} and {b}, {t} have no distance: both need a mean (D,) and a covariance "
+                "(D, D) of the same features")
+
+
+def test_few_images_and_few_neighbours():
+    """Three sure classes in three splits score 1 each; five images have five neighbours."""
+    assert evaluation.inception_score(1000 * torch.eye(3)) == (1.0, 0.0)
+    score, deviation = evaluation.inception_score(torch.tensor([[1000.0, 0], [0, 1000], [0, 1000]]), splits=2)
+    # whichever two images share a split: of one class or of both
+    assert (round(score, 6), round(deviation, 6)) in ((1, 0), (1.5, 0.5))
+    x, y = torch.eye(5), torch.tensor([0, 1, 1, 1, 1])
+    assert evaluation.nearest_neighbours(x, y, x, y) == 100 and evaluation.nearest_neighbours(
+        x, y, x[:3], torch.tensor([0, 1, 0])) == 100 * 2 / 3
+    img = torch.rand(2, 3, 8, 12) * 1.5 - 0.25  # beyond [0, 1], where the code's pictures may not be
+    mean, basis = torch.zeros(48).double(), torch.eye(48).double()
+    assert torch.equal(evaluation.patch_pca(img, mean, basis, 4), img.double().clamp(0, 1))
+    a, b = torch.full((3, 1, 1), 0.5), torch.tensor([0.6, 0.3, 0.9]).view(3, 1, 1)
+    close(evaluation.comparison(a, b).flatten(), torch.tensor([0.5, 0.6, 0.4, 0.5, 0.3, 0.8, 0.5, 0.9, 1.0]), 1e-6)
+
+
+# ---- files of weights ----
+
+def test_what_a_file_of_weights_may_hold():
+    """Halves and doubles are read, by encoder and decoder; a training dump's wrapping is taken off; a name is one line
+    of at most 300 characters."""
+    with tempfile.TemporaryDirectory() as tmp:
+        path, other = tokenizer_file(tmp), os.path.join(tmp, "other.safetensors")
+        config, tensors = encoder.read_config(path), load_file(path)
+        plain = {k: x.half().float() for k, x in tensors.items()}  # so that each type holds the same numbers
+        for dtype in torch.float16, torch.float32, torch.float64:
+            encoder.write_model(other, config, {k: x.to(dtype).mT.contiguous().mT if x.ndim == 2 else x.to(dtype)
+                                                for k, x in plain.items()})  # laid out otherwise
+            for part, module in ("encoder", encoder.Encoder), ("decoder", decoder.Decoder):
+                for k, x in module.from_pretrained(other).named_parameters():
+                    assert torch.equal(x, plain[f"{part}.{k}"]) and x.dtype == torch.float32, (dtype, k)
+        for key, part in ("decoder", "encoder"), ("size", "encoder"):
+            without = {k: v for k, v in config.items() if k != key}
+            encoder.write_model(other, without, tensors)
+            refused(encoder.UserError, encoder.Encoder.from_pretrained, other,
+                    says=f"{other} is a model file, but no tokenizer; train.py writes out/model.safetensors")
+        dump, names = os.path.join(tmp, "dump.pth"), ["module.a", "b.module.c", "d"]
+        state = {name: torch.full((2,), float(k)) for k, name in enumerate(names)}
+        extra = {"step": 3, "sparse": torch.eye(2).to_sparse(), "none": None}
+        for content in state | extra, {"state_dict": state | extra, "optimizer": torch.zeros(1)}:
+            torch.save(content, dump)
+            present, get = encoder.open_weights(dump)
+            expected = {"a": 0, "b.module.c": 1, "d": 2}
+            assert present == expected.keys() and all(get(name)[0].item() == x for name, x in expected.items())
+        assert encoder.one_line("a\n  b\tc ") == "a b c" and encoder.one_line("x " * 400) == ("x " * 150)
+        vit, file = encoder.ViT(MICRO_VIT), os.path.join(tmp, "vit.safetensors")
+        own = vit.state_dict()
+        save_file({k: torch.ones(1) for k in "fcebad"}, file)
+        refused(encoder.UserError, encoder.load_vit, vit, file,
+                says=f"{file} is of no known layout ({', '.join(encoder.LAYOUTS)}); it holds a, b, c ...")
+        wrong = {**own, "x.one": torch.ones(1), "pos_embed": torch.ones(1, 3, 32), "norm.bias": torch.ones(32).int()}
+        del wrong["norm.weight"]
+        save_file(wrong, file)
+        refused(encoder.UserError, encoder.load_vit, vit, file,
+                says=f"{file} does not fit the model (4 tensors): missing norm.weight; norm.bias is torch.int32; "
+                "expected finite floating-point numbers, deviations above 0; pos_embed is (1, 3, 32), expected "
+                "(1, 17, 32)")
+        # as many numbers in another shape are another tensor, except for leading ones
+        save_file({**own, "cls_token": own["cls_token"].flatten()}, file)
+        encoder.load_vit(vit, file)
+        save_file({**own, "cls_token": own["cls_token"].view(1, 32, 1)}, file)
+        refused(encoder.UserError, encoder.load_vit, vit, file,
+                says=f"{file} does not fit the model (1 tensors): cls_token is (1, 32, 1), expected (1, 1, 32)")
+
+
+def test_what_a_model_would_weigh_by_hand():
+    """A file that is too small for its configuration is told how many weights that asks for: each matrix once."""
+    vit = dict(width=64, depth=5, heads=2, mlp_width=96, patch=3, size=21)
+    dec = dict(latent_dim=8, width=64, heads=2, gtb_depth=3, flow_depth=2, flow_width=40, patch=3, grid=7)
+    of_vit = 5 * (4 * 64 * 64 + 2 * 64 * 96) + 64 * 27 + 64 * 49
+    # 4 matrices of attention and 2 x 4 of the MLP; the condition's projection; two tables; 5 matrices a flow block;
+    # pixels in and out
+    of_dec = 3 * 12 * 64 * 64 + 64 * 40 + 2 * 64 * 49 + 2 * 5 * 40 * 40 + 2 * 40 * 27
+    for module, least in ((encoder.ViT(encoder.ViTConfig(**vit)), of_vit),
+                          (decoder.Decoder(decoder.DecoderConfig(**dec)), of_dec)):
+        numbers = sum(p.numel() for p in module.parameters())
+        assert least < numbers < 1.35 * least, (least, numbers)
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "x.safetensors")
+        latent = {"latent_mean": torch.zeros(8), "latent_std": torch.ones(8)}
+        encoder.write_model(path, {"vit": vit, "decoder": dec, "size": 21}, latent)
+        size = os.path.getsize(path)
+        about = "such a file's metadata have config = {\"vit\": ...}"
+        refused(encoder.UserError, encoder.read_config, path,
+                says=f"{path} is damaged, or is no model file of this project: {about} (ValueError: its config asks "
+                     f"for {of_vit:,} weights, but it has {size:,} bytes)")
+        refused(decoder.UserError, decoder.Decoder.from_pretrained, path,
+                says=f"{path} does not hold a UniFlow decoder (ValueError: its config asks for {of_dec:,} weights, but "
+                f"it has {size:,} bytes)")
+        for least, read in (of_vit, encoder.read_config), (of_dec, decoder.Decoder.from_pretrained):
+            for bytes_, enough in (2 * least - 1, False), (2 * least, True):  # two bytes a number
+                with patch.object(os.path, "getsize", lambda path: bytes_):
+                    try:
+                        read(path)
+                        assert enough
+                    except ValueError as e:
+                        assert ("asks for" in str(e)) != enough, e
+
+
+def test_where_downloads_are_looked_for_offline():
+    """Hugging Face's variables, one after the other; each value that stands for "no"; what is said where nothing is."""
+    with tempfile.TemporaryDirectory() as tmp, patch.dict(os.environ, TORCH_HOME=os.path.join(tmp, "torch")):
+        hub = "models--org--repo/snapshots/abc/model.safetensors"
+        places = {"HF_HUB_CACHE": "a[1]", "HF_HOME": "b/hub", "XDG_CACHE_HOME": "c/huggingface/hub"}
+        for name in (*places, "HF_HUB_OFFLINE", "HF_ENDPOINT"):
+            os.environ.pop(name, None)
+        with patch.dict(encoder.PUBLISHED, {"model": "org/repo/model.safetensors"}):
+            for name, place in reversed(places.items()):  # each comes before those that were set already
+                os.environ[name] = os.path.join(tmp, place.split("/")[0])
+                path = os.path.join(tmp, place, hub)
+                os.makedirs(os.path.dirname(path)), open(path, "w").close()
+                assert encoder.fetch("model") == path, name
+            for name in places:
+                os.environ[name] = os.path.join(tmp, "nothing")
+            target = os.path.join(tmp, "torch", "hub", "checkpoints", "org--repo--model.safetensors")
+            url = "https://huggingface.co/org/repo/resolve/main/model.safetensors"
+            by_hand = f"; or put the file at {target} by hand: curl -L -o {target} {url}"
+            refused(encoder.MissingFile, encoder.fetch, "model", True, says=f"{url} is not on this machine{by_hand}")
+            asked = []
+
+            def download(*args):
+                asked.append(args)
+                raise OSError("no network")
+            with patch.object(torch.hub, "download_url_to_file", download):
+                for value in "1", "true", "YES", "on":
+                    with patch.dict(os.environ, HF_HUB_OFFLINE=value):
+                        refused(encoder.MissingFile, encoder.fetch, "model",
+                                says=f"{url} is not on this machine and HF_HUB_OFFLINE is set: unset it{by_hand}")
+                assert not asked
+                for value in "0", "", "False", "no":
+                    with patch.dict(os.environ, HF_HUB_OFFLINE=value):
+                        refused(encoder.MissingFile, encoder.fetch, "model",
+                                says=f"{url} could not be fetched (no network): run it again; HF_ENDPOINT sets a "
+                                f"mirror, TORCH_HOME the folder{by_hand}")
+                assert asked == [(url, target, None)] * 4
+            refused(encoder.MissingFile, encoder.fetch, "other",
+                    says=f"other: no such file, no URL, and none of the names {' '.join(encoder.PUBLISHED)}")
+        # weights that are given come before the published ones
+        given = os.path.join(tmp, "given.safetensors")
+        with patch.dict(encoder.PUBLISHED, {"micro": "org/repo/model.safetensors"}), \
+                patch.dict(encoder.TEACHERS, micro=MICRO_VIT), \
+                patch.object(encoder, "fetch", lambda *args: asked.append(args)):
+            save_file(encoder.ViT(MICRO_VIT).state_dict(), given)
+            assert torch.equal(encoder.load_teacher("micro", given).pos_embed, load_file(given)["pos_embed"])
+            assert len(asked) == 4
+            for offline in False, True:
+                with contextlib.suppress(TypeError):  # there is no file
+                    encoder.load_teacher("micro", None, offline)
+            assert asked[4:] == [("micro", False), ("micro", True)]
+        # a random teacher is announced once under torchrun
+        for rank, lines in ("0", 1), ("1", 0):
+            with patch.dict(os.environ, RANK=rank), contextlib.redirect_stdout(io.StringIO()) as said:
+                encoder.load_teacher("tiny", "random")
+            assert said.getvalue().count("\n") == lines
+        assert said.getvalue() == ""
+
+
+# ---- data ----
+
+def test_many_classes_and_several_roots():
+    """300 classes in two folders; a path object, a folder that is named with its slash, and numbers beyond the last."""
+    names = {"one": [f"{k:03d}/a.png" for k in range(300)], "two/": ["b.png", "299/c.png"]}
+    with patch.object(data, "list_folder", lambda root: ((name, *[-1] * 5) for name in names[root])), \
+            patch.object(os.path, "isdir", lambda path: True):
+        both = data.ImageDataset(["one", "two/"], 16, False)
+        assert both.labels.tolist() == [*range(300), 299, 300] and both.classes[298:] == ["298", "299", "two"]
+        assert [both.path(i) for i in (0, 299, 300, 301)] == ["one/000/a.png", "one/299/a.png", "two/299/c.png",
+                                                              "two/b.png"]
+        assert data.ImageDataset(pathlib.Path("one"), 16, False).roots == ["one"]
+        assert both.index(301) == both.index(-1) == 301 and both.index(0) == both.index(-302) == 0
+        for wrong in 302, -303:
+            with contextlib.suppress(IndexError):
+                raise AssertionError(f"there is no image {both.index(wrong)}")
+        training = data.ImageDataset("one", 16, True)
+        order = [np.random.default_rng([0, epoch]).permutation(300) for epoch in (0, 1)]
+        for n in 0, 300, 1, 301, 299, 599:  # epochs in turn
+            assert training.index(n) == order[n // 300][n % 300]
+        for scale in (0, 1), (-0.1, 0.5), (0.5, 1.1), (0.9, 0.5):
+            refused(data.UserError, data.ImageDataset, "one", 16, True, 0, scale,
+                    says=f"crop_scale is {scale}; expected two fractions in (0, 1], the smaller first")
+        data.ImageDataset("one", 16, True, 0, (1, 1))
+
+
+def test_what_is_said_of_pictures_that_cannot_be_read():
+    """At most 100 are tried, and the first is named; limits of pixels and bytes, each at its last value."""
+    with tempfile.TemporaryDirectory() as tmp:
+        for n, tail in (1, ""), (3, ", nor can the 2 after it"), (101, ", nor can the 99 after it"):
+            names = [f"{k:03d}.png" for k in range(n)]
+            tried = []
+
+            def load(self, i, short=None):
+                tried.append((i, short))
+                raise data.UserError(f"is number {i}")
+            with patch.object(data, "list_folder", lambda root: ((name, *[-1] * 5) for name in names)), \
+                    patch.object(data.ImageDataset, "load", load):
+                training, plain = (data.ImageDataset(tmp, 16, train, 0, (0.3, 0.5)) for train in (True, False))
+                last = n - 1
+                at = next(k for k in range(n) if training.index(k) == last)
+                refused(data.UserError, training.__getitem__, at,
+                        says=f"{os.path.join(tmp, names[last])}: is number {last}{tail}")
+                # 16 / 0.3 = 53.3; then from the first on
+                assert tried == [((last + k) % n, 54) for k in range(min(n, 100))]
+                tried.clear()
+                refused(data.UserError, plain.__getitem__, last,
+                        says=f"{os.path.join(tmp, names[last])}: is number {last}")
+                assert tried == [(last, None)]
+        path, archive = os.path.join(tmp, "x.png"), os.path.join(tmp, "x.zip")
+        picture(0, 9, 6).save(path)
+        with patch.object(data, "MAX_PIXELS", 54):
+            assert data.load_image(path).size == (9, 6)
+        with patch.object(data, "MAX_PIXELS", 53):
+            refused(data.UserError, data.load_image, path,
+                    says="cannot be read as an image (UserError: 9x6 pixels, more than 53)")
+        size = os.path.getsize(path)
+        with patch.object(data, "MAX_BYTES", size):
+            assert data.load_image(path).size == (9, 6)
+        with patch.object(data, "MAX_BYTES", size - 1):
+            refused(data.UserError, data.load_image, path, says=f"is no plain file, or longer than {size - 1:,} bytes")
+        refused(data.UserError, data.load_image, tmp, says=f"is no plain file, or longer than {data.MAX_BYTES:,} bytes")
+        for method, (packed, whole) in {8: (20, 5000), 0: (5000, 5000)}.items():
+            with zipfile.ZipFile(archive, "w", method) as z:
+                z.writestr("a.png", bytes(5000))
+            zipped = data.ImageDataset(archive, 16, False)
+            assert zipped.spans[0, 1] in range(packed, packed + 15) and zipped.spans[0, 3] == whole
+            with patch.object(data, "MAX_BYTES", 4999):
+                refused(data.UserError, zipped.read, 0, says="is 5,000 bytes long; at most 4,999 are read")
+            with patch.object(data, "MAX_BYTES", 5000):
+                assert zipped.read(0) == bytes(5000)
+        with patch.object(data.zipfile, "ZipFile", side_effect=OSError(errno.EMFILE, "Too many open files")):
+            refused(OSError, data.ImageDataset, archive, 16, False, says=f"[Errno 24] Too many open files: {archive!r}")
+        with patch.object(data.zipfile, "ZipFile", side_effect=OSError(errno.EACCES, "not allowed")):
+            refused(data.UserError, data.ImageDataset, archive, 16, False,
+                    says=f"{archive} is neither a folder nor a .zip archive that can be read ([Errno 13] not allowed)")
+        for wrong in 4999, 5001:  # a directory that tells another length
+            zipped.spans[0, 3] = wrong
+            refused(data.UserError, zipped.read, 0,
+                    says="damaged in the archive, or the archive was changed meanwhile (CRC-32)")
+        read = data.ImageDataset([tmp], 16, False)
+        for e, code in (OSError("no number"), errno.EIO), (MemoryError(), errno.ENOMEM), (OSError(5, "x"), errno.EIO):
+            waits = []
+            with patch.object(data, "load_image", side_effect=e), patch.object(data.time, "sleep", waits.append):
+                refused(OSError, read.load, 0,
+                        says=f"[Errno {code}] {os.strerror(code)} in each of 4 attempts: {path!r}")
+            assert waits == [0.1, 0.4, 1.5]
+
+
+def test_jpegs_that_are_decoded_smaller_keep_their_last_rows():
+    """A side that is no multiple of 8 is cut where shrink would cut it; a turned picture is then decoded whole."""
+    def jpeg(width, height, orientation=1):
+        file, exif = io.BytesIO(), Image.Exif()
+        exif[274] = orientation
+        picture(0, width, height).save(file, "JPEG", exif=exif)
+        return file
+    for width, height in (323, 240), (320, 243), (325, 246):
+        assert data.load_image(jpeg(width, height), 30).size == (width // 4, height // 4), "a quarter"
+        for orientation in 3, 6:
+            file = jpeg(width, height, orientation)
+            whole, small = data.load_image(file), data.load_image(file, 30)
+            assert np.array_equal(whole, small) and sorted(whole.size) == sorted((width, height))
+    assert data.load_image(jpeg(320, 240, 6), 30).size == (60, 80)
+
+
+# ---- training ----
+
+def test_what_a_run_trains_and_evaluates_on():
+    """--data and --val, one, the other, both or none: sets, seeds, sizes, names; whose bad pictures are replaced."""
+    with tempfile.TemporaryDirectory() as tmp:
+        (a, _), (b, _) = picture_folder(os.path.join(tmp, "a"), 4), picture_folder(os.path.join(tmp, "b"), 2)
+        flags = ["--size", "24", "--seed", "7", "--crop_scale", "0.5", "0.75"]
+        build = lambda *more: train.build_data(train.parse_args([*flags, *more]))
+        drawn_sets = lambda *sets: [(type(x), x.size, x.train, x.seed) for x in sets]
+        train_set, val, name = build()
+        assert drawn_sets(train_set, val) == [(drawn.ProceduralDataset, 24, train, 7) for train in (True, False)]
+        assert name == "other drawn pictures"
+        train_set, val, name = build("--val", b, a)
+        assert drawn_sets(train_set) == [(drawn.ProceduralDataset, 24, True, 7)]
+        of_folder = lambda x: (x.roots, x.size, x.train, x.seed, x.crop_scale, x.replace)
+        assert of_folder(val) == ([b, a], 24, False, 0, (0.8, 1.0), False) and name == f"{b} {a}"
+        for more, roots, replaced, expected in (([], [a, b], True, "the training images"),
+                                                (["--val", b], [b], False, b)):
+            train_set, val, name = build("--data", a, b, *more)
+            assert of_folder(train_set) == ([a, b], 24, True, 7, (0.5, 0.75), True)
+            assert of_folder(val) == (roots, 24, False, 0, (0.8, 1.0), replaced) and name == expected
+        open(os.path.join(b, "class1", "1.png"), "w").close()
+        with patch.dict(os.environ, RANK="0"):
+            refused_by_name = os.path.join(b, "class1", "1.png") + ": cannot be read as an image"
+            try:
+                build("--val", b)
+                raise AssertionError("a bad image of --val is an error before the training")
+            except data.UserError as e:
+                assert str(e).startswith(refused_by_name)
+            build("--data", b)
+        with patch.dict(os.environ, RANK="1"):
+            build("--val", b)  # rank 0 says it
+
+
+def test_a_start_from_another_tokenizer():
+    """--init: what differs, and the file's value first; statistics are set back and named, the mean's or the
+    deviation's alone, by rank 0."""
+    with tempfile.TemporaryDirectory() as tmp:
+        path, other = tokenizer_file(tmp), os.path.join(tmp, "other.safetensors")
+        config, tensors = encoder.read_config(path), load_file(path)
+        flags = ["--teacher", os.path.join(tmp, "teacher.safetensors"), "--latent_dim", "8", "--gtb_depth", "2",
+                 "--flow_depth", "2", "--flow_width", "96", "--init", other]
+        build = lambda *more: train.build_models(train.parse_args([*flags, *more]))
+        mean, std = (tensors[f"latent_{name}"].clone() for name in ("mean", "std"))
+        mean[3], std[5] = 0.5, 2.0
+        warning = (f"{other} has latent statistics: they are set back, because training moves the latent; run `python "
+                   "-m tools.latents stats` again afterwards\n")
+        for changed, words in ({}, ""), ({"latent_mean": mean}, warning), ({"latent_std": std}, warning):
+            encoder.write_model(other, config, {**tensors, **changed})
+            for rank in "0", "1":
+                with patch.dict(os.environ, RANK=rank), contextlib.redirect_stdout(io.StringIO()) as said:
+                    _, enc, dec = build("--size", "24")  # another grid does not matter
+                assert said.getvalue() == words * (rank == "0")
+                assert all(not m.latent_mean.any() and (m.latent_std == 1).all() and m.training for m in (enc, dec))
+                assert torch.equal(enc.vit.pos_embed, tensors["encoder.vit.pos_embed"])
+        refused(encoder.UserError, build, "--flow_width", "48", "--gtb_depth", "1",
+                says=f"{other} has gtb_depth 2, not 1, flow_width 96, not 48: pass what it was trained with")
+
+
+def test_losses_of_pictures_that_are_not_square():
+    """A time for each patch of 8 x 12 pixels, by the code that train.py runs."""
+    seen, plain = [], train.sample_t
+    teacher, dec = encoder.ViT(MICRO_VIT), decoder.Decoder(MICRO_DECODER)
+    args = train.parse_args(["--endpoint", "0.5", "--size", "64"])
+    with patch.object(train, "sample_t", lambda shape, *rest: seen.append((shape, *rest)) or plain(shape, *rest)):
+        train.losses(teacher, encoder.Encoder(encoder.ViT(MICRO_VIT), 8), dec, torch.rand(5, 3, 8, 12), args)
+    assert seen == [((5, 6), 0.5, torch.device("cpu"))]

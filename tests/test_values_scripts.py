@@ -1,32 +1,45 @@
 """Values that the scripts pass on or say: counts, defaults, hints, rFID's reference."""
 from tests.helpers import (
-    MICRO_VIT, QuickInception, evaluate, micro_teacher, picture, picture_folder, raises, same_weights,
-    tokenizer_file, train_quietly)
+    MICRO_VIT, QuickInception, evaluate, log_lines, micro_models, micro_teacher, picture, picture_folder,
+    raises, refused, same_weights, sampled, tokenizer_file, train_quietly)
 
 import argparse
 import contextlib
+import errno
 import io
+import itertools
+import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import unittest.mock
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import data
 import decoder
 import encoder
 import eval as evaluation
+import sample
 import tools.fid as fid_command
+import tools.job as jobs
+import tools.latents as latents
 import tools.run as running
 import tools.script as script
-from tools import convert, pictures, recipes
+import tools.speed as speed
+import tools.validate as validation
+import train
+from tools import convert, pictures, plot, recipes
+from tools.batches import split_batch
+from tools.checkpoint import explain_failed_save
 
 patch = unittest.mock.patch
 
@@ -171,6 +184,19 @@ def test_the_commit_is_that_of_the_code():
                 assert script.commit() == "unknown"
 
 
+def test_a_folder_is_no_tokenizer():
+    with tempfile.TemporaryDirectory() as tmp, contextlib.chdir(tmp):
+        os.makedirs(script.RUNS_FILE)
+        assert script.find_weights(None) == script.SHIPPED
+        os.rmdir(script.RUNS_FILE), open(script.RUNS_FILE, "w").close()
+        assert script.find_weights(None) == script.RUNS_FILE
+        with patch.object(script, "SHIPPED", "gone"):
+            os.remove(script.RUNS_FILE)
+            refused(encoder.MissingFile, script.find_weights, None,
+                    says="no tokenizer at out/model.safetensors or gone: train one with `python train.py`, or give "
+                    "--weights")
+
+
 def test_only_a_run_found_unasked_is_explained():
     shipped = script.SHIPPED
     assert script.name_weights(None, shipped) == shipped
@@ -217,3 +243,719 @@ def test_results_have_names_of_255_bytes_at_most():
         for expected in first, second:
             assert pictures.free_path("results", name, "_recon.png", taken) == os.path.join("results", expected), name
         assert len(taken) == 2
+
+
+# ---- what command lines refuse, word by word ----
+
+def ends(parse, flags):
+    """What a command line that is refused prints in its last line, after the script's name."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            raise AssertionError(f"{flags} is accepted: {parse(flags)}")
+        except SystemExit as e:
+            assert e.code == 2, flags
+    return said.getvalue().splitlines()[-1].split(": error: ", 1)[1]
+
+
+def test_every_refusal_of_eval_and_latents():
+    """One thing that is wrong at a time, so that no other condition can stand in for it; and what is just allowed."""
+    with tempfile.TemporaryDirectory() as tmp, contextlib.chdir(tmp):
+        os.makedirs("folder"), open("w.safetensors", "w").close()
+        either = "--pca and --probe measure a tokenizer: leave them out of --fid"
+        fitted = "--pca and --probe need --fit PATH, the images to fit them on (not those of --data)"
+        got = "--fid compares A and B, got {}; --fid A --save_stats FILE.npz only saves"
+        for flags, words in {
+                "--data x --batch_size 0": "batch_size 0 must be at least 1", "--data x --steps 0":
+                "steps 0 must be at least 1", "--data x --workers -1": "workers -1 must be at least 0",
+                "--fid a": got.format(1), "--fid a b c": got.format(3), "--fid a b c --save_stats s": got.format(3),
+                "--fid a b --pca": either, "--fid a b --probe": either, "--data x --pca": fitted,
+                "--data x --probe": fitted, "--fid a b --size 8":
+                "--size is for a tokenizer: leave it out of --fid (--resolution 256 crops)",
+                "--fid a b --inception none": "--fid needs --inception",
+                "--data x --save_stats s": "--save_stats goes with --fid",
+                "--weights w": "--data PATH is needed: the images to measure",
+                "--data x --out w.safetensors": "--out w.safetensors is the name of a weights file: the report is "
+                                                "JSON, give it a name in .json",
+                **{f"--fid a b --{flag} folder": "folder is a folder: give the name of a file"
+                   for flag in ("out", "save_stats")},
+                **{f"--fid a b --{flag} no/x": "no/x: there is no folder no that can be written to"
+                   for flag in ("out", "save_stats")}}.items():
+            assert ends(evaluation.parse_args, flags.split()) == words, flags
+        for flags in ("--data x --batch_size 1 --steps 1 --workers 0 --out folder/x", "--fid a --save_stats s",
+                      "--fid a b --save_stats folder/s", "--data x --pca --probe --fit y"):
+            evaluation.parse_args(flags.split())
+        both = "batch_size {} must be at least 1, workers {} at least 0"
+        unwritable = "{} cannot be written: it is a folder, or {} is no folder to write to"
+        for flags, words in {
+                "save --out z --batch_size 0 --workers 0": both.format(0, 0),
+                "save --out z --batch_size 2 --workers -1": both.format(2, -1),
+                "stats": "stats writes into the weights file: give --weights FILE, or --out NEW.safetensors",
+                "stats --out x.json": "--out x.json is a weights file, and must end in .safetensors",
+                "stats --out no/x.safetensors": unwritable.format("no/x.safetensors", "no")}.items():
+            assert ends(latents.parse_args, [*flags.split(), "--data", "x"]) == words, flags
+        os.makedirs("folder/x.safetensors")
+        assert ends(latents.parse_args, "stats --data x --out folder/x.safetensors".split()) == unwritable.format(
+            "folder/x.safetensors", "folder")
+        with patch.object(os, "access", lambda path, mode: path != "folder" and os.path.isdir(path)):
+            open("folder/w", "w").close()
+            assert ends(latents.parse_args, "stats --data x --weights folder/w".split()) == unwritable.format(
+                "folder/w", "folder")
+            latents.parse_args("stats --data x --weights folder/none".split())  # a name: the tokenizer may be published
+        for flags, target in {"stats --weights w.safetensors": None, "stats --out x.safetensors": "x.safetensors",
+                              "save --out z --batch_size 1 --workers 0": "z"}.items():
+            args = latents.parse_args([*flags.split(), "--data", "x"])
+            assert (args.target, args.out, args.bf16) == (target, None, False), flags
+        assert latents.parse_args("save --data x --out z".split()).batch_size == 32
+
+
+def test_statistics_go_into_a_file_of_the_users_alone():
+    """Not into the converted copy of a published tokenizer; latents are saved once a file has either statistic."""
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(os.path.join(tmp, "p"), 2)
+        run = lambda *flags: latents.main([*flags, "--data", folder, "--workers", "0"])
+        out = os.path.join(tmp, "new.safetensors")
+        with patch.object(jobs, "find_weights", lambda given: weights), contextlib.redirect_stdout(io.StringIO()):
+            refused(encoder.UserError, run, "stats", "--weights", "uniflow-internvit",
+                    says="uniflow-internvit is no file to write into: give --out NEW.safetensors")
+            run("stats", "--weights", "uniflow-internvit", "--out", out)
+        assert not load_file(weights)["latent_mean"].any() and load_file(out)["latent_mean"].any()
+        tensors, config = load_file(weights), encoder.read_config(weights)
+        for name, value in ("latent_mean", 0.5), ("latent_std", 2.0):
+            x = tensors[name].clone()
+            x[3] = value
+            encoder.write_model(out, {**config, "latent_images": 99}, {**tensors, name: x})
+            with contextlib.redirect_stdout(io.StringIO()):
+                run("save", "--weights", out, "--out", os.path.join(tmp, name))
+            assert os.path.exists(os.path.join(tmp, name, "index.json"))
+        before = os.path.join(tmp, "under")
+        open(before, "w").close()
+        refused(encoder.UserError, run, "save", "--weights", out, "--out", os.path.join(before, "z"),
+                says=f"--out {before}/z is no folder to write to ([Errno 20] Not a directory: '{before}/z')")
+        with contextlib.redirect_stdout(io.StringIO()):
+            run("stats", "--weights", out)  # again: the count is this one's
+        assert encoder.read_config(out)["latent_images"] == 2
+
+
+def test_every_refusal_of_sample():
+    with tempfile.TemporaryDirectory() as tmp, contextlib.chdir(tmp):
+        for_pictures = "--save_latent, --features, --size are for pictures, not latents"
+        z = "z.safetensors"
+        with patch.object(sys, "stdout", unittest.mock.Mock(isatty=lambda: False)):
+            for flags, words in {
+                    "x.png --steps 0": "--steps is 0, it must be at least 1", "x.png --seed -1":
+                    "--seed is -1, it must be at least 0", "x.png --size -1": "--size is -1, it must be at least 0",
+                    "x.png --save_latent z.pt": "--save_latent is z.pt: its name must end in .safetensors",
+                    f"{z} x.png --size 0": for_pictures, f"x.png {z} --features": for_pictures,
+                    f"{z} --save_latent y.safetensors": for_pictures,
+                    "x.png --features --reconstruction": "--features would put its files among the reconstructions: "
+                                                         "make them in two runs",
+                    "- --features": "--features writes a file beside the reconstruction's: give --out FOLDER",
+                    "x --out - --features": "--features writes a file beside the reconstruction's: give --out FOLDER",
+                    }.items():
+                assert ends(sample.parse_args, flags.split()) == words, flags
+            for flags, out in {"-": "-", "- --out x": "x", "a.png": None, "a.png --out -": "-", "a.png - b": "-",
+                               "- --out x --features": "x", f"{z} --steps 1 --seed 0 --reconstruction": None,
+                               "a.png --size 0": None}.items():
+                assert sample.parse_args(flags.split()).out == out, flags
+        closed = "standard output is closed or a terminal: redirect it (> rec.png), or give --out FOLDER"
+        with patch.object(sys, "stdout", unittest.mock.Mock(isatty=lambda: True)):
+            assert ends(sample.parse_args, ["-"]) == closed
+            sample.parse_args(["a.png"])
+        # several pictures, or a latent's name that is taken
+        for name in "a.png", "b.png":
+            picture(0).save(name)
+        weights = tokenizer_file(tmp)
+        several = "--save_latent and standard output are for one picture, not for 2 pictures"
+        for flags in ["--save_latent", z], ["--out", "-"]:
+            assert sampled("a.png", "b.png", "--weights", weights, *flags)[2] == several + "\n"
+        # latents that do not fit, each in one way
+        assert sampled("a.png", "--weights", weights, "--save_latent", z)[0] == 0
+        with safe_open(z, "pt") as f:
+            about = json.loads(f.metadata()["config"])
+        latent = load_file(z)["latent"]
+        assert latent.shape == (1, 8, 4, 6) and (about["height"], about["width"]) == (16, 21)
+        start, end = f"sample.py: {z} holds ", ", expected finite float32 (frames, {}) for {} pixels\n"
+        nan = latent.clone()
+        nan[0, 1, 2, 3] = float("nan")
+        for x, changes, words in (
+                (latent.double(), {}, "torch.float64 (1, 8, 4, 6)" + end.format("8, 4, 6", "21x16")),
+                (nan, {}, "torch.float32 (1, 8, 4, 6)" + end.format("8, 4, 6", "21x16")),
+                (latent[:, :7], {}, "torch.float32 (1, 7, 4, 6)" + end.format("8, 4, 6", "21x16")),
+                (latent[:0], {}, "torch.float32 (0, 8, 4, 6)" + end.format("8, 4, 6", "21x16")),
+                (latent, {"width": 25}, "torch.float32 (1, 8, 4, 6)" + end.format("8, 4, 7", "25x16")),
+                (latent, {"height": 17}, "torch.float32 (1, 8, 4, 6)" + end.format("8, 5, 6", "21x17"))):
+            encoder.write_model(z, {**about, **changes}, {"latent": x})
+            assert sampled(z, "--weights", weights) == (
+                1, f"weights {weights}, short side 16 px, on cpu\n", start + words), words
+        encoder.write_model(z, about, {"latent": latent})
+        for limit, status in (16 * 21 / 2, 0), (16 * 21 / 2 - 1, 1):
+            with patch.object(sample, "MAX_PIXELS", limit):
+                assert sampled(z, "--weights", weights)[0] == status
+        nothing = lambda self, latent, *rest: torch.full((len(latent), 3, 16, 24), float("nan"))
+        with patch.object(decoder.Decoder, "decode", nothing):
+            for file in z, "a.png":
+                status, _, err = sampled(file, "--weights", weights)
+                assert (status, err) == (1, f"sample.py: {file} reconstructions are not finite in 1 of 1 rows: the "
+                                            "weights are damaged\n")
+        encoder.write_model(z, {**about, "weights_sha256": "f" * 64}, {"latent": latent})
+        own = evaluation.sha256(weights)
+        assert sampled(z, "--weights", weights)[2] == (
+            f"sample.py: {z} is a latent of other weights (their SHA-256 is {'f' * 12}..., that of these "
+            f"{own[:12]}...): give its own with --weights\n")
+
+
+def test_whose_fault_a_picture_is():
+    """One picture's: it is left out; the machine's: the run ends, except for a result that cannot be written there."""
+    memory = "takes more memory than there is: give a smaller --size"
+    for error, out, expected in (
+            (data.UserError("why"), None, "why"), (encoder.UserError("why"), "-", "why"), (MemoryError(), None, memory),
+            (torch.OutOfMemoryError("x"), "-", memory),
+            (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), None, memory),
+            (RuntimeError("a bug"), None, None), (ValueError("a bug"), None, None),
+            (PermissionError(errno.EACCES, "no"), "folder", "is left out ([Errno 13] no)"),
+            (PermissionError(errno.EACCES, "no"), None, "is left out ([Errno 13] no)"),
+            (BrokenPipeError(errno.EPIPE, "no"), "-", None), (OSError(errno.ENOSPC, "full"), None, None),
+            (OSError(errno.EDQUOT, "full"), "folder", None)):
+        assert sample.why_left_out(error, argparse.Namespace(out=out)) == expected, error
+
+
+def test_bounds_of_trainings_numbers():
+    """The last value that is allowed and the first that is not; a size that is too small for a patch."""
+    for flag, good, bad, words in (
+            ("beta1", "0.999999", "1", "0 and at most 0.999999"), ("beta2", "0.999999", "1", "0 and at most 0.999999"),
+            ("ema", "0.999999", "1", "0 and at most 0.999999"), ("drop_path", "0.9", "0.91", "0 and at most 0.9"),
+            ("lr_decay", "1", "1.01", "0 and at most 1"), ("endpoint", "1", "1.01", "0 and at most 1"),
+            ("max_bad_images", "1", "1.01", "0 and at most 1"),
+            ("seed", str(2 ** 63 - 1), str(2 ** 63), f"0 and at most {2 ** 63 - 1}"),
+            ("beta", "0", "-0.1", "0"), ("clip", "0", "-0.1", "0"), ("warmup", "0", "-1", "0"),
+            ("steps", "1", "0", "1"), ("gtb_depth", "0", "-1", "0"), ("keep_every", "0", "-1", "0"),
+            ("log_every", "1", "0", "1")):
+        value = getattr(recipes.parse_args([f"--{flag}", good]), flag)
+        assert value == type(value)(good) and type(value) in (int, float), flag
+        assert ends(recipes.parse_args, [f"--{flag}", bad]) == (
+            f"argument --{flag}: it is {bad}; it must be at least {words}"), flag
+    assert ends(recipes.parse_args, ["--steps", "2.5"]) == "argument --steps: invalid int value: '2.5'"
+    assert ends(recipes.parse_args, ["--lr", "x"]) == "argument --lr: invalid float value: 'x'"
+    for size, patch_, near, teacher in ((3, 14, 14, "internvit"), (21, 14, 28, "dinov2"), (20, 14, 14, "dinov2"),
+                                        (1, 8, 8, "tiny"), (100, 16, 96, "siglip2")):
+        assert ends(recipes.parse_args, ["--teacher", teacher, "--size", str(size)]) == (
+            f"--size {size} is no multiple of the patch {patch_} of teacher {teacher}: try --size {near}")
+    assert ends(recipes.parse_args, ["--crop_scale", "0.5", "1.5"]) == (
+        "--crop_scale is [0.5, 1.5]; it is two fractions above 0, at most 1, the smaller first")
+    for given, length in ((["--epochs", "3"], (None, 3)), (["--steps", "3"], (3, None))):
+        for teacher in "tiny", "internvit":
+            args = recipes.parse_args(["--teacher", teacher, *given])
+            assert (args.steps, args.epochs) == length, "the other length is not the default's"
+    with patch.object(torch.cuda, "is_available", lambda: True), patch.object(recipes, "cores", lambda: 3), \
+            patch.dict(os.environ, LOCAL_WORLD_SIZE="8"):
+        assert recipes.parse_args([]).workers == 1
+
+
+def test_batches_that_ranks_do_not_divide():
+    for batch, ranks, near in (7, 3, "6 or 9"), (2, 3, "3"), (13, 4, "12 or 16"), (17, 8, "16 or 24"):
+        refused(encoder.UserError, split_batch, batch, 1, ranks,
+                says=f"batch_size {batch} does not divide among {ranks} ranks: try {near}")
+
+
+# ---- the folder of a run ----
+
+def test_the_list_of_pictures_that_cannot_be_read():
+    """New ones come after the old, sorted, by bytes of any kind; each rank has its own list and counts its own."""
+    odd = [os.fsdecode(b"caf\xe9.png"), "carriage\rreturn.png", "form\x0cfeed\x85.png", "b.png"]
+    with tempfile.TemporaryDirectory() as tmp:
+        for rank, name in ("0", "bad_images.txt"), ("3", "bad_images.rank3.txt"):
+            with patch.dict(os.environ, RANK=rank, WORLD_SIZE="4"):
+                run, path = running.Run(tmp), os.path.join(tmp, name)
+                assert run.list_unreadable([]) == 0 and not os.path.exists(path)
+                assert run.list_unreadable(["d.png", "c.png", "d.png"]) == 2
+                assert run.list_unreadable(["a.png", "c.png", *odd]) == 5
+                assert run.list_unreadable(["d.png", *odd]) == 0
+                assert running.read_names(path) == ["c.png", "d.png", *sorted(["a.png", *odd])]
+                assert open(path, "rb").read() == b"".join(os.fsencode(x) + b"\n" for x in running.read_names(path))
+
+
+def test_a_run_from_its_folder_to_its_end():
+    """The lock is let go at the end; a log that is no text is cut; the last line of a run that was interrupted; what
+    is said of one that is not finite."""
+    with tempfile.TemporaryDirectory() as tmp:
+        out, said = os.path.join(tmp, "out"), io.StringIO()
+        with contextlib.redirect_stdout(said):
+            for interrupted in True, False:
+                run = running.Run(out)
+                run.hold_folder()
+                with open(run.path("log.jsonl"), "ab") as f:
+                    f.write(b'{"step": 1}\n\xff\xfe\n')
+                run.open_log(1)
+                run.write(step=2, loss=float("inf"), more=[{"a": float("nan")}])
+                run.end(1234, interrupted, "what is done")
+                assert run.lock.closed and run.log.closed
+        one = '{"step": 1}\n'
+        two = '{"step": 2, "loss": null, "more": [{"a": null}]}\n'
+        # the second run begins at step 1 again
+        assert open(os.path.join(out, "log.jsonl")).read() == one + one + two
+        assert said.getvalue() == ("interrupted and saved at step 1,234: the same command goes on from there\n"
+                                   "done: what is done\n")
+        run.hold_folder(), run.open_log(1)
+        with contextlib.redirect_stdout(io.StringIO()):
+            run.end(1234, True, "")
+        assert log_lines(out)[-1] == {"kind": "interrupted", "step": 1234}
+        names = [f"{k}.png" for k in range(5)]
+        stopped = argparse.Namespace(step=7, faults=torch.tensor([12.0, 10.0]))
+        words = (f"at step 7 the loss or its gradient is not finite, 10 steps in a row (the last finite one: flow 1); "
+                 f"the last batch is 0.png, 1.png, 2.png .. (all of it in {out}/not_finite.txt). The last save is "
+                 f"{out}/state.pt: the same command with a lower --lr and --resume_anyway goes on from there")
+        refused(encoder.UserError, run.stop_not_finite, stopped, "flow 1", names, says=words)
+        assert running.read_names(os.path.join(out, "not_finite.txt")) == names
+        os.remove(os.path.join(out, "not_finite.txt"))
+        with patch.dict(os.environ, RANK="1", WORLD_SIZE="2"), contextlib.redirect_stdout(io.StringIO()) as said:
+            other = running.Run(os.path.join(tmp, "other"))
+            other.hold_folder(), other.open_log(1), other.write(step=1), other.say("x"), other.end(1, True, "")
+            refused(encoder.UserError, other.stop_not_finite, stopped, "flow 1", names,
+                    says=words.replace(out, os.path.join(tmp, "other")))
+            with patch.object(running, "load_checkpoint", lambda *args: None), patch.object(other, "agree"):
+                with patch.object(other, "set_aside", side_effect=AssertionError("rank 0 does it")):
+                    assert other.load([], None, ()) is None
+        assert not os.path.exists(os.path.join(tmp, "other")) and said.getvalue() == ""
+        file = os.path.join(tmp, "file")
+        open(file, "w").close()
+        refused(encoder.UserError, running.Run(os.path.join(file, "x")).hold_folder,
+                says=f"--out {file}/x is no folder to write to ([Errno 20] Not a directory: '{file}/x')")
+        held = running.Run(tmp)
+        for e in BlockingIOError(errno.EAGAIN, "x"), PermissionError(errno.EACCES, "x"):
+            with patch.object(running.fcntl, "lockf", side_effect=e):
+                refused(encoder.UserError, held.hold_folder,
+                        says=f"another run is writing to {tmp}: wait for it, or use another --out")
+        with patch.object(running.fcntl, "lockf", side_effect=OSError(errno.ENOLCK, "no locks")), \
+                contextlib.redirect_stdout(io.StringIO()) as said:
+            held.hold_folder()
+        why = "[Errno 37] no locks"
+        assert said.getvalue() == f"{tmp} cannot be locked ({why}): nothing keeps a second run out of it\n"
+        full = OSError(errno.ENOSPC, "full")
+        held.log = unittest.mock.Mock(write=unittest.mock.Mock(side_effect=full))
+        refused(encoder.UserError, held.write, says=f"{tmp}/log.jsonl cannot be written ([Errno 28] full): make room, "
+                                                    "and run the same command again, which goes on from the last save")
+
+        def save(error, hidden=None):
+            with explain_failed_save("state.pt", 9):
+                try:
+                    raise hidden or error
+                except OSError:
+                    raise error
+        why = ("step 9 could not be saved ([Errno 28] full); state.pt, if there is one, is of the last save and whole: "
+               "make room, and run the same command again")
+        refused(encoder.UserError, save, full, says=why)
+        refused(encoder.UserError, save, RuntimeError("unexpected pos"), full, says=why)
+        refused(RuntimeError, save, RuntimeError("a bug"), says="a bug")
+
+
+def test_a_copy_is_kept_though_nothing_else_is_saved():
+    """--keep_every without a save at that step; as many steps as a pass has whole batches, and at least one; the time
+    of what is written is no step's."""
+    with tempfile.TemporaryDirectory() as tmp:
+        folder, out = picture_folder(tmp, 3)[0], os.path.join(tmp, "out")
+        clock, forward, replace_ = [1e9], encoder.Encoder.forward, os.replace
+
+        def slow(self, img):
+            clock[0] += 2 * (img.device.type != "meta")
+            return forward(self, img)
+
+        def slower(*args):
+            clock[0] += 1000
+            return replace_(*args)
+        flags = ["--teacher", micro_teacher(tmp), "--data", folder, "--eval_every", 0, "--out"]
+        with patch.object(encoder.Encoder, "forward", slow), patch.object(os, "replace", slower), \
+                patch("time.time", lambda: clock[0]):
+            train_quietly(*flags, out, "--steps", 3, "--keep_every", 2, "--save_every", 0, "--log_every", 3)
+        kept = os.path.join(out, "model_0000002.safetensors")
+        assert encoder.read_config(kept)["step"] == 2 and [n for n in os.listdir(out) if n.startswith("model_")] == [
+            "model_0000002.safetensors"]
+        timed, = (x for x in log_lines(out, timing=True) if "loss" in x)
+        assert timed["step"] == 3 and timed["img_s"] == 2, "four images in two seconds"
+        train_quietly(*flags, os.path.join(tmp, "short"), "--epochs", 1)  # three pictures, a batch of four
+        assert [x["step"] for x in log_lines(os.path.join(tmp, "short"))] == [1, 1]
+
+
+# ---- ranks, errors, jobs ----
+
+def test_when_steps_that_are_not_finite_stop_a_run():
+    """At ten in a row; where a GPU would have to be waited for, at every tenth step alone."""
+    with tempfile.TemporaryDirectory() as tmp:
+        run = running.Run(tmp)
+        for run.on_gpu, step, in_a_row, stops in ((False, 13, 10, True), (False, 13, 9, False), (True, 13, 10, False),
+                                                  (True, 20, 10, True), (True, 20, 9, False), (False, 10, 11, True)):
+            now = argparse.Namespace(step=step, faults=torch.tensor([50.0, in_a_row]))
+            assert bool(run.must_stop(now)) == stops, (run.on_gpu, step, in_a_row)
+
+
+def test_what_a_probe_lacks():
+    """Twenty images and every class: what there is and, of what is missing, five classes in their order."""
+    about = ("--fit has {} images and lacks the classes {}: it needs at least 20 images, and every class of --data "
+             "(the folder that an image is in)")
+
+    def of(n, *classes):
+        return unittest.mock.Mock(classes=list(classes), __len__=lambda self: n)
+    vit = encoder.ViT(MICRO_VIT)
+    job = unittest.mock.Mock(args=argparse.Namespace(teacher=None, teacher_weights="w"), device="cpu")
+    enc = argparse.Namespace(vit=vit)
+    with patch.object(encoder, "load_teacher", lambda *args: vit if args == ("t", "w") else None):
+        load = lambda images, fit: evaluation.load_probe_teacher(job, enc, {"teacher": "t", "teacher_weights": "x"},
+                                                                 images, fit)
+        assert load(of(3, "a", "c"), of(20, "a", "b", "c")) is vit
+        for images, fit, says in ((of(3, *"gabcdef"), of(20, "b"), (20, "a c d e f")),
+                                  (of(3, "a"), of(19, "a"), (19, "-")), (of(3, "a"), of(20, "b"), (20, "a"))):
+            refused(evaluation.UserError, load, images, fit, says=about.format(*says))
+
+
+def test_ranks_and_their_gpus():
+    """torchrun's numbers: the rank among all, and the GPU among those of this machine."""
+    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    nothing = {k: v for k, v in os.environ.items() if k not in env}
+    for gpus, variables, expected in ((0, env, (5, 8, "cpu")), (2, env, (5, 8, "cuda:1")), (1, {}, (0, 1, "cuda:0")),
+                                      (0, {}, (0, 1, "cpu"))):
+        with patch.dict(os.environ, {**nothing, **variables}, clear=True), \
+                patch.object(torch.cuda, "is_available", lambda: gpus > 0), \
+                patch.object(torch.cuda, "device_count", lambda: gpus):
+            rank, ranks, device = script.rank_and_device()
+            assert (rank, ranks, str(device)) == expected
+    with patch.dict(os.environ, {**nothing, **env}, clear=True), \
+            patch.multiple(torch.cuda, is_available=lambda: True, device_count=lambda: 1):
+        refused(encoder.UserError, script.rank_and_device,
+                says="rank 1 has no GPU, there are 1: lower --nproc_per_node")
+
+
+def test_errors_that_quote_others():
+    """What counts is the last of the errors in a worker's traceback, and the errno at its end."""
+    quoted = ("Caught UserError in DataLoader worker process 3.\nTraceback:\n  x\nOSError: [Errno 28] full\n\nDuring "
+              "handling:\nTraceback:\n  y\ndata.UserError: a.png: is\nbad, all of it")
+    assert script.user_message(data.UserError(quoted)) == "a.png: is bad, all of it"
+    assert script.user_message(data.UserError("data.UserError: x")) == "data.UserError: x", "no worker's"
+    quoted = quoted.replace("data.UserError: a.png: is\nbad, all of it", "FileNotFoundError: [Errno 2] gone: 'x'")
+    assert not script.machines_trouble(FileNotFoundError(quoted)) and script.user_message(OSError(quoted)) is None
+    assert script.machines_trouble(OSError(quoted.replace("[Errno 2] gone", "[Errno 5] disk")))
+    assert not script.machines_trouble(OSError("[Errno 28] full\nand then")) and not script.machines_trouble(
+        ValueError("[Errno 28] full"))
+    for workers in 1, 2, 5:
+        made = []
+        with patch.object(script.multiprocessing, "Lock", lambda: made.append(1)):
+            script.check_locks(workers)
+        assert len(made) == 16 + 4 * workers
+
+
+@patch.object(evaluation, "InceptionV3", QuickInception)
+def test_how_many_bad_pictures_are_named():
+    """Ten; of more it says that there are more. After the first nothing is measured. Their place is the first set's."""
+    with tempfile.TemporaryDirectory() as tmp:
+        for n in 10, 11:
+            folder = os.path.join(tmp, str(n))
+            os.makedirs(folder)
+            for k in range(n):
+                open(os.path.join(folder, f"{k:02d}.png"), "w").close()
+            picture(0).save(os.path.join(folder, "99.png"))
+            why = "cannot be read as an image (none of " + ", ".join(data.FORMATS) + ")"
+            names = "; ".join(f"{folder}/{k:02d}.png: {why}" for k in range(10)) + "; ..." * (n > 10)
+            job = jobs.Job(evaluation.parse_args(["--data", "x", "--workers", "0", "--batch_size", "3"]))
+            sets = job.crops([folder], 16), job.crops([folder], 32)
+            seen = []
+
+            def look():
+                seen.extend(numbers for numbers, *_ in job.images("look", *sets))
+            refused(evaluation.UserError, look,
+                    says=f"{n} of {n + 1} images cannot be used, so there are no figures: {names}")
+            assert not seen
+        both = jobs.ImagesOrReasons(*sets)
+        assert both.shape == (3, 16, 16) and both[0][3] == f"{folder}/00.png: {why}" and both[0][:3] == (0, None, None)
+        n, images, label, reason = both[11]
+        assert (n, [tuple(x.shape) for x in images], label, reason) == (11, [(3, 16, 16), (3, 32, 32)], 0, None)
+        numbers, batches, labels, reasons = jobs.collate([both[11], both[0], both[11]])
+        assert (numbers, [x.shape for x in batches], labels, reasons) == (
+            [11, 11], [(2, 3, 16, 16), (2, 3, 32, 32)], [0, 0], [both[0][3]])
+        assert jobs.collate([both[0]]) == ([], [], [], [both[0][3]])
+        # a report for a broken pipe goes to standard error, and says where else it is
+        job.args.weights = None
+        for out, tail in (None, ""), ("r.json", " and in r.json"):
+            job.args.out = out
+            broken = unittest.mock.Mock(write=unittest.mock.Mock(side_effect=OSError("broken")))
+            with patch.object(sys, "stdout", broken), patch.object(sys, "stderr", io.StringIO()) as err:
+                try:
+                    job.print_report({"images": 0, "step": None, "data": ["a", "b"]}, ["row"])
+                    raise AssertionError("nobody could read it")
+                except evaluation.UserError as e:
+                    assert str(e) == f"standard output cannot be written (broken): the report is above{tail}"
+            assert err.getvalue() == "data      a b\nimages    0\n\nrow\n"
+        refused(evaluation.UserError, evaluate, "--data", tmp, "--weights", tokenizer_file(tmp), "--size", 3,
+                "--workers", 0,
+                says=f"--size 3 is no multiple of the patch 4 of {tmp}/tokenizer.safetensors: try --size 4")
+
+
+def test_sizes_that_have_an_ssim():
+    """What is compared needs 11 pixels, not what goes in."""
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(os.path.join(tmp, "p"), 1)
+        flags = ["--data", folder, "--weights", weights, "--inception", "none", "--workers", 0, "--size"]
+        refused(evaluation.UserError, evaluate, *flags, 8,
+                says="pictures of 8x8 are smaller than SSIM's window of 11x11: give a larger --size")
+        for more in [12], [8, "--resolution", 256]:
+            assert evaluate(*flags, *more)[1]["images"] == 1
+        for size, fits in (11, True), (10, False):  # a patch of 1 makes sides of any size
+            vit = replace(MICRO_VIT, patch=1, size=size, depth=1)
+            dec = decoder.DecoderConfig(latent_dim=2, width=32, heads=2, gtb_depth=0, flow_depth=1, flow_width=8,
+                                        patch=1,
+                                        grid=size)
+            path = os.path.join(tmp, f"{size}.safetensors")
+            tensors = {f"{part}.{k}": v for part, module in (
+                ("encoder", encoder.Encoder(encoder.ViT(vit), 2)), ("decoder", decoder.Decoder(dec)))
+                for k, v in module.named_parameters()}
+            encoder.write_model(path, {"vit": asdict(vit), "decoder": asdict(dec), "size": size},
+                                {**tensors, "latent_mean": torch.zeros(2), "latent_std": torch.ones(2)})
+            try:
+                evaluate(*flags[:3], path, *flags[4:-1])
+                assert fits
+            except evaluation.UserError as e:
+                assert not fits and "10x10" in str(e)
+
+
+# ---- pictures, archives of arrays ----
+
+def test_results_on_systems_that_do_not_tell_case():
+    for platform, second in ("linux", "a"), ("darwin", "a_2"), ("win32", "a_2"):
+        taken = set()
+        with patch.object(pictures.sys, "platform", platform):
+            assert [pictures.free_path("x", name, ".png", taken) for name in "Aa"] == ["x/A", f"x/{second}"]
+
+
+def test_sizes_of_pictures_and_animations():
+    """The short side by hand; a strip keeps one pixel; the limits at their last value, named as width x height."""
+    for size, short, expected in (((30, 20), 10, (15, 10)), ((20, 30), 10, (10, 15)), ((30, 20), 0, (30, 20)),
+                                  ((7, 3), 2, (5, 2)), ((20, 20), 64, (64, 64))):
+        assert pictures.resize_short_side(Image.new("RGB", size), short).size == expected
+    img = Image.new("RGB", (9, 6))
+    assert pictures.resize_short_side(img, 0, 54).size == (9, 6)
+    refused(encoder.UserError, pictures.resize_short_side, img, 12, 54,
+            says="has 18x12 pixels at this --size, more than 54: give a smaller one, or crop it")
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "a.webp")
+        frames = [picture(k, 9, 6) for k in range(3)]
+        exif = Image.Exif()
+        exif[274] = 6
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=[10, 20, 30], lossless=True, exif=exif)
+        x, (H, W), options = pictures.load_frames(path, 0)
+        turned = np.stack([np.array(f).transpose(1, 0, 2)[:, ::-1] for f in frames])
+        assert (H, W) == (9, 6) and np.array_equal(x.permute(0, 2, 3, 1), turned), "every frame is turned"
+        assert options == {"format": "WEBP", "duration": [10, 20, 30], "loop": 0}
+        for limit, fits in (81, True), (80, False):
+            with patch.object(pictures, "MAX_PIXELS", limit):
+                if fits:
+                    assert len(pictures.load_frames(path, 0)[0]) == 3
+                else:
+                    refused(encoder.UserError, pictures.load_frames, path, 0,
+                            says="has 3 frames of 6x9, more than 160 pixels in all: give a smaller --size")
+        pages = os.path.join(tmp, "pages.tif")
+        frames[0].save(pages, save_all=True, append_images=frames[1:])
+        x, _, options = pictures.load_frames(pages, 0)
+        assert len(x) == 1 and options == {"format": "PNG"}, "pages are no animation"
+        one = pictures.picture_file([torch.zeros(3, 6, 9, dtype=torch.uint8)], {"format": "PNG"})
+        assert not getattr(Image.open(io.BytesIO(one)), "is_animated", False)
+        # what is given and where results go
+        os.makedirs(os.path.join(tmp, "d", "sub"))
+        inner = shutil.copy(path, os.path.join(tmp, "d", "sub", "a.webp"))
+        d, out = os.path.join(tmp, "d"), os.path.join(tmp, "out")
+        for given, alone, to, expected in ((d, False, None, d + "_recon/sub"), (d, False, out, out + "/"),
+                                           (d, True, None, d + "_reconstruction/sub"), (d, True, out, out + "/sub"),
+                                           (inner, False, None, d + "/sub"), (inner, True, None, d + "/sub"),
+                                           (inner, False, out, out), (inner, True, out, out), (d, False, d, d + "/"),
+                                           (d, False, tmp, tmp + "/"), (inner, False, d, d)):
+            assert pictures.find_pictures([given], to, alone) == [(inner, expected)], (given, alone, to)
+        assert pictures.find_pictures(["-"], out) == [("-", out)] and pictures.find_pictures(["-"]) == [("-", None)]
+        for given, to in (d, d), (d, tmp), (d, d + "/sub"), (inner, d), (inner, d + "/sub"):
+            refused(encoder.UserError, pictures.find_pictures, [given], to, True,
+                    says=f"--reconstruction would overwrite pictures, because --out {to} overlaps with {given}: give "
+                    "another --out")
+
+
+def test_arrays_that_are_no_pictures():
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "x.npz")
+        for x in (np.zeros((2, 8, 9, 4), np.uint8), np.zeros((2, 8, 9), np.uint8), np.zeros((0, 8, 9, 3), np.uint8),
+                  np.zeros((2, 8, 9, 3), np.int8), np.zeros((2, 0, 9, 3), np.uint8), np.zeros((2, 3, 8, 9), np.uint8)):
+            np.savez(path, x)
+            refused(evaluation.UserError, fid_command.read_npz, path,
+                    says=f"{path} is neither images nor statistics (UserError: arr_0 is {x.dtype} {x.shape}; it must "
+                         "be uint8 (N, H, W, 3)): an .npz holds arr_0, or mu and sigma")
+        np.savez(path, mu=np.zeros(3), arr_0=np.zeros((2, 8, 9, 3), np.uint8))  # without sigma mu says nothing
+        assert len(fid_command.read_npz(path)) == 2
+        with patch.object(np, "load", side_effect=OSError(errno.EIO, "disk")):
+            refused(OSError, fid_command.read_npz, path, says="[Errno 5] disk")
+
+
+# ---- validation, export, curves, speed ----
+
+@torch.no_grad()
+def test_the_flow_loss_of_each_tenth_exactly():
+    """By the draws of ten generators, on the first batch of a set of 7; the eighth place of the picture is black."""
+    _, enc, dec = micro_models()
+    img = (255 * torch.rand(7, 3, 16, 16, generator=torch.Generator().manual_seed(0))).byte()
+    _, found, grid = validation.validate(enc, dec, [(x, 0) for x in img], 4, 3, contextlib.nullcontext())
+    first = [0, 2, 4, 6]  # two batches
+    noise = evaluation.image_noise(first, 16, 48, 3)
+    for k in range(10):
+        t = (k + torch.rand(4, 16, generator=torch.Generator().manual_seed(k))) / 10
+        expected = dec.loss(enc.eval().encode(img[first] / 255), img[first] / 255, t, noise).item()
+        assert abs(found[k] / expected - 1) < 1e-5, k
+    assert grid.shape == (64, 96, 3) and not grid[48:, 48:].any() and grid[48:, :48].any()
+    for place in range(7):
+        top, left = 16 * (place // 2), 48 * (place % 2)
+        assert np.array_equal(grid[top:top + 16, left:left + 16], img[place].permute(1, 2, 0))
+
+
+def test_export_of_one_register_and_what_cannot_be_exported():
+    with tempfile.TemporaryDirectory() as tmp:
+        build = lambda **how: encoder.Encoder(encoder.ViT(replace(MICRO_VIT, **how)), 8)
+        for again in range(2):  # a folder that is there is written to
+            convert.save_hf(build(num_prefix=2, layer_scale=0.5, eps=0.25), tmp)
+        said = json.load(open(os.path.join(tmp, "config.json")))
+        assert said == dict(
+            model_type="dinov2_with_registers", architectures=["Dinov2WithRegistersModel"], dtype="float32",
+            hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, layer_norm_eps=0.25,
+            image_size=16, patch_size=4, hidden_act="gelu", mlp_ratio=2, use_mask_token=False, num_register_tokens=1)
+        assert json.load(open(os.path.join(tmp, "preprocessor_config.json"))) == dict(
+            image_processor_type="CLIPImageProcessor", size={"shortest_edge": 16},
+            crop_size={"height": 16, "width": 16}, resample=3,
+            image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+        assert load_file(os.path.join(tmp, "model.safetensors"))["embeddings.register_tokens"].shape == (1, 1, 32)
+        refused(encoder.UserError, convert.save_hf, build(layer_scale=0.5, mlp_width=80), tmp,
+                says="mlp_width 80 is no multiple of width 32, but transformers' DINOv2 stores their ratio as an "
+                     "integer: this ViT cannot be saved for it")
+        refused(encoder.UserError, convert.save_hf, build(pre_norm=True), tmp,
+                says="transformers has no vision model with pre_norm patch_bias final_norm cls; only the structures of "
+                "InternViT, DINOv2 (with or without registers), SigLIP2, CLIP and the plain ViT can be saved")
+        weights, out = tokenizer_file(tmp), os.path.join(tmp, "out.safetensors")
+        assert not any(map(convert.is_released, (weights, tmp, os.path.join(tmp, "gone"))))
+        # the authors' code cannot build ours; if it could, statistics would be left out, the mean's as the deviation's
+        config, tensors = encoder.read_config(weights), load_file(weights)
+        encoder.write_model(weights, {**config, "size": 24}, tensors)
+        same = dict(VIT=MICRO_VIT, DECODER=decoder.DecoderConfig(**config["decoder"]))
+        with patch.multiple(convert, **same, SIZE=16):
+            refused(encoder.UserError, convert.to_released, weights, out,
+                    says=f"the authors' code cannot build the model of {weights}, which has trained at size 24 "
+                         "instead of 16")
+        for name, value in (None, None), ("latent_mean", 0.5), ("latent_std", 2.0):
+            changed = {name: torch.full((8,), value)} if name else {}
+            encoder.write_model(weights, config, {**tensors, **changed})
+            with patch.multiple(convert, **same, SIZE=16, parameters=lambda: []), \
+                    contextlib.redirect_stderr(io.StringIO()) as said:
+                convert.to_released(weights, out)
+            assert said.getvalue() == (f"{weights}: its latent statistics are left out: the authors' layout has no "
+                                       "place for them\n") * bool(name)
+        table = [(f"x{k}", f"y{k}", (1,)) for k in range(6)] + [("latent_mean", "z", (8,))]
+        refused(encoder.UserError, convert.read_renamed, weights, table,
+                says=f"{weights} lacks tensors of that model (6): " + "; ".join(f"missing x{k}" for k in range(4)))
+
+
+def test_curves_have_their_names():
+    """Titles, labels, scales and colours of two runs, of which one has a single layer; null is left out."""
+    import matplotlib
+    with tempfile.TemporaryDirectory() as tmp:
+        for name, L, dist in ("a", 3, 0.0), ("b", 1, 0.5):
+            os.makedirs(os.path.join(tmp, name))
+            lines = [dict(step=s, loss=1, loss_flow=None if s == 2 else s / 10, loss_dist=0.0, lr=s * 1e-3,
+                          grad_norm=0.5,
+                          alpha=[0.1 * s + l for l in range(L)]) for s in (1, 2, 3)]
+            lines += [dict(kind="eval", step=2, psnr=20.5), dict(kind="interrupted", step=3), dict(kind="eval", step=3,
+                                                                                                 psnr=None)]
+            with open(os.path.join(tmp, name, "log.jsonl"), "w") as f:
+                f.writelines(json.dumps(line) + "\n" for line in lines)
+        figure = plot.draw([os.path.join(tmp, "a"), os.path.join(tmp, "b")])
+        axes = figure.axes
+        assert [ax.get_title() for ax in axes] == [
+            "flow loss", "distillation loss", "one-step PSNR in dB", "learning rate", "gradient norm, before clipping",
+            "alpha of each layer: a", "alpha of each layer: b", "", ""]
+        assert [ax.get_visible() for ax in axes] == [True] * 7 + [False] * 2
+        assert tuple(figure.get_size_inches()) == (15, 12)
+        # of the distillation loss all are 0
+        assert [ax.get_yscale() for ax in axes[:7]] == ["log", "linear", "linear", "linear", "log", "linear", "linear"]
+        assert {ax.get_xlabel() for ax in axes[:7]} == {"step"}
+        for axis, xs in zip(axes, ([1, 3], [1, 2, 3], [2], [1, 2, 3], [1, 2, 3])):
+            assert [list(line.get_xdata()) for line in axis.lines] == [xs] * 2
+            assert [line.get_label() for line in axis.lines] == ["a", "b"]
+        assert [line.get_marker() for line in axes[2].lines] == ["."] * 2 and axes[3].lines[0].get_marker() == "None"
+        legends = [[x.get_text() for x in ax.get_legend().get_texts()] if ax.get_legend() else None for ax in axes]
+        assert legends == [["a", "b"], *[None] * 4, ["layer 1", "layer 3"], ["layer 1"], None, None]
+        viridis = matplotlib.colormaps["viridis"]
+        assert [line.get_color() for line in axes[5].lines] == [viridis(0.0), viridis(0.5), viridis(1.0)]
+        assert axes[6].lines[0].get_color() == viridis(0.0)
+        for missing, words in (("c", "no such file; give the folder that train.py writes to (its --out)"),
+                               ("d", "has no training line yet: wait for --log_every steps")):
+            path = os.path.join(tmp, missing, "log.jsonl")
+            os.makedirs(os.path.dirname(path))
+            if missing == "d":
+                open(path, "w").write('{"kind": "eval", "step": 1}\n')
+            refused(ValueError, plot.draw, [os.path.join(tmp, missing)],
+                    says=f"{path}{': ' if missing == 'c' else ' '}{words}")
+
+
+def test_clocks_of_the_benches():
+    """By a clock that the measured function moves: the mean of the calls that count, the median of all."""
+    clock, took = [0.0], itertools.cycle([5.0, 1.0, 2.0])
+
+    def f():
+        clock[0] += next(took)
+    with patch.object(speed.time, "perf_counter", lambda: clock[0]):
+        assert speed.seconds(f) == 1.0, "on a CPU the first call warms up"
+        took = itertools.cycle([9.0, 1.0, 1.0, 3.0, 2.0])
+        assert speed.median_seconds(f, 5) == 2.0
+        with patch.multiple(torch.cuda, is_available=lambda: True, synchronize=lambda: None):
+            took = itertools.chain([100.0] * 3, [1.0, 2.0, 6.0])
+            assert speed.seconds(f, 3) == 3.0, "on a GPU the first three"
+
+
+def printed(f, *args):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        f(*args)
+    return said.getvalue().splitlines()
+
+
+def test_what_the_benches_print():
+    """By times that are given: rates, shares and sums of the training step, of sampling and of loading."""
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(os.path.join(tmp, "p"), 3)
+        with patch.object(speed, "median_seconds", lambda f: 0.5):
+            for size, px in (None, 16), (24, 24):
+                assert printed(speed.sample_speed, weights, size) == [
+                    f"CPU, fp32, not compiled, torch {torch.__version__}, {px} px",
+                    *(f"batch  2 | {what:18s} |      4.0 img/s |  500.00 ms" for what in (
+                        "encode + decode", "encode", "decode in 1 step", "decode in 2 steps"))]
+        clock, loaders = itertools.count(0.0), []
+
+        def loader(data_, num_workers, batch_sampler, **how):
+            loaders.append((len(data_), data_.train, data_.size, num_workers, next(iter(batch_sampler))))
+            return itertools.repeat((torch.zeros(32, 3, 4, 4), []))
+        with patch.object(speed.time, "perf_counter", lambda: next(clock)), patch.object(speed, "DataLoader", loader), \
+                patch.object(speed, "cores", lambda: 3):
+            assert printed(speed.data_speed, [folder], 24, 3.0) == [
+                "3 images at 24 px; the order of an epoch of ImageNet takes 1000 ms and 10 MiB a worker",
+                # two batches of 32 in a clock of three seconds
+                *(f"{n:3d} workers |     21.3 img/s | {64 / 3 / n:7.1f} a worker" for n in (1, 2, 3))]
+        assert loaders == [(3, True, 24, n, list(range(32))) for n in (1, 2, 3)]
+        teacher = os.path.join(tmp, "teacher.safetensors")
+        flags = ["--teacher", teacher, "--latent_dim", "8", "--gtb_depth", "1", "--flow_depth", "2", "--flow_width",
+                 "96",
+                 "--batch_size", "10", "--micro_batch", "4", "--no-compile"]
+        # the matrix product; five settings and the last; a micro-batch alone; the four parts
+        given = [0.125, 0.5, 0.25, 1.0, 0.125, 0.75, 0.5, 0.375, 0.01, 0.02, 0.03, 0.04]
+        times = iter(given)
+        with patch.object(speed, "seconds", lambda f, repeats=10: next(times)):
+            said = printed(speed.train_speed, flags)
+        _, enc, dec = train.build_models(train.parse_args(flags))
+        tflop, ceiling = train.model_flops(enc, dec, 16) / 1e12, 2 * 1024 ** 3 / 0.125 / 1e12
+        row = lambda name, images, took: (f"{name:36s} | {images / took:8,.1f} img/s | {took * 1e3:7.1f} ms | "
+                                          f"{images / took * tflop:6.4g} TFLOP/s a GPU | "
+                                          f"{images / took * tflop / ceiling:.3f} of the ceiling")
+        assert said == [
+            f"CPU, torch {torch.__version__}, {teacher} at 16 px, {tflop:.2f} TFLOP an image, 1 rank; a matrix "
+            f"product of 1024 reaches {ceiling:.3g} TFLOP/s",
+            row("   4 x 1, not compiled", 4, 0.5), row("   2 x 1, not compiled", 2, 0.25),
+            row("   8 x 1, not compiled", 8, 1.0), row("   1 x 1, not compiled, checkpoint_activations", 1, 0.125),
+            row("   4 x 1, not compiled, checkpoint_activations", 4, 0.75), row("   4 x 1, not compiled", 4, 0.5),
+            row("10 images a step (micro-batch x 2.5)", 10, 2.5 * 0.375 + 0.125),
+            "parts: teacher 10.0 ms, student 20.0 ms, decoder 30.0 ms, distance 40.0 ms, optimizer 125.0 ms; sum "
+            "225.0 ms of 500.0"], said
