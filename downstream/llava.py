@@ -8,11 +8,12 @@
     $L bench --llm vicuna-7b --variant lv --stage 2
 
 The model is in llava_model.py, data in llava_data.py, prompts in llava_prompts.py, what uses a trained model in
-llava_use.py, bench in llava_speed.py; this is training. Weights and moments are fp32, products bf16 on a GPU. One process trains the model
-whole, several share it by FSDP2. The loss is the mean over all targets of a global batch, so that neither ranks nor
-micro-batches change it (LLaVA's is the mean of the micro-batches' means). RUN/model.safetensors holds what answer, chat
-and --init need: the encoder, the projector and, if it was trained, the language model; RUN/llm its text tokenizer.
-RUN/state.pt is what a resume needs; with several ranks it names a folder beside it that holds the tensors.
+llava_use.py, bench in llava_speed.py; this is training. Weights and moments are fp32, products bf16 on a GPU. One
+process trains the model whole, several share it by FSDP2. The loss is the mean over all targets of a global batch, so
+that neither ranks nor micro-batches change it (LLaVA's is the mean of the micro-batches' means). RUN/model.safetensors
+holds what answer, chat and --init need: the encoder, the projector and, if it was trained, the language model; RUN/llm
+its text tokenizer. RUN/state.pt is what a resume needs; with several ranks it names a folder beside it that holds the
+tensors.
 """
 import argparse
 import math
@@ -171,7 +172,7 @@ def resume(s):
     if state := run.load(STATE, args, MAY_DIFFER):
         if isinstance(state["tensors"], str):
             from torch.distributed import checkpoint
-            checkpoint.load(tensors(s), checkpoint_id=run.path(state["tensors"]))
+            checkpoint.load(tensors(s), checkpoint_id=run.path(state["tensors"]), process_group=run.control)
         elif run.ranks > 1:
             raise UserError(f"{path} was saved by one process: go on with one, or start from RUN as --init")
         else:

@@ -201,6 +201,8 @@ def build_stage(args, device):
     if before and before["eye"].split()[-1] != eye.split()[-1]:
         raise UserError(f"--init {args.init} was trained with the encoder {before['eye']}, not with {eye}")
     llm_name = os.path.abspath(args.llm) if args.llm and os.path.isdir(args.llm) else args.llm or before["llm"]
+    if before.get("trains_llm") and llm_name != before["llm"]:
+        raise UserError(f"--init {args.init} has trained {before['llm']}, not {llm_name}: leave out --llm")
     size, cap = args.size or before.get("size", size), args.tiles if args.variant == "xl" else 0
     layer, pool = (before.get(name, value) if getattr(args, name) is None else getattr(args, name)
                    for name, value in (("layer", -2), ("pool", 1)))

@@ -8,6 +8,7 @@ between machines. FLOPs are those of matrix products and of the attention below 
 because activations were not kept, counts once. Every sample has the same length.
 """
 import argparse
+import gc
 import time
 from dataclasses import replace
 
@@ -113,6 +114,7 @@ def bench(args):
             f"product of {side} reaches {ceiling / 1e12:.3g} TFLOP/s")
     train_steps(args, run, model, tiles, (*picture, visual), length, flops, ceiling)
     del model
+    gc.collect()  # FSDP's modules and their hooks hold each other
     if run.on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -1619,7 +1619,7 @@ TABLE = [
     ("llava's encoder learns at the rate of all", "downstream/llava.py", "lr=args.encoder_lr)", "lr=args.lr)",
      "test_each_part_learns_at_its_rate_or_not_at_all"),
     ("llava's resume forgets the moments", "downstream/llava.py", "for key, x in s.optimizer.state[p].items()})",
-     'for key, x in s.optimizer.state[p].items() if key == "step"})', "test_training_resumes_exactly"),
+     'for key, x in s.optimizer.state[p].items() if key == "step"})', "test_llava_resumes_exactly"),
     ("llava warms up for long", "downstream/llava.py", "round(0.03 * args.steps)", "round(0.3 * args.steps)",
      "test_rates_warm_up_and_fall_as_a_cosine"),
     ("llava's cosine begins at once", "downstream/llava.py", "args.lr_decay = 1 - args.warmup / args.steps",
@@ -1634,7 +1634,7 @@ TABLE = [
     ("answers of another model", "downstream/llava_use.py", 'or old["model_id"] != speaker.name', "",
      "test_sixteen_conversations_are_learnt_and_answered"),
     ("bench trains a frozen encoder", "downstream/llava_speed.py", '(3 if "encoder" in trains else 1)', "3",
-     "test_bench_counts_what_is_computed"),
+     "test_llavas_bench_counts_what_is_computed"),
     # ---- values, bounds and messages: one of two that are alike, and whole sentences ----
     ("a flow head without blocks", "decoder.py", '(0 if "depth" in f.name else 1)',
      '(0 if f.name == "gtb_depth" else 1)', "test_what_a_configuration_may_be"),

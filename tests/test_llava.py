@@ -20,6 +20,7 @@ from downstream import llava, llava_data, llava_model, llava_speed, llava_use
 from downstream.llava_data import Looker
 from downstream.llava_model import IGNORE, IMAGE
 from downstream.llava_prompts import Prompter
+from experiments.understanding import study
 from encoder import Encoder, UserError, ViT
 
 WORDS = ["A", "chat", "USER", "ASSISTANT", ":", "?", ".", "What", "is", "it", "cat", "dog", "red", "blue", "system",
@@ -30,7 +31,7 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }
 
 @functools.cache
 def tokenizer(llama=True, template=CHATML):
-    """A text tokenizer of whole words. llama: spaces are part of the words, as \u2581; one is set before a text, but not
+    """A text tokenizer of whole words. llama: spaces are part of the words, as ▁; one is set before a text, but not
     after </s>. Else spaces are tokens of their own, as bytes are. Every other letter is a token, too."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -53,7 +54,8 @@ def tokenizer(llama=True, template=CHATML):
 
 def llm_folder(folder, name="llm", llama=True, width=32, template=CHATML, seed=0):
     """Path of a random Llama of two blocks with its text tokenizer, as transformers saves them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, logging
+    logging.disable_progress_bar()
     path = os.path.join(folder, name)
     if not os.path.exists(path):
         torch.manual_seed(seed)
@@ -443,7 +445,9 @@ def only_pictures(folder):
 def test_rates_warm_up_and_fall_as_a_cosine():
     with tempfile.TemporaryDirectory() as tmp:
         out = os.path.join(tmp, "out")
-        quietly(*training(tmp, "--epochs", 3, "--warmup", 3, "--lr", 1.0, "--clip", 1e-9, "--out", out))
+        said = quietly(*training(tmp, "--epochs", 3, "--warmup", 3, "--lr", 1.0, "--max_length", 60, "--out", out))
+        assert log_lines(out)[-1]["cut"] == 48 and "48 cut at 60" in said, "all of them: the template begins with more"
+        assert all(x["loss"] == 0 and x["tokens"] == 4 * 60 for x in log_lines(out)), "nothing is left to learn"
         expected = [1 / 3, 2 / 3, 1] + [(1 + np.cos(np.pi * k / 9)) / 2 for k in range(9)]
         assert np.allclose([x["lr"] for x in log_lines(out)], expected, atol=1e-6), "12 steps: 3 epochs of 16 by 4"
         args = llava.parse_args([str(x) for x in training(tmp, "--steps", 200)])
@@ -512,7 +516,7 @@ def test_two_ranks_are_as_one_process_and_resume_exactly():
         assert sorted(x for x in os.listdir(whole) if x.startswith("state")) == ["state.pt", "state_0000004"]
 
 
-def test_training_resumes_exactly():
+def test_llava_resumes_exactly():
     with tempfile.TemporaryDirectory() as tmp:
         flags = training(tmp, "--steps", 6, "--save_every", 2, "--lr", 1e-3)
         whole, killed = os.path.join(tmp, "whole"), os.path.join(tmp, "killed")
@@ -618,7 +622,9 @@ def test_answers_in_a_batch_are_those_of_one_alone():
         n, torch_ids = 16 + (cap > 0), lambda *x: torch.tensor(x)
         tiles = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
         prompts = [torch_ids(1, 2, 3), torch_ids(4, *[IMAGE] * n, 5, 6, 7), torch_ids(*[IMAGE] * n, 9)]
-        layouts, stop = [(1, None, (16, 16), n)] * 2, [11, 12]
+        layouts, lengths = [(1, None, (16, 16), n)] * 2, set()
+        free = torch.stack(list(model.generate(prompts, tiles, layouts, 12, [])))
+        stop = [free[4, 0].item(), free[7, 1].item()]  # so that the answers have several lengths
         many = torch.stack(list(model.generate(prompts, tiles, layouts, 12, stop)))
         for k, (ids, mine, shown) in enumerate(zip(prompts, ([], layouts[:1], layouts[1:]),
                                                    (tiles[:1], tiles[:1], tiles[1:]))):
@@ -631,6 +637,8 @@ def test_answers_in_a_batch_are_those_of_one_alone():
                     x = torch.cat([x, model.llm.get_input_embeddings()(torch.tensor([[token]]))], dim=1)
             assert alone == plain and many[:len(alone), k].tolist() == alone, (many[:, k], alone, plain)
             assert (many[len(alone):, k] == -1).all()
+            lengths.add(len(alone))
+        assert len(lengths) > 1, lengths
 
 
 def test_what_does_not_fit_is_said_in_one_line():
@@ -648,6 +656,9 @@ def test_what_does_not_fit_is_said_in_one_line():
         refuse("--layer", -4, words="there is no block -4")
         refuse(*again, words="is of --variant lv", variant="xl")
         refuse("--init", tmp, words="no such file")
+        second = os.path.join(tmp, "second")
+        quietly(*training(tmp, *again[:4], "--out", second))
+        refuse("--init", second, "--llm", mute, words=("has trained", "leave out --llm"))
         refuse("--batch_size", 17, words="no batch of 17")
         flags = training(tmp, *again)
         at = flags.index("--weights")
@@ -667,7 +678,7 @@ def test_what_does_not_fit_is_said_in_one_line():
         assert "seeing by tiny random" in quietly(*flags[:at], *flags[at + 2:])
 
 
-def test_bench_counts_what_is_computed():
+def test_llavas_bench_counts_what_is_computed():
     """The FLOPs of a sample by hand: what learns costs three times its forward pass, a frozen language model twice, a
     frozen encoder once; attention below the diagonal alone."""
     vit = 11 * (2 * 65 * (4 * 192 ** 2 + 2 * 192 * 768) + 4 * 65 ** 2 * 192) + 2 * 64 * 192 * 192  # to block -2
@@ -683,3 +694,51 @@ def test_bench_counts_what_is_computed():
                    "--text", 30, "--answer", 10, "--micro_batch", 1, "--new_tokens", 3, "--generate_batch", 1, 2)
     assert "samples of 264 visual and 30 other tokens" in said and "of the ceiling" in said
     assert "hours for 2,100,000 such samples on eight A800" in said and said.count("answers, batch") == 2
+
+
+def test_the_study_gives_each_row_its_encoder_its_questions_and_its_line():
+    """With scripts that only record their commands: what they would be asked to do, and what stays."""
+    with tempfile.TemporaryDirectory() as tmp:
+        commands, results = [], os.path.join(tmp, "results.jsonl")
+        for name in "llm", "easy_vqa", "coco_mini":
+            os.makedirs(os.path.join(tmp, name))
+
+        def script(log, *command):
+            commands.append(list(map(str, command)))
+            if command[0] == "downstream.vqa":
+                return "accuracy 91.5\n"
+            args = llava.parse_args(commands[-1][1:])
+            if args.command == "train":
+                os.makedirs(args.out)
+                for name, text in ("log.jsonl", '{"step": 7, "loss": 0.5}'), ("state.pt", ""), ("model.safetensors", ""):
+                    with open(os.path.join(args.out, name), "w") as f:
+                        f.write(text + "\n")
+            return ""
+        flags = ["--llm", os.path.join(tmp, "llm"), "--data", tmp, "--weights", "W", "--pixels", __file__, "--work",
+                 os.path.join(tmp, "work"), "--results", results, "--parallel", "1", "--seeds", "3", "--sizes", "32"]
+        with unittest.mock.patch.object(study, "script", script), contextlib.redirect_stdout(io.StringIO()) as out:
+            study.main(["easy_vqa", "coco_mini@32:random", *flags])
+            lines, first = [json.loads(x) for x in open(results)], len(commands)
+            study.main(["easy_vqa", "coco_mini@32:random", *flags])
+        assert len(commands) == first, "rows that stand there are not run again"
+        assert [x["row"] for x in lines] == [f"easy_vqa@32:{eye}:3" for eye in study.EYES] + ["coco_mini@32:random:3"]
+        assert lines[0]["accuracy"] == 91.5 and lines[0]["steps"] == 7 and lines[0]["asked_shuffled_accuracy"] == 91.5
+        assert "asked_shuffled_accuracy" not in lines[1] and "accuracy 91.5" in out.getvalue()
+        trained = [llava.parse_args(x[1:]) for x in commands if x[1] == "train"]
+        eyes = [(a.weights, a.teacher, a.teacher_weights) for a in trained[1::2]]
+        assert eyes == [("W", None, None), (None, "tiny", None), (__file__, None, None), (None, "tiny", "random"),
+                        ("W", None, None), ("W", None, None), (None, "tiny", "random")], eyes
+        for k, (one, two) in enumerate(zip(trained[::2], trained[1::2])):
+            control = {4: "_no_picture", 5: "_shuffled"}.get(k, "")
+            data = "coco_mini/train/llava_train.json" if k == 6 else f"easy_vqa/train/llava{control}.json"
+            assert one.data == two.data == [os.path.join(tmp, data)] and two.init == one.out and one.init is None
+            assert (one.stage, two.stage, one.template, two.template) == (1, 2, "chat", "chat")
+            assert (one.lr, two.lr, one.epochs, two.epochs, one.seed, two.size) == (1e-3, 1e-4, 2, 4, 3, 32)
+        asked = [llava.parse_args(x[1:]).questions for x in commands if x[1] == "answer"]
+        assert [os.path.relpath(x, tmp) for x in asked] == [f"easy_vqa/questions{x}.jsonl" for x in (
+            "", "_shuffled", "", "", "", "_no_picture", "_shuffled")] + ["coco_mini/questions.jsonl"]
+        assert [x[1] for x in commands if x[0] == "downstream.vqa"] == ["exact"] * 7 + ["pope"]
+        left = [name for _, _, names in os.walk(os.path.join(tmp, "work")) for name in names]
+        assert "log.jsonl" in left and "state.pt" not in left and "model.safetensors" not in left
+        raises(UserError, study.main, ["pixels", *flags[:6], "--results", os.path.join(tmp, "r")], words="--pixels FILE")
+        raises(UserError, study.main, ["all", *flags[:2], "--data", "none"], words="is no folder")
