@@ -1,4 +1,4 @@
-"""Images for training and evaluation from folders and zip archives, and latents that were saved for a generator.
+"""Images for training and evaluation from folders and zip archives.
 
     data = ImageDataset(["imagenet/train", "more.zip"], size=448, train=True, seed=0)
     img, label = data[n]          # uint8 (3, S, S) and the index of the parent folder's name in data.classes
@@ -12,14 +12,12 @@ A picture that is damaged raises UserError. In training the next one replaces it
 ImageDataset. Trouble of the machine (a disk, a mount, memory, descriptors) is never taken for a picture's damage: it
 raises OSError.
 
-`python data.py PATHS` shows what is found. Needs torch, numpy and pillow, LatentDataset also safetensors; no other file
-of this project.
+`python data.py PATHS` shows what is found. Needs torch, numpy and pillow; no other file of this project.
 """
 import argparse
 import contextlib
 import errno
 import io
-import json
 import os
 import posixpath
 import stat
@@ -42,7 +40,6 @@ if "avif" in features.modules and features.check_module("avif"):  # not every Pi
 MAX_PIXELS = 2 ** 27  # of a picture, so that a hostile one cannot take all memory
 MAX_BYTES = 4 * MAX_PIXELS  # of its file
 SYSTEM_FOLDERS = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information")
-MAPPED = 2048  # files of latents
 WAITS = (0.1, 0.4, 1.5)  # seconds before each new attempt, where the machine could not read
 FILE_FAULTS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM,
                errno.EINVAL, errno.EILSEQ)  # the fault of one file or its name; all other errors are the machine's
@@ -262,7 +259,7 @@ def to_tensor(img):
 
 
 class Samples(Dataset):
-    """What the two datasets share: which image a sample number means, from their `labels`, `train` and `seed`."""
+    """What data sets share: which image a sample number means, from their `labels`, `train` and `seed`."""
 
     permutation = None, None  # the last epoch and its order
 
@@ -426,75 +423,6 @@ def list_archive(path):
         if not 0 <= e.header_offset <= end - e.compress_size:
             raise UserError(f"{path} is a damaged .zip archive: its entry {e.filename} lies outside of the file")
         yield name, e.header_offset, e.compress_size, e.compress_type, min(e.file_size, MAX_BYTES + 1), e.CRC
-
-
-class LatentDataset(Samples):
-    """The latents that `python -m tools.latents save` wrote to a folder: [n] -> (latent float32 (C, h, w), label).
-
-    n means what it means for ImageDataset. If mirrored latents were saved, too (--flip), a coin drawn from (seed, n)
-    chooses in training. `about` is what the folder's index.json says of weights, size and protocol. Raises UserError
-    for a folder that is incomplete, damaged or mixed. A latent is read from its file only when it is asked for. Each
-    process keeps the files that it has read mapped into memory, at most MAPPED of them: to open one takes longer than
-    to read from it. A mapped file needs no file descriptor.
-    """
-
-    def __init__(self, folder, train, seed=0):
-        from safetensors import SafetensorError, safe_open
-
-        self.folder, self.train, self.seed, self.mapped = os.fspath(folder), train, seed, {}
-        path, labels = os.path.join(self.folder, "index.json"), []
-        try:
-            with open(path) as f:
-                self.about = json.load(f)
-            self.classes, self.shard = self.about["classes"], self.about["shard"]
-            for first in range(0, self.about["images"], self.shard):
-                path = self.file(first)
-                with safe_open(path, "pt") as f:
-                    made_of = json.loads(f.metadata()["config"])
-                    labels.append(f.get_tensor("labels"))
-                if made_of.pop("first") != first or any(self.about.get(k) != made_of[k] for k in made_of):
-                    raise UserError(f"{path} and index.json beside it are of different latents: save them again, into "
-                                    "an empty folder")
-            self.labels = torch.cat(labels).numpy().astype(np.int32)
-        except (FileNotFoundError, NotADirectoryError):
-            raise MissingFile(f"{path} is missing, so these latents are not complete: run `python -m tools.latents "
-                              "save` again, which goes on where it stopped") from None
-        except UserError:
-            raise
-        except (SafetensorError, KeyError, TypeError, ValueError) as e:
-            raise UserError(f"{path} is damaged ({type(e).__name__}: {e}): delete it and run `python -m tools.latents "
-                            "save` again") from None
-
-    def file(self, i):
-        """The file that holds image i."""
-        return os.path.join(self.folder, f"latents_{i // self.shard:05d}.safetensors")
-
-    def path(self, i):
-        """Where latent i (in sorted order) lies: a file and the row in it."""
-        return f"{self.file(i)}[{i % self.shard}]"
-
-    def __getstate__(self):  # for a worker, which maps files itself
-        return {**vars(self), "mapped": {}}
-
-    def map(self, path):
-        """The file at this path, mapped into memory."""
-        from safetensors import safe_open
-
-        if path not in self.mapped:
-            if len(self.mapped) >= MAPPED:
-                self.mapped.clear()
-            try:
-                self.mapped[path] = safe_open(path, "pt")
-            except FileNotFoundError:
-                raise MissingFile(f"{path} is gone") from None
-        return self.mapped[path]
-
-    def __getitem__(self, n):
-        i, name = self.index(n), "latents"
-        if self.train and self.about.get("flip") and np.random.default_rng([self.seed, n, 1]).random() < 0.5:
-            name = "mirrored"
-        latent = self.map(self.file(i)).get_slice(name)[i % self.shard]
-        return latent.to(torch.float32, copy=True), int(self.labels[i])  # a copy: the caller may change it
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ The sections of this file, in its order, and the files of tests/ that run with i
     faults                          what a user gets wrong, and pictures that cannot be read
     this file                       its table of contents, its list, its runner
     tests/test_commands.py          Commands of README.md and docs/, the benches, the rows of the study
+    tests/test_depth.py             downstream/depth.py, dpt.py and depth_sets.py: DPT, its losses, NYUv2's protocol,
+                                    and the command line
     tests/test_efficiency_flags.py  Flags that make training cheaper: AdamW's betas, warm-up, decay, averaged weights
     tests/test_faults.py            Hostile and damaged files, full disks, signals, bad numbers, crashes, ranks that die
     tests/test_finetune.py          downstream/finetune.py, the trainer of the tasks on a backbone: exact resume, ranks,
@@ -28,6 +30,8 @@ The sections of this file, in its order, and the files of tests/ that run with i
     tests/test_images.py            Odd metadata, all sorts of archives and folders, trouble of the machine, other
                                     systems
     tests/test_latents.py           Saved latents: their statistics, their order, faults of the folder
+    tests/test_linear_probe.py      downstream/linear_probe.py and lars.py: MAE's linear probe, its optimizer, its
+                                    crops, and the command line
     tests/test_llava.py             downstream/llava.py: prompts, AnyRes, the spliced sequence, training on one process
                                     and on two, answers, refusals
     tests/test_measures.py          Measures in any order of files, figures that never get lost, workers that end
@@ -35,6 +39,8 @@ The sections of this file, in its order, and the files of tests/ that run with i
     tests/test_oracles.py           What the code computes, against tables of published facts, closed forms and numpy
     tests/test_published.py         Published weights: layouts of each family, the released file, the export, downloads
     tests/test_runs.py              Scripts at their boundaries: a user's error and a bug, names, targets, moved data
+    tests/test_segment.py           downstream/segment.py, upernet.py and pairs.py: UperNet, masks, mIoU, windows, and
+                                    the command line
     tests/test_standard_sets.py     The experiments on standard sets, and the flow in a frozen autoencoder's space
     tests/test_tools.py             The scripts of tools/
     tests/test_values.py            Values that other tests only see move: random draws, ends of ranges, one rank's loss

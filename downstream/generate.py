@@ -24,12 +24,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import ImageDataset, LatentDataset, cores
+from data import ImageDataset, cores
 from decoder import Decoder
 from downstream import mar, sampling, speed
 from encoder import Encoder, UserError, load_exactly, read_config, write_atomically, write_model
 from eval import sha256
 from tools.batches import load_batches, split_batch
+from tools.latents import LatentDataset
 from tools.optimizer import average_weights, capture_graph, rate_factor, update_weights
 from tools.run import INTERRUPTS, Run, command_line, listen, loop, number, seed_step
 from tools.script import check_locks, commit, find_weights

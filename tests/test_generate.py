@@ -19,10 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import eval as evaluation
-from data import LatentDataset
 from downstream import generate, mar
 from encoder import UserError, read_config, write_model
 from experiments.generation import study
+from tools.latents import LatentDataset
 from tools.latents import main as save_latents
 from tools.run import seed_step
 

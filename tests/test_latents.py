@@ -1,6 +1,6 @@
 """Saved latents: their statistics, their order, faults of the folder.
 
-The code is in tools/latents.py and data.LatentDataset.
+The code is in tools/latents.py.
 """
 import contextlib
 import functools
@@ -145,8 +145,8 @@ def test_latent_statistics_and_saved_latents():
         low = os.path.join(tmp, "low")
         command(*[low if x == out else x for x in flags], "--bf16")
         stored = load_file(os.path.join(low, "latents_00000.safetensors"))["latents"]
-        assert stored.dtype == torch.bfloat16 and data.LatentDataset(low, False)[3][0].dtype == torch.float32
-        assert torch.equal(data.LatentDataset(low, False)[3][0], stored[3].float())
+        assert stored.dtype == torch.bfloat16 and latents.LatentDataset(low, False)[3][0].dtype == torch.float32
+        assert torch.equal(latents.LatentDataset(low, False)[3][0], stored[3].float())
 
 
 def test_statistics_refuse_what_would_be_wrong():
@@ -259,7 +259,7 @@ latents.write_model = dies
         done = run("python", small_files(tmp, code), *flags, killed)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert sorted(raw(killed)) == ["latents_00000.safetensors", "latents_00001.safetensors"]
-        raises(data.MissingFile, data.LatentDataset, killed, True,
+        raises(encoder.MissingFile, latents.LatentDataset, killed, True,
                words=["index.json is missing", "python -m tools.latents save"])
         stamp = os.stat(os.path.join(killed, "latents_00001.safetensors")).st_mtime_ns
         done = run("python", small_files(tmp), *flags, killed)
@@ -274,7 +274,7 @@ def test_latents_come_in_the_order_of_the_closed_rule():
         shards = [load_file(os.path.join(out, f"latents_{k:05d}.safetensors")) for k in range(3)]
         whole = {name: torch.cat([s[name] for s in shards]) for name in shards[0]}
         pictures = data.ImageDataset(folder, 16, train=False)
-        a = data.LatentDataset(out, train=False)
+        a = latents.LatentDataset(out, train=False)
         assert len(a) == 11 and a.classes == ["class0", "class1"] and a.about["weights"] == weights
         for n in range(11):
             latent, label = a[n]
@@ -284,7 +284,7 @@ def test_latents_come_in_the_order_of_the_closed_rule():
         assert torch.equal(a[-1][0], a[10][0]) and a.path(9) == os.path.join(out, "latents_00002.safetensors") + "[1]"
         seen = []
         for seed in 3, 4:
-            b, images = data.LatentDataset(out, True, seed), data.ImageDataset(folder, 16, True, seed)
+            b, images = latents.LatentDataset(out, True, seed), data.ImageDataset(folder, 16, True, seed)
             for n in range(10_000_000, 10_000_060):
                 epoch, k = divmod(n, 11)
                 i = int(np.random.default_rng([seed, epoch]).permutation(11)[k])
@@ -296,20 +296,19 @@ def test_latents_come_in_the_order_of_the_closed_rule():
         assert 35 < seen.count("mirrored") < 85, "half of 120"
         for attribute in vars(b).values():
             assert not isinstance(attribute, torch.Tensor), "latents stay in their files"
-        # data.py alone in a folder, its workers forked and spawned
-        os.makedirs(os.path.join(tmp, "alone")), shutil.copy(os.path.join(HERE, "data.py"), os.path.join(tmp, "alone"))
-        script = os.path.join(tmp, "alone", "look.py")
+        script = os.path.join(tmp, "look.py")  # its workers forked and spawned
         open(script, "w").write(f"""
-import torch, data
+import torch
+from tools import latents
 if __name__ == "__main__":
-    a = data.LatentDataset({out!r}, True, 3)
+    a = latents.LatentDataset({out!r}, True, 3)
     a[0]
     for start in "fork", "spawn":
         loader = torch.utils.data.DataLoader(a, 5, sampler=range(20), num_workers=1, multiprocessing_context=start)
         print([y for _, labels in loader for y in labels.tolist()], sum(x.double().sum() for x, _ in loader).item())
 """)
-        b = data.LatentDataset(out, True, 3)
-        done, expected = run("python", script, cwd=os.path.join(tmp, "alone")), [b[n][1] for n in range(20)]
+        b = latents.LatentDataset(out, True, 3)
+        done, expected = run("python", script), [b[n][1] for n in range(20)]
         total = sum(torch.stack([b[n][0] for n in range(k, k + 5)]).double().sum() for k in range(0, 20, 5)).item()
         assert done.stdout.splitlines() == [f"{expected} {total}"] * 2, done.stdout + done.stderr
 
@@ -324,16 +323,16 @@ def test_a_folder_of_latents_that_is_not_whole():
         index, second = "index.json", "latents_00001.safetensors"
         out = os.path.join(tmp, "z")
 
-        def refused(name, content, words, kind=data.UserError):
+        def refused(name, content, words, kind=encoder.UserError):
             """A good folder in which one file has this content, or is gone, is refused in one line that names it."""
             shutil.rmtree(out, ignore_errors=True), shutil.copytree(good, out)
             os.remove(os.path.join(out, name))
             if content is not None:
                 open(os.path.join(out, name), "wb").write(content)
-            raises(kind, data.LatentDataset, out, True, words=[os.path.join(out, name), "again", *words])
+            raises(kind, latents.LatentDataset, out, True, words=[os.path.join(out, name), "again", *words])
         whole, theirs = raw(good), raw(other)
-        refused(index, None, ["is missing"], data.MissingFile)
-        refused(second, None, ["is missing", "goes on where it stopped"], data.MissingFile)
+        refused(index, None, ["is missing"], encoder.MissingFile)
+        refused(second, None, ["is missing", "goes on where it stopped"], encoder.MissingFile)
         for content in b"", whole[second][:-40], whole[second][:60], b"\xff" * 400, bytes(400):
             refused(second, content, ["is damaged", "delete it"])
         for content in b"", b"[]", b"{}", whole[index][:-30], b"\xff\xfe", b"3":
@@ -343,8 +342,8 @@ def test_a_folder_of_latents_that_is_not_whole():
         tensors = load_file(os.path.join(good, second))
         save_file(tensors, os.path.join(tmp, "bare.safetensors"))  # without metadata
         refused(second, open(os.path.join(tmp, "bare.safetensors"), "rb").read(), ["is damaged"])
-        raises(data.MissingFile, data.LatentDataset, os.path.join(tmp, "nowhere"), True, words="nowhere")
-        raises(data.MissingFile, data.LatentDataset, weights, True, words=weights)  # a file
+        raises(encoder.MissingFile, latents.LatentDataset, os.path.join(tmp, "nowhere"), True, words="nowhere")
+        raises(encoder.MissingFile, latents.LatentDataset, weights, True, words=weights)  # a file
         raises(encoder.UserError, save, out, words="is damaged")  # as the last of them left it
 
 
@@ -352,27 +351,27 @@ def test_files_of_latents_stay_mapped():
     with tempfile.TemporaryDirectory() as tmp, patch.object(latents, "SHARD", 4):
         weights, (folder, _), out = with_statistics(tmp), picture_folder(tmp, n=11), os.path.join(tmp, "z")
         command("save", "--data", folder, "--weights", weights, "--out", out)
-        a, opened = data.LatentDataset(out, train=False), []
+        a, opened = latents.LatentDataset(out, train=False), []
 
         def spy(path, framework):
             opened.append(os.path.basename(path))
             return safe_open(path, framework)
-        with patch("safetensors.safe_open", spy):
+        with patch.object(latents, "safe_open", spy):
             first = [a[n][0] for n in range(11)]
             again = [a[n][0] for n in reversed(range(11))]
             assert sorted(opened) == [f"latents_0000{k}.safetensors" for k in range(3)], "each file is mapped once"
             opened.clear()
             other = pickle.loads(pickle.dumps(a))
             assert not other.mapped and torch.equal(other[9][0], a[9][0]) and len(opened) == 1, "a worker maps its own"
-            with patch.object(data, "MAPPED", 2):
+            with patch.object(latents, "MAPPED", 2):
                 for n in 0, 4, 8, 5, 1, 9, 2:
                     assert torch.equal(other[n][0], first[n]) and len(other.mapped) <= 2
         assert all(torch.equal(x, y) for x, y in zip(first, reversed(again)))
         a[3][0].zero_()  # what a caller does with a latent is not in the file, nor in what is mapped
         assert first[3].any() and torch.equal(a[3][0], first[3])
-        late = data.LatentDataset(out, train=False)
+        late = latents.LatentDataset(out, train=False)
         os.remove(os.path.join(out, "latents_00001.safetensors"))
-        raises(data.MissingFile, late.__getitem__, 5, words="latents_00001.safetensors is gone")
+        raises(encoder.MissingFile, late.__getitem__, 5, words="latents_00001.safetensors is gone")
         assert torch.equal(late[8][0], first[8]) and torch.equal(a[5][0], first[5]), "a mapped file is still there"
 
 

@@ -260,7 +260,7 @@ def test_whole_reports_of_latents():
                 held = {name: tuple(x.shape) for name, x in load_file(path).items()}
                 assert held == {"latents": (rows, 8, 6, 6), "labels": (rows,), **({"mirrored": (rows, 8, 6, 6)}
                                                                                   if flip else {})}
-            set_ = data.LatentDataset(out, False)
+            set_ = latents.LatentDataset(out, False)
             assert [set_.path(n) for n in range(3)] == [os.path.join(out, f"latents_0000{n // 2}.safetensors[{n % 2}]")
                                                         for n in range(3)]
             assert [set_[n][1] for n in range(3)] == set_.labels.tolist() == [0, 1, 0] and set_.about["images"] == 3

@@ -1,8 +1,9 @@
-"""Prepare a tokenizer's latents for a generator: their statistics, and a folder of them that data.LatentDataset reads.
+"""Prepare a tokenizer's latents for a generator: their statistics, and a folder of them, read as a data set.
 
     python -m tools.latents stats --data TRAIN --weights out/model.safetensors
     python -m tools.latents save --data TRAIN --weights out/model.safetensors --out latents --flip
     torchrun --nproc_per_node=8 -m tools.latents save ...         # the same files, sooner
+    latent, label = LatentDataset("latents", train=True)[n]       # float32 (C, h, w)
 
 `stats` writes each latent channel's mean and standard deviation over the images into the weights file, or with --out
 into a copy. From then on `encode` returns latents of mean 0 and deviation 1, and `decode` undoes this.
@@ -16,17 +17,84 @@ import hashlib
 import json
 import os
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from data import cores
-from encoder import UserError, write_atomically, write_model
+from data import Samples, cores
+from encoder import MissingFile, UserError, write_atomically, write_model
 from eval import Moments, sha256
 from tools.job import Job, load_tokenizer
 from tools.run import command_line
 
 SHARD = 1024  # images a file
+MAPPED = 2048  # files that a process keeps mapped into memory
+
+
+class LatentDataset(Samples):
+    """The latents that `python -m tools.latents save` wrote to a folder: [n] -> (latent float32 (C, h, w), label).
+
+    n means what it means for ImageDataset. If mirrored latents were saved, too (--flip), a coin drawn from (seed, n)
+    chooses in training. `about` is what the folder's index.json says of weights, size and protocol. Raises UserError
+    for a folder that is incomplete, damaged or mixed. A latent is read from its file only when it is asked for. Each
+    process keeps the files that it has read mapped into memory, at most MAPPED of them: to open one takes longer than
+    to read from it. A mapped file needs no file descriptor.
+    """
+
+    def __init__(self, folder, train, seed=0):
+        self.folder, self.train, self.seed, self.mapped = os.fspath(folder), train, seed, {}
+        path, labels = os.path.join(self.folder, "index.json"), []
+        try:
+            with open(path) as f:
+                self.about = json.load(f)
+            self.classes, self.shard = self.about["classes"], self.about["shard"]
+            for first in range(0, self.about["images"], self.shard):
+                path = self.file(first)
+                with safe_open(path, "pt") as f:
+                    made_of = json.loads(f.metadata()["config"])
+                    labels.append(f.get_tensor("labels"))
+                if made_of.pop("first") != first or any(self.about.get(k) != made_of[k] for k in made_of):
+                    raise UserError(f"{path} and index.json beside it are of different latents: save them again, into "
+                                    "an empty folder")
+            self.labels = torch.cat(labels).numpy().astype(np.int32)
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingFile(f"{path} is missing, so these latents are not complete: run `python -m tools.latents "
+                              "save` again, which goes on where it stopped") from None
+        except UserError:
+            raise
+        except (SafetensorError, KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{path} is damaged ({type(e).__name__}: {e}): delete it and run `python -m tools.latents "
+                            "save` again") from None
+
+    def file(self, i):
+        """The file that holds image i."""
+        return os.path.join(self.folder, f"latents_{i // self.shard:05d}.safetensors")
+
+    def path(self, i):
+        """Where latent i (in sorted order) lies: a file and the row in it."""
+        return f"{self.file(i)}[{i % self.shard}]"
+
+    def __getstate__(self):  # for a worker, which maps files itself
+        return {**vars(self), "mapped": {}}
+
+    def map(self, path):
+        """The file at this path, mapped into memory."""
+        if path not in self.mapped:
+            if len(self.mapped) >= MAPPED:
+                self.mapped.clear()
+            try:
+                self.mapped[path] = safe_open(path, "pt")
+            except FileNotFoundError:
+                raise MissingFile(f"{path} is gone") from None
+        return self.mapped[path]
+
+    def __getitem__(self, n):
+        i, name = self.index(n), "latents"
+        if self.train and self.about.get("flip") and np.random.default_rng([self.seed, n, 1]).random() < 0.5:
+            name = "mirrored"
+        latent = self.map(self.file(i)).get_slice(name)[i % self.shard]
+        return latent.to(torch.float32, copy=True), int(self.labels[i])  # a copy: the caller may change it
 
 
 def parse_args(argv=None):

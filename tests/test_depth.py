@@ -1,0 +1,500 @@
+"""downstream/depth.py, dpt.py and depth_sets.py: DPT, its losses, NYUv2's protocol, and the command line"""
+from tests.helpers import (  # first: it sets the environment that torch reads
+    MICRO_VIT, close, log_lines, raises, run_ranks, same_weights, tokenizer_file)
+
+import contextlib
+import io
+import json
+import math
+import os
+import sys
+import tempfile
+import types
+import unittest.mock
+from dataclasses import replace
+
+import numpy as np
+import scipy.io
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+from downstream import depth, depth_sets, dpt, finetune
+from downstream.depth_sets import DepthPairs, Mixed
+from downstream.dpt import DepthModel
+from encoder import Encoder, UserError, ViT, parameter_groups
+from tools.script import USER_ERRORS
+
+SMALL = ["--size", "16", "--head_width", "8", "--batch_size", "4", "--lr", "1e-2", "--workers", "0", "--log_every", "1",
+         "--eval_every", "0"]
+JOB = types.SimpleNamespace(rank=0, ranks=1, args=types.SimpleNamespace(workers=0), autocast=contextlib.nullcontext(),
+                            gather=lambda x: [x])
+
+
+def quietly(*flags):
+    """What downstream.depth returns, and what it prints, in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+        return depth.main(list(map(str, flags))), out.getvalue()
+
+
+def backbone(**changes):
+    torch.manual_seed(0)
+    return Encoder(ViT(replace(MICRO_VIT, **changes)), 8)
+
+
+def save(path, x):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Image.fromarray(x).save(path)
+
+
+def scene(seed, H=24, W=32):
+    """(uint8 (H, W, 3), millimetres (H, W)): a smooth depth, red where it is near, with a hole that is not measured."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.uniform(1000, 5000, (2, 3)).astype(np.float32))
+    z = np.array(coarse.resize((W, H), Image.Resampling.BILINEAR))
+    img = np.stack([255 - z / 20, z / 20, np.full_like(z, rng.integers(256))], -1)
+    z[2:6, 3:9] = 0
+    return img.clip(0, 255).astype(np.uint8), z.round().astype(np.uint16)
+
+
+def scenes(folder, n=4, splits=("train", "val")):
+    for split in splits:
+        for i in range(n):
+            img, z = scene(i)
+            save(f"{folder}/{split}/images/{i}.png", img)
+            save(f"{folder}/{split}/depth/{i}.png", z)
+    return folder
+
+
+def maps(seed=0, B=3, H=20, W=17):
+    """A prediction and a truth (B, H, W) whose first rows are not measured, more of them in each picture."""
+    torch.manual_seed(seed)
+    x, truth = torch.rand(B, H, W) + 0.1, 1 + 4 * torch.rand(B, H, W)
+    for b in range(B):
+        truth[b, :b + 1] = 0
+    return x, truth
+
+
+def test_silog_by_hand():
+    truth = torch.tensor([[[2.0, 2.0, 0.0]], [[1.0, 4.0, 3.0]]])
+    x = torch.tensor([[[2 * math.e, 2 / math.e ** 2, 99.0]], [[1.0, 4.0, 3.0]]])
+    # first picture: d = 1, -2, nothing; mean d^2 = 5/2, mean d = -1/2. The second one has d = 0
+    first = math.sqrt(5 / 2 - 0.5 / 4)
+    assert abs(dpt.silog(x, truth).item() - first / 2) < 1e-5
+    assert abs(dpt.silog(x[:1], truth[:1]).item() - first) < 1e-6
+    assert abs(dpt.silog(3 * truth, truth).item() - math.log(3) * math.sqrt(0.5)) < 1e-5  # one d everywhere
+    assert dpt.silog(3 * truth, truth, weight=1.0).item() < 1e-3  # the whole scale is free
+    x = x.requires_grad_()
+    dpt.silog(x, torch.zeros_like(truth)).backward()
+    assert (x.grad == 0).all(), "nothing measured: no gradient, and no nan"
+    dpt.silog(x, truth).backward()
+    assert x.grad.isfinite().all() and x.grad[0, 0, 2] == 0 and x.grad[0, 0, 0] > 0 > x.grad[0, 0, 1]
+
+
+def test_alignment_is_least_squares():
+    x, truth = maps()
+    valid = truth > 0
+    s, t = dpt.align(x.double(), truth.double(), valid)
+    for b in range(3):
+        a = np.stack([x[b][valid[b]], np.ones(valid[b].sum())], 1)
+        expected = np.linalg.lstsq(a, truth[b][valid[b]].double().numpy(), rcond=None)[0]
+        np.testing.assert_allclose([s[b].item(), t[b].item()], expected, rtol=1e-4)
+    s, t = dpt.align((truth.double() - 3) / 7, truth.double(), valid)
+    close(s, torch.full_like(s, 7), 1e-6), close(t, torch.full_like(t, 3), 1e-6)
+    s, t = dpt.align(torch.ones_like(x), truth, valid)
+    assert (s == 0).all()
+    close(t.flatten(), torch.stack([truth[b][valid[b]].mean() for b in range(3)]), 1e-5)
+
+
+def literal_relative(x, truth):
+    """The two relative losses of one picture (H, W), written out with numpy."""
+    valid, y = truth > 0, 1 / np.where(truth > 0, truth, 1)
+
+    def standard(z):
+        median = np.sort(z[valid])[(valid.sum() - 1) // 2]
+        return (z - median) / np.abs(z[valid] - median).mean()
+    r, M = standard(x) - standard(y), valid.sum()
+    trimmed = np.sort(np.abs(r[valid]))[:int(0.8 * M)].sum() / (2 * M)
+    gradient = 0
+    for k in range(4):
+        q, v = r[::2 ** k, ::2 ** k], valid[::2 ** k, ::2 ** k]
+        total = 0
+        for i in range(q.shape[0]):
+            for j in range(q.shape[1]):
+                for a, b in ((i + 1, j), (i, j + 1)):
+                    if a < q.shape[0] and b < q.shape[1] and v[i, j] and v[a, b]:
+                        total += abs(q[a, b] - q[i, j])
+        gradient += total / v.sum()
+    return trimmed, 0.5 * gradient
+
+
+def test_relative_losses_by_numpy_and_their_invariances():
+    x, truth = (z.double() for z in maps())
+    found = dpt.relative_losses(x, truth)
+    expected = np.mean([literal_relative(a.numpy(), b.numpy()) for a, b in zip(x, truth)], 0)
+    np.testing.assert_allclose([found["trimmed"].item(), found["gradient"].item()], expected, rtol=1e-6)
+    for other, y in (3 * x + 5, truth), (x, 1 / torch.where(truth > 0, 7 / truth.clamp_min(0.1) + 2, torch.inf)):
+        again = dpt.relative_losses(other, y)  # the scale and shift of x, and those of 1 / truth
+        np.testing.assert_allclose([again[k].item() for k in found], [found[k].item() for k in found], rtol=1e-6)
+    exact = dpt.relative_losses(2 / truth.clamp_min(0.1) - 1, truth)
+    assert all(v < 1e-9 for v in exact.values()) and all(v > 0.05 for v in dpt.relative_losses(-x, truth).values())
+    wrong = torch.where(truth > 0, x, 1e3)
+    again = dpt.relative_losses(wrong, truth)  # what is predicted where nothing is measured does not count
+    assert all(torch.equal(again[k], found[k]) for k in found)
+    x = x.requires_grad_()
+    sum(dpt.relative_losses(x, truth * torch.tensor([1, 0, 1])[:, None, None]).values()).backward()
+    assert x.grad.isfinite().all() and (x.grad[1] == 0).all() and (x.grad[0] != 0).any()
+    flat = torch.ones(1, 8, 8, requires_grad=True)
+    sum(dpt.relative_losses(flat, truth[:1, 8:16, :8].float()).values()).backward()
+    assert flat.grad.isfinite().all()
+
+
+def test_gradients_are_within_a_picture():
+    """A ramp a * row + b * column, whose differences at a scale of step s are s a and s b; and a batch of two is the
+    mean of both, however much they differ from one another."""
+    H, W, a, b = 16, 24, 0.5, -0.25
+    ramp = a * torch.arange(H)[:, None] + b * torch.arange(W)
+    expected = 0
+    for s in (1, 2, 4, 8):
+        h, w = H // s, W // s
+        expected += (s * abs(a) * (h - 1) * w + s * abs(b) * h * (w - 1)) / (h * w)
+    valid = torch.ones(2, H, W, dtype=torch.bool)
+    both = torch.stack([ramp, 100 + 0 * ramp])
+    found = dpt.gradient_loss(both, valid)
+    assert abs(found[0].item() - expected) < 1e-5 and found[1] == 0, (found, expected)
+    valid[0, :, 12] = False  # column 12 is not measured: at steps 1, 2 and 4 two differences a row fall away
+    found, expected = dpt.gradient_loss(both, valid)[0].item(), 0
+    for s in (1, 2, 4, 8):
+        h, w, hit = H // s, W // s, 12 % s == 0
+        expected += (s * abs(a) * (h - 1) * (w - hit) + s * abs(b) * h * (w - 1 - 2 * hit)) / (h * (w - hit))
+    assert abs(found - expected) < 1e-5
+
+
+def test_errors_are_nyus():
+    """Of one picture by numpy, in the Eigen crop: rows 45 to 470, columns 41 to 600, truth in (0.001, 10)."""
+    rng = np.random.default_rng(0)
+    truth, x = rng.uniform(0.5, 9, (480, 640)), rng.uniform(0.5, 12, (480, 640))
+    truth[100:120], truth[200:210] = 0, 11
+    x[300, :] = 0
+    as_tensors = lambda *arrays: [torch.tensor(z) for z in arrays]
+    found = depth.errors(*as_tensors(x, truth), "metric", 10.0, depth.CROPS["eigen"])
+    t, p = truth[45:471, 41:601], x[45:471, 41:601].clip(1e-3, 10)
+    t, p = t[(t > 1e-3) & (t < 10)], p[(t > 1e-3) & (t < 10)]
+    d, ratio = np.log(p) - np.log(t), np.maximum(p / t, t / p)
+    expected = [np.sqrt(((p - t) ** 2).mean()), (abs(p - t) / t).mean(), abs(np.log10(p) - np.log10(t)).mean(),
+                *((ratio < 1.25 ** k).mean() for k in (1, 2, 3)), np.sqrt((d ** 2).mean() - d.mean() ** 2 / 2)]
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    inside = np.zeros((480, 640), bool)
+    for i, j, counts in ((44, 300, 0), (45, 300, 1), (470, 300, 1), (471, 300, 0), (300, 40, 0), (300, 41, 1),
+                         (300, 600, 1), (300, 601, 0)):
+        one = 0 * truth
+        one[i, j] = 3
+        again = depth.errors(*as_tensors(x, one), "metric", 10.0, depth.CROPS["eigen"])
+        assert (again is not None) == bool(counts), (i, j)
+    assert depth.errors(*as_tensors(x, one), "metric", 10.0) is not None and not inside.any()
+    assert depth.errors(*as_tensors(x, 0 * truth), "metric", 10.0) is None
+    # a disparity of any scale and shift is aligned, and only where it counts; what comes out negative is far away
+    disparity = 3 / truth.clip(0.1) - 1
+    disparity[:45] = 50
+    found = depth.errors(*as_tensors(disparity, truth), "relative", 10.0, depth.CROPS["eigen"])
+    np.testing.assert_allclose(found, [0, 0, 0, 1, 1, 1, 0], atol=1e-6)
+
+
+def test_depth_heads_have_the_parameters_that_one_counts():
+    with torch.device("meta"):  # ViT-L
+        large = DepthModel(Encoder(ViT(replace(MICRO_VIT, width=1024, depth=24))))
+    D, w = 1024, 256
+    project, narrow = 11 * w * D + 11 * w, 9 * 11 * w * w
+    resize = 16 * w * w + w + 4 * (2 * w) ** 2 + 2 * w + 9 * (4 * w) ** 2 + 4 * w
+    fusion = 7 * 2 * (9 * w * w + w) + 4 * (w * w + w)  # the deepest has one unit, the others two
+    end = 9 * w * w // 2 + w // 2 + 9 * w // 2 * 32 + 32 + 32 + 1
+    assert sum(p.numel() for p in large.head.parameters()) == project + resize + narrow + fusion + end == 29_766_849
+    linear = DepthModel(backbone(), "linear")
+    assert sum(p.numel() for p in linear.head.parameters()) == 32 + 1
+    assert large.blocks == [4, 11, 17, 23]
+    for L, expected in (12, [2, 5, 8, 11]), (27, [5, 13, 20, 26]), (3, [0, 1, 2, 2]), (40, [8, 19, 29, 39]):
+        assert dpt.blocks_to_read(L) == expected
+    small = DepthModel(backbone(), head_width=8)
+    sum(small(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.ones(1, 16, 16)).values()).backward()
+    idle = [name for name, p in small.named_parameters() if p.requires_grad and p.grad is None]
+    assert all("latent_down" in name for name in idle), idle  # which the trainer freezes
+
+
+def test_dpt_is_what_its_parts_give():
+    """The head written out again, as plain functions of its parameters."""
+    model = DepthModel(backbone(depth=12), head_width=8, max_depth=5.0)
+    p = dict(model.head.named_parameters())
+    conv = lambda x, name, **how: F.conv2d(x, p[name + ".weight"], p.get(name + ".bias"), **how)
+    up = lambda x, size: F.interpolate(x, size, mode="bilinear", align_corners=True)
+    unit = lambda x, name: x + conv(conv(x.relu(), name + ".conv1", padding=1).relu(), name + ".conv2", padding=1)
+    torch.manual_seed(1)
+    img = torch.rand(2, 3, 20, 28)
+    tokens = model.backbone.features(img, [2, 5, 8, 11], grid=True)
+    tokens = [(x - x.mean(1, True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt() for x in tokens]
+    a, b, c, d = (conv(x, f"project.{i}") for i, x in enumerate(tokens))  # (2, 8, 5, 7), ..
+    a = F.conv_transpose2d(a, p["resize.0.weight"], p["resize.0.bias"], stride=4)
+    b = F.conv_transpose2d(b, p["resize.1.weight"], p["resize.1.bias"], stride=2)
+    d = conv(d, "resize.3", stride=2, padding=1)
+    a, b, c, d = (conv(x, f"narrow.{i}", padding=1) for i, x in enumerate((a, b, c, d)))
+    x = conv(up(unit(d, "fuse.3.sum"), (5, 7)), "fuse.3.out")  # enlarged first, as DPT does: the same
+    x = conv(up(unit(x + unit(c, "fuse.2.skip"), "fuse.2.sum"), (10, 14)), "fuse.2.out")
+    x = conv(up(unit(x + unit(b, "fuse.1.skip"), "fuse.1.sum"), (20, 28)), "fuse.1.out")
+    x = conv(up(unit(x + unit(a, "fuse.0.skip"), "fuse.0.sum"), (40, 56)), "fuse.0.out")
+    x = up(conv(x, "conv", padding=1), (20, 28))
+    x = conv(conv(x, "refine", padding=1).relu(), "out")[:, 0]
+    close(model.predict(img), 5 * x.sigmoid(), 1e-5)
+    model.target = "relative"
+    close(model.predict(img), x, 1e-5)
+    linear = DepthModel(backbone(depth=12), "linear", target="relative")
+    x = F.conv2d(tokens[3], linear.head.out.weight, linear.head.out.bias)
+    close(linear.predict(img), F.interpolate(x, (20, 28), mode="bilinear", align_corners=False)[:, 0], 1e-5)
+
+
+def test_depth_of_pictures_of_any_size():
+    seen, model = [], DepthModel(backbone(patch=14, size=56), head_width=4)
+    plain = model.backbone.features
+    model.backbone.features = lambda img, *rest, **how: seen.append(tuple(img.shape[2:])) or plain(img, *rest, **how)
+    with torch.no_grad():
+        for size, expected in ((64, 64), (70, 70)), ((42, 56), (42, 56)), ((5, 30), (14, 28)):
+            assert model.predict(torch.rand(1, 3, *size)).shape == (1, *size) and seen[-1] == expected
+        # a picture is seen with its shorter side at `size`, and gets an answer at its own size
+        for shape, expected in ((40, 80), (28, 56)), ((90, 30), (84, 28)):
+            x = depth.estimate(model, torch.zeros(3, *shape, dtype=torch.uint8), 28)
+            assert x.shape == shape and seen[-1] == expected
+
+
+def test_image_and_depth_are_cropped_and_mirrored_together():
+    """Red is the column and depth is the column, but for holes: after any crop they still agree."""
+    columns = torch.arange(64).expand(48, 64)
+    img, z = torch.stack([4 * columns, columns, columns]).to(torch.uint8), columns.float() + 1
+    z = torch.where(columns % 16 < 2, 0, z)
+    mirrored, starts = 0, set()
+    for seed in range(40):
+        x, y = depth_sets.crop(img, z, 24, np.random.default_rng(seed))
+        again = depth_sets.crop(img, z, 24, np.random.default_rng(seed))
+        assert torch.equal(x, again[0]) and torch.equal(y, again[1])
+        assert x.shape == (3, 24, 24) and x.dtype == torch.uint8 and y.shape == (24, 24)
+        known = y > 0
+        assert known.any() and not known.all()
+        assert (x[0].float() / 4 + 1 - y)[known].abs().max() <= 1.5
+        assert set(y[known].tolist()) <= set(range(1, 65)), "depths are taken, not mixed"
+        mirrored += int(x[0, 0, 0] > x[0, 0, -1])
+        starts.add(int(x[0, 0].min()))
+    assert 10 < mirrored < 30 and len(starts) > 4
+    tall, z = depth_sets.crop(img.transpose(1, 2), z.T, 24, np.random.default_rng(0))
+    assert tall.shape == (3, 24, 24) and z.shape == (24, 24)
+
+
+def test_several_sets_are_mixed_evenly():
+    with tempfile.TemporaryDirectory() as tmp:
+        a, b = (scenes(f"{tmp}/{name}", n) for name, n in (("a", 2), ("b", 5)))
+        sets = [DepthPairs(a, "train", 0.001, 16, True, 0), DepthPairs(b, "train", "disparity", 16, True, 1)]
+        mixed = Mixed(sets)
+        assert len(mixed) == 7 and all(torch.equal(mixed[n][1], sets[n % 2][n // 2][1]) for n in range(6))
+        paths = [mixed.path(mixed.index(n)) for n in range(20)]
+        assert [path.startswith(a) for path in paths] == 10 * [True, False]
+        assert {os.path.basename(path) for path in paths[1::2][:5]} == {f"{i}.png" for i in range(5)}
+        _, counts = scene(1)
+        for data, expected in (sets[0], counts / 1000), (sets[1], np.divide(1, counts, where=counts > 0,
+                                                                             out=np.zeros(counts.shape))):
+            np.testing.assert_allclose(data.measured(1)[1].numpy(), expected, rtol=1e-6)
+        one, other = (DepthPairs(b, "train", 0.001, 16, True, seed)[3] for seed in (0, 1))
+        assert not torch.equal(one[0], other[0])
+        # what a run measures itself on: --val, else the first set in metres, else nothing
+        base = ["train", "--target", "relative", "--weights", tokenizer_file(tmp), *SMALL, "--steps", 1, "--data"]
+        measured = lambda job, model, data, *rest: {"pairs": len(data), "unit": data.unit}
+        for k, (flags, expected) in enumerate([
+                ([a, b, "--unit", "disparity", 0.002], [5, 0.002]), ([a, "--unit", "disparity"], []),
+                ([a, "--unit", "disparity", "--val", b], [5, 0.001]), ([b, "--unit", 0.5, "--val", a], [2, 0.5])]):
+            with unittest.mock.patch.object(depth, "measure", measured):
+                quietly(*base, *flags, "--out", f"{tmp}/{k}")
+            found = [[x["pairs"], x["unit"]] for x in log_lines(f"{tmp}/{k}") if x.get("kind") == "eval"]
+            assert found == [expected] * bool(expected), (flags, found)
+
+
+def test_depth_of_eight_pictures_is_learned_by_heart():
+    img, z = zip(*(scene(i, 16, 16) for i in range(8)))
+    img = torch.from_numpy(np.stack(img)).permute(0, 3, 1, 2).contiguous()
+    z = torch.from_numpy(np.stack(z).astype(np.float32)) / 1000
+    model, steps = DepthModel(backbone(), head_width=16), 90
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-2))
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(1, 2 - 2 * step / steps)
+        model(img, z)["silog"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        assert model(img, z)["silog"] < 0.05, model(img, z)
+        model.max_depth = 3.0  # what is farther does not count
+        near = dpt.silog(model.predict(img / 255), torch.where(z < 3, z, 0))
+        assert torch.equal(model(img, z)["silog"], near)
+
+
+def trained(tmp, out, *flags):
+    """Path of a run of 4 steps, as far as its flags leave it so."""
+    quietly("train", "--data", scenes(f"{tmp}/data"), "--weights", tokenizer_file(tmp), *SMALL, "--steps", 4,
+            "--out", f"{tmp}/{out}", *flags)
+    return f"{tmp}/{out}"
+
+
+def test_depth_resumes_exactly_and_two_ranks_are_one():
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = ["--micro_batch", 2, "--save_every", 2, "--target", "relative"]
+        whole, plain, calls = trained(tmp, "whole", *flags), finetune.step, []
+
+        def step(s, batches):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return plain(s, batches)
+        with unittest.mock.patch.object(finetune, "step", step), contextlib.suppress(KeyboardInterrupt):
+            trained(tmp, "killed", *flags)
+        assert torch.load(f"{tmp}/killed/state.pt")["step"] == 2
+        killed = trained(tmp, "killed", *flags)
+        assert log_lines(killed) == log_lines(whole) and len(log_lines(whole)) == 5
+        assert same_weights(f"{whole}/model.safetensors", f"{killed}/model.safetensors")
+        line, evaluation = log_lines(whole)[0], log_lines(whole)[-1]
+        assert abs(line["loss"] - line["trimmed"] - line["gradient"]) < 1e-6
+        test = ["test", "--run", whole, "--data", f"{tmp}/data", "--workers", "0", "--out"]
+        report, said = quietly(*test, f"{tmp}/r.json")
+        for figure in depth.FIGURES:  # what training logged is what test finds, and prints in this order
+            assert evaluation[figure] == report[figure] == json.load(open(f"{tmp}/r.json"))[figure]
+        assert [float(x) for x in said.split("\n")[-2].split()] == [round(report[k], 4) for k in depth.FIGURES]
+        assert report["images"] == 4 and report["unmeasured"] == 0 and "DISPARITY ALIGNED" in said
+        assert Image.open(f"{whole}/samples/step_0000004.png").size == (3 * 32, 4 * 24)
+        two = ["python", "-m", "downstream.depth"]
+        done = run_ranks(2, *two, "train", "--data", f"{tmp}/data", "--weights", tokenizer_file(tmp), *SMALL, "--steps",
+                         "4", *map(str, flags), "--out", f"{tmp}/two")
+        assert all(x.returncode == 0 for x in done), done
+        for one, both in zip(log_lines(whole), log_lines(f"{tmp}/two")):
+            for k in one:
+                assert one[k] == both[k] or abs(one[k] - both[k]) < 1e-4 * abs(one[k]), (k, one, both)
+        done = run_ranks(2, *two, *test, f"{tmp}/r2.json")
+        assert all(x.returncode == 0 for x in done), done
+        both = json.load(open(f"{tmp}/r2.json"))
+        assert all(both[k] == report[k] for k in (*depth.FIGURES, "images"))
+
+
+def test_a_run_starts_from_another_and_predicts_pictures():
+    with tempfile.TemporaryDirectory() as tmp:
+        mix = trained(tmp, "mix", "--target", "relative")
+        start = load_file(f"{mix}/model.safetensors")
+        for name, flags in ("metric", []), ("more", ["--target", "relative"]):
+            out = trained(tmp, name, "--init", mix, "--lr", 0, *flags)
+            found = load_file(f"{out}/model.safetensors")
+            same = {k for k in start if torch.equal(start[k], found[k])}
+            assert start.keys() - same == ({"head.out.weight", "head.out.bias"} if name == "metric" else set())
+        frozen = load_file(trained(tmp, "frozen", "--frozen") + "/model.safetensors")
+        tokenizer = load_file(tokenizer_file(tmp))
+        assert all(torch.equal(frozen[f"backbone.{k[8:]}"], x) for k, x in tokenizer.items() if "encoder.vit" in k)
+        photo, run = f"{tmp}/photo.png", f"{tmp}/metric"
+        save(photo, scene(9, 50, 70)[0])
+        quietly("predict", photo, "--run", run)
+        x, img = np.load(f"{tmp}/photo_depth.npy"), torch.from_numpy(scene(9, 50, 70)[0]).permute(2, 0, 1)
+        model, config = finetune.load_model(run, depth.build, "cpu")
+        assert x.shape == (50, 70) and x.dtype == np.float32 and config["size"] == 16
+        assert np.array_equal(x, depth.estimate(model, img, 16).numpy()) and 0 < x.min() < x.max() < 10
+        picture = np.array(Image.open(f"{tmp}/photo_depth.png"))
+        assert picture.shape[0] == 50 and picture.shape[1] > 90
+        quietly("predict", photo, "--run", run, "--raw", "png", "--out", f"{tmp}/new")
+        stored = Image.open(f"{tmp}/new/photo_depth_mm.png")
+        assert stored.mode == "I;16" and np.abs(np.array(stored) - 1000 * x).max() <= 0.51
+        raises(UserError, quietly, "predict", photo, "--run", mix, "--raw", "png", words="use --raw npy")
+
+
+def test_pictures_have_a_scale():
+    x = np.linspace(1, 3, 100)[:, None].repeat(120, 1).astype(np.float32)
+    bright = lambda picture: np.array(picture).astype(int).sum(-1)
+    metric, relative = (bright(depth.draw(x, target)) for target in ("metric", "relative"))
+    assert metric[0, 5] > 600 and metric[-1, 5] < 50, "near is bright"
+    assert relative[0, 5] < 50 and relative[-1, 5] > 600, "a large disparity is near"
+    for picture in metric, relative:
+        column = picture[10:-10, 130]  # of the scale, which begins 8 pixels right of the map
+        assert (np.diff(column) <= 0).all() and column[0] > 500 and column[-1] < 120, "near above, far below"
+        assert (picture[:, 145:] < 300).any(), "numbers beside it"
+    anchors = depth.colour(np.array([[1.0, 2.5, 5.0, 9.0]]), 1.0, 5.0)[0]
+    assert anchors.tolist() == [[252, 255, 164], [218, 98, 46], [0, 0, 4], [0, 0, 4]]
+    np.testing.assert_allclose(depth.limits(np.arange(101.0), "metric"), [1, 99])
+    np.testing.assert_allclose(depth.limits(np.arange(101.0), "relative"), [99, 1])
+
+
+class Hdf5(dict):
+    """In the place of an h5py.File, where h5py is not installed."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def test_nyus_files_become_folders():
+    """MATLAB keeps (480, 640, 3, n); h5py shows it as (n, 3, 640, 480). Numbers in splits.mat count from 1."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, 3, 8, 6)).astype(np.uint8)
+    tables = {"images": images, "rawDepths": rng.uniform(0, 10, (5, 8, 6)).astype(np.float32)}
+    tables["depths"] = 2 * tables["rawDepths"]
+    with tempfile.TemporaryDirectory() as tmp:
+        splits = {"trainNdxs": np.array([[1], [4], [5]]), "testNdxs": np.array([[2], [3]])}
+        scipy.io.savemat(f"{tmp}/splits.mat", splits)
+        try:
+            import h5py
+            with h5py.File(f"{tmp}/nyu.mat", "w") as f:
+                for name, x in tables.items():
+                    f[name] = x
+        except ImportError:
+            h5py = types.SimpleNamespace(File=lambda path, mode: Hdf5(tables))
+        with unittest.mock.patch.dict(sys.modules, h5py=h5py), contextlib.redirect_stderr(io.StringIO()):
+            for field in "rawDepths", "depths":
+                quietly("convert", f"{tmp}/nyu.mat", f"{tmp}/splits.mat", "--field", field, "--out", f"{tmp}/{field}")
+        for split, numbers in ("train", [1, 4, 5]), ("test", [2, 3]):
+            data = DepthPairs(f"{tmp}/rawDepths", split)
+            assert data.names == [f"{n:04d}" for n in numbers]
+            for i, n in enumerate(numbers):
+                img, z = data.measured(i)
+                assert (img.numpy() == images[n - 1].transpose(0, 2, 1)).all()
+                assert np.abs(z.numpy() - tables["rawDepths"][n - 1].T).max() < 6e-4
+                assert np.abs(DepthPairs(f"{tmp}/depths", split).measured(i)[1] - 2 * z).max() < 2e-3
+
+
+def test_depth_says_what_is_wrong():
+    with tempfile.TemporaryDirectory() as tmp:
+        data, weights = scenes(f"{tmp}/data"), tokenizer_file(tmp)
+        train = ["train", "--weights", weights, *SMALL, "--steps", 1, "--out", f"{tmp}/run"]
+        _, said = quietly(*train, "--data", data)
+        assert "4 pairs in train, depths from" in said and "warning" not in said
+        for unit, word in (1.0, "too large"), (0.00001, "too small"):
+            pairs = DepthPairs(data, "val", unit)
+            assert word in depth_sets.check(pairs, 10.0, 0) and "warning" not in depth_sets.check(pairs, None, 0)
+        report, said = quietly("test", "--run", f"{tmp}/run", "--data", data, "--unit", 1e-5, "--workers", 0)
+        assert "is it another unit?" in report["warning"] and "is it another unit?" in said
+        for unit in 0.0005, 0.002:  # no false alarm at half and at twice the depth
+            assert "warning" not in depth_sets.check(DepthPairs(data, "val", unit), 10.0, 0)
+        looked = []
+        with unittest.mock.patch.object(DepthPairs, "spread", lambda self, i: looked.append(i) or [1, 2, 3]):
+            depth_sets.check(DepthPairs(data, "train"), 10.0, 0, most=2)
+        assert looked == [0, 2]
+        raises(UserError, quietly, "test", "--run", f"{tmp}/run", "--data", data, "--crop", "eigen", "--workers", 0,
+               words="0.png is 32x24; --crop eigen is of NYUv2's 640x480")
+        save(f"{data}/train/depth/1.png", np.ones((5, 6), np.uint16))
+        save(f"{data}/train/depth/3.png", np.zeros((24, 32, 3), np.uint8))
+        raises(USER_ERRORS, quietly, *train, "--data", data,
+               words=["2 of 4 pairs cannot be used", "1.png is 6x5, its image 32x24", "3.png"])
+        os.remove(f"{data}/train/depth/2.png")
+        raises(USER_ERRORS, quietly, *train, "--data", data, words=["train/images/2.png"])
+        for i in range(4):
+            save(f"{data}/val/depth/{i}.png", np.zeros((24, 32), np.uint16))
+        raises(UserError, quietly, "test", "--run", f"{tmp}/run", "--data", data, "--workers", 0,
+               words="no depth picture of val has a measurement")
+        raises(UserError, quietly, "test", "--run", weights, "--data", data, words="no run of a downstream task")
+        _, said = quietly("bench", "--teacher", "tiny", "--size", 16, "--batch_size", 2)
+        assert "tiny with DPT, 16x16 px, batch 2" in said and "hours for 20 epochs of NYUv2's 795 pairs" in said
+        for flags in ["--unit", 1, 2, 3], ["--unit", "disparity"], ["--unit", "feet"], ["--max_depth", 0]:
+            raises(SystemExit, quietly, *train, "--data", data, *flags)
+        parsed = lambda *flags: depth.parse_args(["train", "--data", "x", "--weights", "y", *flags])
+        plain = parsed()
+        assert (plain.epochs, plain.lr, plain.batch_size, plain.size, plain.lr_decay, plain.warmup) == (
+            20, 1e-4, 32, 448, 0, 0)
+        assert parsed("--target", "relative").epochs == 60 and parsed("--steps", "5").epochs is None
