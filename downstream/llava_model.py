@@ -146,17 +146,25 @@ def count_tokens(tiles, grid, size, side, cap):
     return len(merge(torch.zeros(tiles, side, side, 1), grid, size, newline, cap))
 
 
+def import_transformers():
+    try:
+        import transformers
+    except ImportError as e:
+        raise UserError(f"it needs transformers ({e}): pip install -r downstream/requirements.txt") from None
+    return transformers
+
+
 def load_llm(name, device=None):
     """A causal language model of transformers, from a folder or by its name on the hub, in the precision of its files.
     device: on it, with random parameters: of the folder the configuration alone is read."""
-    from transformers import AutoConfig, AutoModelForCausalLM, logging
-    logging.disable_progress_bar()
+    library = import_transformers()
+    library.logging.disable_progress_bar()
     try:
         if device is None:
-            return AutoModelForCausalLM.from_pretrained(name, dtype="auto", attn_implementation="sdpa")
-        config = AutoConfig.from_pretrained(name)
+            return library.AutoModelForCausalLM.from_pretrained(name, dtype="auto", attn_implementation="sdpa")
+        config = library.AutoConfig.from_pretrained(name)
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+            return library.AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"no language model can be loaded from {name}: it takes a folder or a hub name that "
                         f"transformers' AutoModelForCausalLM knows ({one_line(e)})") from None
@@ -164,9 +172,9 @@ def load_llm(name, device=None):
 
 def load_tokenizer(name):
     """The text tokenizer of a language model."""
-    from transformers import AutoTokenizer
+    library = import_transformers()
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return library.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as e:
         raise UserError(f"no text tokenizer can be loaded from {name} ({one_line(e)})") from None
 

@@ -681,6 +681,9 @@ def test_what_does_not_fit_is_said_in_one_line():
             with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.suppress(SystemExit):
                 llava.parse_args(list(map(str, training(tmp, *flags))))
             assert words in err.getvalue(), err.getvalue()
+        flags = training(tmp)
+        with unittest.mock.patch.dict("sys.modules", transformers=None):
+            raises(UserError, quietly, *flags, words="pip install -r downstream/requirements.txt")
         # the control, a teacher with random weights
         flags = training(tmp, "--steps", 1, "--out", os.path.join(tmp, "control"), "--teacher", "tiny",
                          "--teacher_weights", "random", "--size", 16)
