@@ -32,6 +32,8 @@ The sections of this file, in its order, and the files of tests/ that run with i
     tests/test_latents.py           Saved latents: their statistics, their order, faults of the folder
     tests/test_linear_probe.py      downstream/linear_probe.py and lars.py: MAE's linear probe, its optimizer, its
                                     crops, and the command line
+    tests/test_llava.py             downstream/llava.py: prompts, AnyRes, the spliced sequence, training on one process
+                                    and on two, answers, refusals
     tests/test_measures.py          Measures in any order of files, figures that never get lost, workers that end
     tests/test_modules.py           The models in other people's code: state dicts, precisions, wrappers, interfaces
     tests/test_oracles.py           What the code computes, against tables of published facts, closed forms and numpy

@@ -174,8 +174,8 @@ def train_quietly(*flags):
 def log_lines(folder, timing=False):
     """The lines of a run's log; without what the clock and the machine decide."""
     lines = [json.loads(line) for line in open(os.path.join(folder, "log.jsonl"))]
-    return lines if timing else [{k: v for k, v in x.items() if k not in ("img_s", "tflops_per_gpu", "memory_gib")}
-                                 for x in lines]
+    clock = ("img_s", "tokens_s", "tflops_per_gpu", "memory_gib")
+    return lines if timing else [{k: v for k, v in x.items() if k not in clock} for x in lines]
 
 
 def picture(seed, width=40, height=30):

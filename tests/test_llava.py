@@ -1,0 +1,758 @@
+"""downstream/llava.py: prompts, AnyRes, the spliced sequence, training on one process and on two, answers, refusals."""
+from tests.helpers import (  # first: it sets the environment that torch reads
+    HERE, MICRO_VIT, close, free_port, log_lines, micro_models, picture, raises, run, run_ranks, tokenizer_file)
+
+import contextlib
+import functools
+import io
+import json
+import os
+import shutil
+import tempfile
+import unittest.mock
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from downstream import llava, llava_data, llava_model, llava_speed, llava_use
+from downstream.llava_data import Looker
+from downstream.llava_model import IGNORE, IMAGE
+from downstream.llava_prompts import Prompter
+from experiments.understanding import study
+from encoder import Encoder, UserError, ViT
+
+WORDS = ["A", "chat", "USER", "ASSISTANT", ":", "?", ".", "What", "is", "it", "cat", "dog", "red", "blue", "system",
+         "user", "assistant", "You", "are", "helpful"]
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+@functools.cache
+def tokenizer(llama=True, template=CHATML):
+    """A text tokenizer of whole words. llama: spaces are part of the words, as ▁; one is set before a text, but not
+    after </s>. Else spaces are tokens of their own, as bytes are. Every other letter is a token, too."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    space = "\u2581" if llama else "_"
+    letters = [chr(c) for c in range(33, 127)] + ["\n", space]
+    names = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {}
+    for word in names + WORDS + ([space + word for word in WORDS] if llama else []) + letters:
+        vocabulary.setdefault(word, len(vocabulary))
+    costs = [(word, -100 if word in names else -20 / len(word)) for word in vocabulary]  # the longest words win
+    made = Tokenizer(models.Unigram(costs, unk_id=0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(space, prepend_scheme="first" if llama else "never", split=False)
+    made.decoder = decoders.Metaspace(space, prepend_scheme="first" if llama else "never")
+    made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    if llama:
+        made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                   chat_template=template)
+
+
+def llm_folder(folder, name="llm", llama=True, width=32, template=CHATML, seed=0):
+    """Path of a random Llama of two blocks with its text tokenizer, as transformers saves them."""
+    from transformers import LlamaConfig, LlamaForCausalLM, logging
+    logging.disable_progress_bar()
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        torch.manual_seed(seed)
+        words = tokenizer(llama, template)
+        words.save_pretrained(path)
+        LlamaForCausalLM(LlamaConfig(
+            vocab_size=len(words), hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+            initializer_range=0.3)).save_pretrained(path)
+    return path
+
+
+def conversations(folder, n=16):
+    """(path of a LLaVA file, folder of its pictures): the first half shows pictures, whose answers are letters of their
+    own; then come texts alone. One has two turns."""
+    os.makedirs(os.path.join(folder, "pictures"), exist_ok=True)
+    samples = []
+    for k in range(n):
+        question, said = f"What is {chr(65 + k)}?", chr(97 + k)
+        turns = [("human", question), ("gpt", said)] + [("human", "is it?"), ("gpt", "it is")] * (k == 1)
+        if k < n // 2:
+            picture(k, 16 + k, 16).save(os.path.join(folder, "pictures", f"{k}.png"))
+            turns[0] = "human", f"<image>\nWhat?"
+        samples.append({"id": str(k), "conversations": [{"from": who, "value": text} for who, text in turns],
+                        **({"image": f"{k}.png"} if k < n // 2 else {})})
+    path = os.path.join(folder, "data.json")
+    with open(path, "w") as f:
+        json.dump(samples, f)
+    return path, os.path.join(folder, "pictures")
+
+
+def quietly(*flags):
+    """What downstream.llava prints, in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+        llava.main(list(map(str, flags)))
+    return out.getvalue()
+
+
+def training(folder, *flags, stage=2, variant="lv"):
+    """Flags of a run on the conversations of a folder, which are made if they are not there."""
+    if not os.path.exists(os.path.join(folder, "data.json")):
+        conversations(folder)
+    weights = os.path.join(folder, "tokenizer.safetensors")
+    weights = weights if os.path.exists(weights) else tokenizer_file(folder)
+    return ["train", "--variant", variant, "--stage", stage, "--llm", llm_folder(folder), "--weights", weights,
+            "--data", os.path.join(folder, "data.json"), "--images", os.path.join(folder, "pictures"), "--workers", 0,
+            "--batch_size", 4, "--micro_batch", 2, "--log_every", 1, *flags]
+
+
+def spelled(prompter, turns):
+    """A sample as a line of tokens; targets have = before them."""
+    ids, labels = prompter.sample(turns)
+    assert len(ids) == len(labels) and all(label in (IGNORE, i) for i, label in zip(ids, labels)), (ids, labels)
+    words = ["IMAGE" if i == IMAGE else prompter.tokenizer.convert_ids_to_tokens(i).replace("\n", "\\n") for i in ids]
+    return " ".join("=" * (label != IGNORE) + word for word, label in zip(words, labels))
+
+
+def test_ids_and_labels_of_vicunas_template():
+    """Worked out by hand. Llama's tokenizer sets a space before a text, and none after </s>; the other one never."""
+    p, turns = Prompter(tokenizer(), "vicuna", "A chat."), [("<image>\nWhat is it?", "cat"), ("What?", "dog.")]
+    first = r"<s> ▁A ▁chat . ▁USER : ▁ IMAGE ▁ \n What ▁is ▁it ? ▁ASSISTANT : =▁cat =</s>"
+    assert spelled(p, turns) == first + " USER : ▁What ? ▁ASSISTANT : =▁dog =. =</s>"
+    assert spelled(p, [("What is <image> it?", "cat")]) == first.replace("▁is", "▁is ▁"), "the picture is moved"
+    assert spelled(p, [turns[0], ("What?", "")]) == first + " USER : ▁What ? ▁ASSISTANT : =</s>", "an empty answer"
+    assert spelled(p, [("What is it?", "</s>c</</s>s>at<s>"), ("What?", "dog.")]) == (
+        first.replace(r"▁ IMAGE ▁ \n What", "▁What")
+        + " USER : ▁What ? ▁ASSISTANT : =▁dog =. =</s>"), "text alone; an answer cannot end itself"
+    assert spelled(p, [("<image> is <image>?", "a <image>")]) == (
+        "<s> ▁A ▁chat . ▁USER : ▁ IMAGE ▁is ▁ IMAGE ▁? ▁ASSISTANT : =▁ =a =▁ =< =i =m =a =g =e => =</s>"), (
+            "two pictures stay where they are; one in an answer is a word")
+    assert [p.tokenizer.convert_ids_to_tokens(i) for i in p.prompt(turns) if i != IMAGE] == (
+        first.replace("=", "").replace("IMAGE ", "").replace(r"\n", "\n").split(" ")
+        + "USER : ▁What ? ▁ASSISTANT :".split()), "an answer is asked for by what a target follows in training"
+    assert p.stop == [2]
+    bytes_ = Prompter(tokenizer(False), "vicuna", "A chat.")
+    assert spelled(bytes_, turns) == (
+        r"A _ chat . _ USER : _ IMAGE \n What _ is _ it ? _ ASSISTANT : =_ =cat =</s>"
+        " USER : _ What ? _ ASSISTANT : =_ =dog =. =</s>"), "its answers get their space from the template"
+    assert spelled(bytes_, [("What?", "")]).endswith("ASSISTANT : =</s>")
+    text = Prompter(tokenizer(), "vicuna").pieces([("q", "a")])[0]
+    assert text == ("A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+                    "helpful, detailed, and polite answers to the user's questions. USER: q ASSISTANT:")
+
+
+def test_ids_and_labels_of_the_plain_and_the_chat_template():
+    plain = Prompter(tokenizer(), "plain")
+    assert spelled(plain, [("<image>\nWhat is it?", "A cat.")]) == r"<s> IMAGE =▁A =▁cat =. =\n"
+    newline = tokenizer().convert_tokens_to_ids("\n")
+    assert plain.stop == sorted([2, newline]) and plain.prompt([("<image>\nWhat?", "")]) == [1, IMAGE]
+    raises(UserError, plain.sample, [("What?", "cat"), ("What?", "dog")], words="plain template takes one question")
+    chat = Prompter(tokenizer(False), "chat", "You are.")
+    system = r"<|im_start|> system \n You _ are . <|im_end|> \n "
+    first = system + (r"<|im_start|> user \n IMAGE \n What _ is ? <|im_end|> \n <|im_start|> assistant \n "
+                      r"=cat =<|im_end|> \n")
+    assert spelled(chat, [("<image>\nWhat is?", "cat")]) == first
+    assert spelled(chat, [("<image>\nWhat is?", "cat"), ("it?", "<|im_end|>")]) == first + (
+        r" <|im_start|> user \n it ? <|im_end|> \n <|im_start|> assistant \n =<|im_end|> \n"), "two turns"
+    ids = chat.prompt([("<image>\nWhat is?", "cat"), ("it?", "")])
+    assert [chat.tokenizer.convert_ids_to_tokens(i) for i in ids if i != IMAGE][-6:] == [
+        "?", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
+    assert chat.stop == [2, 4], "</s> and <|im_end|>"
+    assert spelled(Prompter(tokenizer(False), "chat", ""), [("it", "cat")]).startswith(r"<|im_start|> user \n it")
+    assert "You _ are _ a _ helpful" in spelled(Prompter(tokenizer(False), "chat"), [("it", "cat")])
+    # a template that writes <s> itself, with a space before the end of an answer
+    spaced = tokenizer(True, "<s>{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} </s>{% endfor %}")
+    assert spelled(Prompter(spaced, "chat", ""), [("it", "cat")]) == (
+        "<s> user : ▁it ▁ </s> assistant : ▁ =▁cat =</s>")
+    for template, words in ((None, "no chat template"), ("{{ raise_exception('no system') }}", "--system"),
+                            ("{{ messages[-1]['content'] }}</s>", "every message once"),
+                            ("{% for m in messages %}{{ m['content'] }}.{% endfor %}", "no special token")):
+        raises(UserError, Prompter, tokenizer(True, template), "chat", words=words)
+
+
+def test_files_that_are_no_conversations():
+    human, gpt = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "cat"}
+    text = {"from": "human", "value": "What?"}
+    good = [dict(id="a", image="a.png", conversations=[human, gpt]), dict(conversations=[text, gpt])]
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "a.json")
+
+        def read(content):
+            with open(path, "w") as f:
+                f.write(content if isinstance(content, str) else json.dumps(content))
+            return list(llava_data.read_conversations(path))
+        assert read(good) == [(["a.png"], [("<image>\nWhat?", "cat")]), ([], [("What?", "cat")])]
+        # ShareGPT's odd ones: they begin in the middle, or end by a question
+        assert read([dict(conversations=[gpt, text, gpt, text])]) == [([], [("What?", "cat")])]
+        two = {"from": "human", "value": "<image> or <image>?"}
+        assert read([dict(image=["a.png", "b.png"], conversations=[two, gpt])])[0][0] == ["a.png", "b.png"]
+        for content, words in (
+                ("{", "is no JSON"), ({"a": 1}, "no list of samples"), ([], "no list of samples"),
+                ([*good, "text"], "sample 3 is not LLaVA's"), ([dict(image="a.png")], "sample 1 is not LLaVA's"),
+                ([dict(conversations=[{"role": "user", "content": "What?"}])], "sample 1 is not LLaVA's"),
+                ([dict(image=7, conversations=[human, gpt])], "sample 1 is not LLaVA's"),
+                ([dict(conversations=[{"from": "human", "value": None}, gpt])], "sample 1 is not LLaVA's"),
+                ([dict(id="x", conversations=[human, gpt])], "(id x) has 0 pictures and 1 <image>"),
+                ([dict(image="a.png", conversations=[text, gpt])], "has 1 pictures and 0 <image>"),
+                ([dict(image="a.png", conversations=[two, gpt])], "has 1 pictures and 2 <image>"),
+                ([dict(conversations=[text, text, gpt, gpt])], "do not take turns"),
+                ([dict(conversations=[])], "do not take turns")):
+            raises(UserError, read, content, words=words)
+        raises(UserError, list, llava_data.read_conversations(os.path.join(tmp, "none.json")), words="cannot be read")
+
+
+def test_anyres_grids_tiles_and_token_counts():
+    grids = {(448, 448): (1, 1), (100, 50): (1, 1), (1000, 500): (2, 3), (500, 1000): (3, 2), (3000, 200): (1, 6),
+             (1344, 1344): (3, 3), (4000, 4000): (6, 6), (897, 448): (1, 3), (896, 448): (1, 2)}
+    for size, grid in grids.items():  # by hand: the most pixels that fit, then the fewest that are wasted
+        assert llava_data.choose_grid(*size, 448) == grid, size
+    # base + rows of the unpadded grid, each with a newline; 32 x 32 tokens a tile
+    def count(W, H, cap=9):
+        grid = llava_data.choose_grid(W, H, 448)
+        return llava_model.count_tokens(1 + grid[0] * grid[1], grid, (W, H), 32, cap)
+    assert count(448, 448) == 1024 + 32 * 33
+    assert count(1344, 1344) == 1024 + 96 * 97, "nine tiles: the most that are not shrunk"
+    assert count(1000, 500) == 1024 + 48 * 97, "16 of 64 rows are padding"
+    assert count(1000, 490) == 1024 + 48 * 97, "47.04 rows: half of 17 is 8, so 48 stay"
+    assert count(1000, 510) == 1024 + 48 * 97, "48.96 rows count as 48: half of 16 is 8"
+    assert count(500, 1000) == 1024 + 96 * 49
+    assert count(1400, 1344) == 1024 + 96 * 101, "of 3 x 4 tiles; 1.02 times too long is not shrunk"
+    assert count(4000, 4000) == 1024 + 96 * 97, "192 x 192 shrunk by 2"
+    # 6 x 6 tiles of 27 x 27: LLaVA-OneVision's 729 * (9 + 1) and 81 newlines
+    assert llava_model.count_tokens(37, (6, 6), (2304, 2304), 27, 9) == 729 * 10 + 81
+    assert count(3000, 1700, cap=4) == 1024 + 48 * 86, (
+        "of 4 x 6 tiles 108 of 128 rows stay, 108 x 192; shrunk by sqrt(108 * 192 / 4096) = 2.25: 48 x 85")
+    assert llava_model.count_tokens(1, None, (9, 9), 32, 9) == 1025 and llava_model.count_tokens(
+        1, None, (9, 9), 32, 0) == 1024
+    # which pixels: a quarter of each colour; 40 x 20 in 2 x 3 tiles of 16 is 48 x 24, with 4 black rows above and below
+    img = Image.fromarray(np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]], np.uint8)).resize(
+        (40, 20), Image.Resampling.NEAREST)
+    look = Looker(dict(aspect="anyres", size=16, cap=9, pool=1), MICRO_VIT)
+    tiles, layouts = look([img])
+    assert layouts == [(7, (2, 3), (40, 20), 16 + 6 * 13)] and tiles.shape == (7, 3, 16, 16)
+    corner = lambda tile, y, x: tiles[tile, :, y, x].tolist()
+    assert corner(0, 1, 1) == [255, 0, 0] and corner(0, 14, 14) == [255, 255, 0], "the base is squashed, not padded"
+    assert corner(1, 3, 1) == [0, 0, 0] and corner(1, 5, 1) == [255, 0, 0] and corner(3, 5, 14) == [0, 255, 0]
+    assert corner(4, 10, 1) == [0, 0, 255] and corner(4, 12, 1) == [0, 0, 0] and corner(6, 10, 14) == [255, 255, 0]
+
+
+def test_merge_lays_the_tiles_side_by_side():
+    """Each token says its tile, row and column, so that the order can be read from the result."""
+    rows, columns, h, w = 2, 3, 4, 4
+    tiles = torch.tensor([[[[100 * t + 10 * y + x] for x in range(w)] for y in range(h)] for t in range(7)]).float()
+    newline = torch.tensor([-1.0])
+    got = llava_model.merge(tiles, (rows, columns), (40, 20), newline, 9)[:, 0].tolist()
+    expected = [10 * y + x for y in range(h) for x in range(w)]  # the base, then rows 1 to 6 of 8
+    for y in range(1, 7):
+        expected += [100 * (1 + y // h * columns + x // w) + 10 * (y % h) + x % w for x in range(columns * w)] + [-1]
+    assert got == expected
+    upright = llava_model.merge(tiles, (3, 2), (20, 40), newline, 9)[16:, 0].view(12, 7)
+    assert upright[:, -1].eq(-1).all() and upright[0, :-1].tolist() == [101, 102, 103, 200, 201, 202]
+    # shrunk: 8 x 12 tokens, but at most 1 tile's 16: sqrt(6) smaller, 3 x 4, by bilinear interpolation
+    small = llava_model.merge(tiles, (rows, columns), (24, 16), newline, 1)[16:, 0].view(3, 5)
+    whole = tiles[1:].view(2, 3, 4, 4).permute(0, 2, 1, 3).reshape(8, 12).numpy()
+    at = lambda n, size: np.clip((np.arange(n) + 0.5) * size / n - 0.5, 0, size - 1)
+    lerp = lambda a, x: a[np.floor(x).astype(int)] * (1 - x % 1)[:, None] + a[np.ceil(x).astype(int)] * (x % 1)[:, None]
+    expected = lerp(lerp(whole, at(3, 8)).T, at(4, 12)).T
+    assert small[:, 4].eq(-1).all() and np.allclose(small[:, :4], expected, atol=1e-3)
+    assert llava_model.merge(tiles[:1], None, (9, 9), newline, 9)[:, 0].tolist() == [*tiles[0].flatten().tolist(), -1]
+    assert llava_model.merge(tiles[:1], None, (9, 9), None, 0)[:, 0].tolist() == tiles[0].flatten().tolist()
+    plain = llava_model.merge  # one change of merge changes features and counts alike
+    with unittest.mock.patch.object(llava_model, "merge", lambda *a: plain(*a)[:-3]):
+        llava_model.count_tokens.cache_clear()
+        assert llava_model.count_tokens(7, (2, 3), (40, 20), 4, 9) == 16 + 6 * 13 - 3
+    llava_model.count_tokens.cache_clear()
+
+
+def test_one_picture_is_cropped_padded_or_squashed():
+    img = Image.fromarray(np.zeros((8, 16, 3), np.uint8))
+    look = lambda aspect, images, cap=0: Looker(dict(aspect=aspect, size=16, cap=cap, pool=2), MICRO_VIT)(images)
+    for aspect, values in (("crop", {0}), ("squash", {0}), ("pad", {0, *(int(255 * x) for x in (.485, .456, .406))})):
+        tiles, layouts = look(aspect, [img])
+        assert layouts == [(1, None, (16, 8), 4)] and tiles.shape == (1, 3, 16, 16)
+        assert values <= set(tiles.flatten().tolist()) and (aspect == "pad" or values == set(tiles.flatten().tolist()))
+    assert tiles[0, :, 0, 8].tolist() == [123, 116, 103] and tiles[0, :, 8, 8].tolist() == [0, 0, 0], "in the middle"
+    tiles, layouts = look("anyres", [img, img], 9)
+    assert layouts == [(1, None, (16, 8), 5)] * 2 and tiles[:, 0, 0, 8].tolist() == [123, 123], "several are padded"
+    tiles, layouts = look("pad", [])
+    assert tiles.shape == (0, 3, 16, 16) and layouts == []
+
+
+def micro_llava(cap=0, pool=1, seed=0):
+    """A model with random parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    _, enc, _ = micro_models(seed)
+    llm = LlamaForCausalLM(LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                       num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3))
+    return llava_model.LLaVA(enc.eval(), llm.eval(), -2, pool, cap)
+
+
+def test_visual_tokens_take_their_places_and_the_loss_is_of_the_targets():
+    """Position by position: the embeddings, and the loss as a loop over the targets, each sample alone."""
+    for cap, pool in ((0, 1), (9, 2)):
+        model, n = micro_llava(cap, pool), 16 // pool ** 2 + (cap > 0)
+        tiles = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
+        layouts = [(1, None, (16, 16), n)] * 3
+        expand = lambda ids, labels, layouts, limit=99: llava_data.expand(ids, labels, layouts, limit)
+        i = IGNORE
+        samples = [expand([1, IMAGE, 5, 6, 7], [i, i, i, 6, 7], layouts[:1]),
+                   expand([1, 3, IMAGE, 4, IMAGE, 8], [i, i, i, 4, i, 8], layouts[1:]),
+                   expand([9, 10, 11], [i, 10, 11], [])]
+        assert samples[0][1].tolist() == [i] * (n + 2) + [6, 7] and not samples[0][3]
+        batch = llava_data.collate([dict(ids=ids, labels=labels, layouts=kept, was_cut=cut, unreadable=[],
+                                         tiles=tiles[:1] if k == 0 else tiles[1:] if k == 1 else tiles[:0])
+                                    for k, (ids, labels, kept, cut) in enumerate(samples)])
+        assert (batch["tokens"], batch["cut"]) == (4 + n + 4 + 2 * n + 3, 0)
+        f = model.encoder.features(tiles / 255, -2).view(3, 4, 4, 32)
+        if pool == 2:  # a token and the three beside and below it
+            f = torch.cat([f[:, ::2, ::2], f[:, ::2, 1::2], f[:, 1::2, ::2], f[:, 1::2, 1::2]], dim=3)
+        visual = model.projector(f.flatten(1, 2))
+        if cap:
+            visual = torch.cat([visual, model.newline.expand(3, 1, -1)], dim=1)
+        word = model.llm.get_input_embeddings().weight
+        rows = [[word[1], *visual[0], *word[5:8]], [word[1], word[3], *visual[1], word[4], *visual[2], word[8]],
+                [*word[9:12]]]
+        with torch.no_grad():
+            x, total = model.embed(batch["ids"], batch["tiles"], batch["layouts"]), 0
+            for k, (row, (ids, labels, _, _)) in enumerate(zip(rows, samples)):
+                close(x[k, :len(row)], torch.stack(row), 1e-5)
+                logits = model.llm(inputs_embeds=torch.stack(row)[None]).logits[0].log_softmax(1)
+                total -= sum(logits[at - 1, label] for at, label in enumerate(labels.tolist()) if label != IGNORE)
+            close(model(**{k: batch[k] for k in ("ids", "places", "targets", "tiles", "layouts")}), total, 1e-5)
+        raises(ValueError, model.embed, batch["ids"], tiles, [(1, None, (16, 16), n + 1)] * 3, words="ids expect")
+        # a sample that is cut within its second picture
+        ids, labels, kept, cut = expand([1, IMAGE, 4, IMAGE, 8], [i, i, 4, i, 8], layouts[1:], n + 5)
+        assert cut and [x[3] for x in kept] == [n, 3] and ids.tolist() == [1] + [IMAGE] * n + [4] + [IMAGE] * 3
+        with torch.no_grad():
+            close(model.embed(ids[None], tiles[1:], kept)[0, -3:], visual[2, :3], 1e-5)
+        # text alone: all parts run, so that several ranks agree; their gradients are 0
+        model.train()
+        alone = llava_data.collate([dict(ids=ids, labels=labels, layouts=[], was_cut=False, unreadable=[],
+                                         tiles=tiles[:0]) for ids, labels, *_ in samples[2:]])
+        model(**{k: alone[k] for k in ("ids", "places", "targets", "tiles", "layouts")}).backward()
+        assert alone["tiles"].shape == (1, 3, 16, 16) and not model.projector[0].weight.grad.any()
+
+
+def test_batches_are_of_one_kind_and_dealt_out_by_length():
+    rng = np.random.default_rng(0)
+    lengths, pictured = rng.integers(1, 50, 203), rng.random(203) < 0.7
+    order = llava_data.grouped_order(lengths, pictured, 8, 2, np.random.default_rng([3, 0]))
+    batches = order.reshape(-1, 8)
+    assert len(batches) == 203 // 8 and len(set(order.tolist())) == len(order), "no sample twice"
+    mixed = [b for b in batches if len(set(pictured[b].tolist())) == 2]
+    assert len(mixed) <= 1 and len(batches) - len(mixed) == pictured.sum() // 8 + (~pictured).sum() // 8
+    for b in batches:  # the ranks' shares are the even and the odd places of the sorted batch
+        assert lengths[np.stack([b[:4], b[4:]], 1).flatten()].tolist() == sorted(lengths[b].tolist(), reverse=True)
+    kinds = [bool(pictured[b[0]]) for b in batches]
+    assert kinds != sorted(kinds) and kinds != sorted(kinds, reverse=True), "in a random order"
+    alone = llava_data.grouped_order(lengths, pictured, 8, 1, np.random.default_rng([3, 0])).reshape(-1, 8)
+    assert [set(b) for b in alone.tolist()] == [set(b) for b in batches.tolist()], "ranks do not change the batches"
+    assert all((np.diff(lengths[b]) <= 0).all() for b in alone)
+    with tempfile.TemporaryDirectory() as tmp:
+        path, folder = conversations(tmp)
+        make = lambda seed=0: llava_data.Conversations([path, path], folder, Prompter(tokenizer(), "vicuna"),
+                                                       Looker(dict(aspect="pad", size=16, cap=0, pool=1), MICRO_VIT),
+                                                       6, seed, 99)
+        data = make()
+        first, second = [data.index(n) for n in range(30)], [data.index(n) for n in range(30, 60)]
+        assert len(data) == 32 and sorted(first) != sorted(range(30)) and first != second and len(set(second)) == 30
+        assert [make().index(n) for n in (37, 3, 12)] == [second[7], first[3], first[12]], "a function of (seed, n)"
+        assert [make(1).index(n) for n in range(30)] != first
+        assert data.read(17) == data.read(1) == [["1.png"], [["<image>\nWhat?", "b"], ["is it?", "it is"]]]
+        raises(UserError, llava_data.Conversations, [path], folder, None, None, 17, 0, 99, words="no batch of 17")
+
+
+def test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place():
+    with tempfile.TemporaryDirectory() as tmp:
+        path, folder = conversations(tmp)
+        os.remove(os.path.join(folder, "2.png"))
+        with open(os.path.join(folder, "3.png"), "w") as f:
+            f.write("no picture")
+        data = llava_data.Conversations([path], folder, Prompter(tokenizer(), "vicuna", "A"),
+                                        Looker(dict(aspect="pad", size=16, cap=0, pool=1), MICRO_VIT), 4, 0, 99)
+        with unittest.mock.patch.object(data, "index", lambda n: n):
+            sample = data[2]
+            assert [os.path.basename(x.split()[0]) for x in sample["unreadable"]] == ["2.png", "3.png"], sample
+            assert torch.equal(sample["ids"], data[4]["ids"]) and torch.equal(sample["tiles"], data[4]["tiles"])
+            assert data[9]["unreadable"] == [] and len(data[9]["tiles"]) == 0
+            os.remove(os.path.join(folder, "7.png"))
+            assert torch.equal(data[7]["tiles"], data[0]["tiles"]), "texts alone do not replace a picture"
+            picture(7, 23, 16).save(os.path.join(folder, "7.png"))
+        said = quietly(*training(tmp, "--steps", 4, "--out", os.path.join(tmp, "out")))
+        listed = sorted(os.path.basename(x.split()[0]) for x in open(os.path.join(tmp, "out", "bad_images.txt")))
+        assert listed == ["2.png", "3.png"] and "could not be read" in said, (listed, said)
+        shutil.rmtree(folder)
+        os.makedirs(folder)
+        raises(UserError, quietly, *training(tmp, "--steps", 4, "--out", os.path.join(tmp, "b")), words="no picture of")
+
+
+def test_stages_have_the_published_settings():
+    parse = lambda variant, stage, *flags: llava.parse_args(
+        ["train", "--variant", variant, "--stage", str(stage), "--llm", "x", "--weights", "y", "--data", "z", *flags])
+    found = {(v, n): parse(v, n) for v, n in llava.STAGES}
+    get = lambda name: [getattr(found[key], name) for key in sorted(found)]
+    assert sorted(found) == [("lv", 1), ("lv", 2), ("xl", 1), ("xl", 2), ("xl", 3)]
+    assert get("lr") == [1e-3, 2e-5, 1e-3, 1e-5, 1e-5] and set(get("encoder_lr")) == {2e-6}
+    assert get("batch_size") == [256, 128, 512, 512, 512]
+    assert get("template") == ["plain", "vicuna", "plain", "chat", "chat"]
+    assert get("aspect") == ["crop", "pad", "squash", "anyres", "anyres"]
+    assert get("max_length") == [2048, 2048, 8192, 32768, 32768]
+    assert get("trains") == [("projector",), ("projector", "llm"), ("projector",), llava_model.PARTS, llava_model.PARTS]
+    assert set(get("epochs")) == {1} and set(get("weight_decay")) == {0} and set(get("clip")) == {1}
+    assert llava.BETAS == {"llava": (0.9, 0.999), "paper": (0.5, 0.95)} and set(get("recipe")) == {"llava"}
+    mine = parse("xl", 2, "--batch_size", "8", "--template", "vicuna", "--lr", "3e-4", "--max_length", "100")
+    assert (mine.batch_size, mine.template, mine.lr, mine.max_length) == (8, "vicuna", 3e-4, 100)
+
+
+def test_each_part_learns_at_its_rate_or_not_at_all():
+    """AdamW's first step moves every weight by the rate, up to its epsilon; frozen ones stay, bit for bit."""
+    with tempfile.TemporaryDirectory() as tmp:
+        before = None
+        for name, stage, variant, rates in (("a", 1, "lv", (0, 0.01, 0)), ("b", 2, "lv", (0, 0.01, 0.01)),
+                                            ("c", 2, "xl", (0.003, 0.01, 0.01))):
+            flags = ["--out", os.path.join(tmp, name), "--steps", 1, "--warmup", 0, "--clip", 0, "--template",
+                     "plain" if stage == 1 else "vicuna", "--system", "A"]
+            with unittest.mock.patch.object(llava, "rate_factor", lambda step, args: 1.0):
+                holds, build = [], llava_model.build
+                with unittest.mock.patch.object(llava_model, "build", lambda *a: holds.append(build(*a)) or holds[0]):
+                    if stage == 1:
+                        only_pictures(tmp)
+                    quietly(*training(tmp, "--lr", 0.01, "--encoder_lr", 0.003, *flags, stage=stage, variant=variant))
+                moved = dict(holds[0].named_parameters())
+                with contextlib.redirect_stdout(io.StringIO()):
+                    args = llava.parse_args([str(x) for x in training(tmp, *flags, stage=stage, variant=variant)])
+                    before = dict(llava_model.build_stage(args, "cpu")[0].named_parameters())
+            for part, rate in zip(llava_model.PARTS, rates):
+                part = {"encoder": "encoder.vit.blocks.0"}.get(part, part)
+                change = max((moved[k] - before[k]).abs().max().item() for k in moved if k.startswith(part))
+                assert abs(change - rate) < 1e-5, (name, part, change)
+            if variant == "xl":
+                assert abs((moved["newline"] - before["newline"]).abs().max().item() - 0.01) < 1e-5
+            assert torch.equal(moved["encoder.vit.norm.weight"], before["encoder.vit.norm.weight"])
+            saved = load_file(os.path.join(tmp, name, "model.safetensors"))
+            assert {k.split(".")[0] for k in saved} == {"encoder", "projector", *["llm"] * (stage > 1),
+                                                        *["newline"] * (variant == "xl")}
+            assert all(torch.equal(x, moved[k]) for k, x in saved.items()) and "encoder.latent_down.weight" not in saved
+
+
+def only_pictures(folder):
+    """Leave the conversations about pictures alone, and of these the first turn: for the plain template."""
+    path, _ = conversations(folder)
+    samples = [{**x, "conversations": x["conversations"][:2]} for x in json.load(open(path)) if "image" in x]
+    json.dump(samples, open(path, "w"))
+    return path
+
+
+def test_rates_warm_up_and_fall_as_a_cosine():
+    with tempfile.TemporaryDirectory() as tmp:
+        out = os.path.join(tmp, "out")
+        said = quietly(*training(tmp, "--epochs", 3, "--warmup", 3, "--lr", 1.0, "--max_length", 60, "--out", out))
+        assert log_lines(out)[-1]["cut"] == 48 and "48 cut at 60" in said, "all of them: the template begins with more"
+        assert all(x["loss"] == 0 and x["tokens"] == 4 * 60 for x in log_lines(out)), "nothing is left to learn"
+        expected = [1 / 3, 2 / 3, 1] + [(1 + np.cos(np.pi * k / 9)) / 2 for k in range(9)]
+        assert np.allclose([x["lr"] for x in log_lines(out)], expected, atol=1e-6), "12 steps: 3 epochs of 16 by 4"
+        args = llava.parse_args([str(x) for x in training(tmp, "--steps", 200)])
+        with contextlib.redirect_stdout(io.StringIO()):
+            s = llava.setup(args, llava.Run(out))
+        assert args.warmup == 6 and abs(args.lr_decay - 0.97) < 1e-9, "3% of all"
+        assert [group["betas"] for group in s.optimizer.param_groups] == [(0.9, 0.999)]
+
+
+def test_neither_micro_batches_nor_recomputation_change_the_loss():
+    with tempfile.TemporaryDirectory() as tmp:
+        runs = []
+        for n, flags in enumerate((["--micro_batch", 4], ["--micro_batch", 1], ["--checkpoint_activations"])):
+            out = os.path.join(tmp, str(n))
+            quietly(*training(tmp, "--steps", 4, "--lr", 1e-3, *flags, "--out", out))
+            runs.append(([x["loss"] for x in log_lines(out)], load_file(os.path.join(out, "model.safetensors"))))
+        (losses, weights), *others = runs
+        for other, moved in others:
+            assert np.allclose(other, losses, rtol=1e-4), (other, losses)
+            assert all(torch.allclose(moved[k], weights[k], atol=2e-4) for k in weights)
+
+
+RANKS = """
+import contextlib, io, os, sys
+import torch
+import torch.distributed as dist
+sys.path.insert(0, {here!r})
+from downstream import llava
+flags, ask, out, ports = {flags!r}, {ask!r}, {out!r}, {ports!r}
+plain, calls = llava.step, []
+def step(s, batches):
+    calls.append(1)
+    if len(calls) == 4:
+        raise KeyboardInterrupt
+    return plain(s, batches)
+for folder, port in zip(("whole", "killed", "killed"), ports):
+    os.environ["MASTER_PORT"] = port
+    llava.step = step if folder == "killed" else plain
+    try:
+        llava.main([*flags, "--out", os.path.join(out, folder)])
+    except KeyboardInterrupt:
+        pass
+    dist.destroy_process_group()
+os.environ["MASTER_PORT"] = ports[3]
+llava.main([*ask, os.path.join(out, "ranks.jsonl")])
+"""
+
+
+def test_two_ranks_are_as_one_process_and_resume_exactly():
+    """FSDP2 over gloo: all parts learn; the second run is killed after a step that no save has seen, and resumed. Then
+    they answer, about none, one or two pictures."""
+    with tempfile.TemporaryDirectory() as tmp:
+        one, script = os.path.join(tmp, "one"), os.path.join(tmp, "ranks.py")
+        flags = list(map(str, training(tmp, "--steps", 4, "--save_every", 2, "--lr", 1e-3, "--encoder_lr", 1e-3,
+                                       "--system", "A", "--template", "vicuna", variant="xl")))
+        with open(os.path.join(tmp, "q.jsonl"), "w") as f:
+            for k in range(16):
+                shown = {"image": [f"{k % 8}.png"] * (k // 6)} if k > 5 else {}
+                f.write(json.dumps({"question_id": k, "text": "What is it?"[:3 + k], **shown}) + "\n")
+        ask = ["answer", "--run", os.path.join(tmp, "whole"), "--questions", os.path.join(tmp, "q.jsonl"), "--images",
+               os.path.join(tmp, "pictures"), "--workers", "0", "--max_new_tokens", "3", "--batch_size", "3",
+               "--answers"]
+        with open(script, "w") as f:
+            f.write(RANKS.format(here=HERE, flags=flags, ask=ask, out=tmp, ports=[free_port() for _ in range(4)]))
+        for done in run_ranks(2, "python", script):
+            assert done.returncode == 0, done.stderr[-2000:]
+        quietly(*flags, "--out", one)
+        quietly(*ask, os.path.join(tmp, "one.jsonl"))
+        assert answered(os.path.join(tmp, "ranks.jsonl")) == answered(os.path.join(tmp, "one.jsonl"))
+        assert [x["question_id"] for x in answered(os.path.join(tmp, "one.jsonl"))] == list(range(16))
+        whole, killed = (os.path.join(tmp, name) for name in ("whole", "killed"))
+        a, b, c = (load_file(os.path.join(folder, "model.safetensors")) for folder in (one, whole, killed))
+        assert a.keys() == b.keys() == c.keys() and all(torch.equal(b[k], c[k]) for k in b)
+        assert log_lines(whole) == log_lines(killed) and len(log_lines(whole)) == 4
+        for k in a:
+            assert torch.allclose(a[k], b[k], atol=3e-4), (k, (a[k] - b[k]).abs().max())
+        for key in "loss", "grad_norm", "tokens":
+            assert np.allclose([x[key] for x in log_lines(one)], [x[key] for x in log_lines(whole)], rtol=1e-3), key
+        assert sorted(x for x in os.listdir(whole) if x.startswith("state")) == ["state.pt", "state_0000004"]
+
+
+def test_llava_resumes_exactly():
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = training(tmp, "--steps", 6, "--save_every", 2, "--lr", 1e-3)
+        whole, killed = os.path.join(tmp, "whole"), os.path.join(tmp, "killed")
+        quietly(*flags, "--out", whole, "--save_every", 1, "--keep_every", 3)
+        plain, calls = llava.step, []
+
+        def step(s, batches):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return plain(s, batches)
+        with unittest.mock.patch.object(llava, "step", step), contextlib.suppress(KeyboardInterrupt):
+            quietly(*flags, "--out", killed)
+        assert torch.load(os.path.join(killed, "state.pt"))["step"] == 2 and len(log_lines(killed)) == 3
+        os.remove(os.path.join(killed, "model.safetensors"))  # as if the kill had come before it
+        assert "resumed" in quietly(*flags, "--out", killed)
+        assert log_lines(killed) == log_lines(whole) and len(log_lines(whole)) == 6
+        a, b = (torch.load(os.path.join(folder, "state.pt"))["tensors"] for folder in (whole, killed))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and "exp_avg projector.0.bias" in a
+        kept = load_file(os.path.join(whole, "model_0000003.safetensors"))
+        final = load_file(os.path.join(whole, "model.safetensors"))
+        assert not torch.equal(kept["projector.0.bias"], final["projector.0.bias"])
+        assert "finished" in quietly(*flags, "--out", whole)
+        raises(UserError, quietly, *flags, "--lr", 1e-2, "--out", whole, words="lr was 0.001, is now 0.01")
+
+
+def answered(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def test_sixteen_conversations_are_learnt_and_answered():
+    """Two stages; answers in batches of 5, one by one and after a crash are the same, and all right."""
+    with tempfile.TemporaryDirectory() as tmp:
+        path = lambda name: os.path.join(tmp, name)
+        conversations(tmp)
+        base = ["--system", "A", "--batch_size", 16, "--micro_batch", 16, "--log_every", 20]
+        quietly(*training(tmp, "--template", "vicuna", "--steps", 5, "--out", path("first"), *base, stage=1))
+        ready = [x for x in training(tmp, *base, "--init", path("first"), "--out", path("out"), "--lr", 4e-3, "--steps",
+                                     120, "--clip", 0)]
+        at = ready.index("--weights")
+        quietly(*ready[:at], *ready[at + 2:])  # --init brings the encoder
+        assert log_lines(path("out"))[-1]["loss"] < 0.05, log_lines(path("out"))[-1]
+        assert "llm.model.embed_tokens.weight" not in load_file(path("first/model.safetensors"))
+        shutil.move(path("llm"), path("gone"))  # a language model that was trained is in the run
+        samples = json.load(open(path("data.json")))
+        with open(path("q.jsonl"), "w") as f:
+            for k, x in enumerate(samples):
+                text = x["conversations"][0]["value"].removeprefix("<image>\n")
+                f.write(json.dumps({"question_id": 100 - k, "text": text, **({"image": x["image"]} if k < 8 else {})})
+                        + "\n")
+        ask = ["answer", "--run", path("out"), "--questions", path("q.jsonl"), "--images", path("pictures"),
+               "--workers", 0, "--max_new_tokens", 4, "--answers"]
+        quietly(*ask, path("many.jsonl"), "--batch_size", 5)
+        many = answered(path("many.jsonl"))
+        assert [x["text"] for x in many] == [x["conversations"][1]["value"] for x in samples], many
+        assert [x["question_id"] for x in many] == list(range(100, 84, -1)) and many[0]["prompt"] == "What?"
+        assert set(many[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+        assert "-120" in many[0]["model_id"] and not [x for x in os.listdir(tmp) if ".part" in x]
+        quietly(*ask, path("single.jsonl"), "--batch_size", 1)
+        assert answered(path("single.jsonl")) == many
+        plain, calls = llava_use.Speaker.tokens, []
+
+        def tokens(self, asked):
+            calls.append(len(asked))
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return plain(self, asked)
+        with unittest.mock.patch.object(llava_use.Speaker, "tokens", tokens):
+            with contextlib.suppress(KeyboardInterrupt):
+                quietly(*ask, path("again.jsonl"), "--batch_size", 4)
+            with open(path("again.jsonl.part0"), "a") as f:
+                f.write('[12, {"question_id": 1')  # a torn line
+            quietly(*ask, path("again.jsonl"), "--batch_size", 4)
+        assert calls == [4, 4, 4, 4, 4] and answered(path("again.jsonl")) == many
+        raises(UserError, quietly, *ask, path("many.jsonl"), words="is there already")
+        with open(path("other.jsonl.part0"), "w") as f:
+            f.write(json.dumps([0, {**many[0], "model_id": "another"}]) + "\n")
+        raises(UserError, quietly, *ask, path("other.jsonl"), words="of another model (another")
+        for line, words in (('{"question_id": 1}', "is no file of JSON lines"), ("", "is empty"), ("{", "JSON lines"),
+                            ('{"question_id": 1, "text": "<image>?"}', "question 1: 0 pictures, but 1 <image>"),
+                            ('{"question_id": 1, "text": "?", "image": "no.png"}', "no.png cannot be opened")):
+            with open(path("bad.jsonl"), "w") as f:
+                f.write(line)
+            raises(UserError, quietly, *ask, path("x.jsonl"), "--questions", path("bad.jsonl"), words=words)
+        # chat: the answer comes in pieces; then a question with another picture, and one about both
+        shown = lambda k: os.path.join(tmp, "pictures", f"{k}.png")
+        said, asked, plain_ask = [], [], llava_use.ask
+        with unittest.mock.patch("sys.stdin", io.StringIO(f"{shown(2)} What?\nand?\n\nnever")):
+            with unittest.mock.patch.object(llava_use, "ask", lambda *a: asked.append((a[2][:], len(a[3]))) or
+                                            plain_ask(*a)):
+                out = quietly("chat", "--run", path("out"), shown(1), "What?", "--max_new_tokens", 4).split("\n")
+        assert out[0] == "b" and [n for _, n in asked] == [1, 2, 2], out
+        assert asked[2][0][:2] == [("<image>\nWhat?", "b"), ("<image>\nWhat?", out[1])] and asked[2][0][2][0] == "and?"
+
+
+def test_answers_in_a_batch_are_those_of_one_alone():
+    """Random weights, prompts of several lengths, in fp32: the same tokens, and the same as without a cache."""
+    for cap in 0, 9:
+        model = micro_llava(cap, seed=3)
+        n, torch_ids = 16 + (cap > 0), lambda *x: torch.tensor(x)
+        tiles = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+        prompts = [torch_ids(1, 2, 3), torch_ids(4, *[IMAGE] * n, 5, 6, 7), torch_ids(*[IMAGE] * n, 9)]
+        layouts, lengths = [(1, None, (16, 16), n)] * 2, set()
+        free = torch.stack(list(model.generate(prompts, tiles, layouts, 12, [])))
+        stop = [free[4, 0].item(), free[7, 1].item()]  # so that the answers have several lengths
+        many = torch.stack(list(model.generate(prompts, tiles, layouts, 12, stop)))
+        for k, (ids, mine, shown) in enumerate(zip(prompts, ([], layouts[:1], layouts[1:]),
+                                                   (tiles[:1], tiles[:1], tiles[1:]))):
+            alone = torch.stack(list(model.generate([ids], shown, mine, 12, stop)))[:, 0].tolist()
+            with torch.no_grad():
+                x, plain = model.embed(ids[None], shown, mine), []
+                while len(plain) < 12 and (not plain or plain[-1] != -1):
+                    token = model.llm(inputs_embeds=x).logits[0, -1].argmax().item()
+                    plain.append(-1 if token in stop else token)
+                    x = torch.cat([x, model.llm.get_input_embeddings()(torch.tensor([[token]]))], dim=1)
+            assert alone == plain and many[:len(alone), k].tolist() == alone, (many[:, k], alone, plain)
+            assert (many[len(alone):, k] == -1).all()
+            lengths.add(len(alone))
+        assert len(lengths) > 1, lengths
+
+
+def test_what_does_not_fit_is_said_in_one_line():
+    with tempfile.TemporaryDirectory() as tmp:
+        out = os.path.join(tmp, "out")
+        quietly(*training(tmp, "--steps", 1, "--system", "A", "--template", "vicuna", "--out", out, stage=1))
+        wide, mute = llm_folder(tmp, "wide", width=64), llm_folder(tmp, "mute", template=None)
+        again = ["--init", out, "--steps", 1, "--out", os.path.join(tmp, "x")]
+        refuse = lambda *flags, words, stage=2, variant="lv": raises(
+            UserError, quietly, *training(tmp, *flags, stage=stage, variant=variant), words=words)
+        refuse(*again, "--llm", wide, words=("does not fit", "projector.0.weight is (32, 32), expected (64, 32)"))
+        refuse("--llm", mute, "--template", "chat", words="no chat template")
+        refuse("--llm", os.path.join(tmp, "none"), words="no language model can be loaded")
+        refuse("--size", 18, words="--size 18 is no multiple of 4")
+        refuse("--layer", -4, words="there is no block -4")
+        refuse(*again, words="is of --variant lv", variant="xl")
+        refuse("--init", tmp, words="no such file")
+        second = os.path.join(tmp, "second")
+        quietly(*training(tmp, *again[:4], "--out", second))
+        refuse("--init", second, "--llm", mute, words=("has trained", "leave out --llm"))
+        refuse("--batch_size", 17, words="no batch of 17")
+        flags = training(tmp, *again)
+        at = flags.index("--weights")
+        flags[at:at + 2] = ["--teacher", os.path.join(tmp, "teacher.safetensors")]
+        raises(UserError, quietly, *flags, words="was trained with the encoder")
+        done = run("python", "-m", "downstream.llava", *map(str, training(tmp, "--images", out, "--data", "no.json")))
+        assert done.returncode == 2 and done.stderr.strip().count("\n") == 0 and "no.json" in done.stderr, done.stderr
+        for flags, words in ((["--stage", 3], "stages 1 and 2"), (["--teacher", "tiny"], "--weights"),
+                             (["--data"], "expected at least one")):
+            with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.suppress(SystemExit):
+                llava.parse_args(list(map(str, training(tmp, *flags))))
+            assert words in err.getvalue(), err.getvalue()
+        flags = training(tmp)
+        with unittest.mock.patch.dict("sys.modules", transformers=None):
+            raises(UserError, quietly, *flags, words="pip install -r downstream/requirements.txt")
+        # the control, a teacher with random weights
+        flags = training(tmp, "--steps", 1, "--out", os.path.join(tmp, "control"), "--teacher", "tiny",
+                         "--teacher_weights", "random", "--size", 16)
+        at = flags.index("--weights")
+        assert "seeing by tiny random" in quietly(*flags[:at], *flags[at + 2:])
+
+
+def test_llavas_bench_counts_what_is_computed():
+    """The FLOPs of a sample by hand: what learns costs three times its forward pass, a frozen language model twice, a
+    frozen encoder once; attention below the diagonal alone."""
+    vit = 11 * (2 * 65 * (4 * 192 ** 2 + 2 * 192 * 768) + 4 * 65 ** 2 * 192) + 2 * 64 * 192 * 192  # to block -2
+    projector = 64 * 2 * (192 * 32 + 32 * 32)
+    for variant, stage, tiles, length, factors in (("lv", 1, 1, 94, (1, 2)), ("lv", 2, 1, 94, (1, 3)),
+                                                   ("xl", 3, 4, 294, (3, 3))):
+        args = llava.parse_args(["bench", "--llm", "micro", "--encoder", "tiny", "--size", "64", "--variant", variant,
+                                 "--stage", str(stage), "--micro_batch", "1", "--text", "30", "--answer", "10"])
+        llm = 2 * (2 * length * (4 * 32 * 32 + 3 * 32 * 64) + 2 * length ** 2 * 32) + 2 * 10 * 128 * 32
+        ours = llava_speed.training_flops(llava_speed.make_model(args, "cpu"), args, length, 10, tiles)
+        assert ours == tiles * (factors[0] * vit + 3 * projector) + factors[1] * llm, (variant, stage)
+    said = quietly("bench", "--llm", "micro", "--encoder", "tiny", "--size", 64, "--variant", "xl", "--stage", 3,
+                   "--text", 30, "--answer", 10, "--micro_batch", 1, "--new_tokens", 3, "--generate_batch", 1, 2)
+    assert "samples of 264 visual and 30 other tokens" in said and "of the ceiling" in said
+    assert "hours for 2,100,000 such samples on eight A800" in said and said.count("answers, batch") == 2
+
+
+def test_the_study_gives_each_row_its_encoder_its_questions_and_its_line():
+    """With scripts that only record their commands: what they would be asked to do, and what stays."""
+    with tempfile.TemporaryDirectory() as tmp:
+        commands, results = [], os.path.join(tmp, "results.jsonl")
+        for name in "llm", "easy_vqa", "coco_mini":
+            os.makedirs(os.path.join(tmp, name))
+
+        def script(log, *command):
+            commands.append(list(map(str, command)))
+            if command[0] == "downstream.vqa":
+                return "accuracy 91.5\n"
+            args = llava.parse_args(commands[-1][1:])
+            if args.command == "train":
+                os.makedirs(args.out)
+                for name, text in (("log.jsonl", '{"step": 7, "loss": 0.5}'), ("state.pt", ""),
+                                   ("model.safetensors", "")):
+                    with open(os.path.join(args.out, name), "w") as f:
+                        f.write(text + "\n")
+            return ""
+        flags = ["--llm", os.path.join(tmp, "llm"), "--data", tmp, "--weights", "W", "--pixels", __file__, "--work",
+                 os.path.join(tmp, "work"), "--results", results, "--parallel", "1", "--seeds", "3", "--sizes", "32"]
+        with unittest.mock.patch.object(study, "script", script), contextlib.redirect_stdout(io.StringIO()) as out:
+            study.main(["easy_vqa", "coco_mini@32:random", *flags])
+            lines, first = [json.loads(x) for x in open(results)], len(commands)
+            study.main(["easy_vqa", "coco_mini@32:random", *flags])
+        assert len(commands) == first, "rows that stand there are not run again"
+        assert [x["row"] for x in lines] == [f"easy_vqa@32:{eye}:3" for eye in study.EYES] + ["coco_mini@32:random:3"]
+        assert lines[0]["accuracy"] == 91.5 and lines[0]["steps"] == 7 and lines[0]["asked_shuffled_accuracy"] == 91.5
+        assert "asked_shuffled_accuracy" not in lines[1] and "accuracy 91.5" in out.getvalue()
+        trained = [llava.parse_args(x[1:]) for x in commands if x[1] == "train"]
+        eyes = [(a.weights, a.teacher, a.teacher_weights) for a in trained[1::2]]
+        assert eyes == [("W", None, None), (None, "tiny", None), (__file__, None, None), (None, "tiny", "random"),
+                        ("W", None, None), ("W", None, None), (None, "tiny", "random")], eyes
+        for k, (one, two) in enumerate(zip(trained[::2], trained[1::2])):
+            control = {4: "_no_picture", 5: "_shuffled"}.get(k, "")
+            data = "coco_mini/train/llava_train.json" if k == 6 else f"easy_vqa/train/llava{control}.json"
+            assert one.data == two.data == [os.path.join(tmp, data)] and two.init == one.out and one.init is None
+            assert (one.stage, two.stage, one.template, two.template) == (1, 2, "chat", "chat")
+            assert (one.lr, two.lr, one.epochs, two.epochs, one.seed, two.size) == (1e-3, 1e-4, 2, 4, 3, 32)
+        asked = [llava.parse_args(x[1:]).questions for x in commands if x[1] == "answer"]
+        assert [os.path.relpath(x, tmp) for x in asked] == [f"easy_vqa/questions{x}.jsonl" for x in (
+            "", "_shuffled", "", "", "", "_no_picture", "_shuffled")] + ["coco_mini/questions.jsonl"]
+        assert [x[1] for x in commands if x[0] == "downstream.vqa"] == ["exact"] * 7 + ["pope"]
+        left = [name for _, _, names in os.walk(os.path.join(tmp, "work")) for name in names]
+        assert "log.jsonl" in left and "state.pt" not in left and "model.safetensors" not in left
+        raises(UserError, study.main, ["pixels", *flags[:6], "--results", results + "2"], words="--pixels FILE")
+        raises(UserError, study.main, ["all", *flags[:2], "--data", "none"], words="is no folder")
