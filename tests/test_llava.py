@@ -124,7 +124,8 @@ def test_ids_and_labels_of_vicunas_template():
         first.replace(r"▁ IMAGE ▁ \n What", "▁What")
         + " USER : ▁What ? ▁ASSISTANT : =▁dog =. =</s>"), "text alone; an answer cannot end itself"
     assert spelled(p, [("<image> is <image>?", "a <image>")]) == (
-        "<s> ▁A ▁chat . ▁USER : ▁ IMAGE ▁is ▁ IMAGE ▁? ▁ASSISTANT : =▁ =a =▁ =< =i =m =a =g =e => =</s>"), (
+        "<s> ▁A ▁chat . ▁USER : ▁ IMAGE "
+        "▁is ▁ IMAGE ▁? ▁ASSISTANT : =▁ =a =▁ =< =i =m =a =g =e => =</s>"), (
             "two pictures stay where they are; one in an answer is a word")
     assert [p.tokenizer.convert_ids_to_tokens(i) for i in p.prompt(turns) if i != IMAGE] == (
         first.replace("=", "").replace("IMAGE ", "").replace(r"\n", "\n").split(" ")
