@@ -577,6 +577,10 @@ def test_patch_pca():
     close(evaluation.patch_pca(img, mean, basis, 4), img, 1e-9)
     mean, basis = evaluation.fit_patch_pca([img], 4, 2)  # with one component less, the error is the smallest eigenvalue
     lost = (evaluation.patch_pca(img, mean, basis, 4) - img).square().sum() / (6 * 64)
+    merged = evaluation.Moments()
+    merged.add(patches.flatten(0, 1))  # what several ranks have seen together, where this one has seen little
+    for ours, theirs in zip(evaluation.fit_patch_pca([img[:1]], 4, 2, lambda moments: merged), (mean, basis)):
+        close(ours.abs(), theirs.abs(), 1e-9)
     _, s, _ = torch.linalg.svd(patches.flatten(0, 1) - patches.flatten(0, 1).mean(0))
     close(lost, s[2] ** 2 / (6 * 64), 1e-9)
 

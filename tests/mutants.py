@@ -2138,6 +2138,22 @@ TABLE = [
      "OSError(e.strerror, e.errno, path)", "test_what_is_said_of_pictures_that_cannot_be_read"),
     ("the probe in half precision", "eval.py", "hidden[who][-2][:, P:].mean(1).float()",
      "hidden[who][-2][:, P:].mean(1)", "test_whole_reports_of_an_evaluation"),
+    # ---- survivors of the third blind examination ----
+    ("loading at another size by default", "tools/speed.py", 'loading.add_argument("--size", type=int, default=448',
+     'loading.add_argument("--size", type=int, default=256', "test_what_the_benches_print"),
+    ("encoding is timed with decoding", "tools/speed.py", 'say_row(B, "encode", lambda: encode(img))',
+     'say_row(B, "encode", lambda: decode(encode(img)))', "test_what_the_benches_print"),
+    ("another file is pytorch-fid's", "eval.py", 'INCEPTION_SHA256 = "6726825d"', 'INCEPTION_SHA256 = "6726852d"',
+     "test_pickles_where_torch_does_not_read_them_safely"),
+    ("a failed evaluation loses steps", "downstream/finetune.py",
+     "    except Exception:  # no step may be lost to an evaluation that fails\n        save(s)\n",
+     "    except Exception:  # no step may be lost to an evaluation that fails\n",
+     "test_finetuning_refuses_what_is_wrong"),
+    ("at most three idle parameters", "downstream/finetune.py", "({len(idle)} parameters)",
+     "({len(idle[:3])} parameters)", "test_finetuning_refuses_what_is_wrong"),
+    ("each rank its own PCA", "eval.py", "    patches = merge_ranks(patches)\n", "", "test_patch_pca"),
+    ("an orientation as a byte", "data.py", '{1: "B", 3: "H", 4: "I"}.get(kind)', '{3: "H", 4: "I"}.get(kind)',
+     "test_odd_metadata_cost_no_picture"),
 ]
 MUTANTS = [Mutant(*row) for row in TABLE]
 DETECTION = [f"downstream/{name}.py" for name in ("detect", "coco", "coco_eval", "canvas")]  # their tests run apart

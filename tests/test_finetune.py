@@ -357,7 +357,14 @@ def test_finetuning_refuses_what_is_wrong():
                 assert words in err.getvalue().splitlines()[-1], err.getvalue()
         plain = Toy.logits
         with unittest.mock.patch.object(Toy, "logits", lambda self, img: plain(self, img).detach() + self.head.bias):
-            raises(ValueError, trained, os.path.join(tmp, "idle"), "--teacher", moved, words="not depend on backbone")
+            idle = sum(p.requires_grad for p in initial(tmp, "batch").parameters()) - 1  # all but the head's bias
+            assert idle > 3
+            raises(ValueError, trained, os.path.join(tmp, "idle"), "--teacher", moved,
+                   words=["not depend on backbone", f" ({idle} parameters)"])
+        out = os.path.join(tmp, "unlucky")
+        with unittest.mock.patch.object(Image, "new", side_effect=lambda *args: 1 / 0):  # its picture
+            raises(ZeroDivisionError, trained, out, "--teacher", moved, "--steps", 4, "--eval_every", 3)
+        assert state(out)["step"] == 3, "no step is lost to an evaluation that fails"
 
 
 def test_lengths_given_replace_those_by_default():

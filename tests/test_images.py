@@ -44,7 +44,8 @@ def tiff(order, *entries, after=b""):
     """A TIFF file, or EXIF data: entries (tag, type, count, value or offset), and bytes behind the directory."""
     blob = {"<": b"II", ">": b"MM"}[order] + struct.pack(order + "HIH", 42, 8, len(entries))
     for tag, kind, count, value in entries:
-        value = struct.pack(order + "HH", value, 0) if kind == 3 and count == 1 else struct.pack(order + "I", value)
+        packed = {1: "BBH", 3: "HH"}.get(kind, "I") if count == 1 else "I"  # small values stand at the left
+        value = struct.pack(order + packed, value, *(len(packed) - 1) * [0])
         blob += struct.pack(order + "HHI", tag, kind, count) + value
     return blob + bytes(4) + after
 
@@ -63,6 +64,7 @@ def odd_exif(orientation):
         yield tiff(order, turn, (34665, 2, 4, 0), (34853, 12, 1, 1))  # addresses that are text and a number
         yield tiff(order, (256, 12, 3, 2 ** 32 - 1), turn)[:-6]  # cut off soon after
         yield tiff(order, (274, 4, 1, orientation))  # a long integer
+        yield tiff(order, (274, 1, 1, orientation))  # a byte
         yield b"Exif\0\0" + tiff(order, turn)  # marked twice
 
 

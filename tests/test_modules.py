@@ -567,6 +567,8 @@ def test_pickles_where_torch_does_not_read_them_safely():
     with tempfile.TemporaryDirectory() as tmp:
         plain = os.path.join(tmp, "weights.pth")
         torch.save({"x": torch.ones(2)}, plain)
+        published = "pt_inception-2015-12-05-6726825d.pth"  # torch.hub's rule: the name ends in digits of the SHA-256
+        assert evaluation.INCEPTION_URL.endswith(published) and evaluation.INCEPTION_SHA256 == "6726825d"
         old = unittest.mock.patch.object(torch, "__version__", "2.9.1")  # eval.py knows one pickle, by its content
         with old, unittest.mock.patch.object(evaluation, "INCEPTION_SHA256", evaluation.sha256(plain)[:8]):
             REFUSE_OTHER(plain)

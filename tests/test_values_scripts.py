@@ -924,6 +924,17 @@ def test_what_the_benches_print():
                     f"CPU, fp32, not compiled, torch {torch.__version__}, {px} px",
                     *(f"batch  2 | {what:18s} |      4.0 img/s |  500.00 ms" for what in (
                         "encode + decode", "encode", "decode in 1 step", "decode in 2 steps"))]
+        rows, did = [], []
+
+        def fast(enc, dec, img, steps):
+            return lambda x: did.append("encode") or x, lambda z: did.append(f"decode {steps}")
+        with patch.object(speed, "median_seconds", lambda f: (did.clear(), f(), rows.append([*did]), 0.5)[-1]), \
+                patch.object(speed, "fast", fast):
+            printed(speed.sample_speed, weights, 16)
+        assert rows == [["encode", "decode 1"], ["encode"], ["decode 1"], ["decode 2"]], "what each row measures"
+        with patch.object(speed, "data_speed", lambda *args: rows.append(args)):
+            speed.main(["data", folder]), speed.main(["data", folder, "more.zip", "--size", "9", "--seconds", "2"])
+        assert rows[4:] == [([folder], 448, 5.0), ([folder, "more.zip"], 9, 2.0)]
         clock, loaders = itertools.count(0.0), []
 
         def loader(data_, num_workers, batch_sampler, **how):
