@@ -2151,6 +2151,8 @@ TABLE = [
      "test_finetuning_refuses_what_is_wrong"),
     ("at most three idle parameters", "downstream/finetune.py", "({len(idle)} parameters)",
      "({len(idle[:3])} parameters)", "test_finetuning_refuses_what_is_wrong"),
+    ("runs of a teacher are of a tokenizer", "downstream/backbone.py", 'config["latent_dim"], config["projector"])',
+     'config["latent_dim"])', "test_finetuning_refuses_what_is_wrong"),
     ("each rank its own PCA", "eval.py", "    patches = merge_ranks(patches)\n", "", "test_patch_pca"),
     ("an orientation as a byte", "data.py", '{1: "B", 3: "H", 4: "I"}.get(kind)', '{3: "H", 4: "I"}.get(kind)',
      "test_odd_metadata_cost_no_picture"),

@@ -339,7 +339,9 @@ def test_finetuning_refuses_what_is_wrong():
     with tempfile.TemporaryDirectory() as tmp:
         out, teacher = os.path.join(tmp, "run"), micro_teacher(tmp)
         flags = ["--teacher", teacher, "--steps", 2]
-        trained(out, *flags)
+        model, _ = trained(out, *flags)
+        again, _ = finetune.load_model(out, build, "cpu")  # a teacher's projection is linear, a tokenizer's is not
+        assert not differences(dict(again.state_dict()), dict(model.state_dict()))
         for more, words in ((["--lr", 0.5], "lr was 0.01, is now 0.5"),
                             (["--count", 11], "training_samples was 10, is now 11"),
                             (["--norm", "layer"], "norm was batch"), (["--seed", 1], "seed was 0")):
