@@ -718,7 +718,7 @@ def test_figures_do_not_depend_on_batch_or_ranks():
         weights, (_, archive) = tokenizer_file(tmp), picture_folder(tmp, n=11)
         more, _ = picture_folder(os.path.join(tmp, "more"), n=20)
         report = os.path.join(tmp, "report.json")
-        flags = ["--data", archive, "--weights", weights, "--inception", weights, "--fit", more]
+        flags = ["--data", archive, "--weights", weights, "--inception", weights, "--fit", more, "--pca"]
         script = os.path.join(tmp, "quick.py")
         open(script, "w").write(
             "import sys, eval, tests.helpers; eval.InceptionV3 = tests.helpers.QuickInception; eval.main(sys.argv[1:])")
@@ -729,8 +729,8 @@ def test_figures_do_not_depend_on_batch_or_ranks():
             [done.stderr[-2000:] for done in (*one, *two, *four)])
         printed = [ranks[0].stdout for ranks in (one, two, four)]
         assert not any(done.stdout for done in (*two[1:], *four[1:])), "rank 0 alone reports"
-        rows = [[line for line in text.splitlines() if line.startswith("tokenizer")] for text in printed]
-        assert len(rows[0]) == 1 and all(r == rows[0] for r in rows), rows
+        rows = [[line for line in text.splitlines() if re.match("tokenizer|PCA", line)] for text in printed]
+        assert len(rows[0]) == 2 and all(r == rows[0] for r in rows), rows
         assert re.search(r"tokenizer +\d+\.\d\d  -?0\.\d{4} +-?0\.\d{4} +\d+\.\d{3}  +\d+\.\d\d ", rows[0][0]), (
             rows[0][0])
         probes = [text[text.index("accuracy"):] for text in printed if "accuracy" in text]
