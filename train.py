@@ -32,7 +32,7 @@ from encoder import (Encoder, UserError, ViT, load_exactly, load_teacher, parame
                      write_atomically, write_model)
 from tools.batches import load_batches, split_batch
 from tools.drawn import ProceduralDataset
-from tools.optimizer import average_weights, capture_graph, rate_factor, update_weights
+from tools.optimizer import average_weights, capture_graph, rate_factor, take_means, update_weights
 from tools.recipes import parse_args
 from tools.run import INTERRUPTS, Run, command_line, listen, loop, seed_step
 from tools.script import check_locks, commit, find_weights
@@ -305,7 +305,7 @@ def as_text(x, steps, eta):
 def log(s, seconds_a_step):
     """Write the means since the last line to log.jsonl and to the screen."""
     args, now, run, L = s.args, s.now, s.run, len(s.teacher.blocks)
-    loss_flow, loss_dist, *layers, grad_norm, _ = (now.sums / now.sums[-1]).tolist()
+    loss_flow, loss_dist, *layers, grad_norm, _ = take_means(now, args.log_every)
     img_s = args.batch_size / seconds_a_step
     memory = torch.cuda.max_memory_allocated() / 2**30 if run.on_gpu else None
     line = dict(step=now.step, loss=args.lambda_d * loss_dist + args.lambda_f * loss_flow, loss_flow=loss_flow,
@@ -314,8 +314,6 @@ def log(s, seconds_a_step):
                 tflops_per_gpu=img_s / run.ranks * s.flops / 1e12, memory_gib=memory)
     run.say(as_text(line, args.steps, (args.steps - now.step) * seconds_a_step))
     run.write(**line)
-    if now.step % args.log_every == 0:  # a last line before its interval is over keeps the sums for a longer run
-        now.sums = torch.zeros_like(now.sums)
 
 
 def evaluate(s):

@@ -48,8 +48,9 @@ from torchvision.ops import FeaturePyramidNetwork, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from data import load_image
-from downstream import finetune, speed
+from downstream import finetune
 from downstream.backbone import build_backbone, load_backbone, load_model
+from downstream.bench import bench_detector
 from downstream.canvas import draw, paste_masks, place, to_canvas
 from downstream.coco import CocoDetection, collate
 from downstream.coco_eval import FIGURES, find_all, show
@@ -285,7 +286,7 @@ def bench(args):
     """Speed and memory of training, with random weights."""
     backbone = Encoder(ViT(TEACHERS[args.teacher]))
     backbone.vit.drop_path = 0.4
-    speed.bench_detector(Detector(backbone, 80, args.size, args.neck, args.window, args.channels), args.batch_size)
+    bench_detector(Detector(backbone, 80, args.size, args.neck, args.window, args.channels), args.batch_size)
 
 
 def parse_args(argv=None):

@@ -15,7 +15,6 @@ GPUs (SyncBatchNorm); on CPUs, which lack that, it sees its rank's, and the rank
 each step. With accumulation it sees one micro-batch at a time.
 """
 import argparse
-import os
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -27,13 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from data import cores
 from downstream.backbone import build_backbone, load_backbone, load_model, load_tensors  # the first three for the tasks
 from encoder import parameter_groups, write_atomically, write_model
 from tools.batches import load_batches, split_batch
-from tools.optimizer import rate_factor, update_weights
+from tools.optimizer import rate_factor, take_means, update_weights
 from tools.run import INTERRUPTS, Run, listen, loop, number, seed_step
-from tools.script import check_locks, commit
+from tools.script import check_locks, commit, default_workers
 
 # These arguments may differ when a run is resumed; how many samples there are, and the backbone's weights, may not.
 MAY_DIFFER = set("data val weights teacher_weights out steps epochs workers micro_batch compile log_every eval_every "
@@ -74,7 +72,7 @@ def add_flags(parser, **defaults):
     add("--clip", type=number(float, 0), default=1.0, help="gradient norm limit, 0 for none [%(default)s]")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of initialisation, order, draws [%(default)s]")
     add = parser.add_argument_group("machine and output").add_argument
-    workers = max(1, min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    workers = default_workers(16)
     add("--workers", type=number(int, 0), default=workers, help="data loading processes per rank [%(default)s]")
     add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
         help="compile the backbone's blocks [%(default)s: with a GPU]")
@@ -221,7 +219,7 @@ def average_statistics(statistics, ranks):
 def log(s, seconds_a_step):
     """A line of log.jsonl and of the screen: the means since the last one."""
     args, now, run = s.args, s.now, s.run
-    loss, *parts, norm, _ = (now.sums / now.sums[-1]).tolist()
+    loss, *parts, norm, _ = take_means(now, args.log_every)
     losses, img_s = dict(zip(s.names, parts)), args.batch_size / seconds_a_step
     lr, memory = args.lr * rate_factor(now.step - 1, args), torch.cuda.max_memory_allocated() / 2**30
     run.write(step=now.step, loss=loss, **losses, grad_norm=norm, lr=lr, skipped=int(now.faults[0]), img_s=img_s,
@@ -230,8 +228,6 @@ def log(s, seconds_a_step):
              f"{img_s:,.1f} img/s", *[f"{memory:.1f} GiB"] * run.on_gpu,
              f"eta {tqdm.format_interval((args.steps - now.step) * seconds_a_step)}"]
     run.say(f"step {now.step:6d}/{args.steps} | " + " | ".join(shown))
-    if now.step % args.log_every == 0:  # the line at the end may come before an interval is over
-        now.sums = torch.zeros_like(now.sums)
 
 
 @torch.no_grad()

@@ -24,16 +24,16 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import ImageDataset, cores
+from data import ImageDataset
 from decoder import Decoder
 from downstream import mar, sampling, speed
 from encoder import Encoder, UserError, load_exactly, read_config, write_atomically, write_model
 from eval import sha256
 from tools.batches import load_batches, split_batch
 from tools.latents import LatentDataset
-from tools.optimizer import average_weights, capture_graph, rate_factor, update_weights
+from tools.optimizer import average_weights, capture_graph, rate_factor, take_means, update_weights
 from tools.run import INTERRUPTS, Run, command_line, listen, loop, number, seed_step
-from tools.script import check_locks, commit, find_weights
+from tools.script import check_locks, commit, default_workers, find_weights
 
 # blr: the rate at a batch of 256, with which it grows; warmup: the part of the run over which it rises
 MAR_RECIPE = dict(epochs=400, batch_size=2048, blr=1e-4, warmup=0.25, ema=0.9999, weight_decay=0.02, clip=3.0)
@@ -52,7 +52,7 @@ STATE = "model averaged optimizer step samples sums faults args id config".split
 def parse_args(argv=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = ap.add_subparsers(dest="command", required=True, metavar="train | sample | score | bench")
-    workers = max(1, min(16, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    workers = default_workers(16)
     on_gpu, count, share = torch.cuda.is_available(), number(int, 1), number(float, 0, 0.999999)
     every = dict(type=number(int, 0), metavar="STEPS")
 
@@ -254,7 +254,7 @@ def step(s, batches):
 def log(s, seconds_a_step):
     """A line of log.jsonl and of the screen: the means since the last one."""
     args, now, run = s.args, s.now, s.run
-    loss, norm, _ = (now.sums / now.sums[-1]).tolist()
+    loss, norm, _ = take_means(now, args.log_every)
     img_s, lr = args.batch_size / seconds_a_step, args.lr * rate_factor(now.step - 1, args)
     tflops = img_s / run.ranks * s.flops / 1e12
     memory = torch.cuda.max_memory_allocated() / 2**30 if run.on_gpu else None
@@ -263,8 +263,6 @@ def log(s, seconds_a_step):
     eta = tqdm.format_interval((args.steps - now.step) * seconds_a_step)
     run.say(f"step {now.step:6d}/{args.steps} | loss {loss:.4f} | grad {norm:.2f} | lr {lr:.1e} | {img_s:,.1f} img/s | "
             f"{tflops:.3g} TFLOP/s" + (f" | {memory:.1f} GiB" if run.on_gpu else "") + f" | eta {eta}")
-    if now.step % args.log_every == 0:  # the line at the end may come before an interval is over
-        now.sums = torch.zeros_like(now.sums)
 
 
 def evaluate(s):

@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import cores
 from downstream import llava_speed, llava_use
 from downstream.llava_data import Conversations, Looker, collate
 from downstream.llava_model import IGNORE, PARTS, build_stage, load_tokenizer, saved, shard
@@ -33,9 +32,9 @@ from downstream.llava_prompts import TEMPLATES, Prompter
 from encoder import UserError, load_exactly, write_atomically, write_model
 from tools.batches import load_batches, split_batch
 from tools.checkpoint import explain_failed_save
-from tools.optimizer import rate_factor
+from tools.optimizer import rate_factor, take_means
 from tools.run import INTERRUPTS, Run, command_line, listen, loop, number
-from tools.script import check_locks
+from tools.script import check_locks, default_workers
 
 # what a stage trains, and LLaVA's and LLaVA-OneVision's settings of it; the paper's are the same but for AdamW's betas
 STAGES = {
@@ -54,7 +53,7 @@ STATE = "tensors step samples sums faults cut args id config".split()
 def parse_args(argv=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = ap.add_subparsers(dest="command", required=True, metavar="train | answer | chat | bench")
-    workers = max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    workers = default_workers(8)
     on_gpu, count = torch.cuda.is_available(), number(int, 1)
     every = dict(type=number(int, 0), metavar="STEPS")
 
@@ -177,9 +176,7 @@ def resume(s):
             raise UserError(f"{path} was saved by one process: go on with one, or start from RUN as --init")
         else:
             load_exactly(tensors(s), state["tensors"], path)
-        vars(now).update({k: state[k] for k in vars(now)})
-        now.sums, now.faults = now.sums.to(run.device), now.faults.to(run.device)
-        run.say(f"resumed from {path} at step {now.step:,}")
+        run.restore(state, now)
         export(s, run.path("model.safetensors"))  # a run that was killed between the two has not written it
     if now.step >= args.steps:
         run.say(f"the run is finished: {run.path('model.safetensors')}; to extend it, give more --steps or --epochs")
@@ -226,7 +223,7 @@ def step(s, batches):
 def log(s, seconds_a_step):
     """A line of log.jsonl and of the screen: the means since the last one."""
     args, now, run = s.args, s.now, s.run
-    loss, norm, tokens, _ = (now.sums / now.sums[-1]).tolist()
+    loss, norm, tokens, _ = take_means(now, args.log_every)
     lr, skipped = args.lr * rate_factor(now.step - 1, args), int(now.faults[0])
     memory = torch.cuda.max_memory_allocated() / 2**30 if run.on_gpu else None
     run.write(step=now.step, loss=loss, grad_norm=norm, lr=lr, tokens=tokens, cut=now.cut, skipped=skipped,
@@ -236,8 +233,6 @@ def log(s, seconds_a_step):
             f"{tokens / seconds_a_step:,.0f} tokens/s" + f" | {now.cut:,} cut at {args.max_length:,}" * (now.cut > 0)
             + (f" | {skipped} steps skipped" if skipped else "") + (f" | {memory:.1f} GiB" if run.on_gpu else "")
             + f" | eta {eta}")
-    if now.step % args.log_every == 0:  # the line at the end may come before an interval is over
-        now.sums = torch.zeros_like(now.sums)
 
 
 def whole(p):

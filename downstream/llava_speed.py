@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from downstream.llava_model import IMAGE, PARTS, LLaVA, blocks_of, count_tokens, set_trained, shard
 from encoder import TEACHERS, Encoder, ViT
 from tools.run import Run, number
-from tools.speed import seconds
+from tools.speed import matrix_ceiling, seconds
 
 # transformers' name of the kind, and the sizes of its configuration
 SHAPES = {
@@ -97,10 +97,8 @@ def bench(args):
     """Print what training and answering reach on this machine, beside a large matrix product."""
     run = Run("")
     run.connect()
-    device, B = run.device, args.micro_batch
-    side, dtype = (8192, torch.bfloat16) if run.on_gpu else (1024, torch.float32)
-    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
-    ceiling = 2 * side ** 3 / seconds(lambda: a @ b, 50)
+    device = run.device
+    side, ceiling = matrix_ceiling(device)
     model = make_model(args, device)
     grid = (1, args.show) if args.variant == "xl" and args.stage > 1 else None
     tiles = 1 + (args.show if grid else 0)

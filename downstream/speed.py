@@ -1,5 +1,4 @@
-"""How fast a generator trains and samples on this machine, with random weights: `python -m downstream.generate bench`;
-and how fast a detector trains: `python -m downstream.detect bench`.
+"""How fast a generator trains and samples on this machine, with random weights: `python -m downstream.generate bench`.
 
 Beside each figure stands its share of what a large matrix product reaches in the same run, which can be compared
 between machines. FLOPs are those of matrix products and attention, as torch counts them on a model without memory.
@@ -11,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from downstream import dit, mar
 from downstream.sampling import IMAGES, MODELS, add_steps, build, changes, kind
-from tools.speed import seconds
+from tools.speed import matrix_ceiling, seconds
 
-IMAGENET, COCO = 1_281_167, 118_287  # training images
+IMAGENET = 1_281_167  # training images
 
 
 def training_flops(name, changes):
@@ -61,9 +60,7 @@ def bench(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu, autocast = device.type == "cuda", torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     changed = changes(args.model, args.set)
-    side, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
-    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
-    ceiling = 2 * side ** 3 / seconds(lambda: a @ b, 50)
+    side, ceiling = matrix_ceiling(device)
     model, B = build(args.model, **changed).to(device), args.batch_size
     c = model.config
     print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, {args.model} on latents of "
@@ -110,36 +107,3 @@ def bench(args):
     row(f"sampling, batch {B}, {what}, cfg {args.cfg:g}",
         sampling_flops(args.model, changed, args.cfg, args.iterations, args.steps), took)
     print(f"  extrapolated: {IMAGES / B * took / 3600:.2f} hours for {IMAGES:,} images")
-
-
-def bench_detector(model, batches):
-    """Print seconds and memory of a training step of a detect.Detector, for each size of a batch, on random pictures
-    with seven objects, as many as COCO's have."""
-    device, S = torch.device("cuda" if torch.cuda.is_available() else "cpu"), model.size
-    model, on_gpu = model.to(device).train(), device.type == "cuda"
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
-    for block in model.backbone.vit.blocks if on_gpu else ():
-        block.compile()
-    print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, {S} px", flush=True)
-    for B in batches:
-        sides, masks = S / 16 + torch.rand(7 * B, 2) * S / 2, torch.zeros(7 * B, S, S, dtype=torch.uint8)
-        start = torch.rand(7 * B, 2) * (S - sides)
-        boxes = torch.cat([start, start + sides], dim=1)
-        for mask, (x1, y1, x2, y2) in zip(masks, boxes.long().tolist()):
-            mask[y1:y2, x1:x2] = 1
-        batch = [x.to(device) for x in (torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8), boxes,
-                                        torch.randint(1, 81, (7 * B,)), torch.full((B,), 7), masks)]
-
-        def step():
-            with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-                loss = sum(model(*batch).values())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        took = seconds(step, 20)
-        print(f"batch {B} | {took:.3f} s an iteration | {B / took:.2f} img/s"
-              + (f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else "")
-              + f" | extrapolated: {100 * COCO / B * took / 3600:,.0f} hours for 100 epochs of COCO", flush=True)

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import tools.speed
 import train
 from downstream import dit, generate, mar, sampling, speed
 from encoder import Encoder, MissingFile, UserError, read_config, write_model
@@ -517,6 +517,7 @@ def test_bench_prints_rates_that_fit_each_other():
                      "--set", *fields)
         asked = []
         with patch.object(speed, "build", spied), patch.object(speed, "seconds", half_a_second), \
+                patch.object(tools.speed, "seconds", half_a_second), \
                 patch.object(speed, "training_flops", lambda *what: asked.append(what) or 3e9), \
                 patch.object(speed, "sampling_flops", lambda *what: asked.append(what) or 5e9), \
                 contextlib.redirect_stdout(io.StringIO()) as out:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
+import tools.speed
 from downstream import bench, finetune, segment, upernet
 from downstream.pairs import Pairs, read_numbers
 from downstream.upernet import IGNORED, Segmenter, slide
@@ -526,8 +527,9 @@ def test_bench_counts_what_a_step_costs():
     for frozen, share in (False, 3), (True, 1):
         model, img = Stub(), torch.rand(4, 3, 1, 2)
         model.backbone.requires_grad_(not frozen)
-        with contextlib.redirect_stdout(io.StringIO()) as said, unittest.mock.patch.object(
-                bench, "seconds", lambda f, repeats=10: (f(), 2e-12)[1]):
+        took = lambda f, repeats=10: (f(), 2e-12)[1]
+        with contextlib.redirect_stdout(io.StringIO()) as said, unittest.mock.patch.object(bench, "seconds", took), \
+                unittest.mock.patch.object(tools.speed, "seconds", took):
             bench.measure_speed("stub", model, (img,), lambda: model(img), {"some": 3.6e15})
         training, hours, prediction = said.getvalue().splitlines()[1:]
         ceiling = 2 * 1024 ** 3 / 2e-12

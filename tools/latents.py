@@ -22,11 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from data import Samples, cores
+from data import Samples
 from encoder import MissingFile, UserError, write_atomically, write_model
 from eval import Moments, sha256
 from tools.job import Job, load_tokenizer
 from tools.run import command_line
+from tools.script import default_workers
 
 SHARD = 1024  # images a file
 MAPPED = 2048  # files that a process keeps mapped into memory
@@ -110,7 +111,7 @@ def parse_args(argv=None):
             help="a new .safetensors to write to [the weights file itself]" if part is stats else "folder to write to")
         add("--size", type=int, help="pixels of the crops, a multiple of the patch [the model's native size]")
         add("--batch_size", type=int, default=32, help="images at a time, on each rank [%(default)s]")
-        add("--workers", type=int, default=max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
+        add("--workers", type=int, default=default_workers(8),
             help="processes that load images, on each rank; 0: none [%(default)s: CPU cores / ranks, at most 8]")
         add("--bf16", action="store_true", help="run the tokenizer in bf16 autocast instead of fp32 without TF32"
             + ("" if part is stats else "; also store bf16"))

@@ -3,6 +3,7 @@
     factor = rate_factor(step, args)                       # of the learning rates: warm-up and decay
     row = update_weights(optimizer, weights, clip, stats)  # clips, steps; not if a number is not finite
     average_weights(averages, weights, step, decay)
+    means = take_means(now, log_every)                     # of these rows, for a line of the log
 """
 import math
 
@@ -39,6 +40,15 @@ def update_weights(optimizer, weights, clip, stats):
     elif finite:
         optimizer.step()
     return row
+
+
+def take_means(now, log_every):
+    """The means of the statistics since the last log line, as a list. Then the sums start anew; but a last line that
+    comes before its interval is over keeps them for a longer run."""
+    means = (now.sums / now.sums[-1]).tolist()
+    if now.step % log_every == 0:
+        now.sums = torch.zeros_like(now.sums)
+    return means
 
 
 def capture_graph(micro_step, img, clear):

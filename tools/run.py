@@ -184,9 +184,10 @@ class Run:
         every tenth step alone."""
         return (not self.on_gpu or now.step % 10 == 0) and now.faults[1] >= TOO_MANY_SKIPPED
 
-    def restore(self, state, now, optimizer):
-        """Set `now` and the optimizer to a checkpoint of run.load."""
-        restore_optimizer(optimizer, state["optimizer"], self.path("state.pt"))
+    def restore(self, state, now, optimizer=None):
+        """Set `now`, and the optimizer if the checkpoint has its moments apart, to a checkpoint of run.load."""
+        if optimizer:
+            restore_optimizer(optimizer, state["optimizer"], self.path("state.pt"))
         vars(now).update({k: state[k] for k in vars(now)})
         now.sums, now.faults = now.sums.to(self.device), now.faults.to(self.device)
         self.say(f"resumed from {self.path('state.pt')} at step {now.step:,}")

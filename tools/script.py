@@ -34,6 +34,11 @@ MACHINES_TROUBLE = {getattr(errno, name, None) for name in (
 SAVE_AND_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
+def default_workers(most):
+    """Data loading processes of a rank where the user names no number: its share of the CPU cores, at most `most`."""
+    return max(1, min(most, data.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def find_weights(given):
     """The path of the tokenizer to use: the one given (a path, a name or a URL), else that in out/, else the shipped
     one. The authors' released file is converted once, and the path is that of the result."""

@@ -39,6 +39,13 @@ def seconds(f, repeats=10):
     return (time.perf_counter() - start) / n
 
 
+def matrix_ceiling(device):
+    """(side, FLOP/s) of a large square matrix product on the device, in bf16 on a GPU: what all speeds stand beside."""
+    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
+    return side, 2 * side ** 3 / seconds(lambda: a @ b, 50)
+
+
 def train_speed(flags):
     """Print how many random pictures a second the training step takes, in several settings, and what its parts take."""
     args, run = parse_args(flags), Run(None)
@@ -47,9 +54,8 @@ def train_speed(flags):
     optimizer = build_optimizer(args, encoder, decoder)
     autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=on_gpu)
     run.connect()
-    side, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
-    a, b = torch.randn(2, side, side, device=run.device, dtype=dtype)
-    ceiling = 2 * side ** 3 / seconds(lambda: a @ b, 50) / 1e12
+    side, ceiling = matrix_ceiling(run.device)
+    ceiling /= 1e12
     tflop = model_flops(encoder, decoder, args.size) / 1e12
     run.say(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}, {args.teacher} at "
             f"{args.size} px, {tflop:.2f} TFLOP an image, {run.ranks} rank{'s' * (run.ranks > 1)}; a matrix product of "
