@@ -16,51 +16,33 @@ The sections of this file, in its order, and the files of tests/ that run with i
     faults                          what a user gets wrong, and pictures that cannot be read
     this file                       its table of contents, its list, its runner
     tests/test_commands.py          Commands of README.md and docs/, the benches, the rows of the study
-    tests/test_depth.py             downstream/depth.py, dpt.py and depth_sets.py: DPT, its losses, NYUv2's protocol,
-                                    and the command line
     tests/test_efficiency_flags.py  Flags that make training cheaper: AdamW's betas, warm-up, decay, averaged weights
     tests/test_faults.py            Hostile and damaged files, full disks, signals, bad numbers, crashes, ranks that die
-    tests/test_finetune.py          downstream/finetune.py, the trainer of the tasks on a backbone: exact resume, ranks,
-                                    rates, files, refusals
     tests/test_flags.py             Every flag of every script changes the quantity that it names, by what it says
-    tests/test_generate.py          downstream/generate.py by its command line: training, sampling, scoring, refusals
-    tests/test_generate_values.py   Generation: values that pass through, second branches and refusals, each with a
-                                    model of a few thousand numbers
-    tests/test_generation.py        downstream/: generation, MAR and DiT as models
     tests/test_images.py            Odd metadata, all sorts of archives and folders, trouble of the machine, other
                                     systems
     tests/test_latents.py           Saved latents: their statistics, their order, faults of the folder
-    tests/test_linear_probe.py      downstream/linear_probe.py and lars.py: MAE's linear probe, its optimizer, its
-                                    crops, and the command line
-    tests/test_llava.py             downstream/llava.py: prompts, AnyRes, the spliced sequence, training on one process
-                                    and on two, answers, refusals
     tests/test_measures.py          Measures in any order of files, figures that never get lost, workers that end
     tests/test_modules.py           The models in other people's code: state dicts, precisions, wrappers, interfaces
     tests/test_oracles.py           What the code computes, against tables of published facts, closed forms and numpy
     tests/test_published.py         Published weights: layouts of each family, the released file, the export, downloads
     tests/test_runs.py              Scripts at their boundaries: a user's error and a bug, names, targets, moved data
-    tests/test_segment.py           downstream/segment.py, upernet.py and pairs.py: UperNet, masks, mIoU, windows, and
-                                    the command line
     tests/test_standard_sets.py     The experiments on standard sets, and the flow in a frozen autoencoder's space
     tests/test_tools.py             The scripts of tools/
     tests/test_values.py            Values that other tests only see move: random draws, ends of ranges, one rank's loss
     tests/test_values_scripts.py    Values that the scripts pass on or say: counts, defaults, hints, rFID's reference
-    tests/test_vqa.py               downstream/vqa.py: scores worked by hand, the benchmarks' files, what a user gets
-                                    wrong
     tests/test_whole_outputs.py     Whole reports, log lines and messages of the scripts, word by word, against values
                                     computed here
 
-What the tests share is in tests/: helpers.py (micro models, pictures, processes), published.py (reference networks and
-layouts), hostile.py (damaged files, fuzzers), crashes.py (killed runs), mutants.py (mistakes that the tests must
-notice). They run on the CPU in tiny configurations and need requirements-test.txt. `pytest test_all.py` runs the same
-functions. The tests of downstream/detect.py need torchvision, and run apart: `python -m tests.detection`.
+What the tests share is in tests/: runner.py (what runs and lists them), helpers.py (micro models, pictures, processes),
+published.py (reference networks and layouts), hostile.py (damaged files, fuzzers), crashes.py (killed runs), mutants.py
+(mistakes that the tests must notice). They run on the CPU in tiny configurations and need requirements-test.txt.
+`pytest test_all.py` runs the same functions. The tests of downstream/ run by `python -m tests.downstream`, those of
+downstream/detect.py, which need torchvision, by `python -m tests.detection`.
 """
-import argparse
-import ast
 import concurrent.futures
 import contextlib
 import functools
-import glob
 import hashlib
 import importlib.util
 import io
@@ -74,8 +56,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import time
-import traceback
 import types
 import unittest.mock
 import zipfile
@@ -106,6 +86,7 @@ import tools.batches
 import tools.pictures
 import tools.validate as validation
 import train
+from tests import runner
 from tools.drawn import ProceduralDataset
 
 # ---- distill.py: equation 1, distances, and no gradient through the weights ----
@@ -1654,20 +1635,10 @@ def test_training_goes_on_without_bad_pictures():
 
 def contents():
     """[(name, what it guards, its tests)] of each section of this file, then of each file of tests/."""
-    found = []
     with open(os.path.join(HERE, "test_all.py")) as f:
         parts = re.split(r"^# ---- (.*?): (.*) ----$", f.read(), flags=re.M)[1:]  # name, what, text, name, what, ...
-    for path in sorted(glob.glob(os.path.join(HERE, "tests", "test_*.py"))):
-        with open(path) as f:
-            text = f.read()
-        parts += [os.path.relpath(path, HERE), first_sentence(ast.get_docstring(ast.parse(text))), text]
-    for name, what, text in zip(parts[0::3], parts[1::3], parts[2::3]):
-        found.append((name, what, re.findall(r"^def ((?:test|slow)_\w+)\(", text, re.M)))
-    return found
-
-
-def first_sentence(doc):
-    return re.split(r"\.(?=\s+[A-Z`]|$)", " ".join((doc or "").split()))[0]
+    return [(name, what, runner.tests_of(re.findall(r"^def (\w+)\(", text, re.M)))
+            for name, what, text in zip(parts[0::3], parts[1::3], parts[2::3])] + runner.sections("tests")
 
 
 def table_of_contents():
@@ -1680,105 +1651,42 @@ def test_the_table_of_contents_is_true():
     """The docstring names every section of this file and every file of tests/, and --list knows every test."""
     table = table_of_contents()
     assert f"\n\n{table}\n\n" in __doc__, f"the table of contents in test_all.py's docstring must read:\n{table}"
-    listed = [test for _, _, tests in contents() for test in tests]
-    assert sorted(listed) == sorted(name for name in globals() if name.startswith(("test_", "slow_")))
+    assert sorted(test for _, _, tests in contents() for test in tests) == sorted(runner.tests_of(globals()))
 
 
 def test_the_runner():
-    """A test that exits has failed, and those after it run; --list shows a test once; a wrong option is refused."""
+    """A test that exits has failed, and those after it run; --list shows a test once; a wrong option is refused; the
+    tests before are counted, and fail the whole."""
     def exits():
         sys.exit(3)
 
     ran = []
-    globals().update(test_0_exits=exits, test_0_follows=lambda: ran.append(True))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            assert main(["test_0_"]) == 1, "a failed test must give exit status 1"
-    finally:
-        del globals()["test_0_exits"], globals()["test_0_follows"]
-    text = said.getvalue()
-    assert ran == [True] and "FAILED  test_0_exits" in text and text.endswith("1 passed, 1 failed\n"), text
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        assert main(["--list", "layer_weights", "slow_crashes"]) == 0
-    heading, test, faults, slow = said.getvalue().splitlines()
-    assert heading.startswith("distill.py: ") and test.split() == ["test_layer_weights_by_hand"], said.getvalue()
-    assert faults.startswith("tests/test_faults.py: ") and "(by name only) 25 kills" in slow, said.getvalue()
+    micro = {"test_0_exits": exits, "test_0_follows": lambda: ran.append(True), "test_1": lambda: None}
+
+    def said_by(*args, tests=micro):
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+            try:
+                return runner.main(["test_all.py"], contents(), tests, list(args)), said.getvalue()
+            except SystemExit as e:
+                return e.code, said.getvalue()
+    status, text = said_by("test_0_")
+    assert status == 1 and ran == [True] and "FAILED  test_0_exits" in text, "a failed test must give exit status 1"
+    assert text.endswith("1 passed, 1 failed\n"), text
+    for after, ends in ("226 passed, 0 failed", 0), ("226 passed, 3 failed", 1):
+        status, text = said_by("_1", "--after", after)
+        assert status == ends and text.endswith(f"\n227 passed, {after[12:]}\n"), text
+    assert said_by("_1", "--after", "Segmentation fault")[0] == 2
+    status, text = said_by("--list", "layer_weights", "slow_crashes", tests=globals())
+    heading, test, faults, slow = text.splitlines()
+    assert heading.startswith("distill.py: ") and test.split() == ["test_layer_weights_by_hand"], text
+    assert faults.startswith("tests/test_faults.py: ") and "(by name only) 25 kills" in slow, text
     for wrong, words in ("--lst", "unrecognized arguments: --lst"), ("no_such_name", "no test's name contains"):
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            raises(SystemExit, main, [wrong], words="2")
-        assert words in said.getvalue().splitlines()[-1], said.getvalue()
+        status, text = said_by(wrong)
+        assert status == 2 and words in text.splitlines()[-1], text
 
 
-for path in sorted(glob.glob(os.path.join(HERE, "tests", "test_*.py"))):
-    # the tests of each file become this file's, for pytest too
-    module = importlib.import_module(f"tests.{os.path.basename(path)[:-3]}")
-    globals().update({name: x for name, x in vars(module).items() if name.startswith(("test_", "slow_"))})
-
-
-def show_list(names):
-    for section, what, tests in contents():
-        chosen = [test for test in tests if not names or any(name in test for name in names)]
-        if chosen:
-            print(f"{section}: {what}")
-        for test in chosen:
-            note = "(by name only) " * test.startswith("slow_") + first_sentence(globals()[test].__doc__)
-            print(f"    {test:60} {note}".rstrip())
-
-
-def run_tests(names, folder):
-    """(passed, failed) of the tests that no other process has claimed: a claim is a file in the folder."""
-    passed = failed = 0
-    for name in names:
-        try:
-            os.close(os.open(os.path.join(folder, name), os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            continue
-        start = time.time()
-        try:
-            globals()[name]()
-            passed += 1
-            print(f"ok      {name} ({time.time() - start:.1f} s)", flush=True)
-        except (Exception, SystemExit):
-            failed += 1
-            print(f"FAILED  {name} ({time.time() - start:.1f} s)\n{traceback.format_exc()}", flush=True)
-    return passed, failed
-
-
-def main(argv, claims=None):
-    """Run the tests, two at a time if they are many: a second process like this one then works on the same list.
-
-    UNIFLOW_CLAIMS tells it the folder of the claims, where it writes how many of its tests passed and failed.
-    """
-    ap = argparse.ArgumentParser("test_all.py", description="Run the tests, or list them.")
-    ap.add_argument("names", nargs="*", metavar="NAME",
-                    help="part of a test's name, or the whole name of a slow_ one [all that are not slow_]")
-    ap.add_argument("--list", action="store_true", help="print the tests by section, with their purpose, and run none")
-    args = ap.parse_args(argv)
-    if args.list:
-        show_list(args.names)
-        return 0
-    chosen = [name for name in globals() if name.startswith("slow_") and name in args.names
-              or name.startswith("test_") and (not args.names or any(part in name for part in args.names))]
-    if not chosen:
-        ap.error(f"no test's name contains {' or '.join(args.names)}: --list shows the names")
-    if claims:
-        passed, failed = run_tests(chosen, claims)
-        with open(os.path.join(claims, "counts"), "w") as f:
-            f.write(f"{passed} {failed}")
-        return 0
-    with tempfile.TemporaryDirectory() as claims:
-        env, second = {**os.environ, "UNIFLOW_CLAIMS": claims}, None
-        if len(chosen) > 20:
-            second = subprocess.Popen([sys.executable, __file__, *args.names], env=env)
-        passed, failed = run_tests(chosen, claims)
-        if second:
-            assert second.wait() == 0, "the second process ended before its tests did"
-            with open(os.path.join(claims, "counts")) as f:
-                theirs = f.read().split()
-            passed, failed = passed + int(theirs[0]), failed + int(theirs[1])
-    print(f"{passed} passed, {failed} failed")
-    return 1 if failed or not passed else 0
-
+globals().update(runner.load("tests"))  # the tests of each file become this file's, for pytest too
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ.pop("UNIFLOW_CLAIMS", None)))
+    tests = {name: globals()[name] for name in runner.tests_of(globals())}
+    sys.exit(runner.main([__file__], contents(), tests, sys.argv[1:], os.environ.pop("UNIFLOW_CLAIMS", None)))

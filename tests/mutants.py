@@ -4,7 +4,7 @@
     python -m tests.mutants --check         # only that every text is found exactly once, as a test of the suite does
 
 Not part of the daily run. Each mutant is applied to a scratch copy of the repository (what git lists, as it lies in the
-working tree). Its own tests run first, then, if these pass, the whole suite. A run that takes too long counts as
+working tree). Its own tests run first, then, if these pass, all tests. A run that takes too long counts as
 killed: a rank that waits for ever is noticed. The mutants of detection need the environment of its tests, with tqdm:
 without torchvision they are left out, which is said.
 """
@@ -12,6 +12,7 @@ import argparse
 import ast
 import collections
 import concurrent.futures
+import functools
 import glob
 import importlib.util
 import os
@@ -2156,16 +2157,25 @@ TABLE = [
      "test_odd_metadata_cost_no_picture"),
 ]
 MUTANTS = [Mutant(*row) for row in TABLE]
-DETECTION = [f"downstream/{name}.py" for name in ("detect", "coco", "coco_eval", "canvas")]  # their tests run apart
+DETECTION = ("-m", "tests.detection")
+SUITES = {("test_all.py",): ("test_all.py", "tests/test_*.py"),  # what runs tests, and the files where they are
+          ("-m", "tests.downstream"): ("tests/downstream/test_*.py",),
+          DETECTION: ("tests/detection/test_*.py",)}
+
+
+@functools.cache
+def suites_of_tests(root):
+    """{test: its suite}"""
+    return {name: suite for suite, patterns in SUITES.items() for pattern in patterns
+            for path in glob.glob(os.path.join(root, pattern))
+            for name in re.findall(r"^def ((?:test|slow)_\w+)\(", open(path).read(), re.M)}
 
 
 def wrong_entries(root, parse=False):
     """What is not true in the table: a text that is not there exactly once, a name used twice, a test that there is
     not. parse: also, in some seconds, a mutant that is no Python."""
-    tests = set(re.findall(r"def (\w+)\(", "".join(open(path).read() for path in (
-        os.path.join(root, "test_all.py"), *glob.glob(os.path.join(root, "tests", "test_*.py")),
-        *glob.glob(os.path.join(root, "tests", "detection", "test_*.py"))))))
-    sources, wrong = {m.file: open(os.path.join(root, m.file)).read() for m in MUTANTS}, []
+    tests, wrong = suites_of_tests(root), []
+    sources = {m.file: open(os.path.join(root, m.file)).read() for m in MUTANTS}
     for m in MUTANTS:
         count = sources[m.file].count(m.text)
         if count != 1:
@@ -2197,9 +2207,10 @@ def heed_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
-def suite_of(mutant):
-    """What runs the tests that may notice a mutant: those of detection are not in test_all.py."""
-    return ("-m", "tests.detection") if mutant.file in DETECTION else ("test_all.py",)
+def by_suite(names):
+    """{suite: those of the tests that it runs}"""
+    suites = suites_of_tests(HERE)
+    return {suite: chosen for suite in SUITES if (chosen := [name for name in names if suites[name] == suite])}
 
 
 def run_tests(folder, suite, names, seconds):
@@ -2233,9 +2244,11 @@ def verdict(mutant, folder, quick):
     original = open(path).read()
     try:
         open(path, "w").write(original.replace(mutant.text, mutant.replacement))
-        if not run_tests(folder, suite_of(mutant), mutant.tests.split(), 150):
+        named = by_suite(mutant.tests.split())
+        if not all(run_tests(folder, suite, names, 150) for suite, names in named.items()):
             return "killed", ""
-        if quick or run_tests(folder, suite_of(mutant), [], 1800):
+        everything = [suite for suite in SUITES if (suite == DETECTION) == (DETECTION in named)]
+        if quick or all(run_tests(folder, suite, [], 1800) for suite in everything):
             return "SURVIVED", ""
         others = [line.split()[1] for line in open(folder + ".txt", errors="replace") if line.startswith("FAILED ")]
         return "killed", f"not by {mutant.tests}, but by {' '.join(others) or 'time'}"
@@ -2258,17 +2271,16 @@ def main(argv=None):
         return 1 if wrong else 0
     chosen = [m for m in MUTANTS if not args.names or any(n in m.name or n == m.file for n in args.names)]
     if not importlib.util.find_spec("torchvision"):
-        left_out = [m for m in chosen if m.file in DETECTION]
-        chosen = [m for m in chosen if m.file not in DETECTION]
+        left_out = [m for m in chosen if DETECTION in by_suite(m.tests.split())]
+        chosen = [m for m in chosen if m not in left_out]
         print(f"{len(left_out)} mutants of detection are left out: there is no torchvision here")
     count = collections.Counter()
     with tempfile.TemporaryDirectory() as tmp, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         copies = queue.Queue()
         for job in range(args.jobs):
             copies.put(scratch_copy(os.path.join(tmp, str(job))))
-        for suite in {suite_of(m) for m in chosen}:
-            named = sorted({test for m in chosen if suite_of(m) == suite for test in m.tests.split()})
-            if named and not args.quick and not run_tests(copies.queue[0], suite, named, 1800):
+        for suite, named in by_suite(sorted({test for m in chosen for test in m.tests.split()})).items():
+            if not args.quick and not run_tests(copies.queue[0], suite, named, 1800):
                 print(open(copies.queue[0] + ".txt", errors="replace").read(),
                       "the tests that these mutants name fail without a mutant: mend that first", sep="")
                 return 1

@@ -892,8 +892,9 @@ def test_fid_statistics_by_numpy():
 
 def test_no_test_hides_another():
     """test_all.py puts the tests of all files into one namespace, where of two with one name the first would never
-    run."""
-    names = [name for path in (os.path.join(HERE, "test_all.py"), *glob.glob(os.path.join(HERE, "tests", "test_*.py")))
+    run. So does tests/mutants.py with those of the folders in tests/."""
+    names = [name for path in (os.path.join(HERE, "test_all.py"),
+                               *glob.glob(os.path.join(HERE, "tests", "**", "test_*.py"), recursive=True))
              for name in re.findall(r"^def ((?:test|slow)_\w+)\(", open(path).read(), re.M)]
     assert len(names) == len(set(names)), {name for name in names if names.count(name) > 1}
 

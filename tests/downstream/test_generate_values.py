@@ -30,8 +30,8 @@ import train
 from downstream import dit, generate, mar, sampling, speed
 from encoder import Encoder, MissingFile, UserError, read_config, write_model
 from experiments.generation import study
-from tests.test_generation import MICRO_DIT, MICRO_MAR, micro
-from tests.test_generate import latents as saved_latents, tokenizer
+from tests.downstream.test_generation import MICRO_DIT, MICRO_MAR, micro
+from tests.downstream.test_generate import latents as saved_latents, tokenizer
 from tools import latents
 from tools.batches import collate
 from tools.run import Run

@@ -1,0 +1,1 @@
+"""Tests of downstream/, but those of detection: python -m tests.downstream."""
