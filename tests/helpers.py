@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import multiprocessing.connection
+import multiprocessing.spawn
 import os
 import resource
 import runpy
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import threading
 import types
+import unittest.mock
 import zipfile
 from dataclasses import asdict
 
@@ -99,8 +101,11 @@ def as_script(command, cwd, env, out, err):
 
 
 def start_script(*args):
-    process = FORKS.Process(target=as_script, args=args)
-    with STARTING:
+    """A process of FORKS at work on as_script. It does not import this process's __main__, as one of multiprocessing
+    would: test_all.py takes a second."""
+    process, plain = FORKS.Process(target=as_script, args=args), multiprocessing.spawn.get_preparation_data
+    without_main = lambda name: {k: v for k, v in plain(name).items() if not k.startswith("init_main")}
+    with STARTING, unittest.mock.patch.object(multiprocessing.spawn, "get_preparation_data", without_main):
         process.start()
     return process
 

@@ -1,6 +1,6 @@
 """The scripts of tools/."""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    log_lines, micro_teacher, picture, raises, run, tokenizer_file, train_quietly)
+    log_lines, micro_teacher, picture, picture_folder, raises, run, tokenizer_file, train_quietly)
 
 import json
 import os
@@ -15,9 +15,10 @@ from tools import convert, plot
 
 def test_plot_draws_what_the_log_says():
     with tempfile.TemporaryDirectory() as tmp:
-        a, b = (os.path.join(tmp, name) for name in "ab")
+        a, b, (folder, _) = *(os.path.join(tmp, name) for name in "ab"), picture_folder(tmp, n=4)
         for out, steps in ((a, 3), (b, 2)):
-            train_quietly("--teacher", micro_teacher(tmp), "--steps", steps, "--eval_every", 1, "--out", out)
+            train_quietly("--teacher", micro_teacher(tmp), "--data", folder, "--steps", steps, "--eval_every", 1,
+                          "--out", out)
         logs = {out: log_lines(out) for out in (a, b)}
         open(os.path.join(b, "log.jsonl"), "a").write('{"step": 3, "los')  # a line that is being written
         axes = plot.draw([a, b]).axes
@@ -28,8 +29,8 @@ def test_plot_draws_what_the_log_says():
                 assert list(line.get_xdata()) == steps and list(line.get_ydata()) == [x[key] for x in lines], key
         layers = [x["alpha"][2] for x in log_lines(a) if "alpha" in x]  # of three
         assert len(axes[5].lines) == 3 and list(axes[5].lines[2].get_ydata()) == layers and max(layers) > 0
-        done = run("python", "-m", "tools.plot", a, b, "--out", os.path.join(tmp, "both.png"))
-        assert done.returncode == 0 and Image.open(os.path.join(tmp, "both.png")).size == (1200, 960), done.stderr
+        assert plot.main([a, b, "--out", os.path.join(tmp, "both.png")]) == 0  # says where it is
+        assert Image.open(os.path.join(tmp, "both.png")).size == (1200, 960)
         odd = [os.path.join(tmp, name) for name in (os.fsdecode(b"run-\xff"), "$lr_{1}")]  # no text; a formula
         for old, new in zip((a, b), odd):
             os.rename(old, new)
