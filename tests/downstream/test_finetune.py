@@ -138,7 +138,7 @@ def test_finetuning_resumes_bit_for_bit_after_a_signal_and_a_kill():
                  "--log_every", 4, "--eval_every", 3, "--save_every", 4, "--keep_every", 4, "--warmup", 2,
                  "--lr_decay", 0.5, "--layer_decay", 0.7]
         a, b = (os.path.join(tmp, name) for name in ("whole", "parts"))
-        start = lambda **env: run("python", "-m", "tests.test_finetune", *flags, "--out", b, **env)
+        start = lambda **env: run("python", "-m", "tests.downstream.test_finetune", *flags, "--out", b, **env)
         trained(a, *flags)
         done = start(DIE="5", SIG=str(int(signal.SIGTERM)))  # in the third step, which it finishes
         assert done.returncode == 0 and "interrupted and saved at step 3" in done.stdout, done
@@ -165,7 +165,7 @@ def test_finetuning_resumes_bit_for_bit_after_a_signal_and_a_kill():
 def test_several_ranks_finetune_as_one():
     with tempfile.TemporaryDirectory() as tmp:
         flags = ["--teacher", micro_teacher(tmp), "--steps", 3, "--lr", 0.1, "--sgd", "--norm"]
-        start = lambda norm: run_ranks(2, "python", "-m", "tests.test_finetune", *flags, norm, "--out",
+        start = lambda norm: run_ranks(2, "python", "-m", "tests.downstream.test_finetune", *flags, norm, "--out",
                                        os.path.join(tmp, norm), "--micro_batch", 1 if norm == "layer" else 2)
         for done in side_by_side(lambda: start("layer"), lambda: start("batch")):
             assert all(x.returncode == 0 for x in done), done
@@ -179,7 +179,7 @@ def test_several_ranks_finetune_as_one():
             a, b = (torch.load(os.path.join(tmp, norm, f"rank{r}.pt")) for r in range(2))
             assert not differences(a, b), differences(a, b)
         # running statistics after a step: 0.9 of the first, 0.1 of the mean over the ranks of each rank's own
-        run_ranks(2, "python", "-m", "tests.test_finetune", *flags, "batch", "--steps", 1, "--out",
+        run_ranks(2, "python", "-m", "tests.downstream.test_finetune", *flags, "batch", "--steps", 1, "--out",
                   os.path.join(tmp, "step"))
         model, data = initial(tmp, "batch"), Blobs()
         with torch.no_grad():
