@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import types
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -162,6 +163,33 @@ def test_models_heed_every_field_of_their_configuration():
         # 8/3 of the width, to the next multiple of 64
         widths = [dit.Block(width, 2).fc2.in_features for width in (24, 32, 384, 1024, 1152)]
     assert widths == [64, 128, 1024, 2752, 3072]
+
+
+def demonstration(module, **small):
+    """The lines that `python -m` prints of this module, with fields of the configuration that it tries changed."""
+    code = open(module.__file__).read().split('if __name__ == "__main__":\n')[1]
+    config = lambda name, **changes: module.config(name, **{**changes, **small} if changes else {})
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(textwrap.dedent(code), {**vars(module), "config": config})
+    return said.getvalue().splitlines()
+
+
+def test_what_the_models_show_of_themselves():
+    torch.manual_seed(0)
+    said = demonstration(mar, width=24, depth=1, heads=2, head_width=16, head_depth=1, buffer=2)
+    assert said[:4] == [f"mar-{name}  latent 64x32x32  {all_:6.1f}M parameters, {head:6.1f}M of them the head" for
+                        name, all_, head in (("s", 44.4, 14.2), ("b", 209.8, 35.8), ("l", 480.8, 72.3),
+                                             ("h", 945.5, 151.3))], said
+    start, end = "latent     (2, 16, 8, 8)  loss ", " (untrained: v = 0)"
+    assert said[4].startswith(start) and said[4].endswith(end)
+    assert abs(float(said[4][len(start):-len(end)]) - 2) < 0.3, "the mean of (eps - x)^2"
+    assert said[5:] == ["condition  (2, 44, 24) of 44 masked tokens, 20 are visible",
+                        "sampled    (2, 16, 8, 8) in 8 iterations of 25 Euler steps"]
+    said = demonstration(dit, width=24, depth=1, heads=2)
+    assert said[:4] == [f"dit-{name:2s}  latent 64x32x32  {all_:6.1f}M parameters, 256 tokens of 256 numbers" for
+                        name, all_ in (("s", 33.1), ("b", 130.7), ("l", 459.9), ("xl", 675.4))], said
+    assert said[4] == "latent   (2, 16, 8, 8)  times are shifted by 1" and said[5].startswith("loss     ")
+    assert said[6] == "sampled  (2, 16, 8, 8) in 25 steps of Heun" and len(said) == 7
 
 
 def test_mar_drops_in_four_places():
@@ -528,8 +556,9 @@ def test_a_score_against_ones_own_images_is_zero():
                 (paths, 8), f"the statistics in {' '.join(paths)}"), "several archives of arrays are no one archive"
     with loads("mar"), contextlib.chdir("/"):
         flags = parse("score", "--run", "RUN", "--reference", "x", "--inception", "gone.pth")
-        refused(evaluation.UserError, sampling.score, flags, says="gone.pth: no such file, no URL, and none of the names "
-                + " ".join(PUBLISHED))  # and no word of doing without
+        names = " ".join(PUBLISHED)
+        refused(evaluation.UserError, sampling.score, flags,  # it cannot do without one
+                says=f"gone.pth: no such file, no URL, and none of the names {names}")
     with loads("dit"), patch.object(sampling, "load_inception", lambda job: (network, "NET")), \
             tempfile.TemporaryDirectory() as tmp:
         np.savez(os.path.join(tmp, "s.npz"), mu=np.zeros(64), sigma=np.eye(64))
@@ -954,7 +983,8 @@ def test_a_run_goes_on_with_its_own_latents_only():
         os.remove(model)
         assert "the run is finished" in trained("--latents", folder, "--steps", 2)
         again = load_file(model)  # as after a kill between the writes of state.pt and of this
-        assert sampling.load_generator(model, "cpu")[1] == config and all(torch.equal(again[k], x) for k, x in whole.items())
+        assert sampling.load_generator(model, "cpu")[1] == config
+        assert all(torch.equal(again[k], x) for k, x in whole.items())
         config, tensors = read_config(weights), load_file(weights)
         tensors["latent_std"] *= 2
         other = os.path.join(tmp, "more", "tokenizer.safetensors")
