@@ -34,6 +34,7 @@ import train
 from downstream import dit, generate, mar, sampling, speed
 from encoder import PUBLISHED, Encoder, MissingFile, UserError, read_config, write_model
 from experiments.generation import study
+from tests.hostile import Payload
 from tests.test_generation import MICRO_DIT, MICRO_MAR, micro
 from tests.test_generate import latents as saved_latents, tokenizer
 from tools import latents
@@ -292,12 +293,6 @@ def test_generators_refuse_other_shapes_and_impossible_fields():
     assert sampling.changes("mar-s", ["buffer=3"]) == {"buffer": 3}
 
 
-class Booby:
-    """Whoever unpickles it makes a folder."""
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
 def test_a_released_mar_of_other_classes_or_another_size():
     model, other = micro("mar"), mar.MAR(mar.replace(MICRO_MAR, classes=9))
     with tempfile.TemporaryDirectory() as tmp:
@@ -320,11 +315,11 @@ def test_a_released_mar_of_other_classes_or_another_size():
             if isinstance(content, bytes):
                 open(path, "wb").write(content)
             raises(UserError, mar.load_released, model, path, words=f"{path} is no checkpoint of MAR (")
-        for content in Booby(), {"model_ema": theirs, "args": Booby()}:
-            with contextlib.chdir(tmp):
-                torch.save(content, path)
-                raises(UserError, mar.load_released, model, path, words="no checkpoint of MAR (")
-                assert not os.path.exists("executed")
+        trap = Payload(os.path.join(tmp, "executed"))
+        for content in trap, {"model_ema": theirs, "args": trap}:
+            torch.save(content, path)
+            raises(UserError, mar.load_released, model, path, words="no checkpoint of MAR (")
+            assert not os.path.exists(trap.folder)
         with patch.object(mar, "refuse_pickle", side_effect=UserError("refused")):  # with a torch that does execute it
             raises(UserError, mar.load_released, model, path, words="refused")
         for name in "nothing.pth", ".":
@@ -348,9 +343,10 @@ def test_images_are_made_with_all_that_was_asked_for():
             options = dict(order=order, iterations=3) if kind == "mar" else {}
             latent = model.sample(torch.tensor([c]), noise, steps=4, cfg=1.7, temperature=0.6, **options)
             expected.append(dec.decode(latent, torch.randn(1, 16, 12, generator=random)))
-        expected, ticks = torch.cat(expected), []
+        expected, ticks, grads, decode = torch.cat(expected), [], [], dec.decode
+        dec.decode = lambda latent, noise: grads.append(torch.is_grad_enabled()) or decode(latent, noise)
         close(sampling.generate(model, dec, pairs, args, lambda: ticks.append(1)), expected, 1e-4)
-        assert len(ticks) == (3 if kind == "mar" else 7)
+        assert len(ticks) == (3 if kind == "mar" else 7) and grads == [False]
         for size in 5, 8, 13:
             args.resolution = size
             got = sampling.generate(model, dec, pairs, args)
@@ -499,6 +495,11 @@ def test_samples_go_where_nothing_is_lost():
             with contextlib.redirect_stdout(io.StringIO()):
                 sampling.sample(parse(*flags.split()))
             assert os.path.exists("here.png") and not os.path.exists("here.png.part")
+            with patch.dict(os.environ, RANK="1"):  # which writes its share into rank 0's file, and says nothing
+                part = np.lib.format.open_memmap("ours.npz.part", "w+", np.uint8, (6, 8, 8, 3))
+                said = sample("ours.npz", "--classes", 6, 2, "--number", 3, "--cfg", 1.5, "--seed", 9)
+                assert np.array_equal(part[1:], f["arr_0"][1:]) and not part[0].any()
+                assert said == "" and not os.path.exists("ours.npz") and os.path.exists("ours.npz.part")
         for c in 8, -1:
             raises(UserError, sample, "x.png", "--classes", c,
                    words=f"--classes {c}: RUN has 8 classes, 0 (class0) to 7 (class7)")
@@ -590,6 +591,18 @@ def test_defaults_of_generation():
     assert (sample.cfg, sample.classes, sample.number, sample.save) == (3.0, None, 8, "samples.png")
     assert (score.cfg, score.images, score.sweep, score.out) == ([3.0], 50_000, 10_000, None)
     assert score.inception == sampling.INCEPTION_URL and parse("bench", "--model", "mar-l").cfg == 3.0
+    for command, flag, low, high in [
+            ("sample", "--seed", 0, 2 ** 63 - 1), ("score", "--seed", 0, 2 ** 63 - 1), ("sample", "--number", 1, None),
+            ("sample", "--resolution", 1, None), ("score", "--resolution", 1, None), ("score", "--images", 2, None),
+            ("score", "--sweep", 2, None), ("score", "--workers", 0, None), *(
+                (part, flag, 1, None) for flag in ("--iterations", "--steps", "--batch_size")
+                for part in ("sample", "score"))]:
+        for value in filter(lambda x: x is not None, (low, high)):
+            assert getattr(parse(command, "--run", "x", flag, value), flag[2:]) == value
+        for value in [low - 1] + ([high + 1] if high else []):
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                raises(SystemExit, parse, command, "--run", "x", flag, value, words="2")
+            assert f"argument {flag}: it is {value}; it must be at least {low}" in err.getvalue()
     for cores, ranks, expected in (64, 1, 16), (64, 16, 4), (3, 1, 3):
         with patch.object(os, "sched_getaffinity", lambda pid: set(range(cores)), create=True), \
                 patch.dict(os.environ, LOCAL_WORLD_SIZE=str(ranks)):
@@ -841,8 +854,11 @@ def test_training_is_set_up_as_the_flags_say():
                 channels=8, grid=4, classes=2, **{k: int(x) for k, x in fields.items()}))
             assert s.config["commit"] == tools.script.commit()
             assert s.args.images == f"10 latents of 8x4x4 by tokenizer {digest[:12]}"
-            assert "2 classes" in said[0] and "= micro-batch 3 x accumulation 2 x 1 rank on cpu" in said[2]
-            assert f"recipe {model[:3]}: rate {lr:.2e} after {s.args.warmup:,} steps of warm-up, EMA 0.9999" in said[2]
+            size = sum(p.numel() for p in s.model.parameters()) / 1e6
+            assert said == [
+                f"data: {s.args.images}, 2 classes", f"model: {model} of {size:.1f}M parameters",
+                "run: 88 steps of 6 = micro-batch 3 x accumulation 2 x 1 rank on cpu; recipe "
+                f"{model[:3]}: rate {lr:.2e} after {s.args.warmup} steps of warm-up, EMA 0.9999"], said
             assert type(s.decoder).__name__ == "Decoder" and s.data.seed == 3 and s.data.train
         s, said = ready(tmp, "dit-s", "--batch_size", 4, "--steps", 9, "--warmup", 5, "--lr", 0.5, "--beta1", 0.7,
                         "--beta2", 0.8, "--weight_decay", 0.3, "--ema", 0.25)
@@ -946,10 +962,12 @@ def test_the_command_line_of_training():
     for flag, low, high in ("--beta1", -0.1, 1), ("--beta2", -0.1, 1), ("--ema", -0.1, 1), ("--lr_decay", -0.1, 1.1), (
             "--clip", -1, None), ("--weight_decay", -1, None), ("--warmup", -1, None), ("--lr", -1, None), (
             "--batch_size", 0, None), ("--steps", 0, None), ("--epochs", 0, None), ("--log_every", 0, None), (
-            "--seed", -1, 2 ** 63):
+            "--seed", -1, 2 ** 63), ("--micro_batch", 0, None), ("--size", 0, None), ("--workers", -1, None), (
+            "--eval_every", -1, None), ("--save_every", -1, None), ("--keep_every", -1, None):
         for value in filter(lambda x: x is not None, (low, high)):
             assert f"argument {flag}: it is {value}" in refused("--latents", "a", flag, value)
-        good = 0 if flag in ("--beta1", "--clip", "--lr", "--warmup", "--seed", "--ema", "--weight_decay") else 1
+        good = 0 if flag in ("--beta1", "--clip", "--lr", "--warmup", "--seed", "--ema", "--weight_decay", "--workers",
+                             "--eval_every", "--save_every", "--keep_every") else 1
         good = 0.5 if flag == "--beta2" else good
         args = parse("train", "--latents", "a", flag, good)
         assert getattr(args, flag[2:]) == good, "the recipe does not replace what is given, be it 0"
@@ -958,6 +976,10 @@ def test_the_command_line_of_training():
                                                                                             64, 0)
     assert (args.log_every, args.eval_every, args.save_every, args.keep_every) == (100, 5000, 1000, None)
     assert (args.lr_decay, args.decay_shape, args.compile) == (0.0, "linear", torch.cuda.is_available())
+    # what a resume demands to be as it was; the rest may differ
+    assert set(vars(args)) - generate.MAY_DIFFER == set(
+        "command model set size recipe batch_size lr warmup_part lr_decay decay_shape ema beta1 beta2 weight_decay "
+        "clip seed".split())
     assert parse("train", "--latents", "a", "--epochs", 3).epochs == 3
     assert parse("train", "--latents", "a", "--decay_shape", "cosine").decay_shape == "cosine"
     mixed = parse("train", "--latents", "a", "--model", "dit-s", "--recipe", "paper", "--batch_size", 512)

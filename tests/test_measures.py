@@ -38,6 +38,7 @@ import tools.job as jobs
 import tools.latents as latents
 import tools.script as script
 import tools.validate as validation
+from tests.hostile import Payload
 
 patch = unittest.mock.patch
 
@@ -115,7 +116,9 @@ def test_inception_score_of_any_order():
     assert np.allclose(shares, [evaluation.inception_score(logits)] * 2, rtol=1e-12), shares
     sizes = torch.bincount(evaluation.draw_splits(301, 10))
     assert sorted(sizes.tolist()) == [30] * 9 + [31], "parts of equal size"
-    assert torch.equal(evaluation.draw_splits(301, 10), evaluation.draw_splits(301, 10))
+    # the split of an image must not change: NumPy's permutation for that many images, cut in ten
+    assert evaluation.draw_splits(301, 10).tolist() == [
+        int(place) * 10 // 301 for place in np.random.default_rng(301).permutation(301)]
 
 
 def test_validation_strides_through_the_whole_set():
@@ -458,6 +461,10 @@ def test_inceptions_where_torch_does_not_read_pickles_safely():
             with (patch.object(torch, "__version__", version),
                   patch.object(evaluation, "INCEPTION_SHA256", digest or "6726825d")):
                 raises(evaluation.UserError, evaluation.InceptionV3, path, words=words)
+        trap = Payload(os.path.join(tmp, "executed"))
+        torch.save({"fc.weight": trap}, path)
+        raises(evaluation.UserError, evaluation.InceptionV3, path, words="is not pytorch-fid's")
+        assert not os.path.exists(trap.folder)
 
 
 def test_arrays_and_statistics_that_are_no_measure():
