@@ -541,8 +541,7 @@ def evaluate_tokenizer(job):
             cells = [f"{r[who][kind]:7.2f}" if who in r else "      -"
                      for kind in ("linear", "knn") for who in ("student", "teacher")]
             table.append("{:18s}          {}  {}          {}  {}".format(layer, *cells))
-        cosines = " ".join(f"{c:.3f}" for c in report["cosine_to_teacher"])
-        table.append(f"cosine to the teacher, layer by layer: {cosines}")
+        table += ["cosine to the teacher, layer by layer: " + " ".join(f"{c:.3f}" for c in report["cosine_to_teacher"])]
     return job.finish(report, table)
 
 
@@ -566,8 +565,7 @@ def parse_args(argv=None):
         "URL; none: no rFID, no IS [downloaded once, 91 MB]")
     add = ap.add_argument_group("also: compare it with PCA, ask whether its encoder still understands").add_argument
     add("--fit", nargs="+", metavar="PATH", help="the images that --pca and --probe are fitted on")
-    add("--pca", action="store_true", help="also measure a linear PCA of single patches with as many components as the "
-        "latent has channels")
+    add("--pca", action="store_true", help="also measure PCA of single patches, with one component per latent channel")
     add("--probe", action="store_true", help="also measure a linear probe and 20-NN on features of the encoder and of "
         "its teacher, and the cosine between the two at every layer")
     add("--teacher", metavar="NAME|FILE", help="for --probe [the weights file names it]")
@@ -588,9 +586,11 @@ def parse_args(argv=None):
         (args.batch_size < 1, f"batch_size {args.batch_size} must be at least 1"),
         (args.steps < 1, f"steps {args.steps} must be at least 1"),
         (args.workers < 0, f"workers {args.workers} must be at least 0"),
+        (not 0 <= args.seed < 2 ** 63, f"seed {args.seed} must be at least 0 and below 2^63"),
         (args.fid and len(args.fid) != 2 and not (args.save_stats and len(args.fid) == 1),
          f"--fid compares A and B, got {len(args.fid or ())}; --fid A --save_stats FILE.npz only saves"),
         (args.fid and (args.pca or args.probe), "--pca and --probe measure a tokenizer: leave them out of --fid"),
+        (args.size is not None and args.size < 1, f"size {args.size} must be at least 1"),
         (args.fid and args.size, "--size is for a tokenizer: leave it out of --fid (--resolution 256 crops)"),
         (args.fid and args.inception == "none", "--fid needs --inception"),
         (args.save_stats and not args.fid, "--save_stats goes with --fid"),

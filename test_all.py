@@ -580,7 +580,8 @@ def test_inception_equals_plain_functions():
     rows, columns = ((np.arange(299) + 0.5) * n / 299 - 0.5 for n in (40, 64))
     grid = np.meshgrid(rows, columns, indexing="ij")
     large = torch.tensor(np.stack([map_coordinates(c.numpy(), grid, order=1, mode="nearest") for c in small[0]]))[None]
-    close(ours(small)[0], ours(large)[0], 1e-5)
+    close(ours(small.double())[0], ours(large)[0], 1e-5)
+    assert not any(p.requires_grad for p in ours.parameters()) and not any(m.training for m in ours.modules())
     with tempfile.TemporaryDirectory() as tmp:
         broken = os.path.join(tmp, "broken.pth")
         state = torch.load(path, weights_only=True)
@@ -590,6 +591,9 @@ def test_inception_equals_plain_functions():
             raises(ValueError, evaluation.InceptionV3, broken, words=words)
         open(broken, "wb").write(b"junk")
         raises(ValueError, evaluation.InceptionV3, broken, words="pytorch-fid")
+        raises(evaluation.MissingFile, evaluation.InceptionV3, tmp, words=["no such file; it is", "6726825d.pth"])
+        with unittest.mock.patch.object(torch, "load", side_effect=OSError(5, "disk")):
+            raises(OSError, evaluation.InceptionV3, broken, words="[Errno 5] disk")  # no fault of the file's
         for i in range(2):  # as eval.py uses it
             os.makedirs(os.path.join(tmp, "pictures"), exist_ok=True)
             Image.fromarray((255 * img[i]).byte().permute(1, 2, 0).numpy()).save(os.path.join(tmp, "pictures",
@@ -634,6 +638,9 @@ def test_frechet_distance():
     assert math.isclose(fid(x.mean(0), s1, y.mean(0), s2), by_scipy, rel_tol=1e-6)
     assert math.isclose(fid(*map(torch.tensor, (x.mean(0), s1, y.mean(0), s2))), by_scipy, rel_tol=1e-6), (
         "numpy and torch must agree")
+    a, b = np.full(64, 1e-8), np.full(64, 1e-8)  # a wide spectrum is no rounding error: only the first one differs
+    a[0], b[0] = 1, 4
+    assert math.isclose(fid(mu1, q * a @ q.T, mu1, q * b @ q.T), 1, rel_tol=1e-9)
     raises(ValueError, fid, mu1, s1, mu2[:32], s2[:32, :32], words="(32, 32)")
     raises(ValueError, fid, mu1 * np.nan, s1, mu2, s2, words="finite")
 

@@ -140,7 +140,8 @@ def test_latent_statistics_and_saved_latents():
         shards = [load_file(os.path.join(out, f"latents_{k:05d}.safetensors")) for k in range(3)]
         assert all(s.keys() == {"latents", "labels"} for s in shards)
         close(torch.cat([s["latents"] for s in shards]), enc.encode(img), 1e-5)
-        assert torch.cat([s["labels"] for s in shards]).tolist() == [read[n][1] for n in range(11)]
+        labels = torch.cat([s["labels"] for s in shards])
+        assert labels.tolist() == [read[n][1] for n in range(11)] and labels.dtype == torch.int64
         assert json.load(open(os.path.join(out, "index.json")))["classes"] == ["class0", "class1"]
         low = os.path.join(tmp, "low")
         command(*[low if x == out else x for x in flags], "--bf16")
@@ -344,7 +345,8 @@ def test_a_folder_of_latents_that_is_not_whole():
         refused(second, open(os.path.join(tmp, "bare.safetensors"), "rb").read(), ["is damaged"])
         raises(encoder.MissingFile, latents.LatentDataset, os.path.join(tmp, "nowhere"), True, words="nowhere")
         raises(encoder.MissingFile, latents.LatentDataset, weights, True, words=weights)  # a file
-        raises(encoder.UserError, save, out, words="is damaged")  # as the last of them left it
+        raises(encoder.UserError, save, out, words=[
+            f"{out}/{second} is damaged (", "): delete it and run this again"])  # as the last of them left it
 
 
 def test_files_of_latents_stay_mapped():

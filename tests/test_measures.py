@@ -5,6 +5,7 @@ from tests.helpers import (
 import contextlib
 import errno
 import gc
+import hashlib
 import importlib.util
 import io
 import json
@@ -17,7 +18,9 @@ import resource
 import signal
 import sys
 import tempfile
+import types
 import unittest.mock
+from datetime import timedelta
 import zipfile
 
 import numpy as np
@@ -32,8 +35,10 @@ import encoder
 import eval as evaluation
 import tools.fid as fid_command
 import tools.job as jobs
+import tools.latents as latents
 import tools.script as script
 import tools.validate as validation
+from tests.hostile import Payload
 
 patch = unittest.mock.patch
 
@@ -111,7 +116,9 @@ def test_inception_score_of_any_order():
     assert np.allclose(shares, [evaluation.inception_score(logits)] * 2, rtol=1e-12), shares
     sizes = torch.bincount(evaluation.draw_splits(301, 10))
     assert sorted(sizes.tolist()) == [30] * 9 + [31], "parts of equal size"
-    assert torch.equal(evaluation.draw_splits(301, 10), evaluation.draw_splits(301, 10))
+    # the split of an image must not change: NumPy's permutation for that many images, cut in ten
+    assert evaluation.draw_splits(301, 10).tolist() == [
+        int(place) * 10 // 301 for place in np.random.default_rng(301).permutation(301)]
 
 
 def test_validation_strides_through_the_whole_set():
@@ -308,10 +315,11 @@ def test_pictures_that_are_not_finite_are_no_black_ones():
 
 def test_workers_follow_the_affinity():
     default = lambda: evaluation.parse_args(["--data", "x"]).workers
+    saving = lambda: latents.parse_args(["save", "--data", "x", "--out", "z"]).workers
     for cores, ranks, expected in ((3, 1, 3), (64, 1, 8), (64, 16, 4), (1, 1, 1), (2, 8, 1)):
         affinity = patch.object(os, "sched_getaffinity", lambda pid: set(range(cores)), create=True)
         with affinity, patch.dict(os.environ, LOCAL_WORLD_SIZE=str(ranks)):
-            assert default() == expected, (cores, ranks, default())
+            assert default() == saving() == expected, (cores, ranks, default(), saving())
     with contextlib.redirect_stderr(io.StringIO()) as said:
         raises(SystemExit, evaluation.main, ["--data", "x", "--workers", "-1"], words="2")
     assert "at least 0" in said.getvalue()
@@ -435,8 +443,11 @@ def test_imports_where_posix_is_missing():
         scripts.ignore_signals(0)
         for number, handler in zip(scripts.SAVE_AND_STOP, before):
             assert signal.signal(number, handler) == signal.SIG_IGN
-    with tempfile.NamedTemporaryFile() as empty:
-        assert evaluation.sha256(empty.name).startswith("e3b0c44298fc1c14"), "SHA-256 of nothing"
+    with tempfile.NamedTemporaryFile() as file:
+        assert evaluation.sha256(file.name).startswith("e3b0c44298fc1c14"), "SHA-256 of nothing"
+        content = bytes(1 << 24) + b"more than is read at a time"
+        file.write(content), file.flush()
+        assert evaluation.sha256(file.name) == hashlib.sha256(content).hexdigest()
 
 
 def test_inceptions_where_torch_does_not_read_pickles_safely():
@@ -450,6 +461,10 @@ def test_inceptions_where_torch_does_not_read_pickles_safely():
             with (patch.object(torch, "__version__", version),
                   patch.object(evaluation, "INCEPTION_SHA256", digest or "6726825d")):
                 raises(evaluation.UserError, evaluation.InceptionV3, path, words=words)
+        trap = Payload(os.path.join(tmp, "executed"))
+        torch.save({"fc.weight": trap}, path)
+        raises(evaluation.UserError, evaluation.InceptionV3, path, words="is not pytorch-fid's")
+        assert not os.path.exists(trap.folder)
 
 
 def test_arrays_and_statistics_that_are_no_measure():
@@ -479,6 +494,100 @@ def test_fp32_is_no_tf32():
     finally:
         for place, value in zip(places, before):
             place.allow_tf32 = value
+
+
+@patch.object(evaluation, "InceptionV3", QuickInception)
+def test_only_rank_0_writes_and_prints():
+    """What rank 1 does of each command, as if it were alone: its share begins with the second picture."""
+    with tempfile.TemporaryDirectory() as tmp, patch.dict(os.environ, RANK="1"):
+        weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=5)
+        out, stats, z = (os.path.join(tmp, name) for name in ("out.json", "stats.npz", "z"))
+        more = os.path.join(tmp, "more.safetensors")
+        flags = ["--inception", weights, "--workers", 0, "--out", out]
+        said, report = evaluate("--fid", folder, folder, "--resolution", 256, "--save_stats", stats, *flags)
+        assert said == "" and report["fid"] is None and len(report["sets"]) == 2
+        said, report = evaluate("--data", folder, "--weights", weights, *flags)
+        assert said == "" and report["results"] == {}
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            given = ["--data", folder, "--workers", "0", "--weights"]
+            latents.main(["stats", *given, weights, "--out", more])
+            assert not os.path.exists(more)
+            tensors = safetensors.torch.load_file(weights)
+            encoder.write_model(more, encoder.read_config(weights), {**tensors, "latent_std": torch.full((8,), 2.0)})
+            with patch.object(latents, "SHARD", 2):  # of three files the first is another's
+                latents.main(["save", *given, more, "--out", z])
+        assert said.getvalue() == "" and sorted(os.listdir(z)) == [f"latents_0000{k}.safetensors" for k in (1, 2)]
+        assert not any(map(os.path.exists, (out, stats)))
+
+
+def test_what_a_job_asks_of_its_surroundings():
+    args = evaluation.parse_args(["--data", "x", "--workers", "3", "--batch_size", "7"])
+    job, bars, loaders = jobs.Job(args), [], []
+    with tempfile.TemporaryDirectory() as tmp:
+        for name in "bcde":
+            picture(0, 20, 20).save(os.path.join(tmp, name + ".png"))
+        images = job.crops([tmp], 16)
+
+        class Bar:
+            def __init__(self, **how):
+                bars.append(how)
+
+            def __enter__(self):
+                return types.SimpleNamespace(update=bars.append)
+
+            def __exit__(self, *trouble):
+                pass
+        args.workers, args.batch_size = 0, 2
+        open(os.path.join(tmp, "d.png"), "w").close()
+        for rank, quiet in (0, None), (1, True):
+            job.rank, job.gather = rank, lambda x, everywhere=True: [x, ["of another rank"]]
+            bars.clear()
+            with patch.object(jobs, "tqdm", Bar):  # b, c, then d, which is bad, and nothing after it
+                found = job.images("note", images, numbers=[0, 1, 2])
+                assert next(found)[0] == [0, 1]
+                raises(evaluation.UserError, lambda: next(found), words=["2 of 4 images", "d.png: ", "; of another"])
+            assert bars == [dict(total=3, desc="note", unit="img", disable=quiet, leave=False), 2, 1]
+        # on a GPU: a thread receives the batches
+        job.device, args.workers, args.batch_size, locks = torch.device("cuda"), 3, 7, []
+        job.gather = lambda x, everywhere=True: [x]
+
+        def loader(subset, batch_size, **how):
+            loaders.append((list(subset.indices), batch_size, how))
+            return []
+        with patch.object(jobs, "DataLoader", loader), patch.object(jobs, "check_locks", locks.append):
+            assert not list(job.images("note", images))
+        how = dict(num_workers=3, collate_fn=jobs.collate, pin_memory=True)
+        assert loaders == [([1, 2, 3], 7, how)] and locks == [3]
+        job.rank, job.start = 0, job.start - 12.3
+        with patch.multiple(torch.cuda, get_device_name=lambda: "a GPU", max_memory_allocated=lambda: 3 * 2 ** 29), \
+                contextlib.redirect_stdout(io.StringIO()):
+            report = job.finish({}, [])
+        assert (report["device"], report["memory_gib"]) == ("a GPU", 1.5) and 12.3 <= report["seconds"] < 72
+    # ranks wait for each other for a day: reading what rank 0 downloads may take long
+    with patch.dict(os.environ, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1"), patch.multiple(
+            dist, is_initialized=lambda: False, init_process_group=lambda *how, **more: bars.append((how, more))):
+        jobs.Job(args)
+    assert bars[-1] == (("gloo",), dict(timeout=timedelta(days=1)))
+
+
+def test_what_eval_shows_of_itself():
+    """By the same draws, and numpy: half a grey, and noise of a tenth."""
+    torch.manual_seed(3)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        evaluation.demo()
+    torch.manual_seed(3)
+    noise = 0.1 * torch.randn(2, 3, 64, 64).clamp(-3, 3).double().numpy()
+    quality = [f"{-10 * np.log10((x ** 2).mean()):.2f}" for x in noise]
+    lines = said.getvalue().splitlines()
+    assert lines[0] == "images     (2, 3, 64, 64) grey, with noise of standard deviation 0.1"
+    assert lines[1] == f"psnr       {quality} dB (20 expected)" and all(abs(float(x) - 20) < 0.3 for x in quality)
+    from skimage.metrics import structural_similarity
+    how = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    for line, name, how in (lines[2], "ssim", {"data_range": 1, **how}), (lines[3], "ssim_paper", {"data_range": 2}):
+        figures = [structural_similarity(np.full((64, 64, 3), 0.5), 0.5 + x.transpose(1, 2, 0), channel_axis=-1, **how)
+                   for x in noise]
+        assert line == f"{name:10s} {[f'{x:.4f}' for x in figures]}", (line, figures)
+    assert len(lines) == 5
 
 
 def test_a_report_says_where_the_weights_come_from():

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import tempfile
+import types
 import unittest.mock
 from dataclasses import asdict, replace
 
@@ -446,6 +447,8 @@ def test_the_probe_is_sgd_with_momentum_and_a_cosine_schedule():
     expected = 100 * (model((test_x - mean) / std).argmax(1) == test_y).double().mean().item()
     found = evaluation.linear_probe(x, y, test_x, test_y, 4, epochs=3, batch=100, rates=(0.03,))
     assert found == (expected, 0.03) and 30 < expected < 90, (found, expected)
+    small = evaluation.linear_probe(1e-3 * x, y, 1e-3 * test_x, test_y, 4, epochs=3, batch=100, rates=(0.03,))
+    assert abs(small[0] - expected) < 0.3, "features of any scale"
     defaults = {name: p.default for name, p in inspect.signature(evaluation.linear_probe).parameters.items()}
     assert (defaults["epochs"], defaults["batch"], defaults["rates"]) == (40, 1024,
                                                                           (0.001, 0.003, 0.01, 0.03, 0.1,
@@ -488,6 +491,7 @@ def test_the_probe_sees_the_right_tokens_and_labels():
     knn, linear = evaluation.nearest_neighbours, evaluation.linear_probe
 
     def spy(x, y, test_x, test_y, *rest):
+        assert not x.requires_grad and not test_x.requires_grad, "or the graphs of all batches stay in memory"
         handed.append((x.clone(), y.clone(), test_x.clone(), test_y.clone()))
         return knn(x, y, test_x, test_y, *rest)
 
@@ -535,6 +539,46 @@ def test_the_probe_sees_the_right_tokens_and_labels():
         assert said["knn"] == knn(x, y, test_x, test_y)
     assert all(report["probe"]["last layer"][who]["knn"] > 80
                for who in ("student", "teacher")), "colours are easily told apart"
+
+
+def test_pools_leave_out_registers_and_ranks_without_a_picture():
+    """CLS and four registers come first; rank 0 has all three pictures, in another order, and rank 1 none. In fp32 and
+    in bf16, whose numbers are compared in fp32."""
+    torch.manual_seed(0)
+    vit = replace(MICRO_VIT, num_prefix=5)
+    teacher, enc, img = encoder.ViT(vit), encoder.Encoder(encoder.ViT(vit), 8), torch.rand(3, 3, 16, 16)
+    for p in (*teacher.parameters(), *enc.parameters()):
+        p.data = 0.2 * torch.randn_like(p)
+    batches = [([2, 0], img[[2, 0]], torch.tensor([7, 5])), ([1], img[1:2], torch.tensor([6]))]
+    for bf16 in False, True:
+        job = types.SimpleNamespace(
+            device="cpu", autocast=torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+            images=lambda note, images: iter(batches),
+            gather=lambda x, everywhere=True: [x, {} if isinstance(x, dict) else torch.zeros_like(x)])
+        with torch.no_grad():
+            found, labels, cosines = evaluation.pooled_features(job, enc, teacher, img, "note", compare=True)
+            expected, alike = {}, []
+            for n, x, _ in batches:
+                with job.autocast:
+                    z, student = enc(x)
+                    theirs = teacher(x)
+                    last = {who: v.norm(h[-1]) for who, v, h in (("student", enc.vit, student),
+                                                                 ("teacher", teacher, theirs))}
+                for k, i in enumerate(n):
+                    expected[i] = {("latent", "student"): z[k].float().mean((1, 2)), **{
+                        (layer, who): (last[who] if layer == "last layer" else h[-2])[k, 5:].float().mean(0)
+                        for who, h in (("student", student), ("teacher", theirs))
+                        for layer in ("last layer", "second to last")}}
+                    alike.append([F.cosine_similarity(s[k, 5:].float(), t[k, 5:].float(), dim=1).mean().item()
+                                  for s, t in zip(student, theirs)])
+        assert labels.tolist() == [5, 6, 7] and found.keys() == expected[0].keys()
+        for name, x in found.items():
+            assert x.dtype == torch.float32
+            close(x, torch.stack([expected[i][name] for i in range(3)]), 5e-3 if bf16 else 1e-5)
+        assert np.allclose(cosines, np.mean(alike, axis=0), atol=1e-6), (cosines, alike)
+    job.gather = lambda x, everywhere=True: [x] if everywhere else []  # rank 1
+    with torch.no_grad():
+        assert evaluation.pooled_features(job, enc, teacher, img, "note")[:2] == ({}, None)
 
 
 def numpy_psnr(a, b):

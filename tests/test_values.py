@@ -365,6 +365,7 @@ def test_messages_of_the_method():
                             says=f"images are {W}x{H}; SSIM with its {window} window needs at least {n}x{n}")
                 else:
                     assert evaluation.ssim(torch.ones(1, 1, H, W), torch.ones(1, 1, H, W), window).item() == 1
+    refused(ValueError, evaluation.ssim, img, img, "box", says="window 'box' is unknown; it is gaussian or uniform")
     for shapes in (3, 4, 3, 3), (3, 3, 4, 3), (3, 3, 3, 4), (4, 3, 3, 3):
         mus, sigmas = [np.zeros(n) for n in shapes[::2]], [np.eye(n) for n in shapes[1::2]]
         a, s, b, t = (tuple(x.shape) for x in (mus[0], sigmas[0], mus[1], sigmas[1]))
@@ -382,6 +383,11 @@ def test_few_images_and_few_neighbours():
     x, y = torch.eye(5), torch.tensor([0, 1, 1, 1, 1])
     assert evaluation.nearest_neighbours(x, y, x, y) == 100 and evaluation.nearest_neighbours(
         x, y, x[:3], torch.tensor([0, 1, 0])) == 100 * 2 / 3
+    # many pictures, of which the last 100 are called what they are not; classes without a picture in between
+    many, labels = torch.eye(2).repeat(500, 1), torch.tensor([0, 5]).repeat(500)
+    labels[900:] = 5 - labels[900:]
+    assert evaluation.nearest_neighbours(torch.eye(2), torch.tensor([0, 5]), many, labels, k=1) == 90
+    assert evaluation.linear_probe(many[:900], labels[:900], many, labels, epochs=2)[0] == 90
     img = torch.rand(2, 3, 8, 12) * 1.5 - 0.25  # beyond [0, 1], where the code's pictures may not be
     mean, basis = torch.zeros(48).double(), torch.eye(48).double()
     assert torch.equal(evaluation.patch_pca(img, mean, basis, 4), img.double().clamp(0, 1))

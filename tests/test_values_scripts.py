@@ -265,6 +265,10 @@ def test_every_refusal_of_eval_and_latents():
         fitted = "--pca and --probe need --fit PATH, the images to fit them on (not those of --data)"
         got = "--fid compares A and B, got {}; --fid A --save_stats FILE.npz only saves"
         for flags, words in {
+                "--data x --size 0": "size 0 must be at least 1", "--data x --size -8": "size -8 must be at least 1",
+                "--fid a b --size 0": "size 0 must be at least 1",
+                "--data x --seed -1": "seed -1 must be at least 0 and below 2^63",
+                f"--data x --seed {2 ** 63}": f"seed {2 ** 63} must be at least 0 and below 2^63",
                 "--data x --batch_size 0": "batch_size 0 must be at least 1", "--data x --steps 0":
                 "steps 0 must be at least 1", "--data x --workers -1": "workers -1 must be at least 0",
                 "--fid a": got.format(1), "--fid a b c": got.format(3), "--fid a b c --save_stats s": got.format(3),
@@ -281,12 +285,15 @@ def test_every_refusal_of_eval_and_latents():
                 **{f"--fid a b --{flag} no/x": "no/x: there is no folder no that can be written to"
                    for flag in ("out", "save_stats")}}.items():
             assert ends(evaluation.parse_args, flags.split()) == words, flags
-        for flags in ("--data x --batch_size 1 --steps 1 --workers 0 --out folder/x", "--fid a --save_stats s",
+        for flags in (f"--data x --size 1 --seed {2 ** 63 - 1}",
+                      "--data x --batch_size 1 --steps 1 --workers 0 --seed 0 --out folder/x", "--fid a --save_stats s",
                       "--fid a b --save_stats folder/s", "--data x --pca --probe --fit y"):
             evaluation.parse_args(flags.split())
         both = "batch_size {} must be at least 1, workers {} at least 0"
         unwritable = "{} cannot be written: it is a folder, or {} is no folder to write to"
         for flags, words in {
+                **{f"{part} --out z.safetensors --size {size}": f"argument --size: it is {size}; it must be at least 1"
+                   for part in ("stats", "save") for size in (0, -8)},
                 "save --out z --batch_size 0 --workers 0": both.format(0, 0),
                 "save --out z --batch_size 2 --workers -1": both.format(2, -1),
                 "stats": "stats writes into the weights file: give --weights FILE, or --out NEW.safetensors",
@@ -305,7 +312,10 @@ def test_every_refusal_of_eval_and_latents():
                               "save --out z --batch_size 1 --workers 0": "z"}.items():
             args = latents.parse_args([*flags.split(), "--data", "x"])
             assert (args.target, args.out, args.bf16) == (target, None, False), flags
-        assert latents.parse_args("save --data x --out z".split()).batch_size == 32
+        for part in "save --data x --out z --size 1", "stats --data x --weights w --size 1":
+            args = latents.parse_args(part.split())
+            assert (args.batch_size, args.size) == (32, 1)
+        assert (latents.SHARD, latents.MAPPED) == (1024, 2048)
 
 
 def test_statistics_go_into_a_file_of_the_users_alone():

@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 import unittest.mock
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ import decoder
 import encoder
 import eval as evaluation
 import tools.fid as fid_command
+import tools.job as jobs
 import tools.latents as latents
 import tools.script as script
 import tools.validate as validation
@@ -190,6 +192,14 @@ def test_whole_reports_of_a_fid():
         said, report = evaluate("--fid", stats, b, "--resolution", 256, *flags)
         assert report["warning"] == few.format(12) and [clean(x) for x in report["sets"]] == [
             f"A: statistics of {stats}", lines[1], f"FID {distance:.3f}"], report
+        clock = iter([0.0, 0.75, 10.0, 12.0])  # seconds of the one and of the other set alone
+        with patch.object(fid_command, "time", SimpleNamespace(time=lambda: next(clock))):
+            report = evaluate("--fid", a, b, "--resolution", 256, *flags)[1]
+        assert [x.rsplit(", ", 1)[1] for x in report["sets"][:2]] == ["4 img/s", "6 img/s"]
+        notes, images = [], jobs.Job.images
+        with patch.object(jobs.Job, "images", lambda job, note, *what: notes.append(note) or images(job, note, *what)):
+            evaluate("--fid", a, b, "--resolution", 256, *flags)
+        assert notes == ["features of A", "features of B"]
         # what cannot be compared is named in its order; a network that is not there costs an evaluation its rFID only
         small = os.path.join(tmp, "small.npz")
         np.savez(small, mu=np.zeros(5), sigma=np.eye(5))

@@ -170,7 +170,7 @@ def load_tokenizer(job):
     if sha256(weights) != digest:
         raise UserError(f"{weights} was written anew while it was read: run this again")
     size, p = args.size or info["size"], dec.config.patch
-    if size < p or size % p:
+    if size % p:
         nearest = max(1, round(size / p)) * p
         raise UserError(f"--size {size} is no multiple of the patch {p} of {weights}: try --size {nearest}")
     images = job.crops(args.data, size)

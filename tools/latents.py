@@ -26,7 +26,7 @@ from data import Samples
 from encoder import MissingFile, UserError, write_atomically, write_model
 from eval import Moments, sha256
 from tools.job import Job, load_tokenizer
-from tools.run import command_line
+from tools.run import command_line, number
 from tools.script import default_workers
 
 SHARD = 1024  # images a file
@@ -109,7 +109,7 @@ def parse_args(argv=None):
         add("--weights", metavar="FILE", help="tokenizer [out/model.safetensors, else the shipped weights]")
         add("--out", metavar="FILE" if part is stats else "FOLDER", required=part is save,
             help="a new .safetensors to write to [the weights file itself]" if part is stats else "folder to write to")
-        add("--size", type=int, help="pixels of the crops, a multiple of the patch [the model's native size]")
+        add("--size", type=number(int, 1), help="pixels of the crops, a multiple of the patch [the native size]")
         add("--batch_size", type=int, default=32, help="images at a time, on each rank [%(default)s]")
         add("--workers", type=int, default=default_workers(8),
             help="processes that load images, on each rank; 0: none [%(default)s: CPU cores / ranks, at most 8]")

@@ -1,6 +1,6 @@
 """Generation: values that pass through, second branches and refusals, each with a model of a few thousand numbers."""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    QuickInception, close, picture_folder, raises)
+    QuickInception, close, picture_folder, raises, refused)
 
 import contextlib
 import hashlib
@@ -12,12 +12,14 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import types
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import scipy.linalg
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -25,13 +27,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 import data
+import eval as evaluation
+import tools.script
 import tools.speed
 import train
 from downstream import dit, generate, mar, sampling, speed
-from encoder import Encoder, MissingFile, UserError, read_config, write_model
+from encoder import PUBLISHED, Encoder, MissingFile, UserError, read_config, write_model
 from experiments.generation import study
 from tests.downstream.test_generation import MICRO_DIT, MICRO_MAR, micro
 from tests.downstream.test_generate import latents as saved_latents, tokenizer
+from tests.hostile import Payload
 from tools import latents
 from tools.batches import collate
 from tools.run import Run
@@ -119,6 +124,73 @@ def test_sizes_of_generators_are_the_published_ones():
     assert (a["iterations"], a["steps"], a["schedule"], b["steps"], b["interval"]) == (256, 25, "linear", 25,
                                                                                       (0.02, 0.9))
     assert [x[key] for x in (a, b) for key in ("cfg", "temperature")] == [1, 1, 1, 1]
+
+
+def test_models_heed_every_field_of_their_configuration():
+    """Those that other tests leave at their defaults."""
+    noise, labels, heard = torch.randn(2, 3, 4, 4), torch.tensor([3, 6]), []
+    for drop in 0.0, 1.0:
+        config = dict(label_drop=drop)
+        model = micro("mar", mar.replace(MICRO_MAR, mask_least=0.2, repeats=3, **config))
+        condition, velocity = model.condition, model.velocity
+        model.condition = lambda x, y, visible, wanted: heard.append((y.tolist(), wanted.shape[1])) or condition(
+            x, y, visible, wanted)
+        model.velocity = lambda x, t, c: heard.append(tuple(t.shape)) or velocity(x, t, c)
+        fewest = 16
+        for seed in range(12):
+            torch.manual_seed(seed)
+            torch.rand(2, 16)  # the orders are drawn first
+            u = torch.rand((), dtype=torch.float64).item()
+            masked = math.ceil(16 * scipy.stats.truncnorm((0.2 - 1) / 0.25, 0, loc=1, scale=0.25).ppf(u))
+            heard.clear(), torch.manual_seed(seed), model(noise, labels)
+            assert heard == [([-1, -1] if drop else [3, 6], masked), (3 * 2, masked)], (seed, heard)
+            fewest = min(fewest, masked)
+        assert fewest < 12, "below the published least"
+        model = micro("dit", dit.replace(MICRO_DIT, t_least=0.25, **config))
+        x_t, t = torch.randn(2, 3, 4, 4), torch.tensor([0.1, 0.5])
+        close(model.velocity(x_t, t, labels), (x_t - model.net(x_t, t, labels)) / torch.tensor([0.25, 0.5]).view(
+            2, 1, 1, 1))
+        velocity = model.velocity
+        model.velocity = lambda x, t, y: heard.append(y.tolist()) or velocity(x, t, y)
+        heard.clear(), model(noise, labels)
+        assert heard == [[-1, -1] if drop else [3, 6]]
+    tokens = []  # a patch of 1: each latent vector is a token
+    for p, expected in (1, noise.flatten(2).mT), (4, noise.flatten(1)[:, None]):
+        model = micro("dit", dit.replace(MICRO_DIT, patch=p))
+        model.token_proj.register_forward_pre_hook(lambda module, args: tokens.append(args[0]))
+        assert model.net(noise, torch.rand(2), labels).shape == noise.shape and torch.equal(tokens[-1], expected)
+    with torch.device("meta"):
+        assert dit.DiT(dit.config("dit-s", patch=4)).shift == 4, "the shift is by all numbers, whatever the patch"
+        # 8/3 of the width, to the next multiple of 64
+        widths = [dit.Block(width, 2).fc2.in_features for width in (24, 32, 384, 1024, 1152)]
+    assert widths == [64, 128, 1024, 2752, 3072]
+
+
+def demonstration(module, **small):
+    """The lines that `python -m` prints of this module, with fields of the configuration that it tries changed."""
+    code = open(module.__file__).read().split('if __name__ == "__main__":\n')[1]
+    config = lambda name, **changes: module.config(name, **{**changes, **small} if changes else {})
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(textwrap.dedent(code), {**vars(module), "config": config})
+    return said.getvalue().splitlines()
+
+
+def test_what_the_models_show_of_themselves():
+    torch.manual_seed(0)
+    said = demonstration(mar, width=24, depth=1, heads=2, head_width=16, head_depth=1, buffer=2)
+    assert said[:4] == [f"mar-{name}  latent 64x32x32  {all_:6.1f}M parameters, {head:6.1f}M of them the head" for
+                        name, all_, head in (("s", 44.4, 14.2), ("b", 209.8, 35.8), ("l", 480.8, 72.3),
+                                             ("h", 945.5, 151.3))], said
+    start, end = "latent     (2, 16, 8, 8)  loss ", " (untrained: v = 0)"
+    assert said[4].startswith(start) and said[4].endswith(end)
+    assert abs(float(said[4][len(start):-len(end)]) - 2) < 0.3, "the mean of (eps - x)^2"
+    assert said[5:] == ["condition  (2, 44, 24) of 44 masked tokens, 20 are visible",
+                        "sampled    (2, 16, 8, 8) in 8 iterations of 25 Euler steps"]
+    said = demonstration(dit, width=24, depth=1, heads=2)
+    assert said[:4] == [f"dit-{name:2s}  latent 64x32x32  {all_:6.1f}M parameters, 256 tokens of 256 numbers" for
+                        name, all_ in (("s", 33.1), ("b", 130.7), ("l", 459.9), ("xl", 675.4))], said
+    assert said[4] == "latent   (2, 16, 8, 8)  times are shifted by 1" and said[5].startswith("loss     ")
+    assert said[6] == "sampled  (2, 16, 8, 8) in 25 steps of Heun" and len(said) == 7
 
 
 def test_mar_drops_in_four_places():
@@ -243,6 +315,13 @@ def test_a_released_mar_of_other_classes_or_another_size():
             if isinstance(content, bytes):
                 open(path, "wb").write(content)
             raises(UserError, mar.load_released, model, path, words=f"{path} is no checkpoint of MAR (")
+        trap = Payload(os.path.join(tmp, "executed"))
+        for content in trap, {"model_ema": theirs, "args": trap}:
+            torch.save(content, path)
+            raises(UserError, mar.load_released, model, path, words="no checkpoint of MAR (")
+            assert not os.path.exists(trap.folder)
+        with patch.object(mar, "refuse_pickle", side_effect=UserError("refused")):  # with a torch that does execute it
+            raises(UserError, mar.load_released, model, path, words="refused")
         for name in "nothing.pth", ".":
             raises(MissingFile, mar.load_released, model, os.path.join(tmp, name), words="no such file")
         assert all(torch.equal(p, before[k]) for k, p in model.named_parameters()), "nothing is copied by halves"
@@ -264,9 +343,10 @@ def test_images_are_made_with_all_that_was_asked_for():
             options = dict(order=order, iterations=3) if kind == "mar" else {}
             latent = model.sample(torch.tensor([c]), noise, steps=4, cfg=1.7, temperature=0.6, **options)
             expected.append(dec.decode(latent, torch.randn(1, 16, 12, generator=random)))
-        expected, ticks = torch.cat(expected), []
+        expected, ticks, grads, decode = torch.cat(expected), [], [], dec.decode
+        dec.decode = lambda latent, noise: grads.append(torch.is_grad_enabled()) or decode(latent, noise)
         close(sampling.generate(model, dec, pairs, args, lambda: ticks.append(1)), expected, 1e-4)
-        assert len(ticks) == (3 if kind == "mar" else 7)
+        assert len(ticks) == (3 if kind == "mar" else 7) and grads == [False]
         for size in 5, 8, 13:
             args.resolution = size
             got = sampling.generate(model, dec, pairs, args)
@@ -285,6 +365,7 @@ def test_batches_are_filled_to_one_size_and_shared_by_ranks():
     pairs, asked, bars = [(n % 3, n) for n in range(7)], [], []
 
     def made(model, dec, pairs, args, tick):
+        assert torch.is_autocast_enabled("cpu"), "--bf16 is of the networks"
         asked.append(pairs)
         return torch.tensor([k for _, k in pairs])
 
@@ -295,12 +376,14 @@ def test_batches_are_filled_to_one_size_and_shared_by_ranks():
         args = SimpleNamespace(batch_size=3, steps=4, iterations=iterations)
         for rank, calls in (0, [[0, 2, 4], [6, 6, 6]]), (1, [[1, 3, 5]]):
             asked.clear(), bars.clear()
-            job = SimpleNamespace(rank=rank, ranks=2, autocast=contextlib.nullcontext())
+            job = SimpleNamespace(rank=rank, ranks=2, autocast=torch.autocast("cpu", torch.bfloat16))
             with patch.object(sampling, "generate", made), patch.object(sampling, "tqdm", bar):
-                found = [(n, img.tolist()) for n, img in sampling.images(job, micro(kind), None, pairs, args, "note")]
+                found = [(n, img.tolist(), torch.is_autocast_enabled("cpu"))
+                         for n, img in sampling.images(job, micro(kind), None, pairs, args, "note")]
             assert [[k for _, k in call] for call in asked] == calls and asked[0][0] == pairs[rank]
-            assert found == [(sorted(set(call)), sorted(set(call))) for call in calls]
+            assert found == [(sorted(set(call)), sorted(set(call)), False) for call in calls], "who scores them is fp32"
             assert bars[0]["total"] == len(calls) * ticks and bars[0]["disable"] is (True if rank else None)
+            assert bars[0]["desc"] == "note"
     args.batch_size = 64
     with patch.object(sampling, "generate", made):
         asked.clear(), list(sampling.images(job, micro("dit"), None, pairs, args, "note"))
@@ -322,6 +405,16 @@ def test_training_shows_four_classes_spread_over_all():
         with patch.object(sampling, "labelled_grid", lambda img, names: names):
             assert sampling.look(None, None, names, 5) == ["0 n0", "2 n2", "5 n5", "7 n7"]
             assert sampling.look(None, None, names[:1], 5) == ["0 n0"]
+    texts = []
+    with patch.object(sampling, "ImageDraw", SimpleNamespace(Draw=lambda canvas: SimpleNamespace(
+            text=lambda place, text, **how: texts.append((place, text, how["fill"]))))):
+        tiles = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+        grid = np.asarray(sampling.labelled_grid(tiles, ["a", "b"]))
+    assert texts == [((2, 1), "a", "black"), ((2, 8 + 14 + 1), "b", "black")]
+    for n in range(6):
+        top, left = 22 * (n // 3) + 14, 8 * (n % 3)
+        assert np.array_equal(grid[top:top + 8, left:left + 8], tiles[n])
+    assert (grid[:14] == 255).all() and (grid[22:36] == 255).all()
     half = torch.tensor([0.0, 0.4, 0.498, 0.5019, 0.999, 1.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
     assert sampling.to_uint8(half)[0, 0, :, 0].tolist() == [0, 102, 127, 128, 255, 255]
 
@@ -393,6 +486,21 @@ def test_samples_go_where_nothing_is_lost():
                 assert np.array_equal(np.asarray(Image.open(file)), f["arr_0"][n])
         assert "64 images of 8 classes" in sample("all.png") and os.listdir(os.path.join(tmp, "new")) == ["some.npz"]
         assert Image.open(os.path.join(tmp, "all.png")).size == (8 * 8, 8 * 22)
+        grids = []
+        grid = lambda img, names: grids.append((np.array(img), names)) or Image.new("RGB", (1, 1))
+        with patch.object(sampling, "labelled_grid", grid), contextlib.chdir(tmp), np.load("new/some.npz") as f:
+            sample("two.png", "--classes", 6, 2, "--number", 3, "--cfg", 1.5, "--seed", 9)
+            assert np.array_equal(grids[0][0], f["arr_0"]) and grids[0][1] == ["6 class6", "2 class2"], "in this order"
+            flags = "sample --run RUN --classes 6 --number 1 --steps 1 --save here.png"  # into the current folder
+            with contextlib.redirect_stdout(io.StringIO()):
+                sampling.sample(parse(*flags.split()))
+            assert os.path.exists("here.png") and not os.path.exists("here.png.part")
+            with patch.dict(os.environ, RANK="1"):  # which writes its share into rank 0's file, and says nothing
+                part = np.lib.format.open_memmap("ours.npz.part", "w+", np.uint8, (6, 8, 8, 3))
+                part[0] = 7
+                said = sample("ours.npz", "--classes", 6, 2, "--number", 3, "--cfg", 1.5, "--seed", 9)
+                assert np.array_equal(part[1:], f["arr_0"][1:]) and (part[0] == 7).all()
+                assert said == "" and not os.path.exists("ours.npz") and os.path.exists("ours.npz.part")
         for c in 8, -1:
             raises(UserError, sample, "x.png", "--classes", c,
                    words=f"--classes {c}: RUN has 8 classes, 0 (class0) to 7 (class7)")
@@ -407,10 +515,14 @@ def test_a_score_against_ones_own_images_is_zero():
         with contextlib.redirect_stdout(io.StringIO()):
             sampling.sample(parse("sample", "--run", "RUN", *steps, "--number", 9, "--cfg", 2, "--save", own))
 
+        printed, notes, images = [], [], sampling.images
+
         def score(reference, *flags):
-            with contextlib.redirect_stdout(io.StringIO()):
-                return sampling.score(parse("score", "--run", "RUN", "--reference", reference, *steps, "--workers", 0,
-                                            *flags))
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                report = sampling.score(parse("score", "--run", "RUN", "--reference", reference, *steps, "--workers", 0,
+                                              *flags))
+            printed.append(said.getvalue().splitlines())
+            return report
         # 72 images are the same as those: 9 of each class; a sweep of no fewer images is the result
         result = score(own, "--images", 72, "--sweep", 90, "--cfg", 5, 2, 3)
         rows = {row["cfg"]: row for row in result["results"]}
@@ -427,14 +539,28 @@ def test_a_score_against_ones_own_images_is_zero():
         assert result["warning"].startswith("FID of 72 images")
         one = score(own, "--images", 40, "--cfg", 2)["results"]
         assert [(row["cfg"], row["images"]) for row in one] == [(2, 40)] and one[0]["gfid"] > 1e-3 * far
-        assert [(row["cfg"], row["images"]) for row in score(own, "--images", 40, "--sweep", 24, "--cfg", 2, 5)[
-            "results"]] == [(2, 24), (5, 24), (2, 40)]
+        with patch.object(sampling, "images", lambda *args: notes.append(args[-1]) or images(*args)):
+            swept = score(own, "--images", 40, "--sweep", 24, "--cfg", 2, 5)
+        assert [(row["cfg"], row["images"]) for row in swept["results"]] == [(2, 24), (5, 24), (2, 40)]
+        assert swept["warning"].startswith("FID of 24 images") and notes == ["cfg 2", "cfg 5", "cfg 2"]
+        assert printed[-1][-4:] == ["  cfg   images      gFID             IS"] + [
+            f"{int(row['cfg']):5d}  {row['images']:7d}  {row['gfid']:8.3f}  {row['is']:6.2f} +- {row['is_std']:.2f}"
+            for row in swept["results"]], printed[-1]
         np.savez(report + ".npz", mu=np.zeros(63), sigma=np.eye(63))
         raises(UserError, score, report + ".npz", "--images", 8,
                words="has a covariance of (63, 63), these features one of (64, 64)")
         with patch.object(sampling, "load_inception", lambda job: (None, None)):
             raises(UserError, score, own, words="gFID and IS need --inception")
         raises(MissingFile, score, os.path.join(tmp, "none"), words="none: no such folder, .zip or .npz; give the")
+        asked = SimpleNamespace(crops=lambda *what: what)  # what it gives stands for statistics here
+        for paths in [own, own], [tmp]:
+            assert sampling.reference_statistics(asked, paths, 8, None) == (
+                (paths, 8), f"the statistics in {' '.join(paths)}"), "several archives of arrays are no one archive"
+    with loads("mar"), contextlib.chdir("/"):
+        flags = parse("score", "--run", "RUN", "--reference", "x", "--inception", "gone.pth")
+        names = " ".join(PUBLISHED)
+        refused(evaluation.UserError, sampling.score, flags,  # it cannot do without one
+                says=f"gone.pth: no such file, no URL, and none of the names {names}")
     with loads("dit"), patch.object(sampling, "load_inception", lambda job: (network, "NET")), \
             tempfile.TemporaryDirectory() as tmp:
         np.savez(os.path.join(tmp, "s.npz"), mu=np.zeros(64), sigma=np.eye(64))
@@ -466,6 +592,23 @@ def test_defaults_of_generation():
     assert (sample.cfg, sample.classes, sample.number, sample.save) == (3.0, None, 8, "samples.png")
     assert (score.cfg, score.images, score.sweep, score.out) == ([3.0], 50_000, 10_000, None)
     assert score.inception == sampling.INCEPTION_URL and parse("bench", "--model", "mar-l").cfg == 3.0
+    for command, flag, low, high in [
+            ("sample", "--seed", 0, 2 ** 63 - 1), ("score", "--seed", 0, 2 ** 63 - 1), ("sample", "--number", 1, None),
+            ("sample", "--resolution", 1, None), ("score", "--resolution", 1, None), ("score", "--images", 2, None),
+            ("score", "--sweep", 2, None), ("score", "--workers", 0, None), *(
+                (part, flag, 1, None) for flag in ("--iterations", "--steps", "--batch_size")
+                for part in ("sample", "score"))]:
+        for value in filter(lambda x: x is not None, (low, high)):
+            assert getattr(parse(command, "--run", "x", flag, value), flag[2:]) == value
+        for value in [low - 1] + ([high + 1] if high else []):
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                raises(SystemExit, parse, command, "--run", "x", flag, value, words="2")
+            assert f"argument {flag}: it is {value}; it must be at least {low}" in err.getvalue()
+    for cores, ranks, expected in (64, 1, 16), (64, 16, 4), (3, 1, 3):
+        with patch.object(os, "sched_getaffinity", lambda pid: set(range(cores)), create=True), \
+                patch.dict(os.environ, LOCAL_WORLD_SIZE=str(ranks)):
+            for flags in ["train", "--latents", "x"], ["score", "--run", "x"]:
+                assert parse(*flags).workers == expected
     assert parse("sample", "--run", "x", "--bf16").bf16 and not parse("sample", "--run", "x", "--bf16", "--fp32").bf16
 
 
@@ -710,27 +853,34 @@ def test_training_is_set_up_as_the_flags_say():
             assert (s.config["classes"], s.config["size"], s.config["weights"]) == (["class0", "class1"], 16, weights)
             assert s.config["weights_sha256"] == digest and s.flops == (model, dict(
                 channels=8, grid=4, classes=2, **{k: int(x) for k, x in fields.items()}))
+            assert s.config["commit"] == tools.script.commit()
             assert s.args.images == f"10 latents of 8x4x4 by tokenizer {digest[:12]}"
-            assert "2 classes" in said[0] and "= micro-batch 3 x accumulation 2 x 1 rank on cpu" in said[2]
-            assert f"recipe {model[:3]}: rate {lr:.2e} after {s.args.warmup:,} steps of warm-up, EMA 0.9999" in said[2]
+            size = sum(p.numel() for p in s.model.parameters()) / 1e6
+            assert said == [
+                f"data: {s.args.images}, 2 classes", f"model: {model} of {size:.1f}M parameters",
+                "run: 88 steps of 6 = micro-batch 3 x accumulation 2 x 1 rank on cpu; recipe "
+                f"{model[:3]}: rate {lr:.2e} after {s.args.warmup} steps of warm-up, EMA 0.9999"], said
             assert type(s.decoder).__name__ == "Decoder" and s.data.seed == 3 and s.data.train
         s, said = ready(tmp, "dit-s", "--batch_size", 4, "--steps", 9, "--warmup", 5, "--lr", 0.5, "--beta1", 0.7,
                         "--beta2", 0.8, "--weight_decay", 0.3, "--ema", 0.25)
         group = s.optimizer.param_groups[0]
         assert (s.args.steps, s.args.warmup, group["lr"], group["betas"], group["weight_decay"], s.args.ema) == (
             9, 5, 0.5, (0.7, 0.8), 0.3, 0.25) and "EMA 0.25" in said[2]
-        s, _ = ready(tmp, "dit-s", "--epochs", 1, "--batch_size", 64)
+        with patch.object(Run, "connect", lambda self: setattr(self, "on_gpu", True)):  # as one on a GPU computes
+            s, _ = ready(tmp, "dit-s", "--epochs", 1, "--batch_size", 64)
         assert s.args.steps == 1, "at least one"
+        assert s.autocast._enabled and s.autocast.fast_dtype == torch.bfloat16
         compiled, started = [], []
 
         def load(model, path):
             started.append(path)
-            return ["head.output.weight", "encoder_pos"]
+            return ["head.output.weight", "encoder_pos", *20 * ["more"]]
         with patch.object(mar.MAR, "compile_blocks", lambda self: compiled.append(self)), \
                 patch.object(mar, "load_released", load):
             s, said = ready(tmp, "mar-s", "--steps", 1, "--init", "theirs.pth", "--compile")
             assert compiled == [s.model] and started == ["theirs.pth"]
-            assert "start from theirs.pth, but not 2 tensors: head.output.weight encoder_pos" in said[2]
+            left = "head.output.weight encoder_pos" + 10 * " more"  # 80 characters
+            assert f"start from theirs.pth, but not 22 tensors: {left} .." in said[2] and len(left) == 80
             ready(tmp, "mar-s", "--steps", 1, "--no-compile")
             assert len(compiled) == 1
         os.rename(weights, weights + ".away")
@@ -777,10 +927,15 @@ def test_logs_and_pictures_of_training():
         assert "step      8/40 | loss 3.0000 | grad 1.50 | lr 4.0e-01 | 8.0 img/s | 20 TFLOP/s | eta 00:48" == said[0]
         assert not now.sums.any()
         now.step, now.sums = 9, torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64)
-        generate.log(s, 1.5)
+        run.on_gpu = True
+        with patch.object(torch.cuda, "max_memory_allocated", lambda: 3 * 2 ** 29):
+            generate.log(s, 1.5)
+        assert wrote[-1]["memory_gib"] == 1.5 and said[-1].endswith(" | 20 TFLOP/s | 1.5 GiB | eta 00:46")
         assert now.sums.tolist() == [2, 2, 1], "the interval goes on after the end, if the run is extended"
+        s.autocast = torch.autocast("cpu", torch.bfloat16)
 
         def look(*what):
+            assert torch.is_autocast_enabled("cpu"), "as in training"
             shown.append(what)
             return Image.new("RGB", (3, 2))
         os.makedirs(os.path.join(tmp, "samples"))
@@ -808,10 +963,12 @@ def test_the_command_line_of_training():
     for flag, low, high in ("--beta1", -0.1, 1), ("--beta2", -0.1, 1), ("--ema", -0.1, 1), ("--lr_decay", -0.1, 1.1), (
             "--clip", -1, None), ("--weight_decay", -1, None), ("--warmup", -1, None), ("--lr", -1, None), (
             "--batch_size", 0, None), ("--steps", 0, None), ("--epochs", 0, None), ("--log_every", 0, None), (
-            "--seed", -1, 2 ** 63):
+            "--seed", -1, 2 ** 63), ("--micro_batch", 0, None), ("--size", 0, None), ("--workers", -1, None), (
+            "--eval_every", -1, None), ("--save_every", -1, None), ("--keep_every", -1, None):
         for value in filter(lambda x: x is not None, (low, high)):
             assert f"argument {flag}: it is {value}" in refused("--latents", "a", flag, value)
-        good = 0 if flag in ("--beta1", "--clip", "--lr", "--warmup", "--seed", "--ema", "--weight_decay") else 1
+        good = 0 if flag in ("--beta1", "--clip", "--lr", "--warmup", "--seed", "--ema", "--weight_decay", "--workers",
+                             "--eval_every", "--save_every", "--keep_every") else 1
         good = 0.5 if flag == "--beta2" else good
         args = parse("train", "--latents", "a", flag, good)
         assert getattr(args, flag[2:]) == good, "the recipe does not replace what is given, be it 0"
@@ -820,7 +977,12 @@ def test_the_command_line_of_training():
                                                                                             64, 0)
     assert (args.log_every, args.eval_every, args.save_every, args.keep_every) == (100, 5000, 1000, None)
     assert (args.lr_decay, args.decay_shape, args.compile) == (0.0, "linear", torch.cuda.is_available())
+    # what a resume demands to be as it was; the rest may differ
+    assert set(vars(args)) - generate.MAY_DIFFER == set(
+        "command model set size recipe batch_size lr warmup_part lr_decay decay_shape ema beta1 beta2 weight_decay "
+        "clip seed".split())
     assert parse("train", "--latents", "a", "--epochs", 3).epochs == 3
+    assert parse("train", "--latents", "a", "--decay_shape", "cosine").decay_shape == "cosine"
     mixed = parse("train", "--latents", "a", "--model", "dit-s", "--recipe", "paper", "--batch_size", 512)
     assert math.isclose(mixed.lr, 5e-6) and (mixed.ema, mixed.warmup_part) == (0.999, 0.25)
 
@@ -839,7 +1001,13 @@ def test_a_run_goes_on_with_its_own_latents_only():
         assert "done: " in trained("--latents", folder, "--steps", 1)
         shutil.copytree(folder, folder + "-moved")
         assert "resumed from" in trained("--latents", folder + "-moved", "--steps", 2), "they may lie elsewhere"
+        model = os.path.join(out, "model.safetensors")
+        whole, config = load_file(model), sampling.load_generator(model, "cpu")[1]
+        os.remove(model)
         assert "the run is finished" in trained("--latents", folder, "--steps", 2)
+        again = load_file(model)  # as after a kill between the writes of state.pt and of this
+        assert sampling.load_generator(model, "cpu")[1] == config
+        assert all(torch.equal(again[k], x) for k, x in whole.items())
         config, tensors = read_config(weights), load_file(weights)
         tensors["latent_std"] *= 2
         other = os.path.join(tmp, "more", "tokenizer.safetensors")
@@ -849,6 +1017,125 @@ def test_a_run_goes_on_with_its_own_latents_only():
         raises(UserError, trained, "--latents", theirs, "--steps", 3, words=[
             "state.pt is of another run (images was 10 latents of 8x4x4", f"by tokenizer {digest}"])
         raises(UserError, trained, "--latents", folder, "--steps", 3, "--ema", 0.5, words="ema was 0.9999, is now 0.5")
+
+
+class Weighing(nn.Module):
+    """A loss of two weights, times the mean of the latents, times a draw."""
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.heard = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([2.0])), []
+
+    def forward(self, latent, labels):
+        self.heard.append((self.require_backward_grad_sync, torch.is_autocast_enabled("cpu"), labels.tolist()))
+        return ((3 * self.a + 4 * self.b) * latent.double().mean() * torch.rand((), dtype=torch.float64)).sum()
+
+
+def test_a_step_by_hand():
+    """Of two micro-batches: their draws, the mean, the clipped gradient, the rate on its way up, the average."""
+    run, model = Run("none"), Weighing()
+    run.rank = 3
+    args = SimpleNamespace(lr=0.5, steps=40, warmup=10, lr_decay=0.0, decay_shape="linear", seed=6, clip=0.25, ema=0.15,
+                           graph=False, batch_size=4)
+    now = run.counts(3)
+    now.step, now.samples, run.last_finite = 4, 16, now.sums
+    optimizer = torch.optim.SGD([dict(params=[model.a]), dict(params=[model.b])], 9.0)
+    data_ = SimpleNamespace(index=lambda n: 100 + n, path=lambda i: f"image {i}")
+    s = SimpleNamespace(args=args, run=run, now=now, trained=model, accumulation=2, optimizer=optimizer, data=data_,
+                        weights=[model.a, model.b], averages=[torch.tensor([5.0]), torch.tensor([7.0])],
+                        encode=lambda img: img / 2, autocast=torch.autocast("cpu", torch.bfloat16))
+    s.micro_step = generate.micro_step(s)
+    img = torch.tensor([[2.0, 4.0], [6.0, 10.0]])
+    draws = []
+    for m in range(2):
+        seed = np.random.SeedSequence([6, 4, m, 3]).generate_state(1, np.uint64)[0]
+        draws.append(torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(int(seed))).item())
+    assert not generate.step(s, iter([(img[0], [1, 2]), (img[1], [3, 4])]))
+    slope = (1.5 * draws[0] + 4 * draws[1]) / 2  # of the loss by 3 a + 4 b
+    rate = 0.5 * 5 / 10 * 0.25 / (5 * slope)  # the gradient's norm is 5 slope, and more than 0.25
+    assert 5 * slope > 0.25
+    close(now.sums, torch.tensor([11 * slope, 5 * slope, 1.0], dtype=torch.float64), 1e-6)
+    close(torch.cat([model.a, model.b]).detach(), torch.tensor([1 - 3 * slope * rate, 2 - 4 * slope * rate]), 1e-5)
+    close(torch.cat(s.averages), 0.15 * torch.tensor([5.0, 7.0]) + 0.85 * torch.cat([model.a, model.b]).detach(), 1e-6)
+    assert model.heard == [(False, True, [1, 2]), (True, True, [3, 4])], "ranks exchange the whole gradient once"
+    assert (now.step, now.samples) == (5, 20) and model.a.grad is None
+    # a signal of this rank or of another
+    batches = lambda: iter([(img[0], [1, 2]), (img[1], [3, 4])])
+    with patch.object(generate, "INTERRUPTS", [15]):
+        assert generate.step(s, batches())
+    run.sum = lambda n: [n + 1]
+    assert generate.step(s, batches()) is True
+    run.last_finite = torch.tensor([3.0, 9.0, 2.0], dtype=torch.float64)
+    now.faults, stopped = torch.tensor([40.0, 9.0]), []
+    run.stop_not_finite = lambda *what: stopped.append(what)
+    generate.step(s, iter([(img[0] * math.nan, [1, 2]), (img[1], [3, 4])]))
+    assert stopped == [(now, "1.5000", [f"image {100 + n}" for n in range(28, 32)])] and now.samples == 32
+
+
+def test_what_a_checkpoint_of_a_generator_holds():
+    """What is written is what a resume demands; the file of the model is written again by rank 0."""
+    kept, wrote, exported = [], [], []
+    model, averaged = Weighing(), Weighing().requires_grad_(False)
+    averaged.a.fill_(8.0)
+    now = SimpleNamespace(step=2, samples=8, sums=0, faults=0, id="abc")
+    run = SimpleNamespace(save=lambda *what: kept.append(what), path=lambda *names: "/".join(["RUN", *names]),
+                          restore=lambda *what: kept.append(what), say=kept.append)
+    s = SimpleNamespace(args=SimpleNamespace(keep_every=7, steps=3), run=run, now=now, model=model, averaged=averaged,
+                        optimizer=SimpleNamespace(state_dict=lambda: {"o": 1}), config={"generator": "dit-s"})
+    generate.save(s)
+    (state, every, export), = kept
+    assert set(state) == set(generate.STATE) and every == 7 and state["args"] == vars(s.args)
+    assert (state["config"], state["optimizer"], state["step"], state["id"]) == (s.config, {"o": 1}, 2, "abc")
+    assert state["model"]["a"].item() == 1 and state["averaged"]["a"].item() == 8
+    with patch.object(generate, "write_model", lambda *what: wrote.append(what)):
+        export("PATH")
+    (path, config, tensors), = wrote
+    assert (path, config) == ("PATH", {"generator": "dit-s", "step": 2, "id": "abc"}) and tensors["a"].item() == 8
+    for part in "model", "averaged":
+        state[part] = {k: x.clone() for k, x in state[part].items()}
+    run.load = lambda keys, args, may_differ: state if (set(keys), args) == (set(state), s.args) else None
+    with patch.object(generate, "export", lambda *what: exported.append(what)):
+        for run.rank, now.step, left in (1, 2, True), (0, 2, True), (0, 3, False):
+            kept.clear(), model.a.data.fill_(0.0), averaged.a.fill_(0.0)
+            assert generate.resume(s) == left and (model.a.item(), averaged.a.item()) == (1, 8)
+            assert kept[0] == (state, now, s.optimizer)
+        assert exported == [(s, "RUN/model.safetensors")] * 2, "not by rank 1"
+    assert kept[1:] == ["the run is finished: RUN/model.safetensors; to extend it, give more --steps or --epochs"]
+
+
+def test_training_in_its_order():
+    """The folder is held before anything in it is read, and signals are heard once there is something to save."""
+    did = []
+    note = lambda name, result=None: lambda *what: did.append((name, *what)) or result
+    run = SimpleNamespace(hold_folder=note("hold"), open_log=note("log"), end=note("end"), path="RUN/{}".format)
+    s = SimpleNamespace(run=run, now=SimpleNamespace(step=5), data="DATA", micro_batch=2)
+    args = SimpleNamespace(out="RUN", workers=3)
+    steps = {}
+
+    def loop(*what, **functions):
+        did.append(("loop", *what)), steps.update(functions)
+        return "signal"
+    for goes_on in False, True:
+        did.clear()
+        with patch.multiple(generate, Run=note("run", run), setup=note("setup", s), resume=note("resume", goes_on),
+                            micro_step=note("micro", "MICRO"), listen=note("listen"), check_locks=note("locks"),
+                            load_batches=note("batches", "BATCHES"), loop=loop):
+            generate.train(args, "HANDLER")
+        begin = [("run", "RUN"), ("setup", args, run), ("hold",), ("resume", s)]
+        assert did == begin + [("micro", s), ("log", 5), ("listen", "HANDLER"), ("locks", 3),
+                               ("batches", run, "DATA", args, s.now, 2), ("loop", run, s.now, args),
+                               ("end", 5, "signal", "RUN/model.safetensors; try: python -m downstream.generate sample "
+                                                    "--run RUN")] * goes_on, did
+    for name, more in ("step", ("BATCHES",)), ("log", (1.5,)), ("evaluate", ()), ("save", ()):
+        did.clear()
+        with patch.object(generate, name, note(name)):
+            steps[name](*[1.5] * (name == "log"))
+        assert did == [(name, s, *more)]
+    for command, module, flags in ("sample", sampling, ["--run", "x"]), ("score", sampling, ["--run", "x"]), (
+            "bench", speed, ["--model", "mar-l"]):
+        with patch.object(module, command, lambda args: args), patch.object(generate, "train", None):
+            assert generate.main([command, *flags]).command == command
+    with patch.object(generate, "train", lambda args, on_signal: (args.latents, on_signal)):
+        assert generate.main(["train", "--latents", "x"], "HANDLER") == ("x", "HANDLER")
 
 
 def test_a_graph_of_the_step_is_fed_each_batch():
