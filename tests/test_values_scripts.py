@@ -1,6 +1,6 @@
 """Values that the scripts pass on or say: counts, defaults, hints, rFID's reference."""
 from tests.helpers import (
-    MICRO_VIT, QuickInception, evaluate, log_lines, micro_models, micro_teacher, picture, picture_folder,
+    MICRO_RUN, MICRO_VIT, QuickInception, evaluate, log_lines, micro_models, micro_teacher, picture, picture_folder,
     raises, refused, same_weights, sampled, tokenizer_file, train_quietly)
 
 import argparse
@@ -9,8 +9,10 @@ import errno
 import io
 import itertools
 import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,7 +39,7 @@ import tools.script as script
 import tools.speed as speed
 import tools.validate as validation
 import train
-from tools import convert, pictures, plot, recipes
+from tools import batches, convert, pictures, plot, recipes
 from tools.batches import split_batch
 from tools.checkpoint import explain_failed_save
 
@@ -577,6 +579,190 @@ def test_a_copy_is_kept_though_nothing_else_is_saved():
 
 # ---- ranks, errors, jobs ----
 
+def test_a_run_on_a_gpu_sets_it_up_and_joins_the_others():
+    """Its GPU becomes the current one, and fp32 products may use TF32; gradients go by NCCL, what CPUs agree on by
+    gloo. Without a GPU all goes by gloo; a process alone joins nobody."""
+    did = []
+    note = lambda name: lambda *args, **how: did.append((name, *args, *how.items())) or name
+    gpu, cpu = torch.device("cuda", 1), torch.device("cpu")
+    with patch.object(torch.cuda, "set_device", note("gpu")), \
+            patch.object(torch, "set_float32_matmul_precision", note("fp32")), \
+            patch.multiple(dist, init_process_group=note("join"), new_group=note("group")):
+        for place, expected in (
+                ((2, 4, gpu), [("gpu", gpu), ("fp32", "high"), ("join", "nccl", ("device_id", gpu)),
+                               ("group", ("backend", "gloo"))]),
+                ((2, 4, cpu), [("join", "gloo", ("device_id", None)), ("group", ("backend", "gloo"))]),
+                ((0, 1, gpu), [("gpu", gpu), ("fp32", "high")]), ((0, 1, cpu), [])):
+            did.clear()
+            with patch.object(running, "rank_and_device", lambda: place):
+                run = running.Run("out")
+                run.connect()
+            assert did == expected and (run.rank, run.ranks, run.device) == place
+            assert run.on_gpu == (place[2] is gpu) and run.control == ("group" if place[1] > 1 else None)
+
+
+def test_counts_and_draws_of_a_step():
+    """Counts begin at 0, sums in double precision; a step's draws are numpy's SeedSequence of its numbers; which
+    signals a run and its workers heed."""
+    with tempfile.TemporaryDirectory() as tmp:
+        run = running.Run(tmp)
+        now, other = run.counts(3), run.counts(3)
+        assert (now.step, now.samples, now.sums.dtype, now.faults.tolist()) == (0, 0, torch.float64, [0, 0])
+        assert now.sums.tolist() == [0, 0, 0] and len(now.id) == 12 and now.id != other.id
+        run.last_finite = now.sums
+        for row, samples, sums, faults, finite in (([1, 2, 1], 4, [1, 2, 1], [0, 0], [1, 2, 1]),
+                                                   ([float("nan"), 5, 1], 4, [1, 2, 1], [1, 1], [1, 2, 1]),
+                                                   ([7, float("inf"), 1], 3, [1, 2, 1], [2, 2], [1, 2, 1]),
+                                                   ([3, 4, 1], 2, [4, 6, 2], [2, 0], [3, 4, 1])):
+            before = now.step, now.samples
+            run.count(now, torch.tensor(row, dtype=torch.float32), samples)
+            assert (now.step, now.samples) == (before[0] + 1, before[1] + samples)
+            assert (now.sums.tolist(), now.faults.tolist(), run.last_finite.tolist()) == (sums, faults, finite)
+        assert now.sums.dtype == torch.float64
+    for numbers in (0, 0, 0, 0), (1, 2, 3, 4), (2 ** 63 - 1, 5, 0, 1):
+        running.seed_step(*numbers)
+        low, high = map(int, np.random.SeedSequence(numbers).generate_state(2))  # its words of 32 bits
+        assert torch.initial_seed() % 2 ** 64 == low + (high << 32)
+    heard = "SIGTERM SIGINT SIGHUP SIGUSR1".split()
+    for ignored, expected in (signal.SIG_DFL, heard), (signal.SIG_IGN, "SIGTERM SIGINT SIGUSR1".split()):  # nohup's
+        set_ = []
+        with patch.object(signal, "getsignal", lambda number: ignored), \
+                patch.object(signal, "signal", lambda *what: set_.append(what)):
+            running.listen("save")
+            assert set_ == [(getattr(signal, name), "save") for name in expected]
+            set_.clear()
+            script.ignore_signals(0)
+        assert set_ == [(getattr(signal, name), signal.SIG_IGN) for name in heard]
+
+
+def test_batches_are_loaded_for_the_rank_and_the_device():
+    made = []
+
+    def loader(data_, batch_sampler, **how):
+        made.append((data_, [*batch_sampler], how))
+        return []
+    now = argparse.Namespace(step=3, samples=100)
+    with patch.object(batches, "DataLoader", loader):
+        for workers, gpu, rank in (0, False, 0), (3, True, 1):
+            run = argparse.Namespace(rank=rank, ranks=2, on_gpu=gpu)
+            args = argparse.Namespace(batch_size=8, steps=5, workers=workers)
+            batches.load_batches(run, "data", args, now, 2)
+            first = 100 + 4 * rank  # two steps are left; a rank's share is four
+            assert made.pop() == ("data", [[n, n + 1] for n in (first, first + 2, first + 8, first + 10)], dict(
+                num_workers=workers, collate_fn=batches.collate, prefetch_factor=4 if workers else None,
+                pin_memory=gpu, worker_init_fn=script.ignore_signals))
+    batches_of = lambda *how: [split_batch(*how)[0], split_batch(*how)[1]]
+    assert batches_of(24, 5, 2) == [4, 3] and batches_of(24, 100, 2) == [12, 1] and batches_of(7, 3, 1) == [1, 7]
+
+
+def set_up(tmp, *flags):
+    """What train.setup gives a run that says it is on a GPU, while all is computed on the CPU; flags of a micro run."""
+    run = running.Run(os.path.join(tmp, "out"))
+    run.on_gpu = True
+    args = train.parse_args(["--teacher", micro_teacher(tmp), *MICRO_RUN, *map(str, flags)])
+    with contextlib.redirect_stdout(io.StringIO()):
+        return train.setup(args, run)
+
+
+def test_what_a_gpu_computes_in_bf16():
+    """Student, teacher, decoder and the evaluation's networks run under autocast to bf16 on a GPU; the losses are
+    fp32. A resume and what is evaluated have no say in it."""
+    seen, nets = [], {"vit": encoder.ViT, "encoder": encoder.Encoder, "decoder": decoder.Decoder}
+    plain = {name: kind.forward for name, kind in nets.items()}
+
+    def spy(name):
+        def forward(self, img, *rest):
+            seen.append((name, self.training, torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+            return plain[name](self, img, *rest)
+        return forward
+    with tempfile.TemporaryDirectory() as tmp, contextlib.ExitStack() as stack:
+        s = set_up(tmp, "--data", picture_folder(tmp, 3)[0], "--steps", 1)
+        for name, kind in nets.items():
+            stack.enter_context(patch.object(kind, "forward", spy(name)))
+        micro_step, _ = train.training_step(s.args, s.teacher, s.encoder, s.decoder, s.optimizer, s.autocast, 4, 1)
+        stats = micro_step(torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8))
+        bf16 = True, torch.bfloat16
+        assert seen == [("vit", False, *bf16), ("encoder", True, *bf16), ("vit", True, *bf16), ("decoder", True, *bf16)]
+        assert stats.dtype == torch.float32 and stats.isfinite().all() and not torch.is_autocast_enabled("cpu")
+        seen.clear()
+        validation.validate(s.encoder, s.decoder, s.val, 3, 0, s.autocast)
+        assert {x[0] for x in seen} == {"vit", "encoder"} and {x[1:] for x in seen} == {(False, *bf16)}
+
+
+def test_a_log_line_of_several_gpus():
+    """By hand: speed, FLOPs and memory of each GPU, the rate of the step that was made, the means since the last line;
+    then what a run on drawn pictures says when it stops."""
+    with tempfile.TemporaryDirectory() as tmp:
+        s = set_up(tmp, "--steps", 10, "--log_every", 2, "--lambda_d", 3, "--lambda_f", 0.5, "--lr_decay", 1, "--lr",
+                   0.5)
+        L = 3
+        s.flops, s.now.step, s.now.faults = 5e12, 6, torch.tensor([2.0, 1.0])
+        s.now.sums = 2 * torch.tensor([0.5, 0.25, 1, 2, 3, 4, 5, 6, 8, 1], dtype=torch.float64)  # of two steps
+        wrote, said = [], []
+        s.run.write, s.run.say, s.run.ranks = lambda **line: wrote.append(line), said.append, 2
+        with patch.object(torch.cuda, "max_memory_allocated", lambda: 3 * 2 ** 29):
+            train.log(s, 2.0)
+        line = dict(step=6, loss=3 * 0.25 + 0.5 * 0.5, loss_flow=0.5, loss_dist=0.25, alpha=[1, 2, 3], weight=[4, 5, 6],
+                    grad_norm=8, lr=0.5 * (10 - 5) / 10, skipped=2, img_s=2, tflops_per_gpu=5, memory_gib=1.5)
+        assert wrote == [line] and said == [train.as_text(line, 10, 8.0)] and not s.now.sums.any(), (wrote, said)
+        # ten steps in a row that were not finite; a run that has no files names none
+        s.now.step, s.now.samples, s.now.faults = 20, 80, torch.tensor([30.0, 10.0])
+        s.run.last_finite = 4 * torch.tensor([0.5, 0.25, *range(2 * L), 8, 1])
+        stopped = []
+        s.run.stop_not_finite, s.run.ranks = lambda *what: stopped.append(what), 1
+        train.check(s, [])
+        assert stopped == [(s.now, "flow 0.5000, distillation 0.2500", ["drawn pictures"])]
+        s.now.faults = torch.tensor([30.0, 9.0])
+        with patch.object(train, "INTERRUPTS", [15, 10]):
+            assert train.check(s, []) == 2 and len(stopped) == 1, "how many signals came"
+        # the third bad picture of a first pass over 10,000, of which 0.0002 may be bad
+        s.args.max_bad_images, s.now.unreadable = 0.0002, 2
+        os.makedirs(s.run.out)
+        s.data.path = lambda i: f"{i}.png"
+        assert train.check(s, []) == 0 and not said[1:]
+        refused(encoder.UserError, train.check, s, [7],
+                says="3 of the 80 images so far could not be read, more than --max_bad_images 0.0002 allows in 1 "
+                     f"passes over 10,000 images: see {s.run.out}/bad_images*.txt")
+        assert said[1:] == ["3 of the 80 images so far could not be read, other images replaced them: see "
+                            f"{s.run.out}/bad_images*.txt"]
+        s.now.samples = 10_001  # a second pass has begun, which may meet them again
+        assert train.check(s, [7]) == 0 and s.now.unreadable == 4 and not said[2:], "named already"
+
+
+def test_a_training_graph_is_for_one_gpu():
+    """Captured if the step is compiled, on a GPU, and there is one rank. With one micro-batch a step it writes the
+    gradients, so that nobody clears them; with several it adds to tensors that are cleared to zeros."""
+    block = lambda: unittest.mock.Mock(spec=["compile"])
+    parts = lambda device: [argparse.Namespace(
+        vit=argparse.Namespace(blocks=[block()]), blocks=[block()], head=block(),
+        mean=argparse.Namespace(device=device)) for _ in range(3)]
+    zeros = lambda *shape, **how: (shape, how)
+    for compile_, kind, ranks, accumulation in itertools.product((False, True), ("cpu", "cuda"), (1, 2), (1, 4)):
+        device, captured = argparse.Namespace(type=kind), []
+        capture = lambda step, img, clear: captured.append((img, clear)) or "graph"
+        optimizer, models = unittest.mock.Mock(param_groups=[]), parts(device)
+        args = argparse.Namespace(compile=compile_, size=24, clip=1.0)
+        on_ranks = lambda m, devices, **how: argparse.Namespace(wraps=m, devices=devices, **how)
+        with patch.multiple(train, capture_graph=capture, DistributedDataParallel=on_ranks), \
+                patch.object(torch, "zeros", zeros), patch.object(torch, "compile", lambda f, **how: f):
+            micro_step, update = train.training_step(args, *models, optimizer, None, 5, accumulation, ranks)
+        graphed = compile_ and kind == "cuda" and ranks == 1
+        assert (micro_step == "graph") == graphed == bool(captured)
+        compiled = [x.compile.call_args_list for x in (models[0].blocks[0], models[1].vit.blocks[0],
+                                                       models[2].blocks[0], models[2].head)]
+        assert compiled == [[unittest.mock.call(dynamic=False)] * compile_] * 4
+        optimizer.reset_mock()
+        with patch.object(train, "update_weights", lambda *what: what):
+            assert update("stats") == (optimizer, [], 1.0, "stats")
+        cleared = [] if graphed and accumulation == 1 else [unittest.mock.call(set_to_none=not graphed)]
+        assert optimizer.zero_grad.call_args_list == cleared
+        for img, clear in captured:
+            assert img == ((5, 3, 24, 24), dict(dtype=torch.uint8, device=device))
+            optimizer.reset_mock()
+            clear()
+            assert optimizer.zero_grad.call_args_list == [unittest.mock.call(set_to_none=accumulation == 1)]
+
+
 def test_when_steps_that_are_not_finite_stop_a_run():
     """At ten in a row; where a GPU would have to be waited for, at every tenth step alone."""
     with tempfile.TemporaryDirectory() as tmp:
@@ -906,6 +1092,68 @@ def test_clocks_of_the_benches():
         with patch.multiple(torch.cuda, is_available=lambda: True, synchronize=lambda: None):
             took = itertools.chain([100.0] * 3, [1.0, 2.0, 6.0])
             assert speed.seconds(f, 3) == 3.0, "on a GPU the first three"
+
+
+def test_the_bench_of_two_ranks():
+    """Both ranks' pictures count, in one micro-batch a step and in two; the parts are one rank's and are left out. What
+    is timed is the whole step, whose last micro-batch is known. A setting that does not fit is said so."""
+    rows, asked, steps = [], [], []
+
+    class TwoRanks(running.Run):
+        def __init__(self, out):
+            super().__init__(out)
+            self.ranks, self.say = 2, rows.append
+
+        def connect(self):
+            rows.append("connected")
+
+    def training_step(args, teacher, enc, dec, optimizer, autocast, micro, accumulation, ranks):
+        asked.append((args.compile, enc.vit.checkpoint, dec.checkpoint, autocast._enabled, micro, accumulation, ranks))
+        if accumulation == 2 and fails:
+            raise torch.OutOfMemoryError
+        return (lambda img, last: steps.append((tuple(img.shape), img.dtype, last)) or 1.0), steps.append
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = ["--teacher", micro_teacher(tmp), *MICRO_RUN, "--micro_batch", "4", "--no-compile"]
+        for fails in False, True:
+            rows.clear(), asked.clear(), steps.clear()
+            with patch.multiple(speed, Run=TwoRanks, training_step=training_step, model_flops=lambda *what: 3e12,
+                                seconds=lambda f, repeats=10: f() and None or 0.25, matrix_ceiling=lambda d: (7, 6e13)):
+                speed.train_speed(flags)
+            assert asked == [(False, False, False, False, 4, n, 2) for n in (1, 2)]
+            step = (4, 3, 16, 16), torch.uint8
+            assert steps == [(*step, True), 1.0, *([] if fails else [(*step, False), (*step, True), 2.0])]
+            assert rows[0] == "connected" and rows[1].endswith(
+                " at 16 px, 3.00 TFLOP an image, 2 ranks; a matrix product of 7 reaches 60 TFLOP/s")
+            tail = lambda n: (f" | {2 * n / 0.25:8,.1f} img/s |   250.0 ms | {n / 0.25 * 3:6.4g} TFLOP/s a GPU | "
+                              f"{n / 0.25 * 3 / 60:.3f} of the ceiling")
+            assert rows[2:] == [f"{'   4 x 1, not compiled':36s}" + tail(4),
+                                f"{'   4 x 2, not compiled':36s}" + (" | out of memory" if fails else tail(8))]
+    product = []
+    with patch.object(speed, "seconds", lambda f, repeats: product.append((tuple(f().shape), repeats)) or 0.5):
+        assert speed.matrix_ceiling(torch.device("cpu")) == (1024, 2 * 1024 ** 3 / 0.5)
+    assert product == [((1024, 1024), 50)]
+
+
+def test_frames_are_coded_in_parts_of_a_million_pixels():
+    """1024 x 512 pixels: two frames a part; beyond a million, one. All from the noise of picture 0, from the padded
+    frames, in as many steps; what comes back is cut to the frames again."""
+    parts = []
+
+    def decode(z, steps, noise):
+        parts[-1] += [steps, tuple(noise.shape), noise[-1, -1, -3:].tolist(), torch.equal(noise[0], noise[-1])]
+        return z
+    enc = argparse.Namespace(encode=lambda img: parts.append([tuple(img.shape)]) or img)
+    dec = argparse.Namespace(config=argparse.Namespace(patch=16), decode=decode)
+    for (H, W), counts in ((512, 1024), [2, 1]), ((1030, 1021), [1, 1, 1]), ((9, 33), [3]):
+        x = torch.randint(256, (3, 3, H, W), dtype=torch.uint8)
+        h, w = math.ceil(H / 16), math.ceil(W / 16)
+        noise = evaluation.image_noise([0], h * w, 768, 5)[0, -1, -3:].tolist()
+        parts.clear()
+        z, rec = sample.reconstruct(enc, dec, x, H, W, torch.device("cpu"), 4, 5)
+        assert parts == [[(n, 3, 16 * h, 16 * w), 4, (n, h * w, 768), noise, True] for n in counts]
+        assert torch.equal(rec, x) and z.shape == (3, 3, 16 * h, 16 * w)
+        assert torch.equal(z[:, :, H - 1:, :W], (x[:, :, -1:] / 255).expand(-1, -1, 16 * h - H + 1, -1))
+    assert sample.MAX_TOKENS == 131_072, "3840 x 2160 pixels in patches of 8 are 129,600"
 
 
 def printed(f, *args):
