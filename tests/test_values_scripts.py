@@ -705,11 +705,30 @@ def test_a_log_line_of_several_gpus():
         line = dict(step=6, loss=3 * 0.25 + 0.5 * 0.5, loss_flow=0.5, loss_dist=0.25, alpha=[1, 2, 3], weight=[4, 5, 6],
                     grad_norm=8, lr=0.5 * (10 - 5) / 10, skipped=2, img_s=2, tflops_per_gpu=5, memory_gib=1.5)
         assert wrote == [line] and said == [train.as_text(line, 10, 8.0)] and not s.now.sums.any(), (wrote, said)
+        # an evaluation is of what is averaged, in this rank's micro-batches, which are not those that were asked for
+        judged, s.args.micro_batch, s.micro_batch = [], 16, 8
+        s.averaged = {"encoder": "averaged encoder", "decoder": "averaged decoder"}
+        picture_ = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+        os.makedirs(os.path.join(s.run.out, "samples"))
+        s.run.rank, s.args.seed, s.args.workers = 0, 9, 3
+        with patch.object(train, "validate", lambda *what: judged.append(what) or (20.456, [0.5, 0.25], picture_)):
+            train.evaluate(s)
+            s.run.rank = 1
+            train.evaluate(s)
+        given = ("averaged encoder", "averaged decoder", s.val, 8, 9, s.autocast, 3)
+        assert judged == [(*given, 0, 2), (*given, 1, 2)]
+        assert said[1] == (
+            "eval      6 | one-step PSNR 20.46 dB on other drawn pictures | flow loss by tenth of t, image to noise: "
+            "0.500 0.250") and wrote[1] == dict(kind="eval", step=6, psnr=20.456, flow_by_t=[0.5, 0.25],
+                                                on="other drawn pictures")
+        assert os.listdir(os.path.join(s.run.out, "samples")) == ["step_000006.png"]
+        assert np.array_equal(Image.open(os.path.join(s.run.out, "samples", "step_000006.png")), picture_)
+        del said[1:]
         # ten steps in a row that were not finite; a run that has no files names none
         s.now.step, s.now.samples, s.now.faults = 20, 80, torch.tensor([30.0, 10.0])
         s.run.last_finite = 4 * torch.tensor([0.5, 0.25, *range(2 * L), 8, 1])
         stopped = []
-        s.run.stop_not_finite, s.run.ranks = lambda *what: stopped.append(what), 1
+        s.run.stop_not_finite, s.run.ranks, s.run.rank = lambda *what: stopped.append(what), 1, 0
         train.check(s, [])
         assert stopped == [(s.now, "flow 0.5000, distillation 0.2500", ["drawn pictures"])]
         s.now.faults = torch.tensor([30.0, 9.0])
@@ -717,7 +736,6 @@ def test_a_log_line_of_several_gpus():
             assert train.check(s, []) == 2 and len(stopped) == 1, "how many signals came"
         # the third bad picture of a first pass over 10,000, of which 0.0002 may be bad
         s.args.max_bad_images, s.now.unreadable = 0.0002, 2
-        os.makedirs(s.run.out)
         s.data.path = lambda i: f"{i}.png"
         assert train.check(s, []) == 0 and not said[1:]
         refused(encoder.UserError, train.check, s, [7],
