@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import io
+import json
 import os
 import pathlib
 import re
@@ -23,6 +24,7 @@ from tests.helpers import (
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -420,6 +422,36 @@ def test_what_a_file_of_weights_may_hold():
             encoder.write_model(other, without, tensors)
             refused(encoder.UserError, encoder.Encoder.from_pretrained, other,
                     says=f"{other} is a model file, but no tokenizer; train.py writes out/model.safetensors")
+        with safe_open(path, "pt") as f:
+            assert f.metadata() == {"format": "pt", "config": json.dumps(config)}, "the format that transformers ask for"
+        about = (f"{other} is damaged, or is no model file of this project: such a file's metadata have config = "
+                 '{"vit": ...} (')
+        for changes, words in (({"size": 18}, "ValueError: size is 18, expected a multiple of the patch 4)"),
+                               ({"size": True}, "ValueError: size is True, expected a multiple of the patch 4)"),
+                               ({"vit": {**config["vit"], "more": 1}},
+                                "TypeError: ViTConfig.__init__() got an unexpected keyword argument 'more')")):
+            encoder.write_model(other, {**config, **changes}, tensors)
+            refused(encoder.UserError, encoder.read_config, other, says=about + words)
+        vit = {"vit": {**config["vit"], "size": 12}}  # the size is that of the ViT where the file has no other
+        encoder.write_model(other, vit, tensors)
+        assert encoder.read_config(other) == vit
+        for part, words in ((3, "TypeError: 'int' object is not subscriptable"), ({}, "KeyError: 'latent_dim'"),
+                            ({"latent_dim": 8, "projector": "x"}, "UserError: projector 'x' is unknown; it is mlp or "
+                                                                  "linear")):
+            encoder.write_model(other, {**config, "decoder": part}, tensors)
+            refused(encoder.UserError, encoder.Encoder.from_pretrained, other,
+                    says=f"{other} describes no UniFlow encoder ({words})")
+        # a decoder's deviation may be small, but not 0
+        for std, fits in (1e-30, True), (0.0, False):
+            encoder.write_model(other, config, {**tensors, "latent_std": torch.full((8,), std)})
+            if fits:
+                assert (decoder.Decoder.from_pretrained(other).latent_std == torch.tensor(std)).all()
+                continue
+            for load, start in (encoder.Encoder, "does not fit the model (1 tensors): "), (
+                    decoder.Decoder, "does not hold a UniFlow decoder (ValueError: "):
+                refused(ValueError, load.from_pretrained, other,
+                        says=f"{other} {start}latent_std is torch.float32; expected finite floating-point numbers, "
+                             "deviations above 0" + ")" * (load is decoder.Decoder))
         dump, names = os.path.join(tmp, "dump.pth"), ["module.a", "b.module.c", "d"]
         state = {name: torch.full((2,), float(k)) for k, name in enumerate(names)}
         extra = {"step": 3, "sparse": torch.eye(2).to_sparse(), "none": None}
@@ -649,6 +681,20 @@ def test_what_pil_warns_of_is_not_shown():
         with patch.object(data, "open_image", odd), patch.object(pictures, "open_image", odd), \
                 warnings.catch_warnings(action="error"):
             assert data.load_image(path).size == (40, 30) and len(pictures.load_frames(path, 0)[0]) == 4
+        # what is wrong with an animation is said in one line; what the user is to know is said as it is
+        plain_tensor, frames = pictures.to_tensor, []
+
+        def second(img):
+            frames.append(img)
+            if len(frames) == 3:  # the still, the first frame, then this one
+                raise error
+            return plain_tensor(img)
+        clip(path)
+        for error, says in ((EOFError("no more\nframes"), "is a damaged animation (EOFError: no more frames)"),
+                            (data.UserError("of the user"), "of the user")):
+            frames.clear()
+            with patch.object(pictures, "to_tensor", second):
+                refused(ValueError, pictures.load_frames, path, 0, says=says)
 
 
 def test_jpegs_that_are_decoded_smaller_keep_their_last_rows():

@@ -601,6 +601,28 @@ def test_a_run_on_a_gpu_sets_it_up_and_joins_the_others():
             assert run.on_gpu == (place[2] is gpu) and run.control == ("group" if place[1] > 1 else None)
 
 
+def test_a_line_that_nobody_reads_stops_the_run():
+    """Each line is sent on at once; where nobody reads any more, the rest goes nowhere, and the run saves and stops."""
+    with tempfile.TemporaryDirectory() as tmp:
+        run, sent = running.Run(tmp), []
+        for broken in None, "write", "flush":
+            def fail(name, text=""):
+                sent.append(name)
+                if name == broken:
+                    raise BrokenPipeError
+            out = unittest.mock.Mock(write=lambda text: fail("write"), flush=lambda: fail("flush"))
+            with patch.object(sys, "stdout", out), patch.object(running, "INTERRUPTS", []) as came, \
+                    patch.object(os, "dup2") as moved:
+                run.say("a line")
+            assert sent[-1] == "flush" if broken != "write" else sent == ["write"], (broken, sent)
+            assert came == [signal.SIGPIPE] * bool(broken) and moved.call_count == bool(broken)
+            if broken:
+                (null, to), = (call.args for call in moved.call_args_list)
+                assert to == 1 and os.path.samestat(os.fstat(null), os.stat(os.devnull))
+                os.close(null)
+            sent.clear()
+
+
 def test_counts_and_draws_of_a_step():
     """Counts begin at 0, sums in double precision; a step's draws are numpy's SeedSequence of its numbers; which
     signals a run and its workers heed."""
@@ -1097,6 +1119,21 @@ def test_curves_have_their_names():
                     says=f"{path}{': ' if missing == 'c' else ' '}{words}")
 
 
+def test_curves_without_matplotlib():
+    with tempfile.TemporaryDirectory() as tmp:
+        for error, tail in ((ModuleNotFoundError("No module named 'matplotlib'"), ": pip install matplotlib"),
+                            (ValueError("no log"), ""), (PermissionError(errno.EACCES, "no"), "")):
+            with patch.object(plot, "draw", side_effect=error), patch.object(sys, "stdout"), \
+                    contextlib.redirect_stderr(io.StringIO()) as said:
+                assert plot.main([tmp]) == 2
+            assert said.getvalue() == f"tools.plot: {error}{tail}\n"
+        for flags, path in ([], os.path.join(tmp, "curves.png")), (["--out", "x.pdf"], "x.pdf"):
+            with patch.object(plot, "draw") as draw, patch.object(sys, "stdout"):
+                assert plot.main([tmp, "other", *flags]) == 0
+            draw.assert_called_once_with([tmp, "other"])
+            draw.return_value.savefig.assert_called_once_with(path, dpi=80)
+
+
 def test_clocks_of_the_benches():
     """By a clock that the measured function moves: the mean of the calls that count, the median of all."""
     clock, took = [0.0], itertools.cycle([5.0, 1.0, 2.0])
@@ -1201,11 +1238,11 @@ def test_what_the_benches_print():
         with patch.object(speed, "data_speed", lambda *args: rows.append(args)):
             speed.main(["data", folder]), speed.main(["data", folder, "more.zip", "--size", "9", "--seconds", "2"])
         assert rows[4:] == [([folder], 448, 5.0), ([folder, "more.zip"], 9, 2.0)]
-        clock, loaders = itertools.count(0.0), []
+        clock, loaders, taken = itertools.count(0.0), [], []
 
         def loader(data_, num_workers, batch_sampler, **how):
             loaders.append((len(data_), data_.train, data_.size, num_workers, next(iter(batch_sampler))))
-            return itertools.repeat((torch.zeros(32, 3, 4, 4), []))
+            return map(lambda n: taken.append(n) or (torch.zeros(32, 3, 4, 4), []), itertools.count())
         with patch.object(speed.time, "perf_counter", lambda: next(clock)), patch.object(speed, "DataLoader", loader), \
                 patch.object(speed, "cores", lambda: 3):
             assert printed(speed.data_speed, [folder], 24, 3.0) == [
@@ -1213,6 +1250,8 @@ def test_what_the_benches_print():
                 # two batches of 32 in a clock of three seconds
                 *(f"{n:3d} workers |     21.3 img/s | {64 / 3 / n:7.1f} a worker" for n in (1, 2, 3))]
         assert loaders == [(3, True, 24, n, list(range(32))) for n in (1, 2, 3)]
+        # two batches of each worker until all have begun, which are not timed
+        assert taken == [k for n in (1, 2, 3) for k in range(2 * n + 2)]
         teacher = os.path.join(tmp, "teacher.safetensors")
         flags = ["--teacher", teacher, "--latent_dim", "8", "--gtb_depth", "1", "--flow_depth", "2", "--flow_width",
                  "96",
