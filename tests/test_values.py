@@ -423,7 +423,7 @@ def test_what_a_file_of_weights_may_hold():
             refused(encoder.UserError, encoder.Encoder.from_pretrained, other,
                     says=f"{other} is a model file, but no tokenizer; train.py writes out/model.safetensors")
         with safe_open(path, "pt") as f:
-            assert f.metadata() == {"format": "pt", "config": json.dumps(config)}, "the format that transformers ask for"
+            assert f.metadata() == {"format": "pt", "config": json.dumps(config)}, "transformers asks for the format"
         about = (f"{other} is damaged, or is no model file of this project: such a file's metadata have config = "
                  '{"vit": ...} (')
         for changes, words in (({"size": 18}, "ValueError: size is 18, expected a multiple of the patch 4)"),
@@ -435,9 +435,8 @@ def test_what_a_file_of_weights_may_hold():
         vit = {"vit": {**config["vit"], "size": 12}}  # the size is that of the ViT where the file has no other
         encoder.write_model(other, vit, tensors)
         assert encoder.read_config(other) == vit
-        for part, words in ((3, "TypeError: 'int' object is not subscriptable"), ({}, "KeyError: 'latent_dim'"),
-                            ({"latent_dim": 8, "projector": "x"}, "UserError: projector 'x' is unknown; it is mlp or "
-                                                                  "linear")):
+        for part, words in ((3, "TypeError: 'int' object is not subscriptable"), ({}, "KeyError: 'latent_dim'"), (
+                {"latent_dim": 8, "projector": "x"}, "UserError: projector 'x' is unknown; it is mlp or linear")):
             encoder.write_model(other, {**config, "decoder": part}, tensors)
             refused(encoder.UserError, encoder.Encoder.from_pretrained, other,
                     says=f"{other} describes no UniFlow encoder ({words})")
@@ -447,11 +446,11 @@ def test_what_a_file_of_weights_may_hold():
             if fits:
                 assert (decoder.Decoder.from_pretrained(other).latent_std == torch.tensor(std)).all()
                 continue
-            for load, start in (encoder.Encoder, "does not fit the model (1 tensors): "), (
-                    decoder.Decoder, "does not hold a UniFlow decoder (ValueError: "):
-                refused(ValueError, load.from_pretrained, other,
-                        says=f"{other} {start}latent_std is torch.float32; expected finite floating-point numbers, "
-                             "deviations above 0" + ")" * (load is decoder.Decoder))
+            why = "latent_std is torch.float32; expected finite floating-point numbers, deviations above 0"
+            refused(encoder.UserError, encoder.Encoder.from_pretrained, other,
+                    says=f"{other} does not fit the model (1 tensors): {why}")
+            refused(decoder.UserError, decoder.Decoder.from_pretrained, other,
+                    says=f"{other} does not hold a UniFlow decoder (ValueError: {why})")
         dump, names = os.path.join(tmp, "dump.pth"), ["module.a", "b.module.c", "d"]
         state = {name: torch.full((2,), float(k)) for k, name in enumerate(names)}
         extra = {"step": 3, "sparse": torch.eye(2).to_sparse(), "none": None}

@@ -39,7 +39,7 @@ import tools.script as script
 import tools.speed as speed
 import tools.validate as validation
 import train
-from tools import batches, convert, pictures, plot, recipes
+from tools import batches, convert, optimizer, pictures, plot, recipes
 from tools.batches import split_batch
 from tools.checkpoint import explain_failed_save
 
@@ -1144,9 +1144,14 @@ def test_clocks_of_the_benches():
         assert speed.seconds(f) == 1.0, "on a CPU the first call warms up"
         took = itertools.cycle([9.0, 1.0, 1.0, 3.0, 2.0])
         assert speed.median_seconds(f, 5) == 2.0
-        with patch.multiple(torch.cuda, is_available=lambda: True, synchronize=lambda: None):
+
+        def synchronize():
+            clock[0] += 0.75
+        with patch.multiple(torch.cuda, is_available=lambda: True, synchronize=synchronize):
             took = itertools.chain([100.0] * 3, [1.0, 2.0, 6.0])
-            assert speed.seconds(f, 3) == 3.0, "on a GPU the first three"
+            assert speed.seconds(f, 3) == 3.25, "on a GPU the first three; its work has ended when all are timed"
+            took = itertools.cycle([9.0, 1.0, 1.0, 3.0, 2.0])
+            assert speed.median_seconds(f, 5) == 2.75, "each with the work that it has begun"
 
 
 def test_the_bench_of_two_ranks():
@@ -1157,7 +1162,7 @@ def test_the_bench_of_two_ranks():
     class TwoRanks(running.Run):
         def __init__(self, out):
             super().__init__(out)
-            self.ranks, self.say = 2, rows.append
+            self.ranks, self.say, self.on_gpu = 2, rows.append, gpu
 
         def connect(self):
             rows.append("connected")
@@ -1169,24 +1174,114 @@ def test_the_bench_of_two_ranks():
         return (lambda img, last: steps.append((tuple(img.shape), img.dtype, last)) or 1.0), steps.append
     with tempfile.TemporaryDirectory() as tmp:
         flags = ["--teacher", micro_teacher(tmp), *MICRO_RUN, "--micro_batch", "4", "--no-compile"]
-        for fails in False, True:
+        for fails, gpu in (False, False), (True, False), (False, True):
             rows.clear(), asked.clear(), steps.clear()
-            with patch.multiple(speed, Run=TwoRanks, training_step=training_step, model_flops=lambda *what: 3e12,
-                                seconds=lambda f, repeats=10: f() and None or 0.25, matrix_ceiling=lambda d: (7, 6e13)):
+            on_gpu = dict(get_device_name=lambda: "a GPU", max_memory_allocated=lambda: 5 * 2 ** 29,
+                          empty_cache=lambda: None, reset_peak_memory_stats=lambda: None)
+            with patch.multiple(torch.cuda, **on_gpu), patch.multiple(
+                    speed, Run=TwoRanks, training_step=training_step, model_flops=lambda *what: 3e12,
+                    seconds=lambda f, repeats=10: (f(), 0.25)[1], matrix_ceiling=lambda d: (7, 6e13)):
                 speed.train_speed(flags)
-            assert asked == [(False, False, False, False, 4, n, 2) for n in (1, 2)]
+            assert asked == [(False, False, False, gpu, 4, n, 2) for n in (1, 2)]
             step = (4, 3, 16, 16), torch.uint8
             assert steps == [(*step, True), 1.0, *([] if fails else [(*step, False), (*step, True), 2.0])]
-            assert rows[0] == "connected" and rows[1].endswith(
-                " at 16 px, 3.00 TFLOP an image, 2 ranks; a matrix product of 7 reaches 60 TFLOP/s")
+            assert rows[:2] == ["connected", f"{'a GPU' if gpu else 'CPU'}, torch {torch.__version__}, {flags[1]} at "
+                                "16 px, 3.00 TFLOP an image, 2 ranks; a matrix product of 7 reaches 60 TFLOP/s"]
             tail = lambda n: (f" | {2 * n / 0.25:8,.1f} img/s |   250.0 ms | {n / 0.25 * 3:6.4g} TFLOP/s a GPU | "
-                              f"{n / 0.25 * 3 / 60:.3f} of the ceiling")
+                              f"{n / 0.25 * 3 / 60:.3f} of the ceiling" + " | 2.5 GiB" * gpu)
             assert rows[2:] == [f"{'   4 x 1, not compiled':36s}" + tail(4),
                                 f"{'   4 x 2, not compiled':36s}" + (" | out of memory" if fails else tail(8))]
     product = []
     with patch.object(speed, "seconds", lambda f, repeats: product.append((tuple(f().shape), repeats)) or 0.5):
         assert speed.matrix_ceiling(torch.device("cpu")) == (1024, 2 * 1024 ** 3 / 0.5)
     assert product == [((1024, 1024), 50)]
+
+
+def test_the_benches_of_a_gpu():
+    """What is measured there: InternViT's size at random in batches of 32 and 1; and how encode and decode become fast:
+    matrices in bf16, compiled, autocast, without gradients, a graph of each for one shape and number of steps."""
+    rows, made = [], []
+    model = lambda *what: made.append(what) or unittest.mock.Mock(eval=lambda: model("eval"),
+                                                                  to=lambda d: model(d.type))
+    with patch.object(torch.cuda, "is_available", lambda: True), \
+            patch.object(torch.cuda, "get_device_name", lambda: "a GPU"), \
+            patch.object(torch, "rand", lambda *shape, device: (shape, device.type)), \
+            patch.multiple(speed, ViT=lambda c: c, Encoder=model, Decoder=model,
+                           fast=lambda enc, dec, img, steps: (lambda x: rows.append((img, steps)), lambda z: None),
+                           median_seconds=lambda f: 0.5):
+        said = printed(speed.sample_speed, None, None)
+        small = printed(speed.sample_speed, None, 224)
+    assert made[:6] == [(encoder.TEACHERS["internvit"],), ("eval",), (decoder.DecoderConfig(),), ("eval",), ("cuda",),
+                        ("cuda",)]
+    line = lambda B, what: f"batch {B:2d} | {what:18s} | {B / 0.5:8.1f} img/s |  500.00 ms"
+    steps = "decode in 1 step", "decode in 2 steps", "decode in 4 steps", "decode in 25 steps"
+    both = "encode + decode", "encode"
+    assert said == ["RANDOM weights of the InternViT tokenizer's size, for measuring",
+                    f"a GPU, bf16, compiled, CUDA graphs, torch {torch.__version__}, 448 px",
+                    *(line(32, what) for what in (*both, *steps)), *(line(1, what) for what in (*both, steps[0]))]
+    assert small[1].endswith(" 224 px") and rows == [
+        (((B, 3, side, side), "cuda"), n) for side in (448, 224) for B, ns in ((32, (1, 2, 4, 25)), (1, (1,)))
+        for n in ns]
+
+    def noted(name, result=None):
+        return lambda *args, **how: did.append((name, args, how, torch.is_grad_enabled())) or result
+
+    def part():
+        module, kinds = torch.nn.Module(), dict(a=(2,), b=(2, 3), c=(2, 3, 4), d=(2, 3, 1, 1))
+        for name, shape in kinds.items():
+            module.register_parameter(name, torch.nn.Parameter(torch.ones(shape)))
+        return module
+    did, enc, dec, img = [], part(), part(), argparse.Namespace(device=argparse.Namespace(type="cuda"))
+    enc.encode, enc.compile, dec.decode = noted("encode", "latent"), noted("compile"), noted("decode", "picture")
+    dec.condition, dec.velocity = "condition", "velocity"
+    with patch.object(torch, "compile", lambda f, **how: (f, how)), \
+            patch.object(torch, "autocast", noted("autocast", contextlib.nullcontext())), \
+            patch.object(torch.cuda, "make_graphed_callables", lambda *what: what):
+        (encode, decode), shapes = speed.fast(enc, dec, img, 4)
+    assert encode is enc.encode and shapes == ((img,), ("latent",)) and decode("z") == "picture"
+    assert did == [("compile", (), dict(dynamic=False), True),
+                   ("autocast", ("cuda", torch.bfloat16), dict(cache_enabled=False), False),
+                   ("encode", (img,), {}, False), ("decode", ("z", 4), {}, True)], did
+    assert [dec.condition, dec.velocity] == [(name, dict(dynamic=False)) for name in ("condition", "velocity")]
+    for module in enc, dec:
+        assert [p.dtype for p in module.parameters()] == [torch.float32, torch.bfloat16] * 2, "no norm, bias or table"
+
+
+def test_a_graph_is_recorded_after_three_rounds_and_replayed():
+    """By stand-ins for torch.cuda: on a stream of its own the step runs three times, then gradients are cleared, then
+    it is recorded on pictures of its own, which each replay fills. What it gives are the recording's tensors."""
+    did = []
+
+    @contextlib.contextmanager
+    def within(name, what):
+        did.append((name, what))
+        yield
+        did.append("end")
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def wait_stream(self, other):
+            did.append(f"{self.name} waits for {other.name}")
+    batch, own = torch.full((2, 3), 7, dtype=torch.uint8), []
+
+    def micro_step(img):
+        own.append(img)
+        did.append(("step", img.tolist()))
+        return f"statistics {len(own)}"
+    graph = unittest.mock.Mock(replay=lambda: did.append(("replay", own[-1].tolist())))
+    with patch.multiple(torch.cuda, Stream=Stream, current_stream=lambda: Stream("main"), CUDAGraph=lambda: graph,
+                        stream=lambda s: within("on", s.name), graph=lambda g: within("record", g is graph)):
+        replay = optimizer.capture_graph(micro_step, batch, lambda: did.append("clear"))
+        step = ("step", [[7] * 3] * 2)
+        assert did == ["side waits for main", ("on", "side"), step, step, step, "end", "main waits for side", "clear",
+                       ("record", True), step, "end"], did
+        assert len(set(map(id, own))) == 1 and own[0] is not batch
+        did.clear()
+        for value, last in (1, True), (5, False):
+            assert replay(torch.full((2, 3), value, dtype=torch.uint8), last) == "statistics 4"
+        assert did == [("replay", [[1] * 3] * 2), ("replay", [[5] * 3] * 2)] and batch.eq(7).all()
 
 
 def test_frames_are_coded_in_parts_of_a_million_pixels():
