@@ -749,7 +749,7 @@ def test_a_log_line_of_several_gpus():
         # ten steps in a row that were not finite; a run that has no files names none
         s.now.step, s.now.samples, s.now.faults = 20, 80, torch.tensor([30.0, 10.0])
         s.run.last_finite = 4 * torch.tensor([0.5, 0.25, *range(2 * L), 8, 1])
-        stopped = []
+        stopped, s.args.val = [], ["evaluated on"]
         s.run.stop_not_finite, s.run.ranks, s.run.rank = lambda *what: stopped.append(what), 1, 0
         train.check(s, [])
         assert stopped == [(s.now, "flow 0.5000, distillation 0.2500", ["drawn pictures"])]
