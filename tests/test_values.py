@@ -563,6 +563,11 @@ def test_where_downloads_are_looked_for_offline():
                 asked.clear()
                 assert encoder.fetch("model") == encoder.fetch("model") == target and asked == [target]
                 asked += [None] * 3
+        # the lock is another file, held by one process alone; its folder is made
+        import fcntl
+        path, held = os.path.join(tmp, "new", "x"), []
+        with patch.object(fcntl, "flock", lambda file, how: held.append((file.name, how))), encoder.locked(path):
+            assert held == [(path + ".lock", fcntl.LOCK_EX)] and os.listdir(os.path.join(tmp, "new")) == ["x.lock"]
         # weights that are given come before the published ones
         given = os.path.join(tmp, "given.safetensors")
         with patch.dict(encoder.PUBLISHED, {"micro": "org/repo/model.safetensors"}), \

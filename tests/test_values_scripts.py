@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 import data
 import decoder
+import distill
 import encoder
 import eval as evaluation
 import sample
@@ -769,6 +770,109 @@ def test_a_log_line_of_several_gpus():
         assert train.check(s, [7]) == 0 and s.now.unreadable == 4 and not said[2:], "named already"
 
 
+def test_a_step_of_two_ranks_by_hand():
+    """Two micro-batches: what each is seeded with and told, which pictures were bad, the mean of the statistics over
+    micro-batches and ranks, and the rate of each group; then the averages, after the weights have moved."""
+    did, all_reduce = [], lambda x: x.add_(torch.tensor([10.0, 20.0]))  # what the other rank has
+    note = lambda name, result=None: lambda *what: did.append((name, *what)) or result
+
+    def micro_step(img, last):
+        did.append(("micro", img.tolist(), last))
+        return torch.tensor([4.0, 2.0]) * (1 + last)
+    args = argparse.Namespace(steps=10, lr_decay=1.0, decay_shape="linear", warmup=0, seed=5, batch_size=8, ema=0.25)
+    s = argparse.Namespace(args=args, now=argparse.Namespace(step=4), accumulation=2, rates=[1.0, 0.5],
+                           optimizer=argparse.Namespace(param_groups=[{"lr": 0}, {"lr": 0}]), averages="a", weights="w",
+                           run=argparse.Namespace(device="cpu", rank=1, ranks=2, count=note("count")))
+    batches_ = iter([(torch.tensor([1]), [3, -1, -8]), (torch.tensor([2]), [-4, 0])])
+    for ema in 0.25, 0:
+        args.ema = ema
+        with patch.multiple(train, seed_step=note("seed"), average_weights=note("average")), \
+                patch.object(dist, "all_reduce", all_reduce):
+            found = train.step(s, batches_, micro_step, lambda stats: did.append(("update", stats.tolist())) or "row")
+        # (4 + 8) / 2 and 10 over two ranks; (2 + 4) / 2 and 20
+        assert did == [("seed", 5, 4, 0, 1), ("micro", [1], False), ("seed", 5, 4, 1, 1), ("micro", [2], True),
+                       ("update", [8.0, 11.5]), *[("average", "a", "w", 4, 0.25)] * bool(ema),
+                       ("count", s.now, "row", 8)], did
+        assert found == [0, 7, 3] and [g["lr"] for g in s.optimizer.param_groups] == [0.6, 0.3]
+        batches_ = iter([(torch.tensor([1]), [3, -1, -8]), (torch.tensor([2]), [-4, 0])])
+        did.clear()
+
+
+def test_gradients_are_exchanged_at_the_last_micro_batch():
+    """Of four micro-batches each adds a quarter of lambda_d L_dist + lambda_f L_flow; the ranks wait for one another at
+    the last alone, and never send the weights, which they all have."""
+    wrapped, seen = [], []
+
+    def on_ranks(module, devices, gradient_as_bucket_view):
+        wrapped.append((module, devices, gradient_as_bucket_view))
+        return argparse.Namespace()
+    L_dist, L_flow = (torch.tensor(x, requires_grad=True) for x in (2.0, 3.0))
+
+    def losses(teacher, student, flow_decoder, img, args, distances):
+        seen.append([(m.require_forward_param_sync, m.require_backward_grad_sync) for m in (student, flow_decoder)])
+        assert (teacher, distances) == ("teacher", distill.layer_distances) and img.tolist() == [1, 0]
+        return L_dist, L_flow, torch.tensor([7.0, 8.0]), torch.tensor([5.0, 6.0])
+    enc, dec = argparse.Namespace(), argparse.Namespace(mean=torch.zeros(3))
+    args = argparse.Namespace(compile=False, lambda_d=0.5, lambda_f=4.0)
+    with patch.multiple(train, DistributedDataParallel=on_ranks, losses=losses):
+        micro_step, _ = train.training_step(args, "teacher", enc, dec, unittest.mock.Mock(param_groups=[]),
+                                            contextlib.nullcontext(), 2, 4, 3)
+        for last in False, True:
+            stats = micro_step(torch.tensor([255, 0], dtype=torch.uint8), last)
+            assert stats.tolist() == [3, 2, 5, 6, 7, 8] and not stats.requires_grad
+    assert wrapped == [(enc, None, True), (dec, None, True)]
+    assert seen == [[(False, False)] * 2, [(False, True)] * 2]
+    assert (L_dist.grad.item(), L_flow.grad.item()) == (2 * 0.5 / 4, 2 * 4 / 4)
+
+
+def test_when_a_run_logs_evaluates_and_saves():
+    """At its intervals and at the end, in this order; a signal saves after its step. A step's time is the mean since
+    the clock was set: at the start, and after whatever was written."""
+    def go(steps, first=0, signal_at=None, **every):
+        did, clock, now = [], [100.0], argparse.Namespace(step=first, sums="sums")
+        args = argparse.Namespace(**{**dict.fromkeys(("log_every", "eval_every", "save_every", "keep_every"), 0),
+                                     "steps": steps, **every})
+
+        def step():
+            now.step, clock[0] = now.step + 1, clock[0] + now.step + 1
+            return 2 * (now.step == signal_at)
+
+        def note(what):
+            def act(*seconds):
+                did.append((what, now.step, *seconds))
+                clock[0] += 1000
+            return act
+        run = argparse.Namespace(rank=1)
+        with patch("time.time", lambda: clock[0]):
+            stopped = running.loop(run, now, args, step, note("log"), note("evaluate"), note("save"))
+        assert run.last_finite == "sums" and type(stopped) is bool
+        return did, stopped
+    assert go(3) == ([("log", 3, 2.0), ("evaluate", 3), ("save", 3)], False)
+    assert go(5, log_every=2, eval_every=3, save_every=5, keep_every=4) == ([
+        ("log", 2, 1.5), ("evaluate", 3), ("log", 4, 4.0), ("save", 4), ("log", 5, 5.0), ("evaluate", 5), ("save", 5)],
+        False)
+    assert go(9, 2, 4, log_every=3, save_every=8) == ([("log", 3, 3.0), ("save", 4)], True)
+    assert go(4, 4) == ([], False)
+
+
+def test_an_evaluations_workers():
+    """They get the run's number, send arrays through pipes, and leave signals to the run."""
+    made, plain, (_, enc, dec) = [], validation.DataLoader, micro_models()
+    here = lambda *what, **how: made.append(how) or plain(*what, **{**how, "num_workers": 0})
+    with patch.object(validation, "DataLoader", here), patch.object(dist, "all_reduce", made.append):
+        pictures_ = [(torch.zeros(3, 16, 16, dtype=torch.uint8), 0)] * 5
+        assert validation.validate(enc, dec, pictures_, 2, 0, contextlib.nullcontext(), 3, 1, 2)[2] is None
+    total = made.pop()
+    assert total.shape == (12,) and total[1] == 2
+    # the second of two ranks has numbers 1 and 3, and draws no picture
+    assert made == [dict(batch_sampler=[[1, 3]], collate_fn=validation.pixels, num_workers=3,
+                         worker_init_fn=script.ignore_signals)]
+    x = [(torch.full((3, 2, 2), k, dtype=torch.uint8), k) for k in range(2)]
+    assert np.array_equal(validation.pixels(x), np.repeat([0, 1], 12).reshape(2, 3, 2, 2))
+    assert validation.spread(3) == [0, 1, 2] and validation.spread(1024)[:3] == [0, 2, 4]
+    assert validation.spread(10, 4) == [0, 2, 5, 7] and len(validation.spread(513)) == 512
+
+
 def test_a_training_graph_is_for_one_gpu():
     """Captured if the step is compiled, on a GPU, and there is one rank. With one micro-batch a step it writes the
     gradients, so that nobody clears them; with several it adds to tensors that are cleared to zeros."""
@@ -1191,6 +1295,21 @@ def test_the_bench_of_two_ranks():
                               f"{n / 0.25 * 3 / 60:.3f} of the ceiling" + " | 2.5 GiB" * gpu)
             assert rows[2:] == [f"{'   4 x 1, not compiled':36s}" + tail(4),
                                 f"{'   4 x 2, not compiled':36s}" + (" | out of memory" if fails else tail(8))]
+    # one rank whose last setting, that of the parts, does not fit: there is nothing more to say
+    class OneRank(TwoRanks):
+        def __init__(self, out):
+            super().__init__(out)
+            self.ranks = 1
+    rows.clear(), asked.clear()
+    gpu = fails = False
+    with tempfile.TemporaryDirectory() as tmp, patch.multiple(
+            speed, Run=OneRank, training_step=training_step, model_flops=lambda *what: 3e12,
+            seconds=unittest.mock.Mock(side_effect=[0.25] * 5 + [torch.OutOfMemoryError]),
+            matrix_ceiling=lambda d: (7, 6e13)):
+        flags[1] = micro_teacher(tmp)
+        speed.train_speed(flags)
+    assert [row.split(" | ")[1] for row in rows[2:]] == [
+        *(f"{n / 0.25:8,.1f} img/s" for n in (4, 2, 8, 1, 4)), "out of memory"] and len(rows) == 8
     product = []
     with patch.object(speed, "seconds", lambda f, repeats: product.append((tuple(f().shape), repeats)) or 0.5):
         assert speed.matrix_ceiling(torch.device("cpu")) == (1024, 2 * 1024 ** 3 / 0.5)
