@@ -272,6 +272,7 @@ def test_pixel_objective_regresses_the_pixels():
     close(dec.loss(z, img, torch.rand(2, 16), torch.randn_like(x)), F.mse_loss(predicted, x), 1e-6)
     assert torch.equal(dec.decode(z), dec.decode(z, steps=5)), "no noise goes in, and there is one step"
     close(dec.decode(z), (decoder.unpatchify(predicted, 4, 16, 16) * dec.std + dec.mean).clamp(0, 1), 1e-5)
+    raises(ValueError, dec.decode, z, 0, words="steps is 0; expected at least 1")
 
 
 # ---- encoder.py: sizes, layout, position grids, files ----

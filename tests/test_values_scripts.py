@@ -407,6 +407,19 @@ def test_every_refusal_of_sample():
             f"{own[:12]}...): give its own with --weights\n")
 
 
+def test_the_name_of_standard_input():
+    """Its result and its faults are called stdin, into a folder as well as into a pipe."""
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, out, f = tokenizer_file(tmp), os.path.join(tmp, "out"), io.BytesIO()
+        picture(0).save(f, "PNG")
+        for content, status in (f.getvalue(), 0), (b"no picture", 1):
+            with patch.object(sys, "stdin", argparse.Namespace(buffer=io.BytesIO(content))):
+                found, said, err = sampled("-", "--weights", weights, "--out", out)
+            assert found == status and os.listdir(out) == ["stdin_recon.png"], err
+            assert f"{out}/stdin_recon.png: latent" in said if status == 0 else err.startswith(
+                "sample.py: stdin cannot be read as an image (none of"), err
+
+
 def test_whose_fault_a_picture_is():
     """One picture's: it is left out; the machine's: the run ends, except for a result that cannot be written there."""
     memory = "takes more memory than there is: give a smaller --size"
