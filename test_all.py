@@ -126,9 +126,14 @@ def test_no_gradient_through_weights():
 
 def test_fig16_table():
     """`python distill.py` prints eq. 1 for the simulated distances: recomputed here from the printed ones."""
-    rows = [line.split() for line in run("python", "distill.py").stdout.splitlines() if re.match(r" +\d+ ", line)]
+    head, *lines, last = run("python", "distill.py").stdout.splitlines()
+    rows = [line.split() for line in lines]
     alpha = np.array([float(r[1]) for r in rows])
-    assert len(rows) == 24
+    assert [int(r[0]) for r in rows] == list(range(1, 25)) and alpha[0] == 0.9 and alpha[-1] == 0.1
+    assert head.split() == "layer alpha w(beta=0.5) w(beta=1.0) w(beta=2.0) w(beta=5.0) w(beta=2.0)".split()
+    # the bars show the column of beta 2, which is printed to four decimals: 600 of it are known to 0.03
+    assert all(r[6] == "#" * len(r[6]) and abs(len(r[6]) - 600 * float(r[4])) < 0.54 for r in rows)
+    assert re.fullmatch(r"tokens 24 x \(2, 64, 192\) -> loss 0\.0\d{3}, weights \(24,\)", last), last
     for column, beta in ((2, 0.5), (3, 1.0), (4, 2.0), (5, 5.0)):
         w = np.arange(1, 25) / 24 * np.exp(beta * alpha)
         assert np.abs(np.array([float(r[column]) for r in rows]) - w / w.sum()).max() < 5e-4
@@ -248,6 +253,7 @@ def test_pixel_objective_regresses_the_pixels():
     close(dec.loss(z, img, torch.rand(2, 16), torch.randn_like(x)), F.mse_loss(predicted, x), 1e-6)
     assert torch.equal(dec.decode(z), dec.decode(z, steps=5)), "no noise goes in, and there is one step"
     close(dec.decode(z), (decoder.unpatchify(predicted, 4, 16, 16) * dec.std + dec.mean).clamp(0, 1), 1e-5)
+    raises(ValueError, dec.decode, z, 0, words="steps is 0; expected at least 1")
 
 
 # ---- encoder.py: sizes, layout, position grids, files ----

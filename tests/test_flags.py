@@ -394,7 +394,7 @@ def test_flags_of_the_networks():
 def test_flags_of_the_machine():
     with tempfile.TemporaryDirectory() as tmp:
         folder, _ = picture_folder(tmp)
-        workers, batches, compiled, recomputed = [], [], [], []
+        workers, batches, compiled, recomputed, locks = [], [], [], [], []
         init, forward = DataLoader.__init__, encoder.Encoder.forward
 
         def loader(self, *args, **kw):
@@ -413,12 +413,13 @@ def test_flags_of_the_machine():
             for where, name, instead in ((DataLoader, "__init__", loader), (encoder.Encoder, "forward", seen),
                                          (nn.Module, "compile", lambda self,
                                           **how: compiled.append(type(self).__name__)),
-                                         (torch, "compile", lambda f, **how: f),
+                                         (torch, "compile", lambda f, **how: f), (train, "check_locks", locks.append),
                                          (encoder, "checkpoint", recompute), (decoder, "checkpoint", recompute)):
                 stack.enter_context(unittest.mock.patch.object(where, name, instead))
             trained(tmp, "--data", folder, "--workers", 2, "--micro_batch", 2, "--steps", 2, "--no-compile",
                     "--eval_every", 100)
             assert set(workers) == {2} and batches[:4] == [2] * 4, (workers, batches)
+            assert locks == [4], "for the workers of training and of an evaluation, which live at the same time"
             assert not compiled and not recomputed, (compiled, recomputed)
             batches.clear()
             run = trained(tmp, "--data", folder, "--micro_batch", 3, "--compile", "--checkpoint_activations")
@@ -469,8 +470,12 @@ def test_flags_of_the_output():
             assert f"one-step PSNR {line['psnr']:.2f} dB" in said and " ".join(f"{x:.3f}"
                                                                                for x in line["flow_by_t"]) in said
         config = encoder.read_config(os.path.join(out, "model.safetensors"))
-        assert (config["teacher"], config["step"],
-                config["size"]) == (flags[1], 5, 16) and config["teacher_weights"] is None
+        last_state = torch.load(os.path.join(out, "state.pt"), weights_only=True)
+        assert config == {
+            "vit": asdict(MICRO_VIT), "size": 16, "teacher": flags[1], "teacher_weights": None, "step": 5,
+            "commit": train.commit(), "id": last_state["id"], "decoder": dict(
+                latent_dim=8, width=32, heads=2, gtb_depth=1, flow_depth=2, flow_width=96, patch=4, grid=4,
+                projector="mlp", objective="flow", pixel_stats="imagenet")}
         last = trained(tmp, "--data", folder, "--steps", 5, "--drop_path", 0.5)
         assert all(torch.equal(last.tensors[k], x) for k,
                    x in load_file(os.path.join(out, "model.safetensors")).items())

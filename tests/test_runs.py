@@ -83,6 +83,8 @@ def test_a_bug_is_no_users_error():
                     raise AssertionError("it must end the process")
                 except SystemExit as e:
                     assert e.code == status
+                # what is left of the output must not be written at exit: if that fails, Python's status is another
+                assert (sys.stdout is None) == (status == 2)
         with patch.object(sample, "main", side_effect=lost), patch.object(sys, "stdout"):
             with contextlib.suppress(FileNotFoundError):
                 assert not sample.run(), "a bug passes through, for Python to show"
@@ -420,6 +422,17 @@ def test_a_disk_that_fails_is_no_damaged_checkpoint():
         assert load()["step"] == 3
         torch.save({"args": {}}, path)
         raises(encoder.UserError, load, words=["older version", "it lacks step", "move it away"])
+        torch.save({"args": {}, "step": 3, "more": 1}, path)
+        raises(encoder.UserError, tools.checkpoint.load_checkpoint, path, ["step", "id", "args", "a"], args, (),
+               words=f"{path} is of an older version, or no checkpoint of this script (it lacks a id): move it away to "
+                     "start afresh")
+        torch.save({"step": 3, "args": {"seed": 1, "lr": 0.5, "data": "x"}}, path)
+        now = types.SimpleNamespace(resume_anyway=False, seed=2, lr=0.25, data="y")
+        raises(encoder.UserError, tools.checkpoint.load_checkpoint, path, ["step"], now, {"data"},
+               words=f"{path} is of another run (seed was 1, is now 2; lr was 0.5, is now 0.25): use another --out, or "
+                     "--resume_anyway")
+        now.resume_anyway = True
+        assert tools.checkpoint.load_checkpoint(path, ["step"], now, {"data"})["step"] == 3
         for code in errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES:
             with patch.object(torch, "load", side_effect=OSError(code, os.strerror(code), path)):
                 raises(OSError, load, words=f"[Errno {code}]")

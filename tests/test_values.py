@@ -2,18 +2,29 @@
 import contextlib
 import errno
 import io
+import json
 import os
 import pathlib
+import re
+import runpy
+import shutil
+import struct
+import sys
 import tempfile
+import types
 import unittest.mock
+import warnings
 import zipfile
+import zlib
 from dataclasses import asdict, replace
 
-from tests.helpers import MICRO_DECODER, MICRO_VIT, close, picture, picture_folder, refused, tokenizer_file
+from tests.helpers import (
+    HERE, MICRO_DECODER, MICRO_VIT, clip, close, picture, picture_folder, refused, tokenizer_file)
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -25,6 +36,8 @@ import eval as evaluation
 import train
 import tools.drawn as drawn
 import tools.latents as latents
+import tools.pictures as pictures
+import tools.speed as speed
 
 patch = unittest.mock.patch
 
@@ -415,6 +428,35 @@ def test_what_a_file_of_weights_may_hold():
             encoder.write_model(other, without, tensors)
             refused(encoder.UserError, encoder.Encoder.from_pretrained, other,
                     says=f"{other} is a model file, but no tokenizer; train.py writes out/model.safetensors")
+        with safe_open(path, "pt") as f:
+            assert f.metadata() == {"format": "pt", "config": json.dumps(config)}, "transformers asks for the format"
+        about = (f"{other} is damaged, or is no model file of this project: such a file's metadata have config = "
+                 '{"vit": ...} (')
+        for changes, words in (({"size": 18}, "ValueError: size is 18, expected a multiple of the patch 4)"),
+                               ({"size": True}, "ValueError: size is True, expected a multiple of the patch 4)"),
+                               ({"vit": {**config["vit"], "more": 1}},
+                                "TypeError: ViTConfig.__init__() got an unexpected keyword argument 'more')")):
+            encoder.write_model(other, {**config, **changes}, tensors)
+            refused(encoder.UserError, encoder.read_config, other, says=about + words)
+        vit = {"vit": {**config["vit"], "size": 12}}  # the size is that of the ViT where the file has no other
+        encoder.write_model(other, vit, tensors)
+        assert encoder.read_config(other) == vit
+        for part, words in ((3, "TypeError: 'int' object is not subscriptable"), ({}, "KeyError: 'latent_dim'"), (
+                {"latent_dim": 8, "projector": "x"}, "UserError: projector 'x' is unknown; it is mlp or linear")):
+            encoder.write_model(other, {**config, "decoder": part}, tensors)
+            refused(encoder.UserError, encoder.Encoder.from_pretrained, other,
+                    says=f"{other} describes no UniFlow encoder ({words})")
+        # a decoder's deviation may be small, but not 0
+        for std, fits in (1e-30, True), (0.0, False):
+            encoder.write_model(other, config, {**tensors, "latent_std": torch.full((8,), std)})
+            if fits:
+                assert (decoder.Decoder.from_pretrained(other).latent_std == torch.tensor(std)).all()
+                continue
+            why = "latent_std is torch.float32; expected finite floating-point numbers, deviations above 0"
+            refused(encoder.UserError, encoder.Encoder.from_pretrained, other,
+                    says=f"{other} does not fit the model (1 tensors): {why}")
+            refused(decoder.UserError, decoder.Decoder.from_pretrained, other,
+                    says=f"{other} does not hold a UniFlow decoder (ValueError: {why})")
         dump, names = os.path.join(tmp, "dump.pth"), ["module.a", "b.module.c", "d"]
         state = {name: torch.full((2,), float(k)) for k, name in enumerate(names)}
         extra = {"step": 3, "sparse": torch.eye(2).to_sparse(), "none": None}
@@ -516,6 +558,22 @@ def test_where_downloads_are_looked_for_offline():
                 assert asked == [(url, target, None)] * 4
             refused(encoder.MissingFile, encoder.fetch, "other",
                     says=f"other: no such file, no URL, and none of the names {' '.join(encoder.PUBLISHED)}")
+            # where another process has fetched it meanwhile, it is not fetched again; the lock is that of the target
+            @contextlib.contextmanager
+            def locked(path):
+                asked.append(path)
+                os.makedirs(os.path.dirname(path), exist_ok=True), open(path, "w").close()
+                yield
+            with patch.object(encoder, "locked", locked), \
+                    patch.object(torch.hub, "download_url_to_file", side_effect=AssertionError("a second time")):
+                asked.clear()
+                assert encoder.fetch("model") == encoder.fetch("model") == target and asked == [target]
+                asked += [None] * 3
+        # the lock is another file, held by one process alone; its folder is made
+        import fcntl
+        path, held = os.path.join(tmp, "new", "x"), []
+        with patch.object(fcntl, "flock", lambda file, how: held.append((file.name, how))), encoder.locked(path):
+            assert held == [(path + ".lock", fcntl.LOCK_EX)] and os.listdir(os.path.join(tmp, "new")) == ["x.lock"]
         # weights that are given come before the published ones
         given = os.path.join(tmp, "given.safetensors")
         with patch.dict(encoder.PUBLISHED, {"micro": "org/repo/model.safetensors"}), \
@@ -625,6 +683,31 @@ def test_what_is_said_of_pictures_that_cannot_be_read():
             assert waits == [0.1, 0.4, 1.5]
 
 
+def test_what_pil_warns_of_is_not_shown():
+    """Odd metadata of a picture or an animation are no business of the user, whatever filters are set."""
+    with tempfile.TemporaryDirectory() as tmp:
+        path, plain = clip(os.path.join(tmp, "a.webp")), data.open_image
+        odd = lambda file: warnings.warn("odd") or plain(file)
+        with patch.object(data, "open_image", odd), patch.object(pictures, "open_image", odd), \
+                warnings.catch_warnings(record=True, action="always") as shown:
+            assert data.load_image(path).size == (40, 30) and len(pictures.load_frames(path, 0)[0]) == 4
+            assert not shown
+        # what is wrong with an animation is said in one line; what the user is to know is said as it is
+        plain_tensor, frames = pictures.to_tensor, []
+
+        def second(img):
+            frames.append(img)
+            if len(frames) == 3:  # the still, the first frame, then this one
+                raise error
+            return plain_tensor(img)
+        clip(path)
+        for error, says in ((EOFError("no more\nframes"), "is a damaged animation (EOFError: no more frames)"),
+                            (data.UserError("of the user"), "of the user")):
+            frames.clear()
+            with patch.object(pictures, "to_tensor", second):
+                refused(ValueError, pictures.load_frames, path, 0, says=says)
+
+
 def test_jpegs_that_are_decoded_smaller_keep_their_last_rows():
     """A side that is no multiple of 8 is cut where shrink would cut it; a turned picture is then decoded whole."""
     def jpeg(width, height, orientation=1):
@@ -708,3 +791,134 @@ def test_losses_of_pictures_that_are_not_square():
     with patch.object(train, "sample_t", lambda shape, *rest: seen.append((shape, *rest)) or plain(shape, *rest)):
         train.losses(teacher, encoder.Encoder(encoder.ViT(MICRO_VIT), 8), dec, torch.rand(5, 3, 8, 12), args)
     assert seen == [((5, 6), 0.5, torch.device("cpu"))]
+
+
+def test_neither_cls_nor_registers_are_distilled():
+    """Of 0, 1 and 5 prefix tokens none is compared, in training and in its bench: student and teacher on their 6
+    patches, in this order, and with the flags' beta and strategy."""
+    img, dec = torch.rand(2, 3, 8, 12), decoder.Decoder(MICRO_DECODER)
+    args = train.parse_args(["--beta", "3", "--strategy", "uniform", "--size", "64"])
+    for prefix in 0, 1, 5:
+        torch.manual_seed(0)
+        teacher, vit = (encoder.ViT(replace(MICRO_VIT, num_prefix=prefix)) for _ in range(2))
+        enc, seen = encoder.Encoder(vit, 8), []
+
+        def compare(student, teacher, *how):
+            seen.append(([*student], [*teacher], how))
+            return distill.distill_loss(student, teacher, *how[:2])
+        with patch.object(train, "distill_loss", compare):
+            train.losses(teacher, enc, dec, img, args)
+        with patch.object(speed, "distill", types.SimpleNamespace(distill_loss=compare, layer_distances="bench's")):
+            for part in speed.training_parts(args, teacher, enc, dec, img).values():
+                part()
+        for (student, theirs, how), distances in zip(seen, (distill.layer_distances, "bench's"), strict=True):
+            assert how == (3.0, "uniform", distances)
+            for found, whole in (student, vit(img)), (theirs, teacher(img)):
+                assert len(found) == 3 and all(torch.equal(a, b[:, prefix:]) for a, b in zip(found, whole)), prefix
+
+
+# ---- what is printed, what is known by its number ----
+
+def test_the_networks_tell_their_shapes():
+    """What `python encoder.py` and `python decoder.py` print: shapes, and parameters counted by hand."""
+    block = lambda D, mlp: 4 * D + 4 * (D * D + D) + 2 * D * mlp + mlp + D  # two norms; q, k, v, proj; MLP
+    D = 192
+    ours = {
+        "encoder": D + 65 * D + D * (3 * 64 + 1) + 12 * block(D, 4 * D) + 2 * D + D * D + D + D * 16 + 16,
+        "decoder": 17 * D + D * D + D + 2 * 64 * D + 3 * block(D, 4 * D)  # P_up, two tables, GTB; then the flow head
+        + 384 * (192 + 1 + 256 + 1 + 385 + D + 1) + 6 * (2 * 384 + 5 * 384 * 385) + 2 * 384 * 385 + 385 * 192}
+    printed = {"encoder": [
+        "teacher tiny: a seeded RANDOM initialisation, no pretrained weights, so it teaches no semantics",
+        "image    (2, 3, 64, 96) in [0, 1]", "hidden   12 x (2, 97, 192)", "latent   (2, 16, 8, 12) normalised",
+        "features (2, 96, 192)", f"parameters {ours['encoder']:,}"], "decoder": [
+        "latent z   (2, 16, 8, 12)", "condition  (2, 96, 192)", "loss       N (untrained: v = 0)",
+        "image      (2, 3, 64, 96) in [0, 1], one step", "image      (2, 3, 64, 96) in [0, 1], four steps",
+        f"parameters {ours['decoder']:,}"]}
+    for leaf, lines in printed.items():
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            runpy.run_path(os.path.join(HERE, leaf + ".py"), run_name="__main__")
+        assert re.sub(r"\d\.\d{4}", "N", said.getvalue()).splitlines() == lines
+
+
+def test_data_py_tells_what_is_found():
+    with tempfile.TemporaryDirectory() as tmp:
+        folder, archive = picture_folder(tmp, 3)
+        for paths, lines in (([folder], ["3 images of 2 classes", "label  0 = class0"]),
+                             ([os.path.join(folder, "class1"), archive],
+                              ["4 images of 2 classes", "label  1 = class1"])):
+            said = io.TextIOWrapper(io.BytesIO())
+            with contextlib.redirect_stdout(said), patch.object(sys, "argv", ["data.py", *paths]):
+                runpy.run_path(os.path.join(HERE, "data.py"), run_name="__main__")
+            said.seek(0)
+            assert said.read().splitlines() == [lines[0], "image  (3, 64, 64) torch.uint8", lines[1]]
+
+
+def test_numbers_and_names_that_data_knows():
+    """Extensions, the limits of a picture, the errors of one file, folders that systems make, and TIFF 6.0's tags, by
+    their published numbers: those that say how pixels are stored stay, and all others are hidden."""
+    assert data.EXTENSIONS == tuple("." + x for x in "jpg jpeg png webp bmp gif tif tiff ppm pgm avif".split())
+    # of 2^27 = 134,217,728 pixels in four bytes each
+    for width, height, fits in (11585, 11585, True), (8192, 16384, True), (8192, 16385, False), (134_217_729, 1, False):
+        header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        blob = b"\x89PNG\r\n\x1a\n"
+        for kind, content in (b"IHDR", header), (b"IDAT", b""), (b"IEND", b""):
+            blob += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        if fits:
+            with warnings.catch_warnings(action="ignore"):  # PIL's own limit is lower
+                assert data.open_image(io.BytesIO(blob)).size == (width, height)
+        else:
+            refused(data.UserError, data.open_image, io.BytesIO(blob),
+                    says=f"{width}x{height} pixels, more than 134,217,728")
+    assert data.MAX_BYTES == 536_870_912
+    with tempfile.TemporaryDirectory() as tmp:
+        folder, _ = picture_folder(tmp, 1)
+        read = data.ImageDataset(folder, 16, False)
+        for name in "ENOENT ENOTDIR EISDIR ELOOP ENAMETOOLONG EACCES EPERM EINVAL EILSEQ".split():
+            with patch.object(data.os, "stat", side_effect=OSError(getattr(errno, name), "x")):
+                refused(data.UserError, read.read, 0, says="cannot be opened (x)")
+        for name in "@eaDir #recycle $RECYCLE.BIN __MACOSX lost+found".split() + ["System Volume Information", ".x"]:
+            shutil.copytree(os.path.join(folder, "class0"), os.path.join(folder, name))
+        assert len(data.ImageDataset(folder, 16, False)) == 1
+        shutil.copytree(os.path.join(folder, "class0"), os.path.join(folder, "recycle"))
+        assert len(data.ImageDataset(folder, 16, False)) == 2
+    # subfile types, size, bits, compression, photometric, threshholding, cells, fill order; strips, samples, rows;
+    # planes; T4, T6; predictor; palette; tiles; inks; extra samples, their format; JPEG's tables; JPEG's own; YCbCr's
+    stored = {254, 255, 256, 257, 258, 259, 262, 263, 264, 265, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322,
+              323, 324, 325, 332, 338, 339, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532}
+    # names, places and dates, the turn, resolutions, pages, response curves, white point and colours, half tones, dots;
+    # XMP, copyright, IPTC, Photoshop, EXIF, a colour profile, GPS
+    others = {269, 270, 271, 272, 274, 280, 281, 282, 283, 285, 286, 287, 288, 289, 290, 291, 296, 297, 301, 305, 306,
+              315, 316, 318, 319, 321, 333, 334, 336, 337, 340, 341, 342, 533, 700, 33432, 33723, 34377, 34665, 34675,
+              34853}
+    for order, mark in ("<", b"II"), (">", b"MM"):
+        for tag in stored | others:
+            tiff = mark + struct.pack(order + "HIH", 42, 8, 1) + struct.pack(order + "HHII", tag, 4, 1, 7) + bytes(4)
+            patched, tags = data.patch_tiff(tiff)
+            assert tags == {tag: 7} and len(patched) == len(tiff)
+            found = struct.unpack_from(order + "H", patched, 10)[0]
+            assert found == (tag if tag in stored else 65000), (tag, found)
+
+
+def test_other_tensors_that_published_files_hold():
+    """Names as they are in files of the models that the layouts are of, and names that nobody has accounted for."""
+    known = """mean std text_model.embeddings.token_embedding.weight model.language_model.layers.0.mlp.up_proj.weight
+        language_model.lm_head.weight model.multi_modal_projector.linear_1.weight multi_modal_projector.linear_1.bias
+        transformer.resblocks.0.ln_1.weight token_embedding.weight positional_embedding ln_final.weight ln_final.bias
+        text_projection text_projection.weight visual_projection.weight visual.proj logit_scale logit_bias
+        attn_pool.latent attn_pool.kv.weight head.weight vision_model.head.probe
+        vision_model.head.attention.in_proj_bias pooler.dense.weight classifier.bias mask_token embeddings.mask_token
+        embeddings.position_ids text_model.embeddings.position_ids vision_model.embeddings.position_ids
+        model.text_model.x""".split()
+    for name in known:
+        assert encoder.KNOWN_EXTRAS.match(name), name
+    for name in """meaning standard visual.projector heads.weight blocks.0.head.weight norm.mean vision_model.header.x
+            logit_scales embeddings.mask_tokens visual.transformer.resblocks.0.ln_1.weight models.text_model.x
+            encoder.layers.24.norm1.weight pos_embed_2""".split():
+        assert not encoder.KNOWN_EXTRAS.match(name), name
+    with tempfile.TemporaryDirectory() as tmp:  # each prefix that transformers' models give a tower's names
+        path, own = os.path.join(tmp, "x.safetensors"), encoder.ViT(MICRO_VIT).state_dict()
+        for prefix in "", "vision_model.", "vision_tower.", "model.vision_tower.", "vit.":
+            vit = encoder.ViT(MICRO_VIT)
+            save_file({prefix + k: x for k, x in own.items() if k not in ("mean", "std")}, path)
+            encoder.load_vit(vit, path)
+            assert all(torch.equal(x, own[k]) for k, x in vit.state_dict().items()), prefix

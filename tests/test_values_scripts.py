@@ -1,6 +1,6 @@
 """Values that the scripts pass on or say: counts, defaults, hints, rFID's reference."""
 from tests.helpers import (
-    MICRO_VIT, QuickInception, evaluate, log_lines, micro_models, micro_teacher, picture, picture_folder,
+    MICRO_RUN, MICRO_VIT, QuickInception, evaluate, log_lines, micro_models, micro_teacher, picture, picture_folder,
     raises, refused, same_weights, sampled, tokenizer_file, train_quietly)
 
 import argparse
@@ -9,8 +9,10 @@ import errno
 import io
 import itertools
 import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from safetensors.torch import load_file
 
 import data
 import decoder
+import distill
 import encoder
 import eval as evaluation
 import sample
@@ -37,7 +40,7 @@ import tools.script as script
 import tools.speed as speed
 import tools.validate as validation
 import train
-from tools import convert, pictures, plot, recipes
+from tools import batches, convert, optimizer, pictures, plot, recipes
 from tools.batches import split_batch
 from tools.checkpoint import explain_failed_save
 
@@ -414,6 +417,19 @@ def test_every_refusal_of_sample():
             f"{own[:12]}...): give its own with --weights\n")
 
 
+def test_the_name_of_standard_input():
+    """Its result and its faults are called stdin, into a folder as well as into a pipe."""
+    with tempfile.TemporaryDirectory() as tmp:
+        weights, out, f = tokenizer_file(tmp), os.path.join(tmp, "out"), io.BytesIO()
+        picture(0).save(f, "PNG")
+        for content, status in (f.getvalue(), 0), (b"no picture", 1):
+            with patch.object(sys, "stdin", argparse.Namespace(buffer=io.BytesIO(content))):
+                found, said, err = sampled("-", "--weights", weights, "--out", out)
+            assert found == status and os.listdir(out) == ["stdin_recon.png"], err
+            assert f"{out}/stdin_recon.png: latent" in said if status == 0 else err.startswith(
+                "sample.py: stdin cannot be read as an image (none of"), err
+
+
 def test_whose_fault_a_picture_is():
     """One picture's: it is left out; the machine's: the run ends, except for a result that cannot be written there."""
     memory = "takes more memory than there is: give a smaller --size"
@@ -586,6 +602,333 @@ def test_a_copy_is_kept_though_nothing_else_is_saved():
 
 
 # ---- ranks, errors, jobs ----
+
+def test_a_run_on_a_gpu_sets_it_up_and_joins_the_others():
+    """Its GPU becomes the current one, and fp32 products may use TF32; gradients go by NCCL, what CPUs agree on by
+    gloo. Without a GPU all goes by gloo; a process alone joins nobody."""
+    did = []
+    note = lambda name: lambda *args, **how: did.append((name, *args, *how.items())) or name
+    gpu, cpu = torch.device("cuda", 1), torch.device("cpu")
+    with patch.object(torch.cuda, "set_device", note("gpu")), \
+            patch.object(torch, "set_float32_matmul_precision", note("fp32")), \
+            patch.multiple(dist, init_process_group=note("join"), new_group=note("group")):
+        for place, expected in (
+                ((2, 4, gpu), [("gpu", gpu), ("fp32", "high"), ("join", "nccl", ("device_id", gpu)),
+                               ("group", ("backend", "gloo"))]),
+                ((2, 4, cpu), [("join", "gloo", ("device_id", None)), ("group", ("backend", "gloo"))]),
+                ((0, 1, gpu), [("gpu", gpu), ("fp32", "high")]), ((0, 1, cpu), [])):
+            did.clear()
+            with patch.object(running, "rank_and_device", lambda: place):
+                run = running.Run("out")
+                run.connect()
+            assert did == expected and (run.rank, run.ranks, run.device) == place
+            assert run.on_gpu == (place[2] is gpu) and run.control == ("group" if place[1] > 1 else None)
+
+
+def test_a_line_that_nobody_reads_stops_the_run():
+    """Each line is sent on at once; where nobody reads any more, the rest goes nowhere, and the run saves and stops."""
+    with tempfile.TemporaryDirectory() as tmp:
+        run, sent = running.Run(tmp), []
+        for broken in None, "write", "flush":
+            def fail(name, text=""):
+                sent.append(name)
+                if name == broken:
+                    raise BrokenPipeError
+            out = unittest.mock.Mock(write=lambda text: fail("write"), flush=lambda: fail("flush"))
+            with patch.object(sys, "stdout", out), patch.object(running, "INTERRUPTS", []) as came, \
+                    patch.object(os, "dup2") as moved:
+                run.say("a line")
+            assert sent[-1] == "flush" if broken != "write" else sent == ["write"], (broken, sent)
+            assert came == [signal.SIGPIPE] * bool(broken) and moved.call_count == bool(broken)
+            if broken:
+                (null, to), = (call.args for call in moved.call_args_list)
+                assert to == 1 and os.path.samestat(os.fstat(null), os.stat(os.devnull))
+                os.close(null)
+            sent.clear()
+
+
+def test_counts_and_draws_of_a_step():
+    """Counts begin at 0, sums in double precision; a step's draws are numpy's SeedSequence of its numbers; which
+    signals a run and its workers heed."""
+    with tempfile.TemporaryDirectory() as tmp:
+        run = running.Run(tmp)
+        now, other = run.counts(3), run.counts(3)
+        assert (now.step, now.samples, now.sums.dtype, now.faults.tolist()) == (0, 0, torch.float64, [0, 0])
+        assert now.sums.tolist() == [0, 0, 0] and len(now.id) == 12 and now.id != other.id
+        run.last_finite = now.sums
+        for row, samples, sums, faults, finite in (([1, 2, 1], 4, [1, 2, 1], [0, 0], [1, 2, 1]),
+                                                   ([float("nan"), 5, 1], 4, [1, 2, 1], [1, 1], [1, 2, 1]),
+                                                   ([7, float("inf"), 1], 3, [1, 2, 1], [2, 2], [1, 2, 1]),
+                                                   ([3, 4, 1], 2, [4, 6, 2], [2, 0], [3, 4, 1])):
+            before = now.step, now.samples
+            run.count(now, torch.tensor(row, dtype=torch.float32), samples)
+            assert (now.step, now.samples) == (before[0] + 1, before[1] + samples)
+            assert (now.sums.tolist(), now.faults.tolist(), run.last_finite.tolist()) == (sums, faults, finite)
+        assert now.sums.dtype == torch.float64
+    for numbers in (0, 0, 0, 0), (1, 2, 3, 4), (2 ** 63 - 1, 5, 0, 1):
+        running.seed_step(*numbers)
+        low, high = map(int, np.random.SeedSequence(numbers).generate_state(2))  # its words of 32 bits
+        assert torch.initial_seed() % 2 ** 64 == low + (high << 32)
+    heard = "SIGTERM SIGINT SIGHUP SIGUSR1".split()
+    for ignored, expected in (signal.SIG_DFL, heard), (signal.SIG_IGN, "SIGTERM SIGINT SIGUSR1".split()):  # nohup's
+        set_ = []
+        with patch.object(signal, "getsignal", lambda number: ignored), \
+                patch.object(signal, "signal", lambda *what: set_.append(what)):
+            running.listen("save")
+            assert set_ == [(getattr(signal, name), "save") for name in expected]
+            set_.clear()
+            script.ignore_signals(0)
+        assert set_ == [(getattr(signal, name), signal.SIG_IGN) for name in heard]
+
+
+def test_batches_are_loaded_for_the_rank_and_the_device():
+    made = []
+
+    def loader(data_, batch_sampler, **how):
+        made.append((data_, [*batch_sampler], how))
+        return []
+    now = argparse.Namespace(step=3, samples=100)
+    with patch.object(batches, "DataLoader", loader):
+        for workers, gpu, rank in (0, False, 0), (3, True, 1):
+            run = argparse.Namespace(rank=rank, ranks=2, on_gpu=gpu)
+            args = argparse.Namespace(batch_size=8, steps=5, workers=workers)
+            batches.load_batches(run, "data", args, now, 2)
+            first = 100 + 4 * rank  # two steps are left; a rank's share is four
+            assert made.pop() == ("data", [[n, n + 1] for n in (first, first + 2, first + 8, first + 10)], dict(
+                num_workers=workers, collate_fn=batches.collate, prefetch_factor=4 if workers else None,
+                pin_memory=gpu, worker_init_fn=script.ignore_signals))
+    batches_of = lambda *how: [split_batch(*how)[0], split_batch(*how)[1]]
+    assert batches_of(24, 5, 2) == [4, 3] and batches_of(24, 100, 2) == [12, 1] and batches_of(7, 3, 1) == [1, 7]
+
+
+def set_up(tmp, *flags):
+    """What train.setup gives a run that says it is on a GPU, while all is computed on the CPU; flags of a micro run."""
+    run = running.Run(os.path.join(tmp, "out"))
+    run.on_gpu = True
+    args = train.parse_args(["--teacher", micro_teacher(tmp), *MICRO_RUN, *map(str, flags)])
+    with contextlib.redirect_stdout(io.StringIO()):
+        return train.setup(args, run)
+
+
+def test_what_a_gpu_computes_in_bf16():
+    """Student, teacher, decoder and the evaluation's networks run under autocast to bf16 on a GPU; the losses are
+    fp32. A resume and what is evaluated have no say in it."""
+    seen, nets = [], {"vit": encoder.ViT, "encoder": encoder.Encoder, "decoder": decoder.Decoder}
+    plain = {name: kind.forward for name, kind in nets.items()}
+
+    def spy(name):
+        def forward(self, img, *rest):
+            seen.append((name, self.training, torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+            return plain[name](self, img, *rest)
+        return forward
+    with tempfile.TemporaryDirectory() as tmp, contextlib.ExitStack() as stack:
+        s = set_up(tmp, "--data", picture_folder(tmp, 3)[0], "--steps", 1)
+        for name, kind in nets.items():
+            stack.enter_context(patch.object(kind, "forward", spy(name)))
+        micro_step, _ = train.training_step(s.args, s.teacher, s.encoder, s.decoder, s.optimizer, s.autocast, 4, 1)
+        stats = micro_step(torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8))
+        bf16 = True, torch.bfloat16
+        assert seen == [("vit", False, *bf16), ("encoder", True, *bf16), ("vit", True, *bf16), ("decoder", True, *bf16)]
+        assert stats.dtype == torch.float32 and stats.isfinite().all() and not torch.is_autocast_enabled("cpu")
+        seen.clear()
+        validation.validate(s.encoder, s.decoder, s.val, 3, 0, s.autocast)
+        assert {x[0] for x in seen} == {"vit", "encoder"} and {x[1:] for x in seen} == {(False, *bf16)}
+
+
+def test_a_log_line_of_several_gpus():
+    """By hand: speed, FLOPs and memory of each GPU, the rate of the step that was made, the means since the last line;
+    then what a run on drawn pictures says when it stops."""
+    with tempfile.TemporaryDirectory() as tmp:
+        s = set_up(tmp, "--steps", 10, "--log_every", 2, "--lambda_d", 3, "--lambda_f", 0.5, "--lr_decay", 1, "--lr",
+                   0.5)
+        L = 3
+        s.flops, s.now.step, s.now.faults = 5e12, 6, torch.tensor([2.0, 1.0])
+        s.now.sums = 2 * torch.tensor([0.5, 0.25, 1, 2, 3, 4, 5, 6, 8, 1], dtype=torch.float64)  # of two steps
+        wrote, said = [], []
+        s.run.write, s.run.say, s.run.ranks = lambda **line: wrote.append(line), said.append, 2
+        with patch.object(torch.cuda, "max_memory_allocated", lambda: 3 * 2 ** 29):
+            train.log(s, 2.0)
+        line = dict(step=6, loss=3 * 0.25 + 0.5 * 0.5, loss_flow=0.5, loss_dist=0.25, alpha=[1, 2, 3], weight=[4, 5, 6],
+                    grad_norm=8, lr=0.5 * (10 - 5) / 10, skipped=2, img_s=2, tflops_per_gpu=5, memory_gib=1.5)
+        assert wrote == [line] and said == [train.as_text(line, 10, 8.0)] and not s.now.sums.any(), (wrote, said)
+        # an evaluation is of what is averaged, in this rank's micro-batches, which are not those that were asked for
+        judged, s.args.micro_batch, s.micro_batch = [], 16, 8
+        s.averaged = {"encoder": "averaged encoder", "decoder": "averaged decoder"}
+        picture_ = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+        os.makedirs(os.path.join(s.run.out, "samples"))
+        s.run.rank, s.args.seed, s.args.workers = 0, 9, 3
+        with patch.object(train, "validate", lambda *what: judged.append(what) or (20.456, [0.5, 0.25], picture_)):
+            train.evaluate(s)
+            s.run.rank = 1
+            train.evaluate(s)
+        given = ("averaged encoder", "averaged decoder", s.val, 8, 9, s.autocast, 3)
+        assert judged == [(*given, 0, 2), (*given, 1, 2)]
+        assert said[1] == (
+            "eval      6 | one-step PSNR 20.46 dB on other drawn pictures | flow loss by tenth of t, image to noise: "
+            "0.500 0.250") and wrote[1] == dict(kind="eval", step=6, psnr=20.456, flow_by_t=[0.5, 0.25],
+                                                on="other drawn pictures")
+        assert os.listdir(os.path.join(s.run.out, "samples")) == ["step_000006.png"]
+        assert np.array_equal(Image.open(os.path.join(s.run.out, "samples", "step_000006.png")), picture_)
+        del said[1:]
+        # ten steps in a row that were not finite; a run that has no files names none
+        s.now.step, s.now.samples, s.now.faults = 20, 80, torch.tensor([30.0, 10.0])
+        s.run.last_finite = 4 * torch.tensor([0.5, 0.25, *range(2 * L), 8, 1])
+        stopped, s.args.val = [], ["evaluated on"]
+        s.run.stop_not_finite, s.run.ranks, s.run.rank = lambda *what: stopped.append(what), 1, 0
+        train.check(s, [])
+        assert stopped == [(s.now, "flow 0.5000, distillation 0.2500", ["drawn pictures"])]
+        s.now.faults = torch.tensor([30.0, 9.0])
+        with patch.object(train, "INTERRUPTS", [15, 10]):
+            assert train.check(s, []) == 2 and len(stopped) == 1, "how many signals came"
+        # the third bad picture of a first pass over 10,000, of which 0.0002 may be bad
+        s.args.max_bad_images, s.now.unreadable = 0.0002, 2
+        s.data.path = lambda i: f"{i}.png"
+        assert train.check(s, []) == 0 and not said[1:]
+        refused(encoder.UserError, train.check, s, [7],
+                says="3 of the 80 images so far could not be read, more than --max_bad_images 0.0002 allows in 1 "
+                     f"passes over 10,000 images: see {s.run.out}/bad_images*.txt")
+        assert said[1:] == ["3 of the 80 images so far could not be read, other images replaced them: see "
+                            f"{s.run.out}/bad_images*.txt"]
+        s.now.samples = 10_001  # a second pass has begun, which may meet them again
+        assert train.check(s, [7]) == 0 and s.now.unreadable == 4 and not said[2:], "named already"
+
+
+def test_a_step_of_two_ranks_by_hand():
+    """Two micro-batches: what each is seeded with and told, which pictures were bad, the mean of the statistics over
+    micro-batches and ranks, and the rate of each group; then the averages, after the weights have moved."""
+    did, all_reduce = [], lambda x: x.add_(torch.tensor([10.0, 20.0]))  # what the other rank has
+    note = lambda name, result=None: lambda *what: did.append((name, *what)) or result
+
+    def micro_step(img, last):
+        did.append(("micro", img.tolist(), last))
+        return torch.tensor([4.0, 2.0]) * (1 + last)
+    args = argparse.Namespace(steps=10, lr_decay=1.0, decay_shape="linear", warmup=0, seed=5, batch_size=8, ema=0.25)
+    s = argparse.Namespace(args=args, now=argparse.Namespace(step=4), accumulation=2, rates=[1.0, 0.5],
+                           optimizer=argparse.Namespace(param_groups=[{"lr": 0}, {"lr": 0}]), averages="a", weights="w",
+                           run=argparse.Namespace(device="cpu", rank=1, ranks=2, count=note("count")))
+    batches_ = iter([(torch.tensor([1]), [3, -1, -8]), (torch.tensor([2]), [-4, 0])])
+    for ema in 0.25, 0:
+        args.ema = ema
+        with patch.multiple(train, seed_step=note("seed"), average_weights=note("average")), \
+                patch.object(dist, "all_reduce", all_reduce):
+            found = train.step(s, batches_, micro_step, lambda stats: did.append(("update", stats.tolist())) or "row")
+        # (4 + 8) / 2 and 10 over two ranks; (2 + 4) / 2 and 20
+        assert did == [("seed", 5, 4, 0, 1), ("micro", [1], False), ("seed", 5, 4, 1, 1), ("micro", [2], True),
+                       ("update", [8.0, 11.5]), *[("average", "a", "w", 4, 0.25)] * bool(ema),
+                       ("count", s.now, "row", 8)], did
+        assert found == [0, 7, 3] and [g["lr"] for g in s.optimizer.param_groups] == [0.6, 0.3]
+        batches_ = iter([(torch.tensor([1]), [3, -1, -8]), (torch.tensor([2]), [-4, 0])])
+        did.clear()
+
+
+def test_gradients_are_exchanged_at_the_last_micro_batch():
+    """Of four micro-batches each adds a quarter of lambda_d L_dist + lambda_f L_flow; the ranks wait for one another at
+    the last alone, and never send the weights, which they all have."""
+    wrapped, seen = [], []
+
+    def on_ranks(module, devices, gradient_as_bucket_view):
+        wrapped.append((module, devices, gradient_as_bucket_view))
+        return argparse.Namespace()
+    L_dist, L_flow = (torch.tensor(x, requires_grad=True) for x in (2.0, 3.0))
+
+    def losses(teacher, student, flow_decoder, img, args, distances):
+        seen.append([(m.require_forward_param_sync, m.require_backward_grad_sync) for m in (student, flow_decoder)])
+        assert (teacher, distances) == ("teacher", distill.layer_distances) and img.tolist() == [1, 0]
+        return L_dist, L_flow, torch.tensor([7.0, 8.0]), torch.tensor([5.0, 6.0])
+    enc, dec = argparse.Namespace(), argparse.Namespace(mean=torch.zeros(3))
+    args = argparse.Namespace(compile=False, lambda_d=0.5, lambda_f=4.0)
+    with patch.multiple(train, DistributedDataParallel=on_ranks, losses=losses):
+        micro_step, _ = train.training_step(args, "teacher", enc, dec, unittest.mock.Mock(param_groups=[]),
+                                            contextlib.nullcontext(), 2, 4, 3)
+        for last in False, True:
+            stats = micro_step(torch.tensor([255, 0], dtype=torch.uint8), last)
+            assert stats.tolist() == [3, 2, 5, 6, 7, 8] and not stats.requires_grad
+    assert wrapped == [(enc, None, True), (dec, None, True)]
+    assert seen == [[(False, False)] * 2, [(False, True)] * 2]
+    assert (L_dist.grad.item(), L_flow.grad.item()) == (2 * 0.5 / 4, 2 * 4 / 4)
+
+
+def test_when_a_run_logs_evaluates_and_saves():
+    """At its intervals and at the end, in this order; a signal saves after its step. A step's time is the mean since
+    the clock was set: at the start, and after whatever was written."""
+    def go(steps, first=0, signal_at=None, **every):
+        did, clock, now = [], [100.0], argparse.Namespace(step=first, sums="sums")
+        args = argparse.Namespace(**{**dict.fromkeys(("log_every", "eval_every", "save_every", "keep_every"), 0),
+                                     "steps": steps, **every})
+
+        def step():
+            now.step, clock[0] = now.step + 1, clock[0] + now.step + 1
+            return 2 * (now.step == signal_at)
+
+        def note(what):
+            def act(*seconds):
+                did.append((what, now.step, *seconds))
+                clock[0] += 1000
+            return act
+        run = argparse.Namespace(rank=1)
+        with patch("time.time", lambda: clock[0]):
+            stopped = running.loop(run, now, args, step, note("log"), note("evaluate"), note("save"))
+        assert run.last_finite == "sums" and type(stopped) is bool
+        return did, stopped
+    assert go(3) == ([("log", 3, 2.0), ("evaluate", 3), ("save", 3)], False)
+    assert go(5, log_every=2, eval_every=3, save_every=5, keep_every=4) == ([
+        ("log", 2, 1.5), ("evaluate", 3), ("log", 4, 4.0), ("save", 4), ("log", 5, 5.0), ("evaluate", 5), ("save", 5)],
+        False)
+    assert go(9, 2, 4, log_every=3, save_every=8) == ([("log", 3, 3.0), ("save", 4)], True)
+    assert go(4, 4) == ([], False)
+
+
+def test_an_evaluations_workers():
+    """They get the run's number, send arrays through pipes, and leave signals to the run."""
+    made, plain, (_, enc, dec) = [], validation.DataLoader, micro_models()
+    here = lambda *what, **how: made.append(how) or plain(*what, **{**how, "num_workers": 0})
+    with patch.object(validation, "DataLoader", here), patch.object(dist, "all_reduce", made.append):
+        pictures_ = [(torch.zeros(3, 16, 16, dtype=torch.uint8), 0)] * 5
+        assert validation.validate(enc, dec, pictures_, 2, 0, contextlib.nullcontext(), 3, 1, 2)[2] is None
+    total = made.pop()
+    assert total.shape == (12,) and total[1] == 2
+    # the second of two ranks has numbers 1 and 3, and draws no picture
+    assert made == [dict(batch_sampler=[[1, 3]], collate_fn=validation.pixels, num_workers=3,
+                         worker_init_fn=script.ignore_signals)]
+    x = [(torch.full((3, 2, 2), k, dtype=torch.uint8), k) for k in range(2)]
+    assert np.array_equal(validation.pixels(x), np.repeat([0, 1], 12).reshape(2, 3, 2, 2))
+    assert validation.spread(3) == [0, 1, 2] and validation.spread(1024)[:3] == [0, 2, 4]
+    assert validation.spread(10, 4) == [0, 2, 5, 7] and len(validation.spread(513)) == 512
+
+
+def test_a_training_graph_is_for_one_gpu():
+    """Captured if the step is compiled, on a GPU, and there is one rank. With one micro-batch a step it writes the
+    gradients, so that nobody clears them; with several it adds to tensors that are cleared to zeros."""
+    block = lambda: unittest.mock.Mock(spec=["compile"])
+    parts = lambda device: [argparse.Namespace(
+        vit=argparse.Namespace(blocks=[block()]), blocks=[block()], head=block(),
+        mean=argparse.Namespace(device=device)) for _ in range(3)]
+    zeros = lambda *shape, **how: (shape, how)
+    for compile_, kind, ranks, accumulation in itertools.product((False, True), ("cpu", "cuda"), (1, 2), (1, 4)):
+        device, captured = argparse.Namespace(type=kind), []
+        capture = lambda step, img, clear: captured.append((img, clear)) or "graph"
+        optimizer, models = unittest.mock.Mock(param_groups=[]), parts(device)
+        args = argparse.Namespace(compile=compile_, size=24, clip=1.0)
+        on_ranks = lambda m, devices, **how: argparse.Namespace(wraps=m, devices=devices, **how)
+        with patch.multiple(train, capture_graph=capture, DistributedDataParallel=on_ranks), \
+                patch.object(torch, "zeros", zeros), patch.object(torch, "compile", lambda f, **how: f):
+            micro_step, update = train.training_step(args, *models, optimizer, None, 5, accumulation, ranks)
+        graphed = compile_ and kind == "cuda" and ranks == 1
+        assert (micro_step == "graph") == graphed == bool(captured)
+        compiled = [x.compile.call_args_list for x in (models[0].blocks[0], models[1].vit.blocks[0],
+                                                       models[2].blocks[0], models[2].head)]
+        assert compiled == [[unittest.mock.call(dynamic=False)] * compile_] * 4
+        optimizer.reset_mock()
+        with patch.object(train, "update_weights", lambda *what: what):
+            assert update("stats") == (optimizer, [], 1.0, "stats")
+        cleared = [] if graphed and accumulation == 1 else [unittest.mock.call(set_to_none=not graphed)]
+        assert optimizer.zero_grad.call_args_list == cleared
+        for img, clear in captured:
+            assert img == ((5, 3, 24, 24), dict(dtype=torch.uint8, device=device))
+            optimizer.reset_mock()
+            clear()
+            assert optimizer.zero_grad.call_args_list == [unittest.mock.call(set_to_none=accumulation == 1)]
+
 
 def test_when_steps_that_are_not_finite_stop_a_run():
     """At ten in a row; where a GPU would have to be waited for, at every tenth step alone."""
@@ -903,6 +1246,21 @@ def test_curves_have_their_names():
                     says=f"{path}{': ' if missing == 'c' else ' '}{words}")
 
 
+def test_curves_without_matplotlib():
+    with tempfile.TemporaryDirectory() as tmp:
+        for error, tail in ((ModuleNotFoundError("No module named 'matplotlib'"), ": pip install matplotlib"),
+                            (ValueError("no log"), ""), (PermissionError(errno.EACCES, "no"), "")):
+            with patch.object(plot, "draw", side_effect=error), patch.object(sys, "stdout"), \
+                    contextlib.redirect_stderr(io.StringIO()) as said:
+                assert plot.main([tmp]) == 2
+            assert said.getvalue() == f"tools.plot: {error}{tail}\n"
+        for flags, path in ([], os.path.join(tmp, "curves.png")), (["--out", "x.pdf"], "x.pdf"):
+            with patch.object(plot, "draw") as draw, patch.object(sys, "stdout"):
+                assert plot.main([tmp, "other", *flags]) == 0
+            draw.assert_called_once_with([tmp, "other"])
+            draw.return_value.savefig.assert_called_once_with(path, dpi=80)
+
+
 def test_clocks_of_the_benches():
     """By a clock that the measured function moves: the mean of the calls that count, the median of all."""
     clock, took = [0.0], itertools.cycle([5.0, 1.0, 2.0])
@@ -913,9 +1271,181 @@ def test_clocks_of_the_benches():
         assert speed.seconds(f) == 1.0, "on a CPU the first call warms up"
         took = itertools.cycle([9.0, 1.0, 1.0, 3.0, 2.0])
         assert speed.median_seconds(f, 5) == 2.0
-        with patch.multiple(torch.cuda, is_available=lambda: True, synchronize=lambda: None):
+
+        def synchronize():
+            clock[0] += 0.75
+        with patch.multiple(torch.cuda, is_available=lambda: True, synchronize=synchronize):
             took = itertools.chain([100.0] * 3, [1.0, 2.0, 6.0])
-            assert speed.seconds(f, 3) == 3.0, "on a GPU the first three"
+            assert speed.seconds(f, 3) == 3.25, "on a GPU the first three; its work has ended when all are timed"
+            took = itertools.cycle([9.0, 1.0, 1.0, 3.0, 2.0])
+            assert speed.median_seconds(f, 5) == 2.75, "each with the work that it has begun"
+
+
+def test_the_bench_of_two_ranks():
+    """Both ranks' pictures count, in one micro-batch a step and in two; the parts are one rank's and are left out. What
+    is timed is the whole step, whose last micro-batch is known. A setting that does not fit is said so."""
+    rows, asked, steps = [], [], []
+
+    class TwoRanks(running.Run):
+        def __init__(self, out):
+            super().__init__(out)
+            self.ranks, self.say, self.on_gpu = 2, rows.append, gpu
+
+        def connect(self):
+            rows.append("connected")
+
+    def training_step(args, teacher, enc, dec, optimizer, autocast, micro, accumulation, ranks):
+        asked.append((args.compile, enc.vit.checkpoint, dec.checkpoint, autocast._enabled, micro, accumulation, ranks))
+        if accumulation == 2 and fails:
+            raise torch.OutOfMemoryError
+        return (lambda img, last: steps.append((tuple(img.shape), img.dtype, last)) or 1.0), steps.append
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = ["--teacher", micro_teacher(tmp), *MICRO_RUN, "--micro_batch", "4", "--no-compile"]
+        for fails, gpu in (False, False), (True, False), (False, True):
+            rows.clear(), asked.clear(), steps.clear()
+            on_gpu = dict(get_device_name=lambda: "a GPU", max_memory_allocated=lambda: 5 * 2 ** 29,
+                          empty_cache=lambda: None, reset_peak_memory_stats=lambda: None)
+            with patch.multiple(torch.cuda, **on_gpu), patch.multiple(
+                    speed, Run=TwoRanks, training_step=training_step, model_flops=lambda *what: 3e12,
+                    seconds=lambda f, repeats=10: (f(), 0.25)[1], matrix_ceiling=lambda d: (7, 6e13)):
+                speed.train_speed(flags)
+            assert asked == [(False, False, False, gpu, 4, n, 2) for n in (1, 2)]
+            step = (4, 3, 16, 16), torch.uint8
+            assert steps == [(*step, True), 1.0, *([] if fails else [(*step, False), (*step, True), 2.0])]
+            assert rows[:2] == ["connected", f"{'a GPU' if gpu else 'CPU'}, torch {torch.__version__}, {flags[1]} at "
+                                "16 px, 3.00 TFLOP an image, 2 ranks; a matrix product of 7 reaches 60 TFLOP/s"]
+            tail = lambda n: (f" | {2 * n / 0.25:8,.1f} img/s |   250.0 ms | {n / 0.25 * 3:6.4g} TFLOP/s a GPU | "
+                              f"{n / 0.25 * 3 / 60:.3f} of the ceiling" + " | 2.5 GiB" * gpu)
+            assert rows[2:] == [f"{'   4 x 1, not compiled':36s}" + tail(4),
+                                f"{'   4 x 2, not compiled':36s}" + (" | out of memory" if fails else tail(8))]
+    # one rank whose last setting, that of the parts, does not fit: there is nothing more to say
+    class OneRank(TwoRanks):
+        def __init__(self, out):
+            super().__init__(out)
+            self.ranks = 1
+    rows.clear(), asked.clear()
+    gpu = fails = False
+    with tempfile.TemporaryDirectory() as tmp, patch.multiple(
+            speed, Run=OneRank, training_step=training_step, model_flops=lambda *what: 3e12,
+            seconds=unittest.mock.Mock(side_effect=[0.25] * 5 + [torch.OutOfMemoryError]),
+            matrix_ceiling=lambda d: (7, 6e13)):
+        flags[1] = micro_teacher(tmp)
+        speed.train_speed(flags)
+    assert [row.split(" | ")[1] for row in rows[2:]] == [
+        *(f"{n / 0.25:8,.1f} img/s" for n in (4, 2, 8, 1, 4)), "out of memory"] and len(rows) == 8
+    product = []
+    with patch.object(speed, "seconds", lambda f, repeats: product.append((tuple(f().shape), repeats)) or 0.5):
+        assert speed.matrix_ceiling(torch.device("cpu")) == (1024, 2 * 1024 ** 3 / 0.5)
+    assert product == [((1024, 1024), 50)]
+
+
+def test_the_benches_of_a_gpu():
+    """What is measured there: InternViT's size at random in batches of 32 and 1; and how encode and decode become fast:
+    matrices in bf16, compiled, autocast, without gradients, a graph of each for one shape and number of steps."""
+    rows, made = [], []
+    model = lambda *what: made.append(what) or unittest.mock.Mock(eval=lambda: model("eval"),
+                                                                  to=lambda d: model(d.type))
+    with patch.object(torch.cuda, "is_available", lambda: True), \
+            patch.object(torch.cuda, "get_device_name", lambda: "a GPU"), \
+            patch.object(torch, "rand", lambda *shape, device: (shape, device.type)), \
+            patch.multiple(speed, ViT=lambda c: c, Encoder=model, Decoder=model,
+                           fast=lambda enc, dec, img, steps: (lambda x: rows.append((img, steps)), lambda z: None),
+                           median_seconds=lambda f: 0.5):
+        said = printed(speed.sample_speed, None, None)
+        small = printed(speed.sample_speed, None, 224)
+    assert made[:6] == [(encoder.TEACHERS["internvit"],), ("eval",), (decoder.DecoderConfig(),), ("eval",), ("cuda",),
+                        ("cuda",)]
+    line = lambda B, what: f"batch {B:2d} | {what:18s} | {B / 0.5:8.1f} img/s |  500.00 ms"
+    steps = "decode in 1 step", "decode in 2 steps", "decode in 4 steps", "decode in 25 steps"
+    both = "encode + decode", "encode"
+    assert said == ["RANDOM weights of the InternViT tokenizer's size, for measuring",
+                    f"a GPU, bf16, compiled, CUDA graphs, torch {torch.__version__}, 448 px",
+                    *(line(32, what) for what in (*both, *steps)), *(line(1, what) for what in (*both, steps[0]))]
+    assert small[1].endswith(" 224 px") and rows == [
+        (((B, 3, side, side), "cuda"), n) for side in (448, 224) for B, ns in ((32, (1, 2, 4, 25)), (1, (1,)))
+        for n in ns]
+
+    def noted(name, result=None):
+        return lambda *args, **how: did.append((name, args, how, torch.is_grad_enabled())) or result
+
+    def part():
+        module, kinds = torch.nn.Module(), dict(a=(2,), b=(2, 3), c=(2, 3, 4), d=(2, 3, 1, 1))
+        for name, shape in kinds.items():
+            module.register_parameter(name, torch.nn.Parameter(torch.ones(shape)))
+        return module
+    did, enc, dec, img = [], part(), part(), argparse.Namespace(device=argparse.Namespace(type="cuda"))
+    enc.encode, enc.compile, dec.decode = noted("encode", "latent"), noted("compile"), noted("decode", "picture")
+    dec.condition, dec.velocity = "condition", "velocity"
+    with patch.object(torch, "compile", lambda f, **how: (f, how)), \
+            patch.object(torch, "autocast", noted("autocast", contextlib.nullcontext())), \
+            patch.object(torch.cuda, "make_graphed_callables", lambda *what: what):
+        (encode, decode), shapes = speed.fast(enc, dec, img, 4)
+    assert encode is enc.encode and shapes == ((img,), ("latent",)) and decode("z") == "picture"
+    assert did == [("compile", (), dict(dynamic=False), True),
+                   ("autocast", ("cuda", torch.bfloat16), dict(cache_enabled=False), False),
+                   ("encode", (img,), {}, False), ("decode", ("z", 4), {}, True)], did
+    assert [dec.condition, dec.velocity] == [(name, dict(dynamic=False)) for name in ("condition", "velocity")]
+    for module in enc, dec:
+        assert [p.dtype for p in module.parameters()] == [torch.float32, torch.bfloat16] * 2, "no norm, bias or table"
+
+
+def test_a_graph_is_recorded_after_three_rounds_and_replayed():
+    """By stand-ins for torch.cuda: on a stream of its own the step runs three times, then gradients are cleared, then
+    it is recorded on pictures of its own, which each replay fills. What it gives are the recording's tensors."""
+    did = []
+
+    @contextlib.contextmanager
+    def within(name, what):
+        did.append((name, what))
+        yield
+        did.append("end")
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def wait_stream(self, other):
+            did.append(f"{self.name} waits for {other.name}")
+    batch, own = torch.full((2, 3), 7, dtype=torch.uint8), []
+
+    def micro_step(img):
+        own.append(img)
+        did.append(("step", img.tolist()))
+        return f"statistics {len(own)}"
+    graph = unittest.mock.Mock(replay=lambda: did.append(("replay", own[-1].tolist())))
+    with patch.multiple(torch.cuda, Stream=Stream, current_stream=lambda: Stream("main"), CUDAGraph=lambda: graph,
+                        stream=lambda s: within("on", s.name), graph=lambda g: within("record", g is graph)):
+        replay = optimizer.capture_graph(micro_step, batch, lambda: did.append("clear"))
+        step = ("step", [[7] * 3] * 2)
+        assert did == ["side waits for main", ("on", "side"), step, step, step, "end", "main waits for side", "clear",
+                       ("record", True), step, "end"], did
+        assert len(set(map(id, own))) == 1 and own[0] is not batch
+        did.clear()
+        for value, last in (1, True), (5, False):
+            assert replay(torch.full((2, 3), value, dtype=torch.uint8), last) == "statistics 4"
+        assert did == [("replay", [[1] * 3] * 2), ("replay", [[5] * 3] * 2)] and batch.eq(7).all()
+
+
+def test_frames_are_coded_in_parts_of_a_million_pixels():
+    """1024 x 512 pixels: two frames a part; beyond a million, one. All from the noise of picture 0, from the padded
+    frames, in as many steps; what comes back is cut to the frames again."""
+    parts = []
+
+    def decode(z, steps, noise):
+        parts[-1] += [steps, tuple(noise.shape), noise[-1, -1, -3:].tolist(), torch.equal(noise[0], noise[-1])]
+        return z
+    enc = argparse.Namespace(encode=lambda img: parts.append([tuple(img.shape)]) or img)
+    dec = argparse.Namespace(config=argparse.Namespace(patch=16), decode=decode)
+    for (H, W), counts in ((512, 1024), [2, 1]), ((1030, 1021), [1, 1, 1]), ((9, 33), [3]):
+        x = torch.randint(256, (3, 3, H, W), dtype=torch.uint8)
+        h, w = math.ceil(H / 16), math.ceil(W / 16)
+        noise = evaluation.image_noise([0], h * w, 768, 5)[0, -1, -3:].tolist()
+        parts.clear()
+        z, rec = sample.reconstruct(enc, dec, x, H, W, torch.device("cpu"), 4, 5)
+        assert parts == [[(n, 3, 16 * h, 16 * w), 4, (n, h * w, 768), noise, True] for n in counts]
+        assert torch.equal(rec, x) and z.shape == (3, 3, 16 * h, 16 * w)
+        assert torch.equal(z[:, :, H - 1:, :W], (x[:, :, -1:] / 255).expand(-1, -1, 16 * h - H + 1, -1))
+    assert sample.MAX_TOKENS == 131_072, "3840 x 2160 pixels in patches of 8 are 129,600"
 
 
 def printed(f, *args):
@@ -945,11 +1475,11 @@ def test_what_the_benches_print():
         with patch.object(speed, "data_speed", lambda *args: rows.append(args)):
             speed.main(["data", folder]), speed.main(["data", folder, "more.zip", "--size", "9", "--seconds", "2"])
         assert rows[4:] == [([folder], 448, 5.0), ([folder, "more.zip"], 9, 2.0)]
-        clock, loaders = itertools.count(0.0), []
+        clock, loaders, taken = itertools.count(0.0), [], []
 
         def loader(data_, num_workers, batch_sampler, **how):
             loaders.append((len(data_), data_.train, data_.size, num_workers, next(iter(batch_sampler))))
-            return itertools.repeat((torch.zeros(32, 3, 4, 4), []))
+            return map(lambda n: taken.append(n) or (torch.zeros(32, 3, 4, 4), []), itertools.count())
         with patch.object(speed.time, "perf_counter", lambda: next(clock)), patch.object(speed, "DataLoader", loader), \
                 patch.object(speed, "cores", lambda: 3):
             assert printed(speed.data_speed, [folder], 24, 3.0) == [
@@ -957,6 +1487,8 @@ def test_what_the_benches_print():
                 # two batches of 32 in a clock of three seconds
                 *(f"{n:3d} workers |     21.3 img/s | {64 / 3 / n:7.1f} a worker" for n in (1, 2, 3))]
         assert loaders == [(3, True, 24, n, list(range(32))) for n in (1, 2, 3)]
+        # two batches of each worker until all have begun, which are not timed
+        assert taken == [k for n in (1, 2, 3) for k in range(2 * n + 2)]
         teacher = os.path.join(tmp, "teacher.safetensors")
         flags = ["--teacher", teacher, "--latent_dim", "8", "--gtb_depth", "1", "--flow_depth", "2", "--flow_width",
                  "96",
