@@ -717,10 +717,11 @@ def test_training_and_bench_of_depth_hand_on_what_they_are_told():
         assert (model.target, model.head.conv.in_channels) == ("relative", 8)
         built = depth.build({**config, "head_width": 6, "max_depth": 3.0}, backbone())
         assert (built.head.conv.in_channels, built.target, built.max_depth) == (6, "relative", 3.0)
-    with unittest.mock.patch.object(depth, "measure_speed", lambda *given: measured.append(given)):
-        quietly("bench", "--teacher", "tiny", "--size", 16, "--batch_size", 3)
+    with unittest.mock.patch.object(depth, "measure_speed", lambda *given: measured.append(given)), \
+            unittest.mock.patch.dict(TEACHERS, micro=MICRO_VIT):
+        quietly("bench", "--teacher", "micro", "--size", 16, "--batch_size", 3)
     name, model, (img, truth), predict, schedules = measured[-1]
-    assert name == "tiny with DPT" and model.backbone.vit.config == TEACHERS["tiny"] and type(model.head) is dpt.DPTHead
+    assert name == "micro with DPT" and model.backbone.vit.config == MICRO_VIT and type(model.head) is dpt.DPTHead
     assert img.shape == (3, 3, 16, 16) and img.dtype == torch.uint8 and img.max() > 200
     assert truth.shape == (3, 16, 16) and 0.1 <= truth.min() < 1 < 8 < truth.max() <= 9.1
     assert schedules == {"20 epochs of NYUv2's 795 pairs": 15_900, "60 epochs of each million pairs": 60e6}

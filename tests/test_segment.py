@@ -757,11 +757,12 @@ def test_training_and_bench_hand_on_what_they_are_told():
         (args, model, *_), _ = seen.pop()
         assert type(model.head) is upernet.LinearHead and args.ignore == [255]
     measured = []
-    with unittest.mock.patch.object(segment, "measure_speed", lambda *given: measured.append(given)):
-        small = ["--teacher", "tiny", "--crop", 16, "--width", 12, "--batch_size", 3]
+    with unittest.mock.patch.object(segment, "measure_speed", lambda *given: measured.append(given)), \
+            unittest.mock.patch.dict(TEACHERS, micro=MICRO_VIT):
+        small = ["--teacher", "micro", "--crop", 16, "--width", 12, "--batch_size", 3]
         quietly("bench", *small), quietly("bench", *small, "--head", "linear")
     for (name, model, (img, labels), predict, schedules), head in zip(measured, ("upernet", "linear")):
-        assert name == f"tiny with {head}" and model.backbone.vit.config == TEACHERS["tiny"]
+        assert name == f"micro with {head}" and model.backbone.vit.config == MICRO_VIT
         assert type(model.head) is {"upernet": upernet.UperHead, "linear": upernet.LinearHead}[head]
         assert img.shape == (3, 3, 16, 16) and img.dtype == torch.uint8 and img.max() > 128
         assert labels.shape == (3, 16, 16) and labels.dtype == torch.uint8 and 100 < labels.max() < 150
