@@ -670,7 +670,8 @@ def test_tests_and_predictions_of_depth_do_what_they_are_told():
         model.target = "metric"
         for raw in "npy", "png":
             _, said = quietly(*predict, "--raw", raw, "--no-bf16")
-            assert said.splitlines() == [f"{tmp}/p/x_depth.png: 5.00 to 5.00 m", f"{tmp}/q/x_depth.png: 1.80 to 1.80 m"]
+            assert said.splitlines() == [f"{tmp}/{folder}/x_depth.png: {z:.2f} to {z:.2f} m"
+                                         for folder, z in (("p", 5), ("q", 1.8))]
             assert model.seen[1] is False
             files = ["x.png", "x_depth.npy", "x_depth.png", "x_depth_mm.png"][:3 if raw == "npy" else 4]
             assert sorted(os.listdir(f"{tmp}/p")) == files

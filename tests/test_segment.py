@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 import tools.speed
+from data import UserError as DataError
 from downstream import bench, finetune, segment, upernet
-from downstream.pairs import Pairs, read_numbers
+from downstream.pairs import Pairs, list_some, read_numbers
 from downstream.upernet import IGNORED, Segmenter, slide
 from encoder import TEACHERS, Encoder, UserError, ViT, parameter_groups
 from experiments.dense import study
@@ -663,7 +665,8 @@ def test_a_prediction_is_the_literal_one():
         data = segment.Masks(tmp, "val", labels_of(tmp, classes=3))
         args = types.SimpleNamespace(crop=9, stride=9, short=0, batch_size=1, workers=0)
         for every, pixels in (1, 15), (2, 1 + 3 + 5), (3, 1 + 4):
-            with unittest.mock.patch.object(segment, "predict_classes", lambda model, img, args: 0 * img[0].long() + 1):
+            ones = lambda model, img, args: 0 * img[0].long() + 1
+            with unittest.mock.patch.object(segment, "predict_classes", ones):
                 assert segment.count_pixels(None, data, args, every).tolist() == [[0] * 3, [0] * 3, [0, pixels, 0]]
 
 
@@ -796,8 +799,8 @@ def test_flags_of_the_segmenter_by_hand():
     for command, flag, good, bad in (
             ("train", "classes", (1, 254), (0, 255)), ("train", "short", (0,), (-1,)), ("train", "width", (1,), (0,)),
             ("train", "crop", (1,), (0,)), ("test", "stride", (1,), (0,)), ("test", "short", (0,), (-1,)),
-            ("predict", "batch_size", (1,), (0,)), ("test", "workers", (0,), (-1,)), ("bench", "batch_size", (2,), (1,)),
-            ("bench", "width", (1,), (0,)), ("bench", "crop", (1,), (0,))):
+            ("predict", "batch_size", (1,), (0,)), ("test", "workers", (0,), (-1,)), ("bench", "width", (1,), (0,)),
+            ("bench", "batch_size", (2,), (1,)), ("bench", "crop", (1,), (0,))):
         for value in good:
             assert parse(command, f"--{flag}", value)[flag] == value
         for value in bad:
@@ -817,8 +820,8 @@ def test_colours_and_legends_by_hand():
         assert np.abs(np.array(segment.colour(k)) - expected).max() <= 0.5, (k, segment.colour(k), expected)
     img, classes = torch.full((3, 10, 320), 100, dtype=torch.uint8), np.zeros((10, 320), np.uint8)
     classes[:, 100:], classes[:, 200:], classes[:, 240:], classes[:, 300:] = 1, IGNORED, 2, 3
-    drawn = []
-    with unittest.mock.patch.object(ImageDraw.ImageDraw, "text", lambda self, at, text, **how: drawn.append((at, text))):
+    drawn, write = [], lambda self, at, text, **how: drawn.append((at, text))
+    with unittest.mock.patch.object(ImageDraw.ImageDraw, "text", write):
         canvas = np.array(segment.overlay(img, classes, ["sea", "a long name of a class", "sky", "hut", "not there"]))
     # the largest first, two in a row; of an equal share the later class
     assert drawn == [((22, 13), "a long name of 31%"), ((172, 13), "sea 31%"), ((22, 31), "sky 19%"),
@@ -864,3 +867,84 @@ def test_uperheads_of_other_patches_and_grids():
             fine = model.logits(img)
         assert fine.dtype == torch.float32 and (fine != fine.bfloat16()).any(), "enlarged in fp32"
         assert fine.shape == (1, 40, 32, 36)
+
+
+def test_pairs_have_their_names_and_say_which_do_not():
+    """Names below several roots and subfolders, and every word of what is said of files without a partner."""
+    blank = np.zeros((2, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as tmp:
+        for root in "ab":
+            save(f"{tmp}/{root}/top/val/images/city/0.jpg", np.stack(3 * [blank], -1))
+            save(f"{tmp}/{root}/top/val/masks/city/0.png", blank)
+        save(f"{tmp}/a/top/v.l/images/1.png", blank), save(f"{tmp}/a/top/v.l/masks/1.png", blank)
+        assert Pairs(f"{tmp}/a", "val", "masks").names == ["top/city/0"]
+        both = Pairs([f"{tmp}/a", f"{tmp}/b"], "val", "masks")
+        assert both.names == [f"{tmp}/a/top/city/0", f"{tmp}/b/top/city/0"]
+        assert both.path(1) == f"{tmp}/b/top/val/images/city/0.jpg"
+        assert both.path(1, True) == f"{tmp}/b/top/val/masks/city/0.png"
+        assert Pairs(f"{tmp}/a", "v.l", "masks").names == ["top/1"]
+        assert Pairs(f"{tmp}/a", "val", "masks").numbers.tolist() == [[2, 3]]  # v.l sorts before val
+        refused(DataError, Pairs, [f"{tmp}/a", f"{tmp}/b"], "val", "depth", says=f"{tmp}/a, {tmp}/b, split val: there "
+                "are no pairs of val/images and val/depth with the same name")
+        save(f"{tmp}/a/top/val/masks/3.png", blank), save(f"{tmp}/a/top/val/images/2.png", blank)
+        refused(DataError, Pairs, f"{tmp}/a", "val", "masks", says=f"{tmp}/a, split val: 2 files of images or masks "
+                f"have no partner: {tmp}/a/top/val/images/2.png, {tmp}/a/top/val/masks/3.png")
+        save(f"{tmp}/b/top/val/images/city/0.png", blank)
+        refused(DataError, Pairs, f"{tmp}/b", "val", "masks", says=f"{tmp}/b/top/val/images/city/0.png and "
+                f"{tmp}/b/top/val/images/city/0.jpg have the same name")
+    names = [f"n{k}" for k in range(22)]
+    assert list_some(names[:20]) == ", ".join(names[:20]) and list_some(["x"], "; ") == "x"
+    assert list_some(names, "; ") == "; ".join(names[:20]) + "; and 2 more"
+
+
+def test_pairs_go_on_reading_after_a_fault():
+    """Nothing more is yielded, the rest is read nevertheless, and all ranks' faults are told."""
+    read, gathered = [], []
+
+    def use(i):
+        read.append(i)
+        if i in (2, 4):
+            raise UserError(f"fault {i}")
+        return 10 * i
+    with tempfile.TemporaryDirectory() as tmp:
+        pairs = Pairs(shapes(tmp, 6, ["val"]), "val", "masks")
+        assert list(pairs.every(use, [5, 0, 3])) == [50, 0, 30]
+        found, read[:] = [], []
+
+        def run():
+            for x in pairs.every(use, range(1, 6), gather=lambda x: gathered.append(x) or [["other"], x]):
+                found.append(x)
+        refused(DataError, run, says="3 of 6 pairs cannot be used: other; fault 2; fault 4")
+        assert found == [10] and read == [1, 2, 3, 4, 5] and gathered == [["fault 2", "fault 4"]]
+        counts, plain = [], DataLoader.__init__
+
+        def loader(self, *args, **more):
+            counts.append((more["num_workers"], more["worker_init_fn"].__name__))
+            plain(self, *args, **{**more, "num_workers": 0})
+        with unittest.mock.patch.object(DataLoader, "__init__", loader), unittest.mock.patch(
+                "downstream.pairs.check_locks", lambda n: counts.append(n)):
+            assert list(pairs.every(lambda i: i, workers=3)) == [0, 1, 2, 3, 4, 5]
+        assert counts == [3, (3, "ignore_signals")], counts
+
+
+def test_masks_are_turned_as_their_images():
+    """Of each orientation that EXIF knows, as PIL turns it; and grey of four bits."""
+    numbers = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    turned = [numbers, numbers[:, ::-1], numbers[::-1, ::-1], numbers[::-1], numbers.T, np.rot90(numbers, -1),
+              numbers[::-1, ::-1].T, np.rot90(numbers)]
+    with tempfile.TemporaryDirectory() as tmp:
+        for k, expected in enumerate(turned, 1):
+            exif = Image.Exif()
+            exif[0x0112] = k
+            for kind, x in ("images", np.stack(3 * [numbers], -1)), ("masks", numbers), ("depth", numbers.astype("H")):
+                os.makedirs(f"{tmp}/val/{kind}", exist_ok=True)
+                Image.fromarray(x).save(f"{tmp}/val/{kind}/{k}.png", exif=exif)
+        for kind in "masks", "depth":
+            pairs = Pairs(tmp, "val", kind)
+            for i, expected in enumerate(turned):
+                img, mask = pairs.read(i)
+                assert np.array_equal(mask, expected) and np.array_equal(img[0].numpy(), expected), (kind, i)
+    chunk = lambda kind, x: struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, 4, 0, 0, 0, 0)) + chunk(
+        b"IDAT", zlib.compress(b"\0\x0f\x71")) + chunk(b"IEND", b"")  # 0, 15, 7, 1 in grey of 4 bits
+    assert read_numbers(png).tolist() == [[0, 15, 7, 1]]
