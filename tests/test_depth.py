@@ -696,10 +696,11 @@ def test_training_and_bench_of_depth_hand_on_what_they_are_told():
             _, said = quietly(*base, "--seed", 3, "--unit", 0.002, 0.001, "--max_depth", 12, "--head", "linear",
                               "--crop", "eigen", "--drop_path", 0.25)
             quietly(*base, "--target", "relative", "--unit", "disparity")
-        spreads = np.median([np.percentile(0.002 * z[z > 0], (1, 50, 99)) for z in (scene(i)[1] for i in (0, 1))], 0)
-        assert said.splitlines()[0] == (f"{a}: 2 pairs in train, depths from {spreads[0]:.3g} to {spreads[2]:.3g}, "
-                                        f"median {spreads[1]:.3g}")
-        assert said.splitlines()[1].startswith(f"{b}: 3 pairs in train, depths") and checks == [(12, 0)] * 2 + [
+        for line, (root, n, unit) in zip(said.splitlines(), ((a, 2, 0.002), (b, 3, 0.001)), strict=True):
+            low, middle, high = np.median([np.percentile(unit * z[z > 0], (1, 50, 99))
+                                           for z in (scene(i)[1] for i in range(n))], 0)
+            assert line == f"{root}: {n} pairs in train, depths from {low:.3g} to {high:.3g}, median {middle:.3g}"
+        assert checks == [(12, 0)] * 2 + [
             (None, 0)] * 2
         (args, model, mixed, evaluate, config), rest = seen[0]
         assert config == dict(head="linear", head_width=8, target="metric", max_depth=12, size=16)

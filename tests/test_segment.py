@@ -682,22 +682,22 @@ def test_tests_and_predictions_do_what_they_are_told():
         return torch.where(img[0] > 128, 3, 0).long()
     with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.object(segment, "predict_classes", guess), \
             unittest.mock.patch.object(finetune, "load_model", lambda run, build, device: (model, config)):
-        for i, (mask, red) in enumerate([([[0, 0, 1, 2]], [0, 0, 0, 200]), ([[2, 255, 1]], [0, 0, 250])]):
+        for i, (mask, red) in enumerate([([[0, 0, 1, 2]], [0, 0, 0, 200]), ([[2, 255, 0]], [0, 0, 250])]):
             save(f"{tmp}/val/masks/{i}.png", np.array(mask, np.uint8))
             save(f"{tmp}/val/images/{i}.png", np.repeat(np.array([red], np.uint8)[..., None], 3, 2))
         test = ["test", "--run", "RUN", "--data", tmp, "--workers", 0]
         report, said = quietly(*test, "--bf16")
-        # sea: 2 of 4 predicted are right; red and grass: none of 2; none: predicted twice
-        expected = dict(miou=50 / 4, aacc=100 * 2 / 6, macc=100 / 3)
-        assert all(abs(report[k] - x) < 1e-4 for k, x in expected.items()) and report["iou"] == [50, 0, 0, 0]
+        # sea: there three times and predicted four times, twice rightly; red, grass: not found; none: predicted twice
+        expected = dict(miou=40 / 4, aacc=100 * 2 / 6, macc=100 * 2 / 3 / 3)
+        assert all(abs(report[k] - x) < 1e-4 for k, x in expected.items()) and report["iou"] == [40, 0, 0, 0]
         assert [report[k] for k in ("run", "step", "data", "images", "names")] == ["RUN", 5, [tmp], 2, config["names"]]
         assert report["protocol"] == (
             "each picture resized to a shorter side of 20; windows of 16 every 10 px, logits averaged and resized to "
             "the mask; intersections and unions summed over all 2 pictures of val; labels 7 255 do not count; bf16 "
             "autocast")
         assert [line.split() for line in said.splitlines()[-6:]] == [
-            ["sea", "50.00"], ["red", "0.00"], ["grass", "0.00"], ["none", "0.00"], [],
-            "mIoU 12.50 aAcc 33.33 mAcc 33.33".split()]
+            ["sea", "40.00"], ["red", "0.00"], ["grass", "0.00"], ["none", "0.00"], [],
+            "mIoU 10.00 aAcc 33.33 mAcc 22.22".split()]
         assert seen == 2 * [(16, 10, 20, 8, True, True)]
         seen.clear()
         report, _ = quietly(*test, "--fp32", "--short", 0, "--stride", 3, "--batch_size", 2, "--out", f"{tmp}/r.json")
