@@ -4,6 +4,7 @@ from tests.helpers import (  # first: it sets the environment that torch reads
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -617,6 +618,11 @@ def test_the_picture_of_a_run_shows_what_is_measured():
                 assert np.array_equal(part[:, 64:], depth.colour(x, near, far)), (target, i)
         two = DepthPairs(scenes(f"{tmp}/two", 2, ["val"]), "val")
         assert depth.look(model, two, 24).size == (96, 48), "two pictures are not repeated"
+        for kind, x in zip(("images", "depth"), scene(1, 30, 50)):  # the second is larger
+            save(f"{tmp}/two/val/{kind}/1.png", x)
+        found = np.array(depth.look(model, two, 24))
+        assert found.shape == (24 + 30, 150, 3) and np.array_equal(found[24:, :50], scene(1, 30, 50)[0])
+        assert np.array_equal(found[:24, :32], scene(0)[0]) and (found[:24, 96:] == 255).all()
     assert (depth.colour(np.full((1, 2), 3.0), 3.0, 3.0) == depth.COLOURS[0]).all(), "one depth alone is near"
     drawn = []
     x = np.linspace(1, 3, 100)[:, None].repeat(120, 1).astype(np.float32)
@@ -662,26 +668,27 @@ def test_tests_and_predictions_of_depth_do_what_they_are_told():
         assert job.args.workers == 3 and (pairs.split, pairs.unit, len(pairs), size) == ("dusk", 0.5, 3, 20)
         assert crop == (slice(45, 471), slice(41, 601)) and none is None
         for folder, value in (f"{tmp}/p", 255), (f"{tmp}/q", 51):
-            save(f"{folder}/x.png", np.full((30, 40, 3), value, np.uint8))
-        predict = ["predict", "--run", "RUN", f"{tmp}/p/x.png", f"{tmp}/q/x.png"]
+            save(f"{folder}/x.1.png", np.full((30, 40, 3), value, np.uint8))
+        predict = ["predict", "--run", "RUN", f"{tmp}/p/x.1.png", f"{tmp}/q/x.1.png"]
         _, said = quietly(*predict, "--out", f"{tmp}/out", "--bf16")
-        assert said.splitlines() == [f"{tmp}/out/x_depth.png: 5.00 to 5.00", f"{tmp}/out/x_2_depth.png: 1.80 to 1.80"]
+        assert said.splitlines() == [f"{tmp}/out/x.1_depth.png: 5.00 to 5.00",
+                                     f"{tmp}/out/x.1_2_depth.png: 1.80 to 1.80"]
         assert model.seen[1] is True and model.seen[0].shape[2:] == (20, 27)
         model.target = "metric"
         for raw in "npy", "png":
             _, said = quietly(*predict, "--raw", raw, "--no-bf16")
-            assert said.splitlines() == [f"{tmp}/{folder}/x_depth.png: {z:.2f} to {z:.2f} m"
+            assert said.splitlines() == [f"{tmp}/{folder}/x.1_depth.png: {z:.2f} to {z:.2f} m"
                                          for folder, z in (("p", 5), ("q", 1.8))]
             assert model.seen[1] is False
-            files = ["x.png", "x_depth.npy", "x_depth.png", "x_depth_mm.png"][:3 if raw == "npy" else 4]
+            files = ["x.1.png", "x.1_depth.npy", "x.1_depth.png", "x.1_depth_mm.png"][:3 if raw == "npy" else 4]
             assert sorted(os.listdir(f"{tmp}/p")) == files
-        assert np.abs(np.load(f"{tmp}/q/x_depth.npy") - 1.8).max() < 1e-6
-        assert (np.array(Image.open(f"{tmp}/q/x_depth_mm.png")) == 1800).all()
+        assert np.abs(np.load(f"{tmp}/q/x.1_depth.npy") - 1.8).max() < 1e-6
+        assert (np.array(Image.open(f"{tmp}/q/x.1_depth_mm.png")) == 1800).all()
         x = depth.estimate(model, torch.full((3, 30, 40), 51, dtype=torch.uint8), 20).numpy()
-        assert np.array_equal(np.array(Image.open(f"{tmp}/q/x_depth.png")), np.array(depth.draw(x, "metric")))
+        assert np.array_equal(np.array(Image.open(f"{tmp}/q/x.1_depth.png")), np.array(depth.draw(x, "metric")))
         model.predict = lambda img: 70 + 0 * img[:, 0]  # 70 m are more than 16 bits of millimetres
         quietly(*predict, "--raw", "png")
-        assert (np.array(Image.open(f"{tmp}/p/x_depth_mm.png")) == 65535).all()
+        assert (np.array(Image.open(f"{tmp}/p/x.1_depth_mm.png")) == 65535).all()
 
 
 def test_training_and_bench_of_depth_hand_on_what_they_are_told():
@@ -719,6 +726,12 @@ def test_training_and_bench_of_depth_hand_on_what_they_are_told():
         assert (model.target, model.head.conv.in_channels) == ("relative", 8)
         built = depth.build({**config, "head_width": 6, "max_depth": 3.0}, backbone())
         assert (built.head.conv.in_channels, built.target, built.max_depth) == (6, "relative", 3.0)
+    for earlier, later in itertools.product(("metric", "relative"), repeat=2):  # the last layer stays with its target
+        one, other = (DepthModel(backbone(), head_width=4, target=target) for target in (earlier, later))
+        own, given = ({k: x + n for k, x in model.state_dict().items()} for n, model in ((0, other), (1, one)))
+        depth.begin_with(other, types.SimpleNamespace(target=earlier, state_dict=lambda: dict(given)), "earlier")
+        for k, x in other.state_dict().items():
+            assert torch.equal(x, own[k] if k.startswith("head.out.") and earlier != later else given[k]), (earlier, k)
     with unittest.mock.patch.object(depth, "measure_speed", lambda *given: measured.append(given)), \
             unittest.mock.patch.dict(TEACHERS, micro=MICRO_VIT):
         quietly("bench", "--teacher", "micro", "--size", 16, "--batch_size", 3)

@@ -295,7 +295,7 @@ def test_model_files_are_whole():
                              ({k: x for k, x in tensors.items() if "num_batches" not in k}, "missing norm.num"),
                              ({**tensors, "more": torch.ones(3)}, "unknown more")):
             encoder.write_model(other, config, wrong)
-            raises(UserError, finetune.load_model, other, build, "cpu", words=words)
+            raises(UserError, finetune.load_model, other, build, "cpu", words=[other, words])
         raises(UserError, finetune.load_model, path, lambda c: Other(finetune.build_backbone(c)), "cpu",
                words=[path, "it is a Toy, and this command reads a Other"])
         raises(UserError, finetune.load_model, path, lambda c: c["classes"], "cpu", words=[path, "a Toy", "KeyError"])
