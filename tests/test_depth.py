@@ -653,8 +653,8 @@ def test_tests_and_predictions_of_depth_do_what_they_are_told():
             report, said = quietly(*test, "--crop", "eigen", "--bf16", "--out", f"{tmp}/r.json")
             model.target = "relative"
             other, _ = quietly(*test, "--no-bf16")
-        assert report["protocol"] == ("seen with the shorter side at 20 px, bf16 autocast, enlarged to the truth; truth "
-                                      "in (0.001, 10) m; crop eigen; of each picture, then averaged")
+        assert report["protocol"] == ("seen with the shorter side at 20 px, bf16 autocast, enlarged to the truth; "
+                                      "truth in (0.001, 10) m; crop eigen; of each picture, then averaged")
         assert other["protocol"] == ("seen with the shorter side at 20 px, fp32 without TF32, enlarged to the truth; "
                                      "truth in (0.001, 10) m; crop none; of each picture, then averaged; DISPARITY "
                                      "ALIGNED TO EACH PICTURE'S TRUTH")

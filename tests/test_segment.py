@@ -641,7 +641,7 @@ def test_names_of_classes_lie_at_the_top():
 
 
 def test_a_prediction_is_the_literal_one():
-    """The picture in [0, 1], resized with antialiasing, its windows, and logits enlarged before the largest is taken."""
+    """The picture in [0, 1], resized with antialiasing, its windows, logits enlarged before one is chosen."""
     torch.manual_seed(0)
     img, model, weight = torch.randint(256, (3, 20, 30), dtype=torch.uint8), ByRed(), torch.randn(5, 3, 1, 1)
     model.logits = lambda x: F.conv2d(x, weight)
