@@ -86,6 +86,7 @@ def test_silog_by_hand():
     assert abs(dpt.silog(x[:1], truth[:1]).item() - first) < 1e-6
     assert abs(dpt.silog(3 * truth, truth).item() - math.log(3) * math.sqrt(0.5)) < 1e-5  # one d everywhere
     assert dpt.silog(3 * truth, truth, weight=1.0).item() < 1e-3  # the whole scale is free
+    assert dpt.silog(0 * x, truth).isfinite()
     x = x.requires_grad_()
     dpt.silog(x, torch.zeros_like(truth)).backward()
     assert (x.grad == 0).all(), "nothing measured: no gradient, and no nan"
@@ -103,6 +104,7 @@ def test_alignment_is_least_squares():
         np.testing.assert_allclose([s[b].item(), t[b].item()], expected, rtol=1e-4)
     s, t = dpt.align((truth.double() - 3) / 7, truth.double(), valid)
     close(s, torch.full_like(s, 7), 1e-6), close(t, torch.full_like(t, 3), 1e-6)
+    close(dpt.align(1e-4 * truth.double(), truth.double(), valid)[0], torch.full_like(s, 1e4), 1e-3)
     s, t = dpt.align(torch.ones_like(x), truth, valid)
     assert (s == 0).all()
     close(t.flatten(), torch.stack([truth[b][valid[b]].mean() for b in range(3)]), 1e-5)
@@ -257,7 +259,8 @@ def test_depth_of_pictures_of_any_size():
     plain = model.backbone.features
     model.backbone.features = lambda img, *rest, **how: seen.append(tuple(img.shape[2:])) or plain(img, *rest, **how)
     with torch.no_grad():
-        for size, expected in ((64, 64), (70, 70)), ((42, 56), (42, 56)), ((5, 30), (14, 28)):
+        for size, expected in ((64, 64), (70, 70)), ((42, 56), (42, 56)), ((5, 30), (14, 28)), (
+                (28, 40), (28, 42)), ((40, 28), (42, 28)):
             assert model.predict(torch.rand(1, 3, *size)).shape == (1, *size) and seen[-1] == expected
         # a picture is seen with its shorter side at `size`, and gets an answer at its own size
         for shape, expected in ((40, 80), (28, 56)), ((90, 30), (84, 28)):
