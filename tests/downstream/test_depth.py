@@ -4,6 +4,7 @@ from tests.helpers import (  # first: it sets the environment that torch reads
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -17,13 +18,13 @@ import numpy as np
 import scipy.io
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
 from downstream import depth, depth_sets, dpt, finetune
 from downstream.depth_sets import DepthPairs, Mixed
 from downstream.dpt import DepthModel
-from encoder import Encoder, UserError, ViT, parameter_groups
+from encoder import TEACHERS, Encoder, UserError, ViT, parameter_groups
 from tools.script import USER_ERRORS
 
 SMALL = ["--size", "16", "--head_width", "8", "--batch_size", "4", "--lr", "1e-2", "--workers", "0", "--log_every", "1",
@@ -85,6 +86,7 @@ def test_silog_by_hand():
     assert abs(dpt.silog(x[:1], truth[:1]).item() - first) < 1e-6
     assert abs(dpt.silog(3 * truth, truth).item() - math.log(3) * math.sqrt(0.5)) < 1e-5  # one d everywhere
     assert dpt.silog(3 * truth, truth, weight=1.0).item() < 1e-3  # the whole scale is free
+    assert dpt.silog(0 * x, truth).isfinite()
     x = x.requires_grad_()
     dpt.silog(x, torch.zeros_like(truth)).backward()
     assert (x.grad == 0).all(), "nothing measured: no gradient, and no nan"
@@ -102,6 +104,7 @@ def test_alignment_is_least_squares():
         np.testing.assert_allclose([s[b].item(), t[b].item()], expected, rtol=1e-4)
     s, t = dpt.align((truth.double() - 3) / 7, truth.double(), valid)
     close(s, torch.full_like(s, 7), 1e-6), close(t, torch.full_like(t, 3), 1e-6)
+    close(dpt.align(1e-4 * truth.double(), truth.double(), valid)[0], torch.full_like(s, 1e4), 1e-3)
     s, t = dpt.align(torch.ones_like(x), truth, valid)
     assert (s == 0).all()
     close(t.flatten(), torch.stack([truth[b][valid[b]].mean() for b in range(3)]), 1e-5)
@@ -256,7 +259,8 @@ def test_depth_of_pictures_of_any_size():
     plain = model.backbone.features
     model.backbone.features = lambda img, *rest, **how: seen.append(tuple(img.shape[2:])) or plain(img, *rest, **how)
     with torch.no_grad():
-        for size, expected in ((64, 64), (70, 70)), ((42, 56), (42, 56)), ((5, 30), (14, 28)):
+        for size, expected in ((64, 64), (70, 70)), ((42, 56), (42, 56)), ((5, 30), (14, 28)), (
+                (28, 40), (28, 42)), ((40, 28), (42, 28)):
             assert model.predict(torch.rand(1, 3, *size)).shape == (1, *size) and seen[-1] == expected
         # a picture is seen with its shorter side at `size`, and gets an answer at its own size
         for shape, expected in ((40, 80), (28, 56)), ((90, 30), (84, 28)):
@@ -448,7 +452,9 @@ def test_nyus_files_become_folders():
             h5py = types.SimpleNamespace(File=lambda path, mode: Hdf5(tables))
         with unittest.mock.patch.dict(sys.modules, h5py=h5py), contextlib.redirect_stderr(io.StringIO()):
             for field in "rawDepths", "depths":
-                quietly("convert", f"{tmp}/nyu.mat", f"{tmp}/splits.mat", "--field", field, "--out", f"{tmp}/{field}")
+                _, said = quietly("convert", f"{tmp}/nyu.mat", f"{tmp}/splits.mat", "--field", field, "--out",
+                                  f"{tmp}/{field}")
+                assert said == f"{tmp}/{field}: 3 pairs in train, 2 in test\n"
         for split, numbers in ("train", [1, 4, 5]), ("test", [2, 3]):
             data = DepthPairs(f"{tmp}/rawDepths", split)
             assert data.names == [f"{n:04d}" for n in numbers]
@@ -498,3 +504,284 @@ def test_depth_says_what_is_wrong():
         assert (plain.epochs, plain.lr, plain.batch_size, plain.size, plain.lr_decay, plain.warmup) == (
             20, 1e-4, 32, 448, 0, 0)
         assert parsed("--target", "relative").epochs == 60 and parsed("--steps", "5").epochs is None
+
+
+def test_a_training_crop_is_the_literal_one():
+    """Every number of a sample, written out again: order and draws of (seed, n), tall and wide pictures."""
+    with tempfile.TemporaryDirectory() as tmp:
+        for i, size in enumerate([(24, 32), (32, 20), (12, 12)]):
+            img, z = scene(i, *size)
+            save(f"{tmp}/train/images/{i}.png", img), save(f"{tmp}/train/depth/{i}.png", z)
+        for unit in 0.002, "disparity":
+            data = DepthPairs(tmp, "train", unit, 16, True, 5)
+            for n in range(9):
+                i = np.random.default_rng([5, n // 3]).permutation(3)[n % 3]
+                img, z = scene(i, *[(24, 32), (32, 20), (12, 12)][i])
+                z = torch.from_numpy(z.astype(np.float32))
+                z = torch.where(z > 0, 1 / z, 0) if unit == "disparity" else z * unit
+                H, W = [(16, 21), (26, 16), (16, 16)][i]  # 16 * 32 / 24 = 21.3, 16 * 32 / 20 = 25.6
+                rng = np.random.default_rng([5, n, 1])
+                y, x = rng.integers(H - 15), rng.integers(W - 15)
+                img = F.interpolate(torch.from_numpy(img).permute(2, 0, 1)[None], (H, W), mode="bicubic",
+                                    antialias=True)[0, :, y:y + 16, x:x + 16]
+                rows, columns = (np.floor((np.arange(new) + 0.5) * old / new).astype(int)  # the nearest pixel's
+                                 for old, new in zip(z.shape, (H, W)))
+                z = z[rows][:, columns][y:y + 16, x:x + 16]
+                if rng.random() < 0.5:
+                    img, z = img.flip(2), z.flip(1)
+                found = data[n]
+                assert torch.equal(found[0], img) and torch.equal(found[1], z), (unit, n)
+
+
+class Grey:
+    """In a model's place: a depth or a disparity of 1 to 5 from the mean of a pixel's channels."""
+    target, max_depth = "metric", 10.0
+    seen = None
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
+
+    def predict(self, img):
+        self.seen = img, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
+        return 1 + 4 * img.mean(1)
+
+
+def test_estimates_and_their_means_are_the_literal_ones():
+    """What a model sees of a picture, what of its answer is compared, and of how many pictures the means are."""
+    img, model = torch.from_numpy(scene(0, 40, 60)[0]).permute(2, 0, 1), Grey()
+    for size, seen in (20, (20, 30)), (64, (64, 96)):
+        x = F.interpolate(img[None], seen, mode="bicubic", antialias=True) / 255
+        expected = F.interpolate(1 + 4 * x.mean(1)[None], (40, 60), mode="bilinear", align_corners=False)[0, 0]
+        assert torch.equal(depth.estimate(model, img, size), expected)
+        assert torch.equal(model.seen[0], x) and model.seen[2] is False
+    job = types.SimpleNamespace(**{**vars(JOB), "autocast": torch.autocast("cpu", torch.bfloat16)})
+    with tempfile.TemporaryDirectory() as tmp:
+        img, z = scene(0, 480, 640)
+        for i in range(3):
+            truth = z // (i + 1)
+            if i == 1:
+                truth[45:471, 41:601] = 0  # nothing in the Eigen crop
+            save(f"{tmp}/val/images/{i}.png", img), save(f"{tmp}/val/depth/{i}.png", truth)
+        data = DepthPairs(tmp, "val")
+        for crop, counted in (None, [0, 1, 2]), (depth.CROPS["eigen"], [0, 2]):
+            rows = [depth.errors(depth.estimate(model, data.measured(i)[0], 32), data.measured(i)[1], "metric", 10.0,
+                                 crop) for i in counted]
+            found = depth.measure(job, model, data, 32, crop)
+            assert model.seen[1] is True and model.seen[0].shape[2:] == (32, 43)
+            np.testing.assert_allclose([found[k] for k in depth.FIGURES], np.mean(rows, 0), rtol=1e-12)
+            assert (found["images"], found["unmeasured"]) == (len(counted), 3 - len(counted))
+        both = types.SimpleNamespace(**{**vars(JOB), "rank": 1, "ranks": 2, "gather": lambda x: [[], x]})
+        assert depth.measure(both, model, data, 32, None)["unmeasured"] == 2, "rank 1 of 2 sees the second picture"
+        model.max_depth = 0.1
+        raises(UserError, depth.measure, JOB, model, data, 32, None,
+               words=f"nothing in {tmp} is measured from 0.001 to 0.1 m")
+    # a disparity whose fit is not positive is as far away as can be, and what is nearer than a millimetre is at one
+    truth = torch.tensor([[[1.0, 2.0, 4.0, 0.0]]])
+    x, valid = depth.in_metres(torch.tensor([[[1.0, 0.5, 0.25, -9.0]]]), truth, "relative", 4.5)
+    close(x, torch.tensor([[[1.0, 2.0, 4.0, 4.5]]]), 1e-5)
+    assert valid.tolist() == [[[True, True, True, False]]]
+    assert depth.in_metres(torch.tensor([[0.0, 99.0]]), truth[0, :, :2], "metric", 7.0)[0].tolist() == [
+        [torch.tensor(1e-3).item(), 7.0]]
+    # of a size that patches do not cover, the network sees the nearest one, and its answer is enlarged
+    torch.manual_seed(0)
+    model, img = DepthModel(backbone(), head_width=8, max_depth=6.0), torch.rand(1, 3, 14, 21).round()
+    x = F.interpolate(img, (16, 20), mode="bicubic", antialias=True).clamp(0, 1)
+    with torch.no_grad():
+        maps = [F.layer_norm(x.movedim(1, 3), (32,)).movedim(3, 1)
+                for x in model.backbone.features(x, [0, 1, 2, 2], grid=True)]
+        x = model.head(maps, [16, 20])
+        close(model.predict(img), 6 * F.interpolate(x, (14, 21), mode="bilinear", align_corners=False)[:, 0].sigmoid())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model.predict(img[:, :, :12, :20]).dtype == torch.float32
+    with torch.device("meta"):
+        widths = [DepthModel(Encoder(ViT(replace(MICRO_VIT, width=D, heads=1, depth=1)))).head.conv.in_channels
+                  for D in (4, 32, 1152)]
+    assert widths == [2, 8, 256], "a quarter, at least 2 and at most 256"
+
+
+def test_the_picture_of_a_run_shows_what_is_measured():
+    """Of the first, the last and two between: image, truth and estimate by the truth's 1st and 99th percentiles."""
+    model = Grey()
+    with tempfile.TemporaryDirectory() as tmp:
+        data = DepthPairs(scenes(tmp, 8, ["val"]), "val")
+        save(f"{tmp}/val/depth/2.png", np.zeros((24, 32), np.uint16))  # nothing is measured there
+        for target in "metric", "relative":
+            model.target = target
+            found = np.array(depth.look(model, data, 24))
+            assert found.shape == (4 * 24, 3 * 32, 3)
+            for row, i in enumerate([0, 2, 4, 7]):
+                img, truth = data.measured(i)
+                x, valid = depth.in_metres(depth.estimate(model, img, 24)[None], truth[None], target, 10.0)
+                x, valid, truth = x[0].numpy(), valid[0].numpy(), truth.numpy()
+                near, far = np.percentile(truth[valid] if i != 2 else x, (1, 99))
+                expected = np.where(valid[..., None], depth.colour(truth, near, far), 128)
+                part = found[24 * row:24 * row + 24]
+                assert np.array_equal(part[:, :32].transpose(2, 0, 1), img.numpy())
+                assert np.array_equal(part[:, 32:64], expected) and (expected[3, 4] == 128).all()
+                assert np.array_equal(part[:, 64:], depth.colour(x, near, far)), (target, i)
+        two = DepthPairs(scenes(f"{tmp}/two", 2, ["val"]), "val")
+        assert depth.look(model, two, 24).size == (96, 48), "two pictures are not repeated"
+        for kind, x in zip(("images", "depth"), scene(1, 30, 50)):  # the second is larger
+            save(f"{tmp}/two/val/{kind}/1.png", x)
+        found = np.array(depth.look(model, two, 24))
+        assert found.shape == (24 + 30, 150, 3) and np.array_equal(found[24:, :50], scene(1, 30, 50)[0])
+        assert np.array_equal(found[:24, :32], scene(0)[0]) and (found[:24, 96:] == 255).all()
+    assert (depth.colour(np.full((1, 2), 3.0), 3.0, 3.0) == depth.COLOURS[0]).all(), "one depth alone is near"
+    drawn = []
+    x = np.linspace(1, 3, 100)[:, None].repeat(120, 1).astype(np.float32)
+    with unittest.mock.patch.object(ImageDraw.ImageDraw, "text",
+                                    lambda self, at, text, **how: drawn.append((at, text, how["anchor"]))):
+        for target in "metric", "relative":
+            depth.draw(x, target)
+    low, high = 1.02, 2.98  # the 1st and the 99th percentile of 100 rows from 1 to 3
+    font = ImageFont.load_default(9).size
+    for k, (at, text, anchor) in enumerate(drawn):
+        share, unit = k % 5 / 4, " m" if k < 5 else ""
+        value = low + share * (high - low) if k < 5 else high - share * (high - low)
+        assert text == f"{value:.2f}{unit}" and anchor == "lm", (k, text)
+        assert at == (120 + 2 * 8 + 4, int(font // 2 + (k % 5) * (100 - font - 1) // 4)), (k, at)
+    assert len(drawn) == 10
+
+
+def test_tests_and_predictions_of_depth_do_what_they_are_told():
+    """What the flags of test and predict become, every word of a report, and the values that are written."""
+    model, config = Grey(), {"size": 20, "step": 7}
+    with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.object(
+            finetune, "load_model", lambda run, build, device: (model, config)):
+        data, checks, given = scenes(f"{tmp}/a", 3, ["dusk"]), [], []
+        figures = {**dict(zip(depth.FIGURES, (1.5, 0.25, 0.125, 0.5, 0.75, 1, 0.0625))), "images": 3, "unmeasured": 0}
+        with unittest.mock.patch.object(depth, "check", lambda *x, **how: checks.append((x[1:], how)) or "line"), \
+                unittest.mock.patch.object(depth, "measure", lambda *x: given.append(x) or figures):
+            test = ["test", "--run", "RUN", "--data", data, "--split", "dusk", "--unit", 0.5, "--workers", 3]
+            report, said = quietly(*test, "--crop", "eigen", "--bf16", "--out", f"{tmp}/r.json")
+            model.target = "relative"
+            other, _ = quietly(*test, "--no-bf16")
+        assert report["protocol"] == ("seen with the shorter side at 20 px, bf16 autocast, enlarged to the truth; "
+                                      "truth in (0.001, 10) m; crop eigen; of each picture, then averaged")
+        assert other["protocol"] == ("seen with the shorter side at 20 px, fp32 without TF32, enlarged to the truth; "
+                                     "truth in (0.001, 10) m; crop none; of each picture, then averaged; DISPARITY "
+                                     "ALIGNED TO EACH PICTURE'S TRUTH")
+        assert {k: report[k] for k in ("run", "step", "data", "split", "warning", *figures)} == {
+            "run": "RUN", "step": 7, "data": [data], "split": "dusk", "warning": None, **figures}
+        assert [line.split() for line in said.splitlines()[-2:]] == [
+            "rmse absrel log10 delta1 delta2 delta3 silog".split(),
+            "1.5000 0.2500 0.1250 0.5000 0.7500 1.0000 0.0625".split()]
+        assert checks == 2 * [((10.0, 3), {"most": 100})]
+        (job, _, pairs, size, crop), (_, _, _, _, none) = given
+        assert job.args.workers == 3 and (pairs.split, pairs.unit, len(pairs), size) == ("dusk", 0.5, 3, 20)
+        assert crop == (slice(45, 471), slice(41, 601)) and none is None
+        for folder, value in (f"{tmp}/p", 255), (f"{tmp}/q", 51):
+            save(f"{folder}/x.1.png", np.full((30, 40, 3), value, np.uint8))
+        predict = ["predict", "--run", "RUN", f"{tmp}/p/x.1.png", f"{tmp}/q/x.1.png"]
+        _, said = quietly(*predict, "--out", f"{tmp}/out", "--bf16")
+        assert said.splitlines() == [f"{tmp}/out/x.1_depth.png: 5.00 to 5.00",
+                                     f"{tmp}/out/x.1_2_depth.png: 1.80 to 1.80"]
+        assert model.seen[1] is True and model.seen[0].shape[2:] == (20, 27)
+        model.target = "metric"
+        for raw in "npy", "png":
+            _, said = quietly(*predict, "--raw", raw, "--no-bf16")
+            assert said.splitlines() == [f"{tmp}/{folder}/x.1_depth.png: {z:.2f} to {z:.2f} m"
+                                         for folder, z in (("p", 5), ("q", 1.8))]
+            assert model.seen[1] is False
+            files = ["x.1.png", "x.1_depth.npy", "x.1_depth.png", "x.1_depth_mm.png"][:3 if raw == "npy" else 4]
+            assert sorted(os.listdir(f"{tmp}/p")) == files
+        assert np.abs(np.load(f"{tmp}/q/x.1_depth.npy") - 1.8).max() < 1e-6
+        assert (np.array(Image.open(f"{tmp}/q/x.1_depth_mm.png")) == 1800).all()
+        x = depth.estimate(model, torch.full((3, 30, 40), 51, dtype=torch.uint8), 20).numpy()
+        assert np.array_equal(np.array(Image.open(f"{tmp}/q/x.1_depth.png")), np.array(depth.draw(x, "metric")))
+        model.predict = lambda img: 70 + 0 * img[:, 0]  # 70 m are more than 16 bits of millimetres
+        quietly(*predict, "--raw", "png")
+        assert (np.array(Image.open(f"{tmp}/p/x.1_depth_mm.png")) == 65535).all()
+
+
+def test_training_and_bench_of_depth_hand_on_what_they_are_told():
+    seen, measured = [], []
+    with tempfile.TemporaryDirectory() as tmp:
+        a, b = scenes(f"{tmp}/a", 2, ["train", "dusk"]), scenes(f"{tmp}/b", 3, ["train", "dusk"])
+        base = ["train", "--data", a, b, "--weights", tokenizer_file(tmp), *SMALL, "--val_split", "dusk"]
+        checks, line = [], depth_sets.check
+        watch = lambda data, most, workers: checks.append((most, workers)) or line(data, most, workers)
+        with unittest.mock.patch.object(finetune, "train", lambda *args, **rest: seen.append((args, rest))), \
+                unittest.mock.patch.object(depth, "check", watch):
+            _, said = quietly(*base, "--seed", 3, "--unit", 0.002, 0.001, "--max_depth", 12, "--head", "linear",
+                              "--crop", "eigen", "--drop_path", 0.25)
+            quietly(*base, "--target", "relative", "--unit", "disparity")
+        for line, (root, n, unit) in zip(said.splitlines(), ((a, 2, 0.002), (b, 3, 0.001)), strict=True):
+            low, middle, high = np.median([np.percentile(unit * z[z > 0], (1, 50, 99))
+                                           for z in (scene(i)[1] for i in range(n))], 0)
+            assert line == f"{root}: {n} pairs in train, depths from {low:.3g} to {high:.3g}, median {middle:.3g}"
+        assert checks == [(12, 0)] * 2 + [
+            (None, 0)] * 2
+        (args, model, mixed, evaluate, config), rest = seen[0]
+        assert config == dict(head="linear", head_width=8, target="metric", max_depth=12, size=16)
+        assert [(x.files.roots, x.split, x.unit, x.size, x.train, x.seed) for x in mixed.sets] == [
+            ([a], "train", 0.002, 16, True, 3), ([b], "train", 0.001, 16, True, 4)]
+        assert type(model.head) is dpt.LinearHead and model.max_depth == 12 and model.backbone.vit.drop_path == 0.25
+        with unittest.mock.patch.object(depth, "measure", lambda *x: measured.append(x)), \
+                unittest.mock.patch.object(depth, "look", lambda *x: measured.append(x)):
+            evaluate(), rest["picture"]()
+        (job, who, val, size, crop), looked = measured
+        assert (val.files.roots, val.split, val.unit, val.train) == ([a], "dusk", 0.002, False)
+        assert job.args.workers == 0 and who is model and size == 16 and crop == depth.CROPS["eigen"]
+        assert looked == (model, val, 16) and job.precision == "fp32 without TF32"
+        (args, model, mixed, evaluate, config), rest = seen[1]
+        assert evaluate is None and rest["picture"] is None and [x.unit for x in mixed.sets] == ["disparity"] * 2
+        assert (model.target, model.head.conv.in_channels) == ("relative", 8)
+        built = depth.build({**config, "head_width": 6, "max_depth": 3.0}, backbone())
+        assert (built.head.conv.in_channels, built.target, built.max_depth) == (6, "relative", 3.0)
+    for earlier, later in itertools.product(("metric", "relative"), repeat=2):  # the last layer stays with its target
+        one, other = (DepthModel(backbone(), head_width=4, target=target) for target in (earlier, later))
+        own, given = ({k: x + n for k, x in model.state_dict().items()} for n, model in ((0, other), (1, one)))
+        depth.begin_with(other, types.SimpleNamespace(target=earlier, state_dict=lambda: dict(given)), "earlier")
+        for k, x in other.state_dict().items():
+            assert torch.equal(x, own[k] if k.startswith("head.out.") and earlier != later else given[k]), (earlier, k)
+    with unittest.mock.patch.object(depth, "measure_speed", lambda *given: measured.append(given)), \
+            unittest.mock.patch.dict(TEACHERS, micro=MICRO_VIT):
+        quietly("bench", "--teacher", "micro", "--size", 16, "--batch_size", 3)
+    name, model, (img, truth), predict, schedules = measured[-1]
+    assert name == "micro with DPT" and model.backbone.vit.config == MICRO_VIT and type(model.head) is dpt.DPTHead
+    assert img.shape == (3, 3, 16, 16) and img.dtype == torch.uint8 and img.max() > 200
+    assert truth.shape == (3, 16, 16) and 0.1 <= truth.min() < 1 < 8 < truth.max() <= 9.1
+    assert schedules == {"20 epochs of NYUv2's 795 pairs": 15_900, "60 epochs of each million pairs": 60e6}
+    model.predict = lambda x: (x.min().item(), x.max().item())
+    low, high = predict()
+    assert low >= 0 and 0.8 < high <= 1, "pictures in [0, 1]"
+
+
+def test_flags_of_depth_by_hand():
+    """Defaults and bounds; on a GPU bf16 is the default."""
+    base = {"train": ["--data", "x", "--weights", "w"], "test": ["--run", "r", "--data", "x"],
+            "predict": ["--run", "r", "x.png"], "bench": [], "convert": ["a.mat", "b.mat", "--out", "o"]}
+    parse = lambda command, *flags: vars(depth.parse_args([command, *base[command], *map(str, flags)]))
+    for command, expected in {
+            "train": dict(unit=[0.001], val=None, val_split="val", target="metric", max_depth=10, size=448, head="dpt",
+                          head_width=None, crop="none", init=None, weight_decay=0.01, out="depth", frozen=False,
+                          clip=1, layer_decay=1, drop_path=0, epochs=20, steps=None),
+            "test": dict(split="val", unit=0.001, crop="none", out=None, bf16=False, workers=6),
+            "predict": dict(raw="npy", out=None, bf16=False, workers=6, files=["x.png"]),
+            "bench": dict(teacher="internvit", size=448, batch_size=32),
+            "convert": dict(mat="a.mat", splits="b.mat", field="rawDepths", out="o")}.items():
+        with unittest.mock.patch.object(depth, "cores", lambda: 7):
+            found = parse(command)
+        assert {k: found[k] for k in expected} == expected, (command, found)
+    for cores, workers in (1, 1), (2, 1), (9, 8), (64, 8):
+        with unittest.mock.patch.object(depth, "cores", lambda: cores):
+            assert parse("test")["workers"] == workers
+    with unittest.mock.patch.object(torch.cuda, "is_available", lambda: True):
+        for command in "test", "predict":
+            assert parse(command)["bf16"] and not parse(command, "--no-bf16")["bf16"]
+    assert parse("train", "--target", "relative", "--epochs", 3)["epochs"] == 3
+    for command, flag, good, bad in (
+            ("train", "max_depth", 0.01, 0.009), ("train", "size", 1, 0), ("train", "head_width", 2, 1),
+            ("test", "unit", 1e-9, -1), ("test", "workers", 0, -1), ("bench", "size", 1, 0),
+            ("bench", "batch_size", 1, 0)):
+        assert parse(command, f"--{flag}", good)[flag] == good
+        with contextlib.redirect_stderr(io.StringIO()):
+            raises(SystemExit, parse, command, f"--{flag}", bad)
+    assert parse("train", "--unit", 1e-9)["unit"] == [1e-9]
+    for flags, says in ((["--unit", 0], "argument --unit: it is 0; it must be at least 1e-09"),
+                        (["--unit", 1, 2, 3], "--unit has 3 values, --data 1: give one, or one for each"),
+                        (["--unit", "disparity"], "--unit disparity has no metres: it needs --target relative")):
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            raises(SystemExit, parse, "train", *flags)
+        assert err.getvalue().endswith(f"error: {says}\n"), err.getvalue()

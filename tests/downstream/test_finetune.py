@@ -1,6 +1,7 @@
 """downstream/finetune.py, the trainer of the tasks on a backbone: exact resume, ranks, rates, files, refusals."""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    MICRO_VIT, close, log_lines, micro_teacher, raises, run, run_ranks, same_weights, side_by_side, tokenizer_file)
+    MICRO_VIT, close, log_lines, micro_teacher, raises, refused, run, run_ranks, same_weights, side_by_side,
+    tokenizer_file)
 
 import argparse
 import contextlib
@@ -87,7 +88,7 @@ def main(argv=None, on_signal=None):
     ap = argparse.ArgumentParser()
     add = ap.add_argument
     add("--norm", default="batch"), add("--task", default="Toy"), add("--count", type=int, default=10)
-    add("--sgd", action="store_true")
+    add("--sgd", action="store_true"), add("--data"), add("--val")
     finetune.add_flags(ap, steps=6, batch_size=4, workers=0, log_every=1, eval_every=0, save_every=0, lr=1e-2)
     args = ap.parse_args(argv)
     backbone = finetune.load_backbone(args)
@@ -294,7 +295,7 @@ def test_model_files_are_whole():
                              ({k: x for k, x in tensors.items() if "num_batches" not in k}, "missing norm.num"),
                              ({**tensors, "more": torch.ones(3)}, "unknown more")):
             encoder.write_model(other, config, wrong)
-            raises(UserError, finetune.load_model, other, build, "cpu", words=words)
+            raises(UserError, finetune.load_model, other, build, "cpu", words=[other, words])
         raises(UserError, finetune.load_model, path, lambda c: Other(finetune.build_backbone(c)), "cpu",
                words=[path, "it is a Toy, and this command reads a Other"])
         raises(UserError, finetune.load_model, path, lambda c: c["classes"], "cpu", words=[path, "a Toy", "KeyError"])
@@ -381,6 +382,163 @@ def test_lengths_given_replace_those_by_default():
     with tempfile.TemporaryDirectory() as tmp:
         _, said = trained(os.path.join(tmp, "a"), "--teacher", micro_teacher(tmp), "--epochs", 2)
         assert "run: 5 steps of 4 " in said, "20 samples"
+
+
+def test_flags_of_the_trainer_by_hand():
+    """Defaults and bounds of every flag; on a GPU the backbone is compiled."""
+    def parse(*flags, **defaults):
+        ap = argparse.ArgumentParser()
+        finetune.add_flags(ap, **defaults)
+        return vars(ap.parse_args(["--teacher", "tiny", *map(str, flags)]))
+    with unittest.mock.patch.object(finetune, "default_workers", lambda most: most):
+        assert parse() == dict(
+            weights=None, teacher="tiny", teacher_weights=None, frozen=False, drop_path=0, batch_size=16,
+            micro_batch=None, steps=None, epochs=None, lr=1e-4, weight_decay=0.05, layer_decay=1, warmup=0, lr_decay=0,
+            decay_shape="linear", clip=1, seed=0, workers=16, compile=False, out="run", log_every=50, eval_every=1000,
+            save_every=1000, keep_every=None, resume_anyway=False)
+    with unittest.mock.patch.object(torch.cuda, "is_available", lambda: True):
+        assert parse()["compile"] and not parse("--no-compile")["compile"]
+    least = dict(drop_path=0, batch_size=1, micro_batch=1, steps=1, epochs=1, lr=0, weight_decay=0, layer_decay=0,
+                 warmup=0, lr_decay=0, clip=0, seed=0, workers=0, log_every=1, eval_every=0, save_every=0, keep_every=0)
+    most = dict(drop_path=0.9, layer_decay=1, lr_decay=1, seed=2 ** 63 - 1)
+    for name, value in [*least.items(), *most.items()]:
+        assert parse(f"--{name}", value)[name] == value
+    for name, value in [*((k, v - 1) for k, v in least.items()), *((k, v + 1) for k, v in most.items()),
+                        ("decay_shape", "square"), ("drop_path", 0.91), ("batch_size", 1.5), ("steps", 1.5)]:
+        with contextlib.redirect_stderr(io.StringIO()):
+            raises(SystemExit, parse, f"--{name}", value)
+    assert parse("--frozen", "--resume_anyway", "--decay_shape", "cosine", frozen=False, out="x") == {
+        **parse(out="x"), "frozen": True, "resume_anyway": True, "decay_shape": "cosine"}
+
+
+def test_what_a_resume_may_change():
+    """Paths, lengths, intervals and the machine's flags, all at once; each of the others is named."""
+    with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.object(nn.Module, "compile") as compiled:
+        first, second, weights = os.path.join(tmp, "a"), os.path.join(tmp, "b"), tokenizer_file(tmp)
+        trained(first, "--weights", weights, "--data", "x", "--val", "y", "--steps", 2)
+        assert not compiled.called
+        os.rename(first, second), os.rename(weights, weights + "2")
+        moved = ["--weights", weights + "2", "--data", "q", "--val", "r", "--steps", 3]
+        assert set(state(second)) == set(finetune.STATE), "a checkpoint that lacks one of these is refused"
+        os.remove(os.path.join(second, "model.safetensors"))
+        _, said = trained(second, *moved, "--steps", 2)
+        assert "the run is finished" in said and len(log_lines(second)) == 3
+        assert os.path.exists(os.path.join(second, "model.safetensors")), "it is written again"
+        locks = []
+        with unittest.mock.patch.object(finetune, "check_locks", locks.append):
+            _, said = trained(second, *moved, "--workers", 1, "--micro_batch", 2, "--compile", "--log_every", 2,
+                              "--eval_every", 1, "--save_every", 1, "--keep_every", 1)
+        assert "resumed" in said and state(second)["step"] == 3 and state(second)["args"]["data"] == "q"
+        assert compiled.call_count == 3 and locks == [2], "each block; the workers of training and of an evaluation"
+        wrong = dict(batch_size=(4, 2), lr=(0.01, 0.5), weight_decay=(0.05, 0.5), layer_decay=(1.0, 0.5),
+                     warmup=(0, 1), lr_decay=(0.0, 0.5), decay_shape=("linear", "cosine"), clip=(1.0, 0.5), seed=(0, 1),
+                     drop_path=(0.0, 0.5))
+        raises(UserError, trained, second, *moved, "--steps", 4, "--frozen", *(
+            x for k, (_, new) in wrong.items() for x in (f"--{k}", new)),
+            words=["frozen was False, is now True", *(f"{k} was {old}, is now {new}"
+                                                      for k, (old, new) in wrong.items())])
+
+
+def test_what_a_run_says_of_itself():
+    """The lines before the first step, the lines of the log and of the screen, and what a model's file knows."""
+    class Quiet(finetune.Run):
+        def __init__(self, out):
+            super().__init__(out)
+            self.said, self.written, self.ranks, self.on_gpu = [], [], 2, True
+
+        def connect(self):
+            pass
+
+        def say(self, text):
+            self.said.append(text)
+
+        def write(self, **line):
+            self.written.append(line)
+    with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.object(finetune, "Run", Quiet), \
+            unittest.mock.patch.dict(encoder.TEACHERS, micro=MICRO_VIT), \
+            unittest.mock.patch.object(finetune, "commit", lambda: "abc"):
+        ap, teacher = argparse.ArgumentParser(), micro_teacher(tmp)
+        finetune.add_flags(ap, batch_size=16)
+        args = ap.parse_args(["--teacher", "micro", "--teacher_weights", teacher, "--out", tmp, "--epochs", "1000",
+                              "--micro_batch", "4", "--frozen", "--lr", "0.5", "--warmup", "8", "--log_every", "2"])
+        model = Toy(finetune.load_backbone(args))
+        model.more, model.stays = nn.Linear(1000, 1200), nn.Linear(1000, 2400).requires_grad_(False)
+        s = finetune.setup(args, model, Blobs(1600), None, {"norm": "batch"}, None, None)
+        assert s.run.said == [
+            "data: 1,600 samples",
+            f"model: Toy of 3.6M parameters, 1.2M in the optimizer; backbone of micro {teacher}, frozen",
+            "run: 100,000 steps of 16 = micro-batch 4 x accumulation 2 x 2 ranks on cpu"]
+        assert {k: s.config[k] for k in ("source", "frozen", "commit", "task", "norm", "latent_dim", "projector")} == {
+            "source": f"micro {teacher}", "frozen": True, "commit": "abc", "task": "Toy", "norm": "batch",
+            "latent_dim": 1, "projector": "linear"}
+        assert s.autocast._enabled and s.autocast.fast_dtype == torch.bfloat16, "on a GPU"
+        assert s.model.training and not s.model.backbone.training
+        assert s.optimizer.defaults["fused"] and [g["lr"] for g in s.optimizer.param_groups] == s.rates
+        args.teacher_weights, args.frozen = None, False
+        assert finetune.setup(args, model, Blobs(3), None, {}, None, None).config["source"] == "micro"
+        # two steps: of a loss in two parts, the gradient's norm, and their number; one more was skipped
+        s.names, s.now.sums, s.now.step = ["right", "size"], torch.tensor([3.0, 2, 1, 40, 2]).double(), 4
+        s.now.faults[0] = 1
+        with unittest.mock.patch.object(torch.cuda, "max_memory_allocated", lambda: 5 * 2 ** 28):
+            finetune.log(s, 0.25)
+            s.run.on_gpu, s.names, s.now.sums, s.now.step = False, [], torch.tensor([3.0, 40, 2]).double(), 99_999
+            finetune.log(s, 0.25)
+        rate = 0.5 * 4 / 8  # of the fourth step
+        assert s.run.written == [
+            dict(step=4, loss=1.5, right=1.0, size=0.5, grad_norm=20.0, lr=rate, skipped=1, img_s=64.0,
+                 memory_gib=1.25),
+            dict(step=99_999, loss=1.5, grad_norm=20.0, lr=0.5, skipped=1, img_s=64.0, memory_gib=None)]
+        assert s.run.said[3:] == [
+            "step      4/100000 | loss 1.5000 | right 1.0000 | size 0.5000 | grad 20.00 | lr 2.5e-01 | 64.0 img/s | "
+            "1.2 GiB | eta 6:56:39",
+            "step  99999/100000 | loss 1.5000 | grad 20.00 | lr 5.0e-01 | 64.0 img/s | eta 00:00"]
+        # an evaluation: its figures and those of them that are numbers, its picture, both under autocast
+        seen, s.run.written, s.run.said, s.now.step = [], [], [], 12
+        modes = lambda: seen.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), model.training))
+        s.evaluate = lambda: modes() or {"a": 12.34567, "b": "words", "c": 3}
+        s.picture = lambda: modes() or Image.new("L", (3, 2))
+        os.makedirs(os.path.join(tmp, "samples"))
+        finetune.measure(s)
+        assert s.run.written == [dict(kind="eval", step=12, a=12.34567, b="words", c=3)] and model.training
+        assert s.run.said == ["eval     12 | a 12.35 | c 3"] and seen == 2 * [(True, False, False)]
+        assert Image.open(os.path.join(tmp, "samples", "step_0000012.png")).size == (3, 2)
+        s.run.rank, s.evaluate = 1, None
+        finetune.measure(s)
+        assert len(seen) == 2 and len(s.run.written) == 1 and len(s.run.said) == 1, "other ranks draw nothing"
+
+
+def test_what_is_not_finite_is_told_with_its_files():
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = ["--teacher", micro_teacher(tmp), "--norm", "layer", "--steps", 15, "--batch_size", 2]
+        out = tmp + "/out"
+        with unittest.mock.patch.dict(os.environ, NAN=" ".join(map(str, range(3, 20)))):
+            data = Blobs()
+            paths = [f"blob{data.index(n)}" for n in (22, 23)]  # of the twelfth step
+            whole, _ = trained(tmp + "/whole", *flags[:-4], "--steps", 2, "--batch_size", 2)
+            last = log_lines(tmp + "/whole")[1]["loss"]
+            refused(UserError, trained, out, *flags, says=(
+                f"at step 12 the loss or its gradient is not finite, 10 steps in a row (the last finite one: {last:.4f}"
+                f"); the last batch is {', '.join(paths)} .. (all of it in {out}/not_finite.txt). The last save is "
+                f"{out}/state.pt: the same command with a lower --lr and --resume_anyway goes on from there"))
+        assert open(f"{out}/not_finite.txt").read().split() == paths
+        lines = log_lines(out)
+        assert [x["skipped"] for x in lines] == [0, 0, *range(1, 10)]
+        rate = lambda step: min(1, step / 3) * min(1, (8 - step + 1) / 4)
+        trained(tmp + "/rates", *flags[:-4], "--steps", 8, "--warmup", 3, "--lr_decay", 0.5)
+        for x in log_lines(tmp + "/rates")[:-1]:
+            assert math.isclose(x["lr"], 0.01 * rate(x["step"])), x
+
+
+def test_batches_and_models_go_to_the_device():
+    batch = [torch.ones(2), {"a": torch.ones(3), "b": [torch.ones(1), "name"]}, (torch.ones(1), 5), "text"]
+    found = finetune.to_device(batch, torch.device("meta"))
+    tensors = [found[0], found[1]["a"], found[1]["b"][0], found[2][0]]
+    assert all(x.device.type == "meta" for x in tensors) and [len(x) for x in tensors] == [2, 3, 1, 1]
+    assert (found[1]["b"][1], found[2][1], found[3]) == ("name", 5, "text")
+    with tempfile.TemporaryDirectory() as tmp:
+        trained(tmp + "/run", "--weights", tokenizer_file(tmp), "--steps", 1)
+        model, _ = finetune.load_model(tmp + "/run", build, torch.device("meta"))
+        assert {x.device.type for x in model.state_dict().values()} == {"meta"}
 
 
 if __name__ == "__main__":

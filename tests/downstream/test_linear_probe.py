@@ -1,6 +1,6 @@
 """downstream/linear_probe.py and lars.py: MAE's linear probe, its optimizer, its crops, and the command line"""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    MICRO_VIT, close, log_lines, picture, raises, run_ranks, same_weights, tokenizer_file)
+    MICRO_VIT, close, log_lines, picture, raises, refused, run_ranks, same_weights, tokenizer_file)
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ from torch import nn
 from downstream import finetune, linear_probe
 from downstream.lars import LARS, BatchNorm
 from downstream.linear_probe import Probe, ProbeImages
-from encoder import Encoder, UserError, ViT
+from encoder import TEACHERS, Encoder, UserError, ViT
 from tools.optimizer import rate_factor
 from tools.script import USER_ERRORS
 
@@ -88,6 +88,8 @@ def test_batch_norm_is_torchs():
         close(ours.running_mean, theirs.running_mean), close(ours.running_var, theirs.running_var, 1e-4)
     ours.eval(), theirs.eval()
     close(ours(x), theirs(x), 1e-5)
+    ours.running_var.fill_(1e-6), theirs.running_var.fill_(1e-6)
+    close(ours(x), theirs(x), 1e-4)
     assert ours.train()(torch.ones(1, 5)).abs().max() == 0, "one row: no nan"
 
 
@@ -147,8 +149,9 @@ def test_random_crops_are_maes():
     height = round((W * H * 3 / 4) ** 0.5)
     expected = Image.fromarray(ramp[:height]).resize((64, 64), Image.Resampling.BICUBIC)
     assert np.array_equal(np.array(x), np.array(expected))
-    tiny = linear_probe.resized_crop(Image.fromarray(ramp[:1, :1]), 8, np.random.default_rng(0))
-    assert tiny.size == (8, 8)
+    for seed in range(9):
+        tiny = linear_probe.resized_crop(Image.new("RGB", (1, 1), "white"), 8, np.random.default_rng(seed))
+        assert np.array(tiny).shape == (8, 8, 3) and np.array(tiny).min() == 255
 
 
 def test_the_centre_is_224_of_256():
@@ -249,8 +252,167 @@ def test_the_probe_says_what_is_wrong():
         os.rename(f"{other}/red", f"{other}/pink")
         raises(UserError, quietly, *train, "--val", other, words="1 classes that training does not know: pink")
         raises(UserError, quietly, *train, "--val", data, "--size", 18, words="no multiple of the patch 4: try 16")
+        raises(UserError, quietly, *train, "--val", data, "--size", 19, words="no multiple of the patch 4: try 20")
+        raises(UserError, quietly, *train, "--val", data, "--size", 1, words="no multiple of the patch 4: try 4")
         open(f"{data}/red/0.png", "w").write("no picture")
         raises(USER_ERRORS, quietly, *train, "--val", data, "--batch_size", 6, words="red/0.png: cannot be read")
         raises(UserError, quietly, "test", "--run", weights, "--data", data, words="no run of a downstream task")
         _, said = quietly("bench", "--teacher", "tiny", "--size", 16, "--batch_size", 2)
         assert "linear probe of tiny, 16x16 px, batch 2" in said and "hours for 90 epochs of ImageNet" in said
+
+
+def test_a_training_crop_of_the_probe_is_the_literal_one():
+    """Order and draws of (seed, n): area, shape, place and mirror of MAE's crop, on tall and wide pictures."""
+    with tempfile.TemporaryDirectory() as tmp:
+        sizes = [(40, 30), (20, 50), (9, 9)]
+        for i, size in enumerate(sizes):
+            os.makedirs(f"{tmp}/{'abc'[i]}")
+            picture(i, *size).save(f"{tmp}/{'abc'[i]}/x.png")
+        data = ProbeImages(tmp, 12, True, 7)
+        for n in range(24):
+            i = np.random.default_rng([7, n // 3]).permutation(3)[n % 3]
+            (W, H), rng = sizes[i], np.random.default_rng([7, n, 1])
+            area, shape = W * H * rng.uniform(0.08, 1), math.exp(rng.uniform(math.log(0.75), math.log(4 / 3)))
+            w, h = min(W, round(math.sqrt(area * shape))), min(H, round(math.sqrt(area / shape)))
+            x, y = rng.integers(W - w + 1), rng.integers(H - h + 1)
+            img = np.array(picture(i, W, H))[y:y + h, x:x + w]
+            img = np.array(Image.fromarray(img).resize((12, 12), Image.Resampling.BICUBIC))
+            img = img[:, ::-1] if rng.random() < 0.5 else img
+            found, label = data[n]
+            assert np.array_equal(found.permute(1, 2, 0).numpy(), img) and label == i and label.dtype == torch.int64, n
+    strip = np.zeros((2, 400, 3), np.uint8)  # 32 of its 400 columns are left, those about the middle
+    strip[:, :, 0] = np.arange(400) // 2
+    found = np.array(linear_probe.centre(Image.fromarray(strip), 28))[:, :, 0].astype(int)
+    assert 98 <= found.min() and found.max() <= 101, (found.min(), found.max())
+
+
+class Columns:
+    """In a Probe's place: the scores of 7 classes are the reds of an image's first 7 columns; by "cls" of the last."""
+    heads, seen = ["pooled", "cls"], None
+
+    def logits(self, img):
+        self.seen = torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), tuple(img.shape), img.max().item()
+        return {"pooled": 8 * img[:, 0, 0, :7], "cls": 8 * img[:, 0, 0, 7:14]}
+
+
+def test_accuracies_and_predictions_do_what_they_are_told():
+    """Hits in the first and in the first five of seven classes by hand; what the flags become; every word."""
+    rng, model = np.random.default_rng(0), Columns()
+    config = {"size": 14, "step": 3, "classes": list("abcdefg")}
+    with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.object(
+            finetune, "load_model", lambda run, build, device: (model, config)), unittest.mock.patch.object(
+            linear_probe, "centre", lambda img, size: img.crop((0, 0, size, size))):
+        hits = {"pooled": [], "pooled_top5": [], "cls": [], "cls_top5": []}
+        for i in range(20):
+            label = "bcdeg"[i % 5]
+            row = np.concatenate([rng.permutation(7), rng.permutation(7)]) * 30 + 20
+            os.makedirs(f"{tmp}/set/{label}", exist_ok=True)
+            Image.fromarray(np.tile(row[:, None], (14, 1, 3)).astype(np.uint8)).save(f"{tmp}/set/{label}/{i:02d}.png")
+            for name, scores in ("pooled", row[:7]), ("cls", row[7:]):
+                place = (scores > scores["abcdefg".index(label)]).sum()  # 0: it is the likeliest
+                hits[name].append(place < 1), hits[name + "_top5"].append(place < 5)
+        expected = {k: 100 * np.mean(x) for k, x in hits.items()}
+        assert len({*expected.values()}) == 4, expected
+        test = ["test", "--run", "RUN", "--data", f"{tmp}/set", "--workers", 0, "--batch_size", 6]
+        report, said = quietly(*test, "--bf16", "--out", f"{tmp}/r.json")
+        assert {k: report[k] for k in expected} == expected and model.seen[:3] == (True, False, (2, 3, 14, 14))
+        assert abs(model.seen[3] - 200 / 255) < 1e-6
+        assert [report[k] for k in ("run", "step", "data", "images")] == ["RUN", 3, [f"{tmp}/set"], 20]
+        assert report["protocol"] == "the central 14 of 16 pixels, bf16 autocast"
+        assert [line.split() for line in said.splitlines()[-3:]] == [["features", "top-1", "top-5"]] + [
+            [name, f"{expected[name]:.2f}", f"{expected[name + '_top5']:.2f}"] for name in ("pooled", "cls")]
+        report, _ = quietly(*test, "--fp32")
+        assert report["protocol"] == "the central 14 of 16 pixels, fp32 without TF32" and model.seen[0] is False
+        # two ranks: the shares of both are added, by the number of all images
+        job = types.SimpleNamespace(images=lambda note, data: [(None, torch.rand(2, 3, 14, 14), torch.tensor([0, 1]))],
+                                    autocast=contextlib.nullcontext(), gather=lambda x: [x, {"pooled": 3}, {}])
+        model.logits = lambda img: {"pooled": torch.tensor([[1.0, 0], [1, 0]])}
+        assert linear_probe.accuracy(job, model, range(8)) == {"pooled": 100 * 4 / 8, "pooled_top5": 100 * 2 / 8}
+        model, row = Columns(), np.array([0, 51, 102, 153, 204, 255, 25] + [255] + [0] * 6, np.uint8)
+        Image.fromarray(np.tile(row[:, None], (14, 1, 3))).save(f"{tmp}/x.png")
+        _, said = quietly("predict", "--run", "RUN", f"{tmp}/x.png", f"{tmp}/set/b", "--fp32")
+        scores = np.exp(8.0 * row[:7] / 255)
+        chances = dict(zip("abcdefg", 100 * scores / scores.sum()))
+        assert said.splitlines()[0] == f"{tmp}/x.png  pooled:  " + "  ".join(f"{k} {chances[k]:.0f}%" for k in "fedcb")
+        assert said.splitlines()[1].startswith(f"{tmp}/x.png  cls:  a 100%  ") and len(said.splitlines()) == 2 + 2 * 4
+        assert model.seen == (False, False, (1, 3, 14, 14), model.seen[3]) and model.seen[3] <= 1
+        quietly("predict", "--run", "RUN", f"{tmp}/x.png", "--bf16")
+        assert model.seen[0] is True and model.seen[3] == 1
+    small = Probe(backbone(), 3).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), unittest.mock.patch.object(
+            small.heads["cls"], "forward", lambda x: x):
+        assert small.logits(torch.rand(2, 3, 16, 16))["cls"].dtype == torch.float32, "statistics are of fp32 features"
+        loss = small(torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8), torch.tensor([0, 1]))
+        assert {x.dtype for x in loss.values()} == {torch.float32}
+
+
+def test_training_and_bench_of_the_probe_hand_on_what_they_are_told():
+    seen, jobs = [], []
+    with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.object(
+            finetune, "train", lambda *args, **rest: seen.append((args, rest))):
+        data, val = colours(f"{tmp}/data", 5), colours(f"{tmp}/val", 2)
+        for k in range(2):
+            os.remove(f"{val}/blue/{k}.png")
+        base = ["train", "--data", data, "--val", val, "--weights", tokenizer_file(tmp), "--batch_size", 4, "--workers",
+                0]
+        quietly(*base, "--seed", 3, "--micro_batch", 2, "--lr", 0)
+        (args, model, images, evaluate, config), rest = seen.pop()
+        assert config == {"size": 16, "classes": ["blue", "green", "red"]} and args.size == 16, "the native size"
+        assert (images.roots, images.size, images.train, images.seed) == ([data], 16, True, 3)
+        assert rest["optimizer"].param_groups[0]["lr"] == 0 and model.heads["cls"][1].out_features == 3
+        watch = lambda job, who, images: jobs.append((job, who, images)) or {"pooled": 1.0}
+        with unittest.mock.patch.object(linear_probe, "accuracy", watch):
+            assert evaluate() == {"pooled": 1.0}
+        (job, who, images), = jobs
+        assert (job.args.batch_size, job.args.workers, job.precision) == (2, 0, "fp32 without TF32") and who is model
+        assert (images.roots, images.size, images.train) == ([val], 16, False)
+        assert images.labels.tolist() == [1, 1, 2, 2], "green and red, by the numbers of training"
+        quietly(*base, "--size", 24, "--epochs", 9)  # 15 pictures: 33 steps
+        (args, _, images, *_), _ = seen.pop()
+        assert images.size == 24 and args.warmup == 4 and args.lr_decay == 1 - 4 / 33  # 33 * 10 / 90 = 3.7
+        quietly(*base, "--batch_size", 64, "--epochs", 1)  # less than one batch: one step, not none
+        (args, *_), _ = seen.pop()
+        assert args.warmup == 0 and args.lr_decay == 1
+        for n in range(7):
+            os.makedirs(f"{val}/new{n}")
+            picture(n).save(f"{val}/new{n}/x.png")
+        refused(UserError, quietly, *base, says=f"{val} has 7 classes that training does not know: new0 new1 new2 new3 "
+                "new4")
+    with unittest.mock.patch.object(linear_probe, "measure_speed", lambda *given: seen.append(given)), \
+            unittest.mock.patch.dict(TEACHERS, micro=MICRO_VIT):
+        quietly("bench", "--teacher", "micro", "--batch_size", 30), quietly("bench", "--teacher", "micro", "--size", 24)
+    for (name, model, (img, labels), predict, schedules), B, size in zip(seen, (30, 128), (16, 24)):
+        assert name == "linear probe of micro" and model.backbone.vit.config == MICRO_VIT
+        assert img.shape == (B, 3, size, size) and img.dtype == torch.uint8 and img.max() > 250
+        assert labels.shape == (B,) and labels.max() > 255 and model.heads["pooled"][1].out_features == 1000
+        assert schedules == {"90 epochs of ImageNet": 115_305_030, "100 epochs, the paper's": 128_116_700}
+        model.logits = lambda x: (x.min().item(), x.max().item())
+        low, high = predict()
+        assert low >= 0 and 0.9 < high <= 1, "pictures in [0, 1]"
+
+
+def test_flags_of_the_probe_by_hand():
+    """Defaults and bounds; on a GPU bf16 is the default."""
+    base = {"train": ["--data", "x", "--val", "y", "--weights", "w"], "test": ["--run", "r", "--data", "x"],
+            "predict": ["--run", "r", "x.png"], "bench": []}
+    parse = lambda command, *flags: vars(linear_probe.parse_args([command, *base[command], *map(str, flags)]))
+    for command, expected in {
+            "train": dict(recipe="mae", size=None, micro_batch=128, warmup=None, lr_decay=None, out="probe", steps=None,
+                          drop_path=0, layer_decay=1),
+            "test": dict(bf16=False, out=None, workers=6, batch_size=128),
+            "predict": dict(bf16=False, files=["x.png"]),
+            "bench": dict(teacher="internvit", size=None, batch_size=128)}.items():
+        with unittest.mock.patch.object(linear_probe, "cores", lambda: 7):
+            found = parse(command)
+        assert {k: found[k] for k in expected} == expected, (command, found)
+    for cores, workers in (1, 1), (2, 1), (9, 8), (64, 8):
+        with unittest.mock.patch.object(linear_probe, "cores", lambda: cores):
+            assert parse("test")["workers"] == workers
+    with unittest.mock.patch.object(torch.cuda, "is_available", lambda: True):
+        for command in "test", "predict":
+            assert parse(command)["bf16"] and not parse(command, "--fp32")["bf16"]
+    for command, flag, good, bad in (("train", "size", 1, 0), ("test", "workers", 0, -1), ("test", "batch_size", 1, 0),
+                                     ("bench", "size", 1, 0), ("bench", "batch_size", 1, 0)):
+        assert parse(command, f"--{flag}", good)[flag] == good
+        with contextlib.redirect_stderr(io.StringIO()):
+            raises(SystemExit, parse, command, f"--{flag}", bad)

@@ -1,6 +1,6 @@
 """downstream/segment.py, upernet.py and pairs.py: UperNet, masks, mIoU, windows, and the command line"""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    MICRO_VIT, close, log_lines, micro_teacher, raises, run_ranks, same_weights, tokenizer_file)
+    MICRO_VIT, close, log_lines, micro_teacher, raises, refused, run_ranks, same_weights, tokenizer_file)
 
 import contextlib
 import io
@@ -17,14 +17,16 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 import tools.speed
+from data import UserError as DataError
 from downstream import bench, finetune, segment, upernet
-from downstream.pairs import Pairs, read_numbers
+from downstream.pairs import Pairs, list_some, read_numbers
 from downstream.upernet import IGNORED, Segmenter, slide
-from encoder import Encoder, UserError, ViT, parameter_groups
+from encoder import TEACHERS, Encoder, UserError, ViT, parameter_groups
 from experiments.dense import study
 from tools.script import USER_ERRORS
 
@@ -553,3 +555,396 @@ def test_the_study_fits_and_names_what_the_scripts_know():
         args = segment.parse_args(["train", "--data", "x", *study.CODES["random"], *study.LOOP.split(), *flags.split()])
         assert args.crop == 352 and args.lr_decay == 1
     assert len({row for row in study.ROWS if row.startswith("seg:")}) == 5 * 3 * 2
+
+
+def test_a_training_sample_is_the_literal_one():
+    """Every number of it, written out again: order and draws of (seed, n), sizes, the crop's rule, colours, mirror."""
+    def yes(rng, low, high, none):
+        return rng.uniform(low, high) if rng.random() < 0.5 else none
+    with tempfile.TemporaryDirectory() as tmp:
+        shapes(tmp, 5, ["train"])
+        for short, size in (20, 24), (0, 40):
+            data = segment.Masks(tmp, "train", labels_of(tmp), size, short, train=True, seed=3)
+            for n in range(20):
+                i = np.random.default_rng([3, n // 5]).permutation(5)[n % 5]
+                img, mask = (Image.open(f"{tmp}/train/{kind}/{i}.png") for kind in ("images", "masks"))
+                rng = np.random.default_rng([3, n, 1])
+                scale = rng.uniform(0.5, 2) * (short / 32 if short else 1)
+                h, w = round(32 * scale), round(40 * scale)
+                mask = np.array(mask.resize((w, h), Image.Resampling.NEAREST))
+                for _ in range(10):
+                    y, x = rng.integers(max(h - size, 0) + 1), rng.integers(max(w - size, 0) + 1)
+                    part = mask[y:y + size, x:x + size]
+                    shares = [(part == k).mean() for k in range(3)]
+                    if sorted(shares)[1] > 0 and max(shares) < 0.75:
+                        break
+                picture = np.array(img.resize((w, h), Image.Resampling.BILINEAR))[y:y + size, x:x + size].astype(float)
+                brightness, contrast = yes(rng, -32, 32, 0), yes(rng, 0.5, 1.5, 1)
+                saturation, hue = yes(rng, 0.5, 1.5, 1), yes(rng, -0.1, 0.1, 0)
+                picture = np.floor(((picture + brightness) * contrast).clip(0, 255)).astype(np.uint8)
+                hsv = np.array(Image.fromarray(picture).convert("HSV")).astype(float)
+                hsv[..., 0], hsv[..., 1] = (hsv[..., 0] + 256 * hue) % 256, hsv[..., 1] * saturation
+                hsv = [Image.fromarray(x) for x in hsv.round().clip(0, 255).astype(np.uint8).transpose(2, 0, 1)]
+                picture = np.array(Image.merge("HSV", hsv).convert("RGB"))
+                if rng.random() < 0.5:
+                    picture, part = picture[:, ::-1], part[:, ::-1]
+                expected = np.tile(np.uint8((124, 116, 104)), (size, size, 1))
+                labels = np.full((size, size), 255)
+                expected[:len(part), :part.shape[1]], labels[:len(part), :part.shape[1]] = picture, part
+                found = data[n]
+                assert np.array_equal(found[1].numpy(), labels), (short, n)
+                assert np.abs(found[0].permute(1, 2, 0).numpy().astype(int) - expected).max() == 0, (short, n)
+
+
+def test_names_of_classes_lie_at_the_top():
+    """Of an archive's files of that very name the one nearest to its top; --classes wins; names of no class."""
+    with tempfile.TemporaryDirectory() as tmp:
+        path = f"{tmp}/set.zip"
+
+        def archive(**files):
+            with zipfile.ZipFile(path, "w") as z:
+                for name, content in files.items():
+                    z.writestr(name.replace("__", "/") + ".json", json.dumps(content))
+            return path
+        given = dict(old_classes=["old"], data__v2__classes=["sky", "road"], data__v2__more__deep__classes=["no"])
+        assert labels_of(archive(**given))["names"] == ["sky", "road"]
+        assert labels_of(archive(data__v2__more__deep__classes=["no"], data__v2__classes=["sky"]))["names"] == ["sky"]
+        raises(UserError, labels_of, archive(old_classes=["old"]), words="has 0 classes")
+        assert labels_of(archive(classes=["a", "b"]), classes=3)["names"] == ["0", "1", "2"]
+        names = ["Void", "sky", "UNLABELED", "unlabelled", "road", "Ignore", "ignored", "avoid"]
+        kept = dict(names=["sky", "road", "avoid"])
+        assert labels_of(archive(classes=names)) == {**kept, "labels": [1, 4, 7], "ignore": [0, 2, 3, 5, 6, 255]}
+        assert labels_of(path, reduce_zero_label=True) == {
+            **kept, "labels": [2, 5, 8], "ignore": [0, 1, 3, 4, 6, 7, 255]}
+        assert labels_of(archive(classes=[1, 2.5, None])) == dict(names=["1", "2.5", "None"], labels=[0, 1, 2],
+                                                                  ignore=[255])
+        for n, fits in (255, True), (256, False):
+            archive(classes=[f"class {k}" for k in range(n)])
+            if fits:
+                assert labels_of(path, ignore=[])["labels"] == list(range(255))
+            else:
+                refused(UserError, lambda: labels_of(path, ignore=[]),
+                        says=f"{path} has 256 classes by its classes.json and --ignore; expected 1 to 255: --classes "
+                        "tells how many there are")
+        archive(classes=["a"])
+        assert segment.read_beside(path, "objectInfo150.txt") is None and segment.read_beside(path, "a.json") is None
+        ade = f"{tmp}/ade"
+        os.makedirs(ade)
+        open(f"{ade}/objectInfo150.txt", "w").write("Idx\tName\n1\twall, side\n2\tsky\n")
+        assert labels_of(ade) == dict(names=["wall", "sky"], labels=[1, 2], ignore=[0, 255])
+        assert labels_of(ade, classes=3) == dict(names=["0", "1", "2"], labels=[1, 2, 3], ignore=[0, 255])
+        save(f"{tmp}/set/val/images/x.png", np.zeros((1, 4, 3), np.uint8))
+        save(f"{tmp}/set/val/masks/x.png", np.array([[1, 2, 3, 9]], np.uint8))
+        data = segment.Masks(f"{tmp}/set", "val", dict(labels=[1, 2], ignore=[3, 255]))
+        refused(UserError, data.load, 0, says=f"{tmp}/set/val/masks/x.png has the label 9; expected 1 to 2, or 3, 255 "
+                "for none")
+
+
+def test_a_prediction_is_the_literal_one():
+    """The picture in [0, 1], resized with antialiasing, its windows, logits enlarged before one is chosen."""
+    torch.manual_seed(0)
+    img, model, weight = torch.randint(256, (3, 20, 30), dtype=torch.uint8), ByRed(), torch.randn(5, 3, 1, 1)
+    model.logits = lambda x: F.conv2d(x, weight)
+    asked = []
+
+    def windows(predict, img, *rest):
+        asked.append(rest)
+        return slide(predict, img, *rest)
+    with unittest.mock.patch.object(segment, "slide", windows):
+        for short, size in (0, (20, 30)), (8, (8, 12)), (33, (33, 50)):  # 49.5 is rounded to the even 50
+            x = F.interpolate(img[None] / 255, size, mode="bilinear", antialias=True) if short else img[None] / 255
+            logits = F.interpolate(F.conv2d(x, weight), (20, 30), mode="bilinear", align_corners=False)
+            args = types.SimpleNamespace(crop=7, stride=5, short=short, batch_size=4)
+            found = segment.predict_classes(model, img, args)
+            assert torch.equal(found, logits[0].argmax(0)) and len(found.unique()) > 1
+    assert asked == [(7, 5, 4)] * 3
+    with tempfile.TemporaryDirectory() as tmp:  # each second picture alone
+        for i in range(5):
+            save(f"{tmp}/val/images/{i}.png", np.full((1, 1 + i, 3), 20, np.uint8))
+            save(f"{tmp}/val/masks/{i}.png", np.full((1, 1 + i), 2, np.uint8))
+        data = segment.Masks(tmp, "val", labels_of(tmp, classes=3))
+        args = types.SimpleNamespace(crop=9, stride=9, short=0, batch_size=1, workers=0)
+        for every, pixels in (1, 15), (2, 1 + 3 + 5), (3, 1 + 4):
+            ones = lambda model, img, args: 0 * img[0].long() + 1
+            with unittest.mock.patch.object(segment, "predict_classes", ones):
+                assert segment.count_pixels(None, data, args, every).tolist() == [[0] * 3, [0] * 3, [0, pixels, 0]]
+
+
+def test_tests_and_predictions_do_what_they_are_told():
+    """What the flags of test and predict become, and every word of the report."""
+    config = dict(names=["sea", "red", "grass", "none"], labels=[0, 1, 2, 300], ignore=[7, 255], crop=16, short=20,
+                  step=5, head="linear", width=16)
+    seen, model = [], types.SimpleNamespace()
+
+    def guess(model, img, args):
+        seen.append((args.crop, args.stride, args.short, args.batch_size, torch.is_autocast_enabled("cpu"),
+                     torch.is_grad_enabled()))
+        return torch.where(img[0] > 128, 3, 0).long()
+    with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.object(segment, "predict_classes", guess), \
+            unittest.mock.patch.object(finetune, "load_model", lambda run, build, device: (model, config)):
+        for i, (mask, red) in enumerate([([[0, 0, 1, 2]], [0, 0, 0, 200]), ([[2, 255, 0]], [0, 0, 250])]):
+            save(f"{tmp}/val/masks/{i}.png", np.array(mask, np.uint8))
+            save(f"{tmp}/val/images/{i}.png", np.repeat(np.array([red], np.uint8)[..., None], 3, 2))
+        test = ["test", "--run", "RUN", "--data", tmp, "--workers", 0]
+        report, said = quietly(*test, "--bf16")
+        # sea: there three times and predicted four times, twice rightly; red, grass: not found; none: predicted twice
+        expected = dict(miou=40 / 4, aacc=100 * 2 / 6, macc=100 * 2 / 3 / 3)
+        assert all(abs(report[k] - x) < 1e-4 for k, x in expected.items()) and report["iou"] == [40, 0, 0, 0]
+        assert [report[k] for k in ("run", "step", "data", "images", "names")] == ["RUN", 5, [tmp], 2, config["names"]]
+        assert report["protocol"] == (
+            "each picture resized to a shorter side of 20; windows of 16 every 10 px, logits averaged and resized to "
+            "the mask; intersections and unions summed over all 2 pictures of val; labels 7 255 do not count; bf16 "
+            "autocast")
+        assert [line.split() for line in said.splitlines()[-6:]] == [
+            ["sea", "40.00"], ["red", "0.00"], ["grass", "0.00"], ["none", "0.00"], [],
+            "mIoU 10.00 aAcc 33.33 mAcc 22.22".split()]
+        assert seen == 2 * [(16, 10, 20, 8, True, True)]
+        seen.clear()
+        report, _ = quietly(*test, "--fp32", "--short", 0, "--stride", 3, "--batch_size", 2, "--out", f"{tmp}/r.json")
+        assert report["protocol"].startswith("each picture at its own size; windows of 16 every 3 px, ")
+        assert report["protocol"].endswith("; fp32 without TF32") and seen == 2 * [(16, 3, 0, 2, False, True)]
+        assert json.load(open(f"{tmp}/r.json"))["miou"] == report["miou"]
+        seen.clear()
+        save(f"{tmp}/other/0.png", np.full((9, 9, 3), 99, np.uint8))
+        predict = ["predict", "--run", "RUN", f"{tmp}/val/images", f"{tmp}/other/0.png", "--out", f"{tmp}/out"]
+        with unittest.mock.patch.object(segment, "overlay", lambda img, classes, names: Image.fromarray(
+                np.uint8([[len(names), img[0, 0, -1], classes[0, -1]]]))):
+            _, said = quietly(*predict, "--bf16", "--short", 7)
+        stems = [f"{tmp}/out/{name}" for name in ("0", "1", "0_2")]  # two pictures have one name
+        assert said.splitlines() == [f"{stem}_overlay.png, {stem}_mask.png" for stem in stems]
+        overlays, masks = ([np.array(Image.open(f"{stem}_{kind}.png")).tolist() for stem in stems]
+                           for kind in ("overlay", "mask"))
+        assert overlays == [[[4, 200, 3]], [[4, 250, 3]], [[4, 99, 0]]]
+        assert masks == [[[0, 0, 0, 300]], [[0, 0, 300]], [[0] * 9] * 9]  # in 16 bits, as a label is above 255
+        assert seen == 3 * [(16, 10, 7, 8, True, False)]
+        seen.clear(), quietly(*predict, "--fp32", "--stride", 4, "--batch_size", 3)
+        assert seen == 3 * [(16, 4, 20, 3, False, False)]
+
+
+def test_training_and_bench_hand_on_what_they_are_told():
+    seen = []
+    with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.object(
+            finetune, "train", lambda *args, **rest: seen.append((args, rest))):
+        base = ["train", "--data", shapes(f"{tmp}/a", 4, ["train", "dusk"]), shapes(f"{tmp}/b", 3, ["train", "dusk"]),
+                "--weights", tokenizer_file(tmp), *SMALL, "--val_split", "dusk"]
+        _, said = quietly(*base, "--seed", 3, "--short", 20, "--ignore", 2, 9, "--lr", 0, "--drop_path", 0.25)
+        assert said.startswith("data: 7 pairs to train on, 7 to evaluate, 2 classes, none for 2 9; each pair is read "
+                               "before the first step\n")
+        (args, model, data, evaluate, config), rest = seen.pop()
+        assert config == dict(names=["sea", "red"], labels=[0, 1], ignore=[2, 9], head="upernet", width=16, crop=16,
+                              short=20)
+        assert (data.crop, data.short, data.train, data.seed) == (16, 20, True, 3) and "/train/images/" in data.path(0)
+        assert (args.lr, args.stride, model.backbone.vit.drop_path) == (0, 10, 0.25)
+        assert model.head.join[0].out_channels == 16 and model.head.classifier[1].out_channels == 2
+        val, calls = [], []
+
+        def count(model, data, args, every=1):
+            val.append(data), calls.append((args.crop, args.stride, args.short, every))
+            return torch.tensor([[3, 1], [2, 4]])
+        with unittest.mock.patch.object(segment, "count_pixels", count):
+            found = evaluate()
+        assert found.keys() == {"miou", "aacc", "macc"} and calls == [(16, 10, 20, 1)]
+        assert abs(found["macc"] - (75 + 200 / 3) / 2) < 1e-4 and abs(found["miou"] - (50 + 400 / 7) / 2) < 1e-4
+        assert len(val[0]) == 7 and not val[0].train and "/dusk/images/" in val[0].path(0)
+        with unittest.mock.patch.object(segment, "predict_classes", lambda model, img, args: 0 * img[0].long() + 1):
+            picture = np.array(rest["picture"]())
+        img, classes = val[0].load(0)
+        truth, wrong = (np.array(segment.overlay(img, x, ["sea", "red"])) for x in (classes, 0 * classes + 1))
+        assert np.array_equal(picture[:len(truth), :150], truth) and np.array_equal(picture[:len(wrong), 150:], wrong)
+        assert picture.shape == (max(len(truth), len(wrong)), 300, 3) and len(truth) > len(wrong)
+        assert (picture[len(wrong):, 150:] == 255).all()
+        # two pictures at a time are what a batch norm needs, on one rank; a linear head has none
+        for more in ["--micro_batch", 1], ["--batch_size", 1]:
+            raises(UserError, quietly, *base, *more, words="needs two pictures at a time")
+        quietly(*base, *more, "--head", "linear")
+        (args, model, *_), _ = seen.pop()
+        assert type(model.head) is upernet.LinearHead and args.ignore == [255]
+    measured = []
+    with unittest.mock.patch.object(segment, "measure_speed", lambda *given: measured.append(given)), \
+            unittest.mock.patch.dict(TEACHERS, micro=MICRO_VIT):
+        small = ["--teacher", "micro", "--crop", 16, "--width", 12, "--batch_size", 3]
+        quietly("bench", *small), quietly("bench", *small, "--head", "linear")
+    for (name, model, (img, labels), predict, schedules), head in zip(measured, ("upernet", "linear")):
+        assert name == f"micro with {head}" and model.backbone.vit.config == MICRO_VIT
+        assert type(model.head) is {"upernet": upernet.UperHead, "linear": upernet.LinearHead}[head]
+        assert img.shape == (3, 3, 16, 16) and img.dtype == torch.uint8 and img.max() > 128
+        assert labels.shape == (3, 16, 16) and labels.dtype == torch.uint8 and 100 < labels.max() < 150
+        model.logits = lambda x: (x.min().item(), x.max().item())
+        low, high = predict()
+        assert low >= 0 and 0.5 < high <= 1, "pictures in [0, 1]"
+        assert schedules == {"160,000 steps of 16": 160_000 * 16, "100 epochs of ADE20K, the paper's": 100 * 20_210}
+    assert measured[0][1].head.join[0].out_channels == 12 and measured[0][1].head.classifier[1].out_channels == 150
+    args = segment.parse_args(["bench"])
+    assert (args.teacher, args.head, args.width, args.crop, args.batch_size) == ("internvit", "upernet", 512, 512, 16)
+
+
+def test_flags_of_the_segmenter_by_hand():
+    """Defaults and bounds; on a GPU bf16 is the default."""
+    base = {"train": ["--data", "x", "--weights", "w"], "test": ["--run", "r", "--data", "x"],
+            "predict": ["--run", "r", "x.png"], "bench": []}
+    parse = lambda command, *flags: vars(segment.parse_args([command, *base[command], *map(str, flags)]))
+    for command, expected in {
+            "train": dict(split="train", val_split="val", head="upernet", classes=None, ignore=[255], short=0,
+                          reduce_zero_label=False, lr=None, warmup=None, eval_every=16_000, save_every=2000,
+                          out="segmenter", epochs=None, frozen=False, decay_shape="linear", seed=0),
+            "test": dict(split="val", stride=None, short=None, batch_size=8, bf16=False, workers=4, out=None),
+            "predict": dict(stride=None, short=None, batch_size=8, bf16=False, out="predictions", files=["x.png"])
+            }.items():
+        found = parse(command)
+        assert {k: found[k] for k in expected} == expected
+    assert parse("train", "--ignore")["ignore"] == [] and parse("train", "--ignore", 3, 0)["ignore"] == [3, 0]
+    with unittest.mock.patch.object(torch.cuda, "is_available", lambda: True):
+        for command in "test", "predict":
+            assert parse(command)["bf16"] and not parse(command, "--fp32")["bf16"]
+    for command, flag, good, bad in (
+            ("train", "classes", (1, 254), (0, 255)), ("train", "short", (0,), (-1,)), ("train", "width", (1,), (0,)),
+            ("train", "crop", (1,), (0,)), ("test", "stride", (1,), (0,)), ("test", "short", (0,), (-1,)),
+            ("predict", "batch_size", (1,), (0,)), ("test", "workers", (0,), (-1,)), ("bench", "width", (1,), (0,)),
+            ("bench", "batch_size", (2,), (1,)), ("bench", "crop", (1,), (0,))):
+        for value in good:
+            assert parse(command, f"--{flag}", value)[flag] == value
+        for value in bad:
+            with contextlib.redirect_stderr(io.StringIO()):
+                raises(SystemExit, parse, command, f"--{flag}", value)
+
+
+def test_colours_and_legends_by_hand():
+    """Hues k * 0.618034, in three shades: of full and of 0.55 saturation (k // 3 odd), of 0.75 brightness (k odd)."""
+    def by_hand(hue, saturation, value):  # hue in sixths of the circle
+        rgb = [value * (1 - saturation * min(1, max(0, min(x, 4 - x)))) for x in ((hue + 5) % 6, (hue + 3) % 6,
+                                                                                 (hue + 1) % 6)]
+        return [255 * x for x in rgb]
+    for k, (saturation, value) in enumerate([(0.9, 1), (0.9, 0.75), (0.9, 1), (0.55, 0.75), (0.55, 1), (0.55, 0.75),
+                                             (0.9, 1)]):
+        expected = by_hand(6 * (k * 0.618034 % 1), saturation, value)
+        assert np.abs(np.array(segment.colour(k)) - expected).max() <= 0.5, (k, segment.colour(k), expected)
+    img, classes = torch.full((3, 10, 320), 100, dtype=torch.uint8), np.zeros((10, 320), np.uint8)
+    classes[:, 100:], classes[:, 200:], classes[:, 240:], classes[:, 300:] = 1, IGNORED, 2, 3
+    drawn, write = [], lambda self, at, text, **how: drawn.append((at, text))
+    with unittest.mock.patch.object(ImageDraw.ImageDraw, "text", write):
+        canvas = np.array(segment.overlay(img, classes, ["sea", "a long name of a class", "sky", "hut", "not there"]))
+    # the largest first, two in a row; of an equal share the later class
+    assert drawn == [((22, 13), "a long name of 31%"), ((172, 13), "sea 31%"), ((22, 31), "sky 19%"),
+                     ((172, 31), "hut 6%")], drawn
+    for k, (x, y) in zip((1, 0, 2, 3), ((4, 14), (154, 14), (4, 32), (154, 32))):
+        box = canvas[y:y + 13, x:x + 13]
+        assert (box == segment.colour(k)).all() and (canvas[y:y + 13, x - 1] == 255).all()
+        assert (canvas[y:y + 13, x + 13] == 255).all() and (canvas[y - 1, x:x + 13] != segment.colour(k)).any()
+    assert canvas.shape == (10 + 2 * 18 + 4, 320, 3)
+    narrow = segment.overlay(img[:, :, :4], classes[:, 98:102], ["sea", "red"])
+    assert narrow.size == (150, 10 + 2 * 18 + 4) and narrow.getpixel((149, 5)) == (255, 255, 255)
+
+
+def test_uperheads_of_other_patches_and_grids():
+    """Twice enlarged maps of patch 16 by hand, odd maps are pooled to the end, how a head is drawn, and fp32 logits."""
+    torch.manual_seed(0)
+    grow = upernet.rescale(4, 2).eval()
+    norm, x = grow[1], torch.randn(2, 4, 3, 5)
+    norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2), norm.weight.data.normal_(), norm.bias.data.normal_()
+    y = torch.einsum("bihw,ioyx->bohywx", x, grow[0].weight).reshape(2, 4, 6, 10) + grow[0].bias.view(-1, 1, 1)
+    mean, std, gain, shift = (v.view(-1, 1, 1) for v in (norm.running_mean, (norm.running_var + 1e-5).sqrt(),
+                                                         norm.weight, norm.bias))
+    y = (y - mean) / std * gain + shift
+    y = y * 0.5 * (1 + torch.erf(y / 2 ** 0.5))
+    y = torch.einsum("bihw,ioyx->bohywx", y, grow[3].weight).reshape(2, 4, 12, 20) + grow[3].bias.view(-1, 1, 1)
+    close(grow(x), y, 1e-5)
+    assert [type(m).__name__ for m in upernet.rescale(4, 3)] == [
+        "ConvTranspose2d", "BatchNorm2d", "GELU", "ConvTranspose2d", "BatchNorm2d", "GELU", "ConvTranspose2d"]
+    ramp = torch.arange(35.0).view(1, 1, 5, 7)
+    assert upernet.rescale(1, -1)(ramp)[0, 0].tolist() == [[8, 10, 12, 13], [22, 24, 26, 27], [29, 31, 33, 34]]
+    assert upernet.rescale(1, 0)(ramp) is ramp and upernet.rescale(1, -2)(ramp)[0, 0].tolist() == [[24, 27], [31, 34]]
+    for head in "upernet", "linear":
+        model = Segmenter(backbone(), 40, head, 16)
+        last = [m for m in model.head.modules() if isinstance(m, torch.nn.Conv2d) and m.out_channels == 40]
+        assert len(last) == (2 if head == "upernet" else 1)
+        for m in last:
+            assert 0.0085 < m.weight.std() < 0.0115 and (m.bias == 0).all()
+        drops = [m.p for m in model.head.modules() if isinstance(m, torch.nn.Dropout2d)]
+        assert drops == ([0.1, 0.1] if head == "upernet" else [])
+        model, img = model.eval(), torch.rand(1, 3, 32, 36)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert model.outputs(img)[0].dtype == torch.bfloat16
+            fine = model.logits(img)
+        assert fine.dtype == torch.float32 and (fine != fine.bfloat16()).any(), "enlarged in fp32"
+        assert fine.shape == (1, 40, 32, 36)
+
+
+def test_pairs_have_their_names_and_say_which_do_not():
+    """Names below several roots and subfolders, and every word of what is said of files without a partner."""
+    blank = np.zeros((2, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as tmp:
+        for root in "ab":
+            save(f"{tmp}/{root}/top/val/images/city/0.jpg", np.stack(3 * [blank], -1))
+            save(f"{tmp}/{root}/top/val/masks/city/0.png", blank)
+        save(f"{tmp}/a/top/v.l/images/1.png", blank), save(f"{tmp}/a/top/v.l/masks/1.png", blank)
+        assert Pairs(f"{tmp}/a", "val", "masks").names == ["top/city/0"]
+        both = Pairs([f"{tmp}/a", f"{tmp}/b"], "val", "masks")
+        assert both.names == [f"{tmp}/a/top/city/0", f"{tmp}/b/top/city/0"]
+        assert both.path(1) == f"{tmp}/b/top/val/images/city/0.jpg"
+        assert both.path(1, True) == f"{tmp}/b/top/val/masks/city/0.png"
+        assert Pairs(f"{tmp}/a", "v.l", "masks").names == ["top/1"]
+        assert Pairs(f"{tmp}/a", "val", "masks").numbers.tolist() == [[2, 3]]  # v.l sorts before val
+        refused(DataError, Pairs, [f"{tmp}/a", f"{tmp}/b"], "val", "depth", says=f"{tmp}/a, {tmp}/b, split val: there "
+                "are no pairs of val/images and val/depth with the same name")
+        save(f"{tmp}/a/top/val/masks/3.png", blank), save(f"{tmp}/a/top/val/images/2.png", blank)
+        refused(DataError, Pairs, f"{tmp}/a", "val", "masks", says=f"{tmp}/a, split val: 2 files of images or masks "
+                f"have no partner: {tmp}/a/top/val/images/2.png, {tmp}/a/top/val/masks/3.png")
+        save(f"{tmp}/b/top/val/images/city/0.png", blank)
+        refused(DataError, Pairs, f"{tmp}/b", "val", "masks", says=f"{tmp}/b/top/val/images/city/0.png and "
+                f"{tmp}/b/top/val/images/city/0.jpg have the same name")
+    names = [f"n{k}" for k in range(22)]
+    assert list_some(names[:20]) == ", ".join(names[:20]) and list_some(["x"], "; ") == "x"
+    assert list_some(names, "; ") == "; ".join(names[:20]) + "; and 2 more"
+
+
+def test_pairs_go_on_reading_after_a_fault():
+    """Nothing more is yielded, the rest is read nevertheless, and all ranks' faults are told."""
+    read, gathered = [], []
+
+    def use(i):
+        read.append(i)
+        if i in (2, 4):
+            raise UserError(f"fault {i}")
+        return 10 * i
+    with tempfile.TemporaryDirectory() as tmp:
+        pairs = Pairs(shapes(tmp, 6, ["val"]), "val", "masks")
+        assert list(pairs.every(use, [5, 0, 3])) == [50, 0, 30]
+        found, read[:] = [], []
+
+        def run():
+            for x in pairs.every(use, range(1, 6), gather=lambda x: gathered.append(x) or [["other"], x]):
+                found.append(x)
+        refused(DataError, run, says="3 of 6 pairs cannot be used: other; fault 2; fault 4")
+        assert found == [10] and read == [1, 2, 3, 4, 5] and gathered == [["fault 2", "fault 4"]]
+        counts, plain = [], DataLoader.__init__
+
+        def loader(self, *args, **more):
+            counts.append((more["num_workers"], more["worker_init_fn"].__name__))
+            plain(self, *args, **{**more, "num_workers": 0})
+        with unittest.mock.patch.object(DataLoader, "__init__", loader), unittest.mock.patch(
+                "downstream.pairs.check_locks", lambda n: counts.append(n)):
+            assert list(pairs.every(lambda i: i, workers=3)) == [0, 1, 2, 3, 4, 5]
+        assert counts == [3, (3, "ignore_signals")], counts
+
+
+def test_masks_are_turned_as_their_images():
+    """Of each orientation that EXIF knows, as PIL turns it; and grey of four bits."""
+    numbers = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    turned = [numbers, numbers[:, ::-1], numbers[::-1, ::-1], numbers[::-1], numbers.T, np.rot90(numbers, -1),
+              numbers[::-1, ::-1].T, np.rot90(numbers)]
+    with tempfile.TemporaryDirectory() as tmp:
+        for k, expected in enumerate(turned, 1):
+            exif = Image.Exif()
+            exif[0x0112] = k
+            for kind, x in ("images", np.stack(3 * [numbers], -1)), ("masks", numbers), ("depth", numbers.astype("H")):
+                os.makedirs(f"{tmp}/val/{kind}", exist_ok=True)
+                Image.fromarray(x).save(f"{tmp}/val/{kind}/{k}.png", exif=exif)
+        for kind in "masks", "depth":
+            pairs = Pairs(tmp, "val", kind)
+            for i, expected in enumerate(turned):
+                img, mask = pairs.read(i)
+                assert np.array_equal(mask, expected) and np.array_equal(img[0].numpy(), expected), (kind, i)
+    chunk = lambda kind, x: struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, 4, 0, 0, 0, 0)) + chunk(
+        b"IDAT", zlib.compress(b"\0\x0f\x71")) + chunk(b"IEND", b"")  # 0, 15, 7, 1 in grey of 4 bits
+    assert read_numbers(png).tolist() == [[0, 15, 7, 1]]
