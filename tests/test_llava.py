@@ -1,6 +1,7 @@
 """downstream/llava.py: prompts, AnyRes, the spliced sequence, training on one process and on two, answers, refusals."""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    HERE, MICRO_VIT, close, free_port, log_lines, micro_models, picture, raises, run, run_ranks, tokenizer_file)
+    HERE, MICRO_VIT, close, free_port, log_lines, micro_models, picture, raises, refused, run, run_ranks,
+    tokenizer_file)
 
 import contextlib
 import functools
@@ -10,6 +11,7 @@ import os
 import shutil
 import tempfile
 import unittest.mock
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -22,6 +24,8 @@ from downstream.llava_model import IGNORE, IMAGE
 from downstream.llava_prompts import Prompter
 from experiments.understanding import study
 from encoder import Encoder, UserError, ViT
+from eval import sha256
+from tools.checkpoint import load_checkpoint
 
 WORDS = ["A", "chat", "USER", "ASSISTANT", ":", "?", ".", "What", "is", "it", "cat", "dog", "red", "blue", "system",
          "user", "assistant", "You", "are", "helpful"]
@@ -757,3 +761,138 @@ def test_the_study_gives_each_row_its_encoder_its_questions_and_its_line():
         assert "log.jsonl" in left and "state.pt" not in left and "model.safetensors" not in left
         raises(UserError, study.main, ["pixels", *flags[:6], "--results", results + "2"], words="--pixels FILE")
         raises(UserError, study.main, ["all", *flags[:2], "--data", "none"], words="is no folder")
+
+
+def without(flags, name):
+    """The flags without this one and its value."""
+    at = flags.index(name)
+    return [*flags[:at], *flags[at + 2:]]
+
+
+def refused_by(parse, *flags):
+    """What argparse says before it exits."""
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            parse(list(map(str, flags)))
+        except SystemExit as e:
+            assert e.code == 2
+            return err.getvalue()
+    raise AssertionError(f"{flags} are taken")
+
+
+def test_flags_have_their_defaults_and_their_ranges():
+    need = {"train": ["train", "--variant", "xl", "--stage", 2, "--llm", "x", "--weights", "y", "--data", "z"],
+            "answer": ["answer", "--run", "r", "--questions", "q", "--answers", "a"], "chat": ["chat", "--run", "r"]}
+    parse = lambda command, *flags: vars(llava.parse_args(list(map(str, [*need[command], *flags]))))
+    with unittest.mock.patch.object(llava, "default_workers", lambda most: 100 + most):
+        train, ask, talk = (parse(command) for command in need)
+    assert train == dict(
+        command="train", variant="xl", stage=2, llm="x", weights="y", teacher=None, teacher_weights=None, init=None,
+        data=["z"], images=".", out="out/llava", size=None, layer=None, pool=None, tiles=9, template="chat",
+        system=None, max_length=32768, recipe="llava", batch_size=512, micro_batch=4, steps=None, epochs=1, lr=1e-5,
+        encoder_lr=2e-6, warmup=None, weight_decay=0.0, clip=1.0, seed=0, workers=108, compile=False,
+        checkpoint_activations=False, log_every=10, save_every=500, keep_every=None, resume_anyway=False,
+        trains=("encoder", "projector", "llm"), aspect="anyres", lr_decay=1.0, decay_shape="cosine", eval_every=0)
+    assert ask == dict(command="answer", run="r", llm=None, bf16=False, questions="q", images=".", answers="a",
+                       batch_size=16, max_new_tokens=128, workers=108)
+    assert talk == dict(command="chat", run="r", llm=None, bf16=False, inputs=[], max_new_tokens=512)
+    with unittest.mock.patch("torch.cuda.is_available", lambda: True):
+        assert parse("train")["checkpoint_activations"] and parse("answer")["bf16"] and parse("chat")["bf16"]
+    lowest = dict(size=1, tiles=1, max_length=2, batch_size=1, micro_batch=1, steps=1, epochs=1, lr=0.0, encoder_lr=0.0,
+                  warmup=0, weight_decay=0.0, clip=0.0, seed=0, workers=0, log_every=1, save_every=0, keep_every=0)
+    for command, ranges in (("train", lowest), ("answer", dict(batch_size=1, max_new_tokens=1, workers=0)),
+                            ("chat", dict(max_new_tokens=1))):
+        for name, low in ranges.items():
+            assert parse(command, f"--{name}", low)[name] == low, name
+            said = refused_by(llava.parse_args, *need[command], f"--{name}={low - 1}")
+            assert f"argument --{name}: it is {low - 1}; it must be at least {low:.0f}" in said, said
+    assert parse("train", "--seed", 2 ** 63 - 1)["seed"] == 2 ** 63 - 1
+    assert "at most 9223372036854775807" in refused_by(llava.parse_args, *need["train"], "--seed", 2 ** 63)
+    for flags, words in ((["--pool", 3], "--pool"), (["--stage", 4], "--stage"), (["--template", "llama"], "--template"),
+                         (["--steps", 1, "--epochs", 2], "not allowed with"), (["--recipe", "x"], "--recipe")):
+        assert words in refused_by(llava.parse_args, *need["train"], *flags), flags
+    for names, words in ((["--weights"], "give the tokenizer's --weights, or for the control a --teacher, or --init\n"),
+                         (["--llm"], "give a language model, --llm, or --init\n")):
+        assert refused_by(llava.parse_args, *without(need["train"], *names)).endswith(words), words
+        assert vars(llava.parse_args(list(map(str, without(need["train"], *names) + ["--init", "i"]))))["init"] == "i"
+    # what a resume may change
+    free = set("llm weights teacher teacher_weights images data init out steps epochs workers micro_batch compile "
+               "checkpoint_activations log_every save_every keep_every resume_anyway warmup".split())
+    state = {**dict.fromkeys("tensors step samples sums faults cut id config".split(), 0), "args": train}
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "state.pt")
+        torch.save(state, path)
+        for name in train:
+            now = llava.SimpleNamespace(**{**train, name: "other", "resume_anyway": False})
+            try:
+                load_checkpoint(path, llava.STATE, now, llava.MAY_DIFFER)
+                assert name in free, name
+            except UserError as e:
+                assert f"({name} was {train[name]}, is now other)" in str(e) and name not in free, name
+        for name in state:
+            torch.save({k: v for k, v in state.items() if k != name}, path)
+            raises(UserError, load_checkpoint, path, llava.STATE, llava.SimpleNamespace(**train), llava.MAY_DIFFER,
+                   words=f"(it lacks {name})")
+
+
+def built(folder, *flags, **stage):
+    """(model, what its file says of it) of a stage that these flags of `training` ask for."""
+    return llava_model.build_stage(llava.parse_args(list(map(str, training(folder, *flags, **stage)))), "cpu")
+
+
+def recomputes(llm):
+    return any(getattr(m, "gradient_checkpointing", False) for m in llm.modules())
+
+
+def test_a_stage_is_built_as_the_command_line_says():
+    with tempfile.TemporaryDirectory() as tmp:
+        path = lambda name: os.path.join(tmp, name)
+        flags = ["--size", 32, "--layer", 1, "--pool", 2, "--tiles", 4, "--seed", 3, "--template", "plain", "--system",
+                 "S", "--checkpoint_activations"]
+        model, config = built(tmp, *flags, variant="xl", stage=1)
+        eye = f"{path('tokenizer.safetensors')} {sha256(path('tokenizer.safetensors'))[:12]}"
+        mine = dict(variant="xl", stage=1, llm=path("llm"), eye=eye, size=32, cap=4, aspect="squash", layer=1, pool=2,
+                    template="plain", system="S", trains_llm=False)
+        assert config == {"vit": asdict(MICRO_VIT), "llava": mine, "commit": llava_model.commit()}, config
+        assert (model.layer, model.pool, model.cap) == (1, 2, 4) and model.projector[0].in_features == 4 * 32
+        torch.manual_seed(3)  # the newline's draws come last
+        for layer in torch.nn.Linear(128, 32), torch.nn.Linear(32, 32):
+            assert any(torch.equal(layer.weight, x.weight) for x in (model.projector[0], model.projector[2]))
+        assert torch.equal(model.newline, torch.randn(32) / 32 ** 0.5)
+        assert model.encoder.vit.checkpoint and recomputes(model.llm)
+        assert not model.encoder.training and model.llm.training and model.projector.training
+        img = torch.randint(256, (1, 3, 16, 24), dtype=torch.uint8)
+        f = model.encoder.features(img / 255, 1)  # the last of the three blocks but one
+        f = torch.stack([torch.cat([f[0, y * 6 + x], f[0, y * 6 + x + 1], f[0, y * 6 + x + 6], f[0, y * 6 + x + 7]])
+                         for y in (0, 2) for x in (0, 2, 4)])
+        close(model.see(img)[0].flatten(0, 1), model.projector(f), 1e-5)
+        # the next stage: what is not said is that of --init
+        out = path("one")
+        quietly(*training(tmp, *flags[:6], "--system", "S", "--steps", 1, "--out", out, "--template", "vicuna",
+                          variant="xl", stage=1))
+        model, config = built(tmp, "--init", out, variant="xl", stage=2)
+        assert config["llava"] == {**mine, "stage": 2, "cap": 9, "aspect": "anyres", "template": "chat", "system": None,
+                                   "trains_llm": True} and model.encoder.training
+        assert not model.encoder.vit.checkpoint and not recomputes(model.llm)
+        given = ["--init", out, "--size", 16, "--layer", -1, "--pool", 2]
+        mine = built(tmp, *given, variant="xl", stage=1)[1]["llava"]
+        assert (mine["size"], mine["layer"], mine["pool"], mine["trains_llm"]) == (16, -1, 2, False)
+        second = path("two")
+        quietly(*training(tmp, "--init", out, "--steps", 1, "--out", second, variant="xl", stage=2))
+        third = built(tmp, "--init", second, variant="xl", stage=1)[1]["llava"]
+        assert third["trains_llm"], "once it was trained, its tensors belong to the run"
+        # the same file elsewhere is the same encoder; another is not
+        shutil.copy(path("tokenizer.safetensors"), path("moved.safetensors"))
+        built(tmp, "--init", out, "--weights", path("moved.safetensors"), variant="xl")
+        raises(UserError, built, tmp, "--init", tmp, words="no such file")
+        shutil.copy(path("tokenizer.safetensors"), path("model.safetensors"))
+        raises(UserError, built, tmp, "--init", tmp, words=f"--init {tmp} is no run of downstream.llava")
+        for size, pool, near in ((18, 1, 16), (19, 1, 20), (1, 1, 4), (20, 2, 16), (23, 2, 24), (3, 2, 8)):
+            refused(UserError, built, tmp, "--size", size, "--pool", pool, says=(
+                f"--size {size} is no multiple of {4 * pool}, the patch times --pool: try {near}"))
+        for layer in 3, -4:
+            refused(UserError, built, tmp, "--layer", layer, says=(
+                f"the encoder has 3 blocks, so there is no block {layer}: give another --layer"))
+        assert built(tmp, "--layer", 2)[0].layer == 2 and built(tmp, "--layer", -3)[0].layer == -3
+        raises(UserError, llava_model.load_tokenizer, path("none"),
+               words=f"no text tokenizer can be loaded from {path('none')}")
