@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import types
 import unittest.mock
 from dataclasses import asdict
 
@@ -23,9 +24,10 @@ from downstream.llava_data import Looker
 from downstream.llava_model import IGNORE, IMAGE
 from downstream.llava_prompts import Prompter
 from experiments.understanding import study
-from encoder import Encoder, UserError, ViT
+from encoder import Encoder, UserError, ViT, read_config
 from eval import sha256
 from tools.checkpoint import load_checkpoint
+from tools.run import INTERRUPTS
 
 WORDS = ["A", "chat", "USER", "ASSISTANT", ":", "?", ".", "What", "is", "it", "cat", "dog", "red", "blue", "system",
          "user", "assistant", "You", "are", "helpful"]
@@ -896,3 +898,217 @@ def test_a_stage_is_built_as_the_command_line_says():
         assert built(tmp, "--layer", 2)[0].layer == 2 and built(tmp, "--layer", -3)[0].layer == -3
         raises(UserError, llava_model.load_tokenizer, path("none"),
                words=f"no text tokenizer can be loaded from {path('none')}")
+
+
+def alone(data, numbers, model):
+    """(sum of the losses, targets, tokens) of samples, each as a batch of its own."""
+    total, targets, tokens = 0, 0, 0
+    for n in numbers:
+        batch = llava_data.collate([data[n]])
+        keep = {k: batch[k] for k in ("ids", "places", "targets", "tiles", "layouts")}
+        total, tokens = total + model(**keep), tokens + len(data[n]["ids"])
+        targets += int((data[n]["labels"][1:] != IGNORE).sum())
+    return total, targets, tokens
+
+
+def test_a_run_says_and_logs_what_it_does():
+    """Of three steps that take two seconds each: every line on the screen and every number in the log."""
+    with tempfile.TemporaryDirectory() as tmp:
+        out, plain, order = os.path.join(tmp, "out"), llava.log, []
+        flags = training(tmp, "--steps", 3, "--warmup", 2, "--lr", 1e-3, "--system", "A", "--max_length", 45,
+                         "--workers", 1, "--compile", "--recipe", "paper", "--weight_decay", 0.25, "--out", out)
+        flags[flags.index("--workers") + 1] = 1
+
+        def recorded(name, kind=llava.Run):
+            method = getattr(kind, name)
+            return unittest.mock.patch.object(kind, name, lambda self, *a: order.append((name, *a)) or method(self, *a))
+        with contextlib.ExitStack() as stack:
+            for name in "hold_folder", "load", "open_log":
+                stack.enter_context(recorded(name))
+            for name in "listen", "check_locks":
+                stack.enter_context(unittest.mock.patch.object(llava, name, lambda x, name=name: order.append((name, x))))
+            stack.enter_context(unittest.mock.patch.object(llava, "log", lambda s, seconds: plain(s, 2.0)))
+            setup, shard, kept = llava.setup, llava.shard, []
+            stack.enter_context(unittest.mock.patch.object(llava, "setup", lambda *a: kept.append(setup(*a)) or kept[0]))
+            stack.enter_context(unittest.mock.patch.object(
+                llava, "shard", lambda model, run, compiled: order.append(("shard", compiled)) or shard(model, run, False)))
+            screen = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            llava.main(list(map(str, flags)), on_signal="handler")
+        args = kept[0].args
+        assert order == [("shard", True), ("hold_folder",), ("load", llava.STATE, args, llava.MAY_DIFFER),
+                         ("open_log", 0), ("listen", "handler"), ("check_locks", 1)], order
+        group, = kept[0].optimizer.param_groups
+        assert (group["betas"], group["weight_decay"]) == ((0.5, 0.95), 0.25)
+        # by hand: the samples of each step, and the first step's loss and gradient
+        first = llava.parse_args(list(map(str, flags)))
+        model, config = llava_model.build_stage(first, "cpu")
+        data = llava_data.Conversations(first.data, first.images, Prompter(tokenizer(), "vicuna", "A"),
+                                        Looker(config["llava"], MICRO_VIT), 4, 0, 45)
+        total, targets, _ = alone(data, range(4), model)
+        (total / targets).backward()
+        norm = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None) ** 0.5
+        tokens = [sum(len(data[n]["ids"]) for n in range(k, k + 4)) for k in (0, 4, 8)]
+        cut = np.cumsum([sum(data[n]["was_cut"] for n in range(k, k + 4)) for k in (0, 4, 8)]).tolist()
+        assert 0 < cut[0] < cut[2], "some samples are cut"
+        lines = log_lines(out, timing=True)
+        assert abs(lines[0]["loss"] / (total / targets).item() - 1) < 1e-4
+        assert abs(lines[0]["grad_norm"] / norm.item() - 1) < 1e-3
+        rates = [0.5e-3, 1e-3, 1e-3]  # warm-up, then a cosine over the last step alone
+        for k, line in enumerate(lines):
+            assert {k: x for k, x in line.items() if k not in ("loss", "grad_norm")} == dict(
+                step=k + 1, lr=rates[k], tokens=tokens[k], cut=cut[k], skipped=0, img_s=2.0, tokens_s=tokens[k] / 2,
+                memory_gib=None), line
+        learns = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("llm.", "projector.")))
+        everything = sum(p.numel() for p in model.parameters())
+        eye = config["llava"]["eye"]
+        expected = [
+            "data: 16 conversations, 8 with pictures; template vicuna, pictures: pad, at most 45 tokens",
+            f"model: {os.path.join(tmp, 'llm')} seeing by {eye}; trains projector, llm: {learns / 1e6:.1f}M of "
+            f"{everything / 1e6:.1f}M parameters",
+            "run: 3 steps of 4 = micro-batch 2 x accumulation 2 x 1 rank on cpu; rate 1.00e-03 after 2 steps of "
+            "warm-up, then a cosine; --recipe paper: AdamW's betas (0.5, 0.95)"]
+        for k, (line, eta) in enumerate(zip(lines, ("00:04", "00:02", "00:00"))):
+            expected.append(f"step      {k + 1}/3 | loss {line['loss']:.4f} | grad {line['grad_norm']:.2f} | lr "
+                            f"{rates[k]:.1e} | {tokens[k] / 2:,.0f} tokens/s | {cut[k]} cut at 45 | eta {eta}")
+        expected.append(f"done: {out}/model.safetensors; try: python -m downstream.llava chat --run {out} IMAGE "
+                        '"What is in the picture?"')
+        assert screen.getvalue().splitlines() == expected, screen.getvalue()
+        said = quietly(*flags).splitlines()
+        assert said[-2:] == [
+            f"resumed from {out}/state.pt at step 3",
+            f"the run is finished: {out}/model.safetensors; to extend it, give more --steps or --epochs"], said
+        state = torch.load(os.path.join(out, "state.pt"))
+        assert set(state) == {*llava.STATE} and state["samples"] == 12 and state["cut"] == cut[2]
+        assert state["config"] == config and state["args"] == vars(args)
+        # signals save and stop; what is read is what two ranks would have to agree on
+        step = llava.step
+
+        def signalled(s, batches):
+            if s.now.step == 1:
+                INTERRUPTS.append(15)
+            return step(s, batches)
+        try:
+            with unittest.mock.patch.object(llava, "step", signalled):
+                said = quietly(*without(flags, "--workers"), "--workers", 0, "--out", out + "2", "--save_every", 0)
+        finally:
+            INTERRUPTS.clear()
+        assert said.splitlines()[-1] == ("interrupted and saved at step 2: the same command goes on from there"), said
+        assert torch.load(os.path.join(out + "2", "state.pt"))["step"] == 2
+        state = types.SimpleNamespace(load=lambda *a: dict(tensors={}), ranks=2, path=lambda x: "R/" + x)
+        refused(UserError, llava.resume, types.SimpleNamespace(args=args, run=state, now=None),
+                says="R/state.pt was saved by one process: go on with one, or start from RUN as --init")
+
+
+def test_what_is_clipped_and_what_is_not_finite():
+    with tempfile.TemporaryDirectory() as tmp:
+        only_pictures(tmp)
+        out = os.path.join(tmp, "out")
+        flags = training(tmp, "--steps", 1, "--warmup", 0, "--lr", 1, "--encoder_lr", 1, "--template", "vicuna",
+                         "--system", "A", "--clip", 0.01, "--out", out, variant="xl")
+        model, config = built(tmp, *flags[1:], variant="xl")
+        data = llava_data.Conversations(
+            [os.path.join(tmp, "data.json")], os.path.join(tmp, "pictures"), Prompter(tokenizer(), "vicuna", "A"),
+            Looker(config["llava"], MICRO_VIT), 4, 0, 32768)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        total, targets, _ = alone(data, range(4), model)
+        (total / targets).backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        norm = sum(x.square().sum() for x in grads.values()) ** 0.5
+        # plain gradient descent at the rate 1 moves all parts together by the limit
+        with unittest.mock.patch("torch.optim.AdamW", lambda groups, **_: torch.optim.SGD(groups)):
+            quietly(*flags)
+        moved = torch.load(os.path.join(out, "state.pt"))["tensors"]
+        assert any(name.startswith("encoder.") for name in grads)
+        for name, grad in grads.items():
+            assert torch.allclose(moved[name], before[name] - 0.01 * grad / norm, atol=1e-6), name
+        assert abs(log_lines(out)[0]["grad_norm"] / norm.item() - 1) < 1e-3, "as it was before the clipping"
+        assert abs(log_lines(out)[0]["loss"] / (total / targets).item() - 1) < 1e-4
+        # a loss may be finite and its gradient not: the square root of 0
+        forward, steps, bad = llava_model.LLaVA.forward, [], {2}
+        kept, setup = [], llava.setup
+
+        def sometimes(self, **batch):
+            steps.append(1)
+            loss, step = forward(self, **batch), (len(steps) + 1) // 2  # of two micro-batches
+            return loss + (0 * self.projector[0].bias.sum()).sqrt() if step in bad else loss
+        weights = lambda: kept[-1].model.projector[0].bias.detach().clone()
+        seen, step = [], llava.step
+        with unittest.mock.patch.object(llava_model.LLaVA, "forward", sometimes), unittest.mock.patch.object(
+                llava, "setup", lambda *a: kept.append(setup(*a)) or kept[-1]), unittest.mock.patch.object(
+                llava, "step", lambda s, batches: step(s, batches) or seen.append(weights())):
+            flags = training(tmp, "--steps", 3, "--warmup", 0, "--lr", 1e-3, "--template", "vicuna", "--system", "A")
+            said = quietly(*flags, "--out", out + "2").splitlines()
+            assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+            lines = log_lines(out + "2")
+            assert [x["skipped"] for x in lines] == [0, 1, 1] and lines[1]["loss"] is None and lines[2]["loss"] > 0
+            assert ["1 steps skipped" in x for x in said if x.startswith("step ")] == [False, True, True], said
+            steps.clear(), bad.update(range(3, 20))
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                try:
+                    llava.main(list(map(str, [*flags, "--steps", 30, "--out", out + "3"])))
+                    raise AssertionError("it goes on")
+                except UserError as e:
+                    said = str(e)
+        last = [f"sample {kept[-1].data.index(n)}" for n in range(40, 44)]
+        assert said.startswith(f"at step 11 the loss or its gradient is not finite, 10 steps in a row (the last finite "
+                               f"one: {log_lines(out + '3')[0]['loss']:.4f}); the last batch is {', '.join(last[:3])} .."), said
+        assert open(os.path.join(out + "3", "not_finite.txt")).read().splitlines() == last
+
+
+def test_files_in_half_precision():
+    """A language model whose file is bf16 is trained in fp32, and written as bf16; answers come in either."""
+    with tempfile.TemporaryDirectory() as tmp:
+        llm_folder(tmp)
+        from transformers import AutoModelForCausalLM
+        path = lambda name: os.path.join(tmp, name)
+        AutoModelForCausalLM.from_pretrained(path("llm"), dtype=torch.bfloat16).save_pretrained(path("llm"))
+        kept, setup = [], llava.setup
+        with unittest.mock.patch.object(llava, "setup", lambda *a: kept.append(setup(*a)) or kept[-1]):
+            quietly(*training(tmp, "--steps", 1, "--system", "A", "--out", path("two")))
+            quietly(*training(tmp, "--steps", 1, "--template", "vicuna", "--system", "A", "--out", path("one"), stage=1))
+        moved = dict(kept[0].model.named_parameters())
+        assert {p.dtype for p in moved.values()} == {torch.float32}
+        found = load_file(path("two/model.safetensors"))
+        for name, x in found.items():
+            kind = torch.bfloat16 if name.startswith("llm.") else torch.float32
+            assert x.dtype == kind and torch.equal(x, moved[name].to(kind)), name
+        assert read_config(path("two/model.safetensors"))["step"] == 1
+        assert not any(name.startswith("llm.") for name in load_file(path("one/model.safetensors")))
+        os.rename(path("llm"), path("moved"))
+        args = lambda run, bf16: types.SimpleNamespace(run=path(run) + "/", llm=path("moved"), max_new_tokens=2,
+                                                       bf16=bf16)
+        for run in "one", "two":
+            for bf16 in True, False:
+                speaker, modes = llava_use.Speaker(args(run, bf16), torch.device("cpu")), []
+                assert {p.dtype for p in speaker.model.llm.parameters()} == {torch.bfloat16 if bf16 else torch.float32}
+                assert {p.dtype for p in speaker.model.projector.parameters()} == {torch.float32}
+                assert not speaker.model.training and not any(p.requires_grad for p in speaker.model.parameters())
+                assert speaker.prompter.system == "A" and speaker.name.startswith(f"{run}-{speaker.config['id']}-1")
+                see = speaker.model.see
+                speaker.model.see = lambda tiles: modes.append(torch.is_autocast_enabled("cpu")) or see(tiles)
+                asked = llava_use.ask(speaker.prompter, speaker.looker, [("What?", "")], [])
+                assert len(list(speaker.tokens([asked]))) <= 2 and modes == [bf16]
+
+
+def test_what_ranks_share():
+    """Recorded calls: FSDP gets every block and then the whole, fp32 before, bf16 inside on GPUs alone."""
+    model = micro_llava().bfloat16()
+    blocks, calls = [*model.encoder.vit.blocks, *model.llm.model.layers], []
+    wrap = lambda module, **how: calls.append((module, how, {p.dtype for p in module.parameters()}))
+    with unittest.mock.patch("torch.distributed.fsdp.fully_shard", wrap), unittest.mock.patch(
+            "torch.distributed.device_mesh.init_device_mesh", lambda *a: a), unittest.mock.patch.object(
+            torch.nn.Module, "compile", lambda self, **how: calls.append((self, how))):
+        for on_gpu, inside in ((True, torch.bfloat16), (False, None)):
+            calls.clear()
+            run = types.SimpleNamespace(ranks=2, on_gpu=on_gpu, device=torch.device("cpu"))
+            llava_model.shard(model, run, False)
+            assert [x[0] for x in calls] == [*blocks, model]
+            for _, how, dtypes in calls:
+                assert how["mesh"] == ("cpu", (2,)) and dtypes == {torch.float32}
+                assert (how["mp_policy"].param_dtype, how["mp_policy"].reduce_dtype) == (inside, torch.float32)
+        calls.clear()
+        model.bfloat16()
+        llava_model.shard(model, types.SimpleNamespace(ranks=1, device=torch.device("cpu")), True)
+        assert calls == [(block, {"dynamic": True}) for block in blocks]
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
