@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import types
 import unittest.mock
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 from downstream import llava, llava_data, llava_model, llava_speed, llava_use
 from downstream.llava_data import Looker
 from downstream.llava_model import IGNORE, IMAGE
-from downstream.llava_prompts import Prompter
+from downstream.llava_prompts import Prompter, picture_first
 from experiments.understanding import study
-from encoder import Encoder, UserError, ViT, read_config
+from data import center_crop
+from encoder import Encoder, MissingFile, UserError, ViT, read_config
 from eval import sha256
 from tools.checkpoint import load_checkpoint
 from tools.run import INTERRUPTS
@@ -145,6 +146,22 @@ def test_ids_and_labels_of_vicunas_template():
     text = Prompter(tokenizer(), "vicuna").pieces([("q", "a")])[0]
     assert text == ("A chat between a curious user and an artificial intelligence assistant. The assistant gives "
                     "helpful, detailed, and polite answers to the user's questions. USER: q ASSISTANT:")
+    assert Prompter(tokenizer(), "vicuna", "").pieces([("q", "a"), ("r", "b")]) == [
+        "USER: q ASSISTANT:", "a", "</s>USER: r ASSISTANT:", "b", "</s>"], "without a system's text"
+    for question, moved in (("<image>", "<image>"), ("What <image> ", "<image>\nWhat"), ("What?", "What?"),
+                            ("<image> or <image> ", "<image> or <image> "), ("  <image>\n\nWhat?", "<image>\nWhat?")):
+        assert picture_first(question) == moved, question
+    assert p.encode_text("<image>a<image><image>").count(IMAGE) == 3
+    assert p.text([1, *p.encode_text(" What is it?"), 2]) == "What is it?"
+    from transformers import PreTrainedTokenizerFast
+    from tokenizers import AddedToken
+    odd = PreTrainedTokenizerFast(tokenizer_object=tokenizer()._tokenizer, bos_token="<s>", unk_token="<unk>",
+                                  chat_template=CHATML)  # names no end
+    refused(UserError, Prompter, odd, "vicuna", says=(
+        "the language model's tokenizer has no end token, which --template vicuna needs"))
+    assert Prompter(odd, "chat").stop == [4] and Prompter(odd, "plain").stop == [odd.convert_tokens_to_ids("\n")]
+    odd.add_tokens([AddedToken("<tool>", special=False), AddedToken("<x>", special=True), AddedToken("<image>", special=True)])
+    assert Prompter(odd, "chat").clean("a<tool><x></s>b<image>") == "a<tool>b<image>", "control tokens alone go"
 
 
 def test_ids_and_labels_of_the_plain_and_the_chat_template():
@@ -152,7 +169,10 @@ def test_ids_and_labels_of_the_plain_and_the_chat_template():
     assert spelled(plain, [("<image>\nWhat is it?", "A cat.")]) == r"<s> IMAGE =▁A =▁cat =. =\n"
     newline = tokenizer().convert_tokens_to_ids("\n")
     assert plain.stop == sorted([2, newline]) and plain.prompt([("<image>\nWhat?", "")]) == [1, IMAGE]
-    raises(UserError, plain.sample, [("What?", "cat"), ("What?", "dog")], words="plain template takes one question")
+    refused(UserError, plain.sample, [("What?", "cat"), ("What?", "dog")], says=(
+        "the plain template takes one question and its answer, not 2"))
+    assert plain.pieces([("What is it?", "A cat.")]) == ["", "A cat.\n", ""]
+    assert plain.pieces([("<image> or <image>?", "A</s> cat.")]) == ["<image><image>", "A cat.\n", ""]
     chat = Prompter(tokenizer(False), "chat", "You are.")
     system = r"<|im_start|> system \n You _ are . <|im_end|> \n "
     first = system + (r"<|im_start|> user \n IMAGE \n What _ is ? <|im_end|> \n <|im_start|> assistant \n "
@@ -170,10 +190,21 @@ def test_ids_and_labels_of_the_plain_and_the_chat_template():
     spaced = tokenizer(True, "<s>{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} </s>{% endfor %}")
     assert spelled(Prompter(spaced, "chat", ""), [("it", "cat")]) == (
         "<s> user : ▁it ▁ </s> assistant : ▁ =▁cat =</s>")
-    for template, words in ((None, "no chat template"), ("{{ raise_exception('no system') }}", "--system"),
-                            ("{{ messages[-1]['content'] }}</s>", "every message once"),
-                            ("{% for m in messages %}{{ m['content'] }}.{% endfor %}", "no special token")):
-        raises(UserError, Prompter, tokenizer(True, template), "chat", words=words)
+    spaced = Prompter(tokenizer(True, "{% for m in messages %} {{ m['content'] }} </s>{% endfor %}"), "chat", "")
+    assert spaced.pieces([("q", "a"), ("r", "b")]) == ["q </s> ", "a", "</s> r </s> ", "b", "</s>"]
+    fails, once = "the chat template refuses the conversation (", "the chat template does not show every message once"
+    show, mine = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}", "S"
+    for template, system, words in (
+            (None, mine, "the language model has no chat template: take --template vicuna, or an instruct model"),
+            ("{{ raise_exception('no') }}", mine, fails + 'no): try --system ""'),
+            ("{{ raise_exception('no') }}", "", fails + "no): take --template vicuna"),
+            ("{{ messages[-1]['content'] }}</s>", mine, once + ": take --template vicuna"),
+            (show + "{{ messages[0]['content'] }}", "", once + ": take --template vicuna"),
+            (show + "{{ messages[-1]['content'] }}", "", once + ": take --template vicuna"),
+            ("{% for m in messages %}{{ m['content'] }}. And this is the end{% endfor %}", mine,
+             "the chat template ends an answer by '. And this is the en', which is no special token: take "
+             "--template vicuna")):
+        refused(UserError, Prompter, tokenizer(True, template), "chat", system, says=words)
 
 
 def test_files_that_are_no_conversations():
@@ -202,9 +233,18 @@ def test_files_that_are_no_conversations():
                 ([dict(image="a.png", conversations=[text, gpt])], "has 1 pictures and 0 <image>"),
                 ([dict(image="a.png", conversations=[two, gpt])], "has 1 pictures and 2 <image>"),
                 ([dict(conversations=[text, text, gpt, gpt])], "do not take turns"),
+                ([dict(conversations=[{**human, "from": "system"}, text, gpt])], "do not take turns"),
                 ([dict(conversations=[])], "do not take turns")):
             raises(UserError, read, content, words=words)
-        raises(UserError, list, llava_data.read_conversations(os.path.join(tmp, "none.json")), words="cannot be read")
+        assert read([dict(conversations=[text, {**gpt, "value": "an <image>"}])]) == [([], [("What?", "an <image>")])]
+        refused(UserError, read, [*good, dict(id="x", conversations=[human, gpt])], says=(
+            f"--data {path}, sample 3 (id x) has 0 pictures and 1 <image> in its questions: one for each"))
+        refused(UserError, read, [*good, {}], says=(
+            f'--data {path}, sample 3 is not LLaVA\'s: {{"image": .., "conversations": [{{"from": .., "value": ..}}, ..]}} '
+            "(KeyError: 'conversations')"))
+        none = os.path.join(tmp, "none.json")
+        refused(MissingFile, list, llava_data.read_conversations(none), says=(
+            f"--data {none} cannot be read (No such file or directory)"))
 
 
 def test_anyres_grids_tiles_and_token_counts():
@@ -240,6 +280,19 @@ def test_anyres_grids_tiles_and_token_counts():
     assert corner(0, 1, 1) == [255, 0, 0] and corner(0, 14, 14) == [255, 255, 0], "the base is squashed, not padded"
     assert corner(1, 3, 1) == [0, 0, 0] and corner(1, 5, 1) == [255, 0, 0] and corner(3, 5, 14) == [0, 255, 0]
     assert corner(4, 10, 1) == [0, 0, 255] and corner(4, 12, 1) == [0, 0, 0] and corner(6, 10, 14) == [255, 255, 0]
+    # 41 x 20 in 48 x 32: 23.4 rows become 24, 4 below the edge; 45 x 20: 21.3 become 22; upright the same
+    for width, rows, above in (41, 24, 4), (45, 22, 5), (31, 31, 0):
+        img = picture(width, width, 20)
+        for turned in False, True:
+            img = img.transpose(Image.Transpose.TRANSPOSE) if turned else img
+            small = np.array(img.resize((rows, 48) if turned else (48, rows), Image.Resampling.BICUBIC))
+            whole = np.zeros((48, 32, 3) if turned else (32, 48, 3), np.uint8)
+            whole[(slice(None), slice(above, above + rows)) if turned else slice(above, above + rows)] = small
+            for n, tile in enumerate(llava_data.cut_tiles(img, (3, 2) if turned else (2, 3), 16)):
+                y, x = divmod(n, 2 if turned else 3)
+                assert (np.array(tile) == whole[16 * y:16 * y + 16, 16 * x:16 * x + 16]).all(), (width, turned, n)
+    looks = Looker(dict(aspect="anyres", size=16, cap=2, pool=1), MICRO_VIT)([picture(0, 40, 20)])[1]
+    assert looks == [(7, (2, 3), (40, 20), 16 + 4 * 9)], "6 rows of 12 are 1.5 times too long for 2 tiles: 4 of 8"
 
 
 def test_merge_lays_the_tiles_side_by_side():
@@ -281,7 +334,17 @@ def test_one_picture_is_cropped_padded_or_squashed():
     tiles, layouts = look("anyres", [img, img], 9)
     assert layouts == [(1, None, (16, 8), 5)] * 2 and tiles[:, 0, 0, 8].tolist() == [123, 123], "several are padded"
     tiles, layouts = look("pad", [])
-    assert tiles.shape == (0, 3, 16, 16) and layouts == []
+    assert tiles.shape == (0, 3, 16, 16) and tiles.dtype == torch.uint8 and layouts == []
+    for size in (31, 20), (20, 31), (9, 7):
+        img = picture(1, *size)
+        square = Image.new("RGB", (max(size),) * 2, (123, 116, 103))
+        square.paste(img, ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2))
+        for aspect, seen in (("pad", square), ("squash", img), ("crop", None)):
+            seen = center_crop(img, 16) if seen is None else seen.resize((16, 16), Image.Resampling.BICUBIC)
+            assert np.array_equal(look(aspect, [img])[0][0].permute(1, 2, 0), np.array(seen)), (size, aspect)
+    for kind, colour in (("half", [127, 127, 127]), ("openai", [122, 116, 104])):
+        eye = Looker(dict(aspect="pad", size=16, cap=0, pool=1), replace(MICRO_VIT, pixel_stats=kind))
+        assert eye([Image.new("RGB", (16, 8))])[0][0, :, 0, 8].tolist() == colour
 
 
 def micro_llava(cap=0, pool=1, seed=0):
@@ -354,6 +417,19 @@ def test_batches_are_of_one_kind_and_dealt_out_by_length():
     alone = llava_data.grouped_order(lengths, pictured, 8, 1, np.random.default_rng([3, 0])).reshape(-1, 8)
     assert [set(b) for b in alone.tolist()] == [set(b) for b in batches.tolist()], "ranks do not change the batches"
     assert all((np.diff(lengths[b]) <= 0).all() for b in alone)
+    # 7 with pictures and 6 without make two batches of 4; of the other 3 and 2 a random four make the third
+    kinds, at, whole = set(), set(), set()
+    for seed in range(30):
+        few = llava_data.grouped_order(np.ones(13), np.arange(13) < 7, 4, 1, np.random.default_rng(seed)).reshape(3, 4)
+        shown = (few < 7).sum(1).tolist()
+        mixed, = [k for k, n in enumerate(shown) if 0 < n < 4]
+        kinds.add(shown[mixed]), at.add(mixed), whole.add(frozenset(few[shown.index(4)].tolist()))
+    assert kinds == {2, 3} and at == {0, 1, 2} and len(whole) > 10
+    # of one kind and one length: the draws themselves, on which a resume counts
+    got, rng = llava_data.grouped_order(np.ones(128), np.ones(128) > 0, 64, 1, np.random.default_rng(5)), None
+    rng = np.random.default_rng(5)
+    drawn = rng.permutation(128).reshape(2, 64)
+    assert got.reshape(2, 64).tolist() == drawn[rng.permutation(2)].tolist()
     with tempfile.TemporaryDirectory() as tmp:
         path, folder = conversations(tmp)
         make = lambda seed=0: llava_data.Conversations([path, path], folder, Prompter(tokenizer(), "vicuna"),
@@ -364,6 +440,8 @@ def test_batches_are_of_one_kind_and_dealt_out_by_length():
         assert len(data) == 32 and sorted(first) != sorted(range(30)) and first != second and len(set(second)) == 30
         assert [make().index(n) for n in (37, 3, 12)] == [second[7], first[3], first[12]], "a function of (seed, n)"
         assert [make(1).index(n) for n in range(30)] != first
+        assert data.lengths.tolist() == 2 * [3, 3 + 4, *[3] * 6, *[4] * 8]
+        assert data.pictured.tolist() == 2 * [*[True] * 8, *[False] * 8]
         assert data.read(17) == data.read(1) == [["1.png"], [["<image>\nWhat?", "b"], ["is it?", "it is"]]]
         raises(UserError, llava_data.Conversations, [path], folder, None, None, 17, 0, 99, words="no batch of 17")
 
@@ -390,6 +468,19 @@ def test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place():
         shutil.rmtree(folder)
         os.makedirs(folder)
         raises(UserError, quietly, *training(tmp, "--steps", 4, "--out", os.path.join(tmp, "b")), words="no picture of")
+        with unittest.mock.patch.object(data, "index", lambda n: n):
+            gone = lambda n: f"{os.path.join(folder, f'{n}.png')} cannot be opened (No such file or directory)"
+            refused(UserError, data.__getitem__, 5, says=f"no picture of --data can be read: {gone(5)}")
+        data.pictured, data.ends = np.array([True] * 101), np.arange(101)  # a hundred in a row
+        for missing in 99, 100:
+            data.read, data.index = lambda j: ([f"{j}.png"], [("<image>", "a")]), lambda n: n
+            picture(0, 16, 16).save(os.path.join(folder, f"{missing}.png"))
+            if missing == 99:
+                assert len(data[0]["unreadable"]) == 99
+                os.remove(os.path.join(folder, "99.png"))
+            else:
+                refused(UserError, data.__getitem__, 0, says=(
+                    f"100 pictures in a row cannot be read: is --images {folder} right? {gone(0)}"))
 
 
 def test_stages_have_the_published_settings():
