@@ -160,7 +160,7 @@ def test_ids_and_labels_of_vicunas_template():
     refused(UserError, Prompter, odd, "vicuna", says=(
         "the language model's tokenizer has no end token, which --template vicuna needs"))
     assert Prompter(odd, "chat").stop == [4] and Prompter(odd, "plain").stop == [odd.convert_tokens_to_ids("\n")]
-    odd.add_tokens([AddedToken("<tool>", special=False), AddedToken("<x>", special=True), AddedToken("<image>", special=True)])
+    odd.add_tokens([AddedToken(name, special=name != "<tool>") for name in ("<tool>", "<x>", "<image>")])
     assert Prompter(odd, "chat").clean("a<tool><x></s>b<image>") == "a<tool>b<image>", "control tokens alone go"
 
 
@@ -240,8 +240,8 @@ def test_files_that_are_no_conversations():
         refused(UserError, read, [*good, dict(id="x", conversations=[human, gpt])], says=(
             f"--data {path}, sample 3 (id x) has 0 pictures and 1 <image> in its questions: one for each"))
         refused(UserError, read, [*good, {}], says=(
-            f'--data {path}, sample 3 is not LLaVA\'s: {{"image": .., "conversations": [{{"from": .., "value": ..}}, ..]}} '
-            "(KeyError: 'conversations')"))
+            f"--data {path}, sample 3 is not LLaVA's: "
+            '{"image": .., "conversations": [{"from": .., "value": ..}, ..]} (KeyError: \'conversations\')'))
         none = os.path.join(tmp, "none.json")
         refused(MissingFile, list, llava_data.read_conversations(none), says=(
             f"--data {none} cannot be read (No such file or directory)"))
@@ -262,6 +262,7 @@ def test_anyres_grids_tiles_and_token_counts():
     assert count(1000, 490) == 1024 + 48 * 97, "47.04 rows: half of 17 is 8, so 48 stay"
     assert count(1000, 510) == 1024 + 48 * 97, "48.96 rows count as 48: half of 16 is 8"
     assert count(500, 1000) == 1024 + 96 * 49
+    assert count(510, 1000) == 1024 + 96 * 49, "columns, too: 48.96 count as 48"
     assert count(1400, 1344) == 1024 + 96 * 101, "of 3 x 4 tiles; 1.02 times too long is not shrunk"
     assert count(4000, 4000) == 1024 + 96 * 97, "192 x 192 shrunk by 2"
     # 6 x 6 tiles of 27 x 27: LLaVA-OneVision's 729 * (9 + 1) and 81 newlines
@@ -366,7 +367,7 @@ def test_visual_tokens_take_their_places_and_the_loss_is_of_the_targets():
         i = IGNORE
         samples = [expand([1, IMAGE, 5, 6, 7], [i, i, i, 6, 7], layouts[:1]),
                    expand([1, 3, IMAGE, 4, IMAGE, 8], [i, i, i, 4, i, 8], layouts[1:]),
-                   expand([9, 10, 11], [i, 10, 11], [])]
+                   expand([9, 0, 11], [i, 0, 11], [])]
         assert samples[0][1].tolist() == [i] * (n + 2) + [6, 7] and not samples[0][3]
         batch = llava_data.collate([dict(ids=ids, labels=labels, layouts=kept, was_cut=cut, unreadable=[],
                                          tiles=tiles[:1] if k == 0 else tiles[1:] if k == 1 else tiles[:0])
@@ -380,7 +381,7 @@ def test_visual_tokens_take_their_places_and_the_loss_is_of_the_targets():
             visual = torch.cat([visual, model.newline.expand(3, 1, -1)], dim=1)
         word = model.llm.get_input_embeddings().weight
         rows = [[word[1], *visual[0], *word[5:8]], [word[1], word[3], *visual[1], word[4], *visual[2], word[8]],
-                [*word[9:12]]]
+                [word[9], word[0], word[11]]]
         with torch.no_grad():
             x, total = model.embed(batch["ids"], batch["tiles"], batch["layouts"]), 0
             for k, (row, (ids, labels, _, _)) in enumerate(zip(rows, samples)):
@@ -388,6 +389,7 @@ def test_visual_tokens_take_their_places_and_the_loss_is_of_the_targets():
                 logits = model.llm(inputs_embeds=torch.stack(row)[None]).logits[0].log_softmax(1)
                 total -= sum(logits[at - 1, label] for at, label in enumerate(labels.tolist()) if label != IGNORE)
             close(model(**{k: batch[k] for k in ("ids", "places", "targets", "tiles", "layouts")}), total, 1e-5)
+        assert expand([1, 2], [i, 2], [], 2)[3] is False and expand([1, 2, 3], [i, 2, 3], [], 2)[3] is True
         raises(ValueError, model.embed, batch["ids"], tiles, [(1, None, (16, 16), n + 1)] * 3, words="ids expect")
         # a sample that is cut within its second picture
         ids, labels, kept, cut = expand([1, IMAGE, 4, IMAGE, 8], [i, i, 4, i, 8], layouts[1:], n + 5)
@@ -400,6 +402,12 @@ def test_visual_tokens_take_their_places_and_the_loss_is_of_the_targets():
                                          tiles=tiles[:0]) for ids, labels, *_ in samples[2:]])
         model(**{k: alone[k] for k in ("ids", "places", "targets", "tiles", "layouts")}).backward()
         assert alone["tiles"].shape == (1, 3, 16, 16) and not model.projector[0].weight.grad.any()
+        assert model.projector[0].weight.grad is not None and all(
+            p.grad is not None for p in model.encoder.vit.blocks[0].parameters())
+        assert torch.equal(model.projector[1](tiles[0] / 99), torch.nn.functional.gelu(tiles[0] / 99))
+        model.llm.bfloat16()  # its logits are summed up in fp32
+        loss = model(**{k: batch[k] for k in ("ids", "places", "targets", "tiles", "layouts")})
+        assert loss.dtype == torch.float32 and abs(loss.item() / total.item() - 1) < 0.05
 
 
 def test_batches_are_of_one_kind_and_dealt_out_by_length():
@@ -523,6 +531,12 @@ def test_each_part_learns_at_its_rate_or_not_at_all():
                 part = {"encoder": "encoder.vit.blocks.0"}.get(part, part)
                 change = max((moved[k] - before[k]).abs().max().item() for k in moved if k.startswith(part))
                 assert abs(change - rate) < 1e-5, (name, part, change)
+            parts = [f"{part}." for part, rate in zip(llava_model.PARTS, rates) if rate]
+            learns = [k for k in moved if k.startswith(("newline", *parts))
+                      and not k.startswith(("encoder.latent_down", "encoder.vit.norm"))]
+            state = torch.load(os.path.join(tmp, name, "state.pt"))["tensors"]
+            assert state.keys() == {f"{key}{k}" for k in learns for key in ("", "step ", "exp_avg ", "exp_avg_sq ")}
+            assert (holds[0].encoder.training, holds[0].llm.training) == (variant == "xl", True)
             if variant == "xl":
                 assert abs((moved["newline"] - before["newline"]).abs().max().item() - 0.01) < 1e-5
             assert torch.equal(moved["encoder.vit.norm.weight"], before["encoder.vit.norm.weight"])
@@ -552,6 +566,12 @@ def test_rates_warm_up_and_fall_as_a_cosine():
         with contextlib.redirect_stdout(io.StringIO()):
             s = llava.setup(args, llava.Run(out))
         assert args.warmup == 6 and abs(args.lr_decay - 0.97) < 1e-9, "3% of all"
+        for given, steps, warmup, decay in ((["--epochs", 3, "--batch_size", 3], 15, 0, 1.0),
+                                            (["--steps", 200, "--warmup", 0], 200, 0, 1.0)):
+            args = llava.parse_args([str(x) for x in training(tmp, *given)])
+            with contextlib.redirect_stdout(io.StringIO()):
+                llava.setup(args, llava.Run(out))
+            assert (args.steps, args.warmup, args.lr_decay) == (steps, warmup, decay), "5 whole batches of 16 an epoch"
         assert [group["betas"] for group in s.optimizer.param_groups] == [(0.9, 0.999)]
 
 
@@ -685,6 +705,7 @@ def test_sixteen_conversations_are_learnt_and_answered():
         assert [x["text"] for x in many] == [x["conversations"][1]["value"] for x in samples], many
         assert [x["question_id"] for x in many] == list(range(100, 84, -1)) and many[0]["prompt"] == "What?"
         assert set(many[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+        assert [(x["answer_id"], x["metadata"]) for x in many] == [(str(k), {}) for k in range(16)]
         assert "-120" in many[0]["model_id"] and not [x for x in os.listdir(tmp) if ".part" in x]
         quietly(*ask, path("single.jsonl"), "--batch_size", 1)
         assert answered(path("single.jsonl")) == many
@@ -781,7 +802,9 @@ def test_what_does_not_fit_is_said_in_one_line():
             assert words in err.getvalue(), err.getvalue()
         flags = training(tmp)
         with unittest.mock.patch.dict("sys.modules", transformers=None):
-            raises(UserError, quietly, *flags, words="pip install -r downstream/requirements.txt")
+            refused(UserError, quietly, *flags, says=(
+                "it needs transformers (import of transformers halted; None in sys.modules): pip install -r "
+                "downstream/requirements.txt"))
         # the control, a teacher with random weights
         flags = training(tmp, "--steps", 1, "--out", os.path.join(tmp, "control"), "--teacher", "tiny",
                          "--teacher_weights", "random", "--size", 16)
@@ -901,7 +924,7 @@ def test_flags_have_their_defaults_and_their_ranges():
             assert f"argument --{name}: it is {low - 1}; it must be at least {low:.0f}" in said, said
     assert parse("train", "--seed", 2 ** 63 - 1)["seed"] == 2 ** 63 - 1
     assert "at most 9223372036854775807" in refused_by(llava.parse_args, *need["train"], "--seed", 2 ** 63)
-    for flags, words in ((["--pool", 3], "--pool"), (["--stage", 4], "--stage"), (["--template", "llama"], "--template"),
+    for flags, words in ((["--pool", 3], "--pool"), (["--stage", 4], "--stage"), (["--template", "x"], "--template"),
                          (["--steps", 1, "--epochs", 2], "not allowed with"), (["--recipe", "x"], "--recipe")):
         assert words in refused_by(llava.parse_args, *need["train"], *flags), flags
     for names, words in ((["--weights"], "give the tokenizer's --weights, or for the control a --teacher, or --init\n"),
@@ -1016,12 +1039,14 @@ def test_a_run_says_and_logs_what_it_does():
             for name in "hold_folder", "load", "open_log":
                 stack.enter_context(recorded(name))
             for name in "listen", "check_locks":
-                stack.enter_context(unittest.mock.patch.object(llava, name, lambda x, name=name: order.append((name, x))))
+                stack.enter_context(unittest.mock.patch.object(
+                    llava, name, lambda x, name=name: order.append((name, x))))
             stack.enter_context(unittest.mock.patch.object(llava, "log", lambda s, seconds: plain(s, 2.0)))
             setup, shard, kept = llava.setup, llava.shard, []
-            stack.enter_context(unittest.mock.patch.object(llava, "setup", lambda *a: kept.append(setup(*a)) or kept[0]))
             stack.enter_context(unittest.mock.patch.object(
-                llava, "shard", lambda model, run, compiled: order.append(("shard", compiled)) or shard(model, run, False)))
+                llava, "setup", lambda *a: kept.append(setup(*a)) or kept[0]))
+            stack.enter_context(unittest.mock.patch.object(
+                llava, "shard", lambda model, run, how: order.append(("shard", how)) or shard(model, run, False)))
             screen = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             llava.main(list(map(str, [*flags, "--compile"])), on_signal="handler")
@@ -1141,8 +1166,9 @@ def test_what_is_clipped_and_what_is_not_finite():
                 except UserError as e:
                     said = str(e)
         last = [f"sample {kept[-1].data.index(n)}" for n in range(40, 44)]
-        assert said.startswith(f"at step 11 the loss or its gradient is not finite, 10 steps in a row (the last finite "
-                               f"one: {log_lines(out + '3')[0]['loss']:.4f}); the last batch is {', '.join(last[:3])} .."), said
+        finite = log_lines(out + "3")[0]["loss"]
+        assert said.startswith("at step 11 the loss or its gradient is not finite, 10 steps in a row (the last finite "
+                               f"one: {finite:.4f}); the last batch is {', '.join(last[:3])} .."), said
         assert open(os.path.join(out + "3", "not_finite.txt")).read().splitlines() == last
 
 
@@ -1156,7 +1182,8 @@ def test_files_in_half_precision():
         kept, setup = [], llava.setup
         with unittest.mock.patch.object(llava, "setup", lambda *a: kept.append(setup(*a)) or kept[-1]):
             quietly(*training(tmp, "--steps", 1, "--system", "A", "--out", path("two")))
-            quietly(*training(tmp, "--steps", 1, "--template", "vicuna", "--system", "A", "--out", path("one"), stage=1))
+            quietly(*training(tmp, "--steps", 1, "--template", "vicuna", "--system", "A", "--out", path("one"),
+                              stage=1))
         moved = dict(kept[0].model.named_parameters())
         assert {p.dtype for p in moved.values()} == {torch.float32}
         found = load_file(path("two/model.safetensors"))
@@ -1202,3 +1229,142 @@ def test_what_ranks_share():
         llava_model.shard(model, types.SimpleNamespace(ranks=1, device=torch.device("cpu")), True)
         assert calls == [(block, {"dynamic": True}) for block in blocks]
         assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+class Mute:
+    """In place of Speaker: to a prompt it answers the number 0 and then its count of ids, within two steps of the
+    longest; text is the numbers."""
+    name = "run-0-7"
+
+    def __init__(self, args, device):
+        self.prompter = Prompter(tokenizer(), "vicuna", "A")
+        self.prompter.text = lambda ids: " ".join(map(str, ids)) + " \u00e9"
+        self.looker = Looker(dict(aspect="pad", size=16, cap=0, pool=1), MICRO_VIT)
+
+    def tokens(self, asked):
+        yield torch.zeros(len(asked), dtype=torch.long)
+        yield torch.tensor([len(ids) for ids, _, _ in asked])
+        yield torch.full((len(asked),), -1)
+
+
+@unittest.mock.patch.object(llava_use, "Speaker", Mute)
+def test_answers_are_written_as_they_come():
+    with tempfile.TemporaryDirectory() as tmp:
+        conversations(tmp)
+        path, out = lambda name: os.path.join(tmp, name), os.path.join(tmp, "new", "a[1].jsonl")
+        lines = [dict(question_id=f"q{k}", text="What \u00e9?" + " is" * k, **({"image": f"{k}.png"} if k % 2 else {}))
+                 for k in range(7)]
+
+        def questions(lines):
+            with open(path("q.jsonl"), "w") as f:
+                f.write("\n\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
+        ask = ["answer", "--run", "r", "--questions", path("q.jsonl"), "--images", path("pictures"), "--workers", 3,
+               "--batch_size", 2, "--answers", out]
+        made, locks, bars, flushed = [], [], [], []
+
+        def loader(*args, **how):
+            made.append(how)
+            return torch.utils.data.DataLoader(*args, **{**how, "num_workers": 0})
+
+        def bar(batches, **how):
+            bars.append(how)
+            for batch in batches:  # what was answered before this batch is in the file
+                flushed.append(len(llava_use.read_parts(out)))
+                yield batch
+        with unittest.mock.patch.object(llava_use, "DataLoader", loader), unittest.mock.patch.object(
+                llava_use, "check_locks", locks.append), unittest.mock.patch.object(llava_use, "tqdm", bar):
+            questions(lines)
+            assert quietly(*ask) == f"{out}: 7 answers by run-0-7\n" and os.listdir(path("new")) == ["a[1].jsonl"]
+            prompter = Prompter(tokenizer(), "vicuna", "A")
+            ids = [len(prompter.prompt([("<image>\n" * (k % 2) + x["text"], "")])) + 15 * (k % 2)
+                   for k, x in enumerate(lines)]
+            expected = [dict(question_id=f"q{k}", prompt=x["text"], answer_id=str(k), model_id="run-0-7",
+                             text=f"0 {ids[k]} \u00e9", metadata={}) for k, x in enumerate(lines)]
+            assert open(out, encoding="utf-8").read() == "".join(
+                json.dumps(x, ensure_ascii=False) + "\n" for x in expected)
+            assert made[0]["num_workers"] == 3 and made[0]["batch_sampler"] == [[0, 1], [2, 3], [4, 5], [6]]
+            assert locks == [3] and bars == [dict(desc="answer", unit="batch", disable=None)]
+            assert flushed == [0, 2, 4, 6], "a killed run loses no batch but the last"
+            refused(UserError, quietly, *ask, says=f"--answers {out} is there already: move it away to answer again")
+            # a part of another run of the same command: of three questions, and a torn line
+            os.remove(out)
+            with open(out + ".part3", "w") as f:
+                f.write("".join(json.dumps([k, expected[k]]) + "\n" for k in (5, 0, 2)) + '[1, {"quest')
+            assert quietly(*ask).endswith("7 answers by run-0-7\n") and answered(out) == expected
+            assert made[-1]["batch_sampler"] == [[1, 3], [4, 6]] and os.listdir(path("new")) == ["a[1].jsonl"]
+            os.remove(out)
+            for number, change in ((0, dict(prompt="x")), (0, dict(model_id="other-1")), (7, {})):
+                old = {**expected[0], **change}
+                with open(out + ".part0", "w") as f:
+                    f.write(json.dumps([number, old]) + "\n")
+                refused(UserError, quietly, *ask, says=(
+                    f"{out}.part* are of other questions or of another model ({old['model_id']}, not run-0-7): remove "
+                    "them to answer again"))
+            os.remove(out + ".part0")
+        form = f"--questions {path('q.jsonl')} is no file of JSON lines with question_id, text and image "
+        for lines, says in (([], f"--questions {path('q.jsonl')} is empty"), (["7"], form + "(TypeError: "),
+                            ([dict(question_id=1, text=2)], form + "(TypeError: "),
+                            ([dict(question_id=1)], form + "(KeyError: 'text')"), (["{"], form + "(JSONDecodeError: "),
+                            ([dict(question_id="b", text="?", image=["0.png", "no.png"])],
+                             f"question b: {path('pictures/no.png')} cannot be opened (No such file or directory)"),
+                            ([dict(question_id="c", text="<image>?", image=["0.png", "1.png"])],
+                             "question c: 2 pictures, but 1 <image> in the questions: one for each, or none")):
+            questions(lines)
+            raises(UserError, quietly, *without(ask, "--workers"), "--workers", 0, words=says)
+        gone = path("gone.jsonl")
+        refused(MissingFile, quietly, *without(ask, "--questions"), "--questions", gone, says=(
+            f"--questions {gone} cannot be read (No such file or directory)"))
+        shutil.rmtree(path("new"))  # the second of two ranks: its share, its file, and no more
+        questions([dict(question_id=k, text="?") for k in range(7)])
+        job = types.SimpleNamespace(rank=1, ranks=2, device="cpu", gather=lambda x: [x, {}])
+        with unittest.mock.patch.object(llava_use, "Job", lambda args: job), unittest.mock.patch.object(
+                llava_use.dist, "barrier") as barrier, unittest.mock.patch.object(llava_use, "tqdm", bar):
+            assert quietly(*without(ask, "--workers"), "--workers", 0) == "" and barrier.call_count == 1
+        assert bars[-1]["disable"] is True and os.listdir(path("new")) == ["a[1].jsonl.part1"]
+        assert sorted(llava_use.read_parts(out)) == [2, 3, 6]
+
+
+def test_a_chat_shows_pictures_and_prints_what_is_new():
+    spoken = {1: "A", 2: "\ufffd", 3: "\u00e9", 4: " b"}
+    text = lambda ids: "".join(spoken[i] for i in ids).replace("\ufffd\u00e9", "\u00e9")
+    tokens = lambda asked: map(torch.tensor, ([1], [2], [3], [4], [-1]))
+    pictures = []
+    mute = types.SimpleNamespace(tokens=tokens, looker=lambda x: pictures.append(list(x)) or (torch.zeros(0), []),
+                                 prompter=types.SimpleNamespace(text=text, prompt=lambda turns: [1]))
+    printed = []
+    with unittest.mock.patch("builtins.print", lambda *a, end="\n", flush=False: printed.append("".join(a) + end)):
+        assert llava_use.say(mute, [("q", "")], []) == "A\u00e9 b" and printed == ["A", "\u00e9", " b", "", "\n"]
+        printed.clear()
+        mute.tokens = lambda asked: map(torch.tensor, ([1], [2]))
+        assert llava_use.say(mute, [("q", "")], []) == "A\ufffd" and printed == ["A", "\n"], "half of a character"
+    with tempfile.TemporaryDirectory() as tmp:
+        shown = [os.path.join(tmp, f"{k}.png") for k in range(3)]
+        for k, path in enumerate(shown):
+            picture(k, 16 + k, 16).save(path)
+        asked = []
+
+        def say(speaker, turns, pictures):
+            asked.append((list(turns), [img.width for img in pictures]))
+            return f"a{len(asked)}"
+
+        class Typed(io.StringIO):
+            isatty = lambda self: True
+        mark = "<image>\n"
+        for given, typed, expected in (
+                ([shown[0]], f"What?\n{shown[1]} {shown[2]} And  these?\n",
+                 [(mark + "What?", 1), (2 * mark + "And these?", 3)]),
+                (shown[:2], "<image> or <image>?\n\nnever\n", [("<image> or <image>?", 2)]),
+                ([*shown[:2], "Both?"], "", [(2 * mark + "Both?", 2)]),
+                (["What?"], "Why?\n", [("What?", 0), ("Why?", 0)]),
+                ([], f"{shown[2]} What?\n", [(mark + "What?", 1)]), ([], "", [])):
+            for kind, sign in (io.StringIO, ""), (Typed, "> "):
+                asked.clear()
+                with unittest.mock.patch.object(llava_use, "Speaker", lambda *a: None), unittest.mock.patch.object(
+                        llava_use, "say", say), unittest.mock.patch("sys.stdin", kind(typed)):
+                    out = quietly("chat", "--run", "r", *given)
+                assert [(turns[-1][0], len(widths)) for turns, widths in asked] == expected, (given, asked)
+                assert all(widths == [16 + k for k in range(3)][:len(widths)] or widths == [18] for _, widths in asked)
+                assert all([answer for _, answer in turns] == [f"a{k + 1}" for k in range(n)] + [""]
+                           for n, (turns, _) in enumerate(asked)), asked
+                lines = len(expected) - (bool(given) and not os.path.isfile(given[-1])) + 1
+                assert out == sign * lines, (given, out)
