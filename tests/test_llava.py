@@ -154,14 +154,19 @@ def test_ids_and_labels_of_vicunas_template():
     assert p.encode_text("<image>a<image><image>").count(IMAGE) == 3
     assert p.text([1, *p.encode_text(" What is it?"), 2]) == "What is it?"
     from transformers import PreTrainedTokenizerFast
-    from tokenizers import AddedToken
+    from tokenizers import AddedToken, processors
     odd = PreTrainedTokenizerFast(tokenizer_object=tokenizer()._tokenizer, bos_token="<s>", unk_token="<unk>",
                                   chat_template=CHATML)  # names no end
     refused(UserError, Prompter, odd, "vicuna", says=(
         "the language model's tokenizer has no end token, which --template vicuna needs"))
     assert Prompter(odd, "chat").stop == [4] and Prompter(odd, "plain").stop == [odd.convert_tokens_to_ids("\n")]
-    odd.add_tokens([AddedToken(name, special=name != "<tool>") for name in ("<tool>", "<x>", "<image>")])
+    odd.add_tokens([AddedToken(name, special=name != "<tool>") for name in ("<tool>", "<x>", "<x>y", "<image>")])
     assert Prompter(odd, "chat").clean("a<tool><x></s>b<image>") == "a<tool>b<image>", "control tokens alone go"
+    assert Prompter(odd, "chat").clean("a<x>yb<x>z") == "abz", "the longer of two goes whole"
+    odd._tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    assert odd("").input_ids == [1, 2] and Prompter(odd, "chat").start == [1], "an end is not for the start"
+    assert bytes_.text(bytes_.encode_text(" cat ")) == "cat"
 
 
 def test_ids_and_labels_of_the_plain_and_the_chat_template():
@@ -205,6 +210,9 @@ def test_ids_and_labels_of_the_plain_and_the_chat_template():
              "the chat template ends an answer by '. And this is the en', which is no special token: take "
              "--template vicuna")):
         refused(UserError, Prompter, tokenizer(True, template), "chat", system, says=words)
+    lost = Prompter(tokenizer(True, "{% for m in messages %}{{ (messages[2] if loop.index0 == 3 else m)['content'] }}"
+                                    "</s>{% endfor %}"), "chat", "")
+    refused(UserError, lost.sample, [("q", "a"), ("r", "b")], says=once + ": take --template vicuna")
 
 
 def test_files_that_are_no_conversations():
@@ -472,7 +480,11 @@ def test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place():
             picture(7, 23, 16).save(os.path.join(folder, "7.png"))
         said = quietly(*training(tmp, "--steps", 4, "--out", os.path.join(tmp, "out")))
         listed = sorted(os.path.basename(x.split()[0]) for x in open(os.path.join(tmp, "out", "bad_images.txt")))
-        assert listed == ["2.png", "3.png"] and "could not be read" in said, (listed, said)
+        assert listed == ["2.png", "3.png"], listed
+        bad = [x.split(" ", 1) for x in said.splitlines() if "could not" in x]
+        assert sum(int(n) for n, _ in bad) == 2 and {x for _, x in bad} == {
+            "pictures could not be read, others took their places: see "
+            + os.path.join(tmp, "out", "bad_images*.txt")}, bad
         shutil.rmtree(folder)
         os.makedirs(folder)
         raises(UserError, quietly, *training(tmp, "--steps", 4, "--out", os.path.join(tmp, "b")), words="no picture of")
@@ -573,6 +585,18 @@ def test_rates_warm_up_and_fall_as_a_cosine():
                 llava.setup(args, llava.Run(out))
             assert (args.steps, args.warmup, args.lr_decay) == (steps, warmup, decay), "5 whole batches of 16 an epoch"
         assert [group["betas"] for group in s.optimizer.param_groups] == [(0.9, 0.999)]
+        # two ranks share a batch; bf16 is autocast's on one GPU alone
+        for ranks, on_gpu in (2, True), (1, True), (1, False):
+            rank = llava.Run(out)
+            rank.ranks, rank.on_gpu, rank.connect = ranks, on_gpu, lambda: None
+            with contextlib.redirect_stdout(io.StringIO()) as said, unittest.mock.patch.object(
+                    llava, "shard", lambda *a: None):
+                s = llava.setup(llava.parse_args([str(x) for x in training(tmp, "--steps", 200)]), rank)
+            assert (s.data.ranks, s.micro_batch, s.accumulation) == (ranks, 2, 2 // ranks)
+            with s.autocast:
+                assert torch.is_autocast_enabled("cpu") == (on_gpu and ranks == 1)
+            words = {1: "accumulation 2 x 1 rank on cpu", 2: "accumulation 1 x 2 ranks on cpu"}[ranks]
+            assert "run: 200 steps of 4 = micro-batch 2 x " + words in said.getvalue(), said.getvalue()
 
 
 def test_neither_micro_batches_nor_recomputation_change_the_loss():
@@ -1003,6 +1027,13 @@ def test_a_stage_is_built_as_the_command_line_says():
         raises(UserError, built, tmp, "--init", tmp, words="no such file")
         shutil.copy(path("tokenizer.safetensors"), path("model.safetensors"))
         raises(UserError, built, tmp, "--init", tmp, words=f"--init {tmp} is no run of downstream.llava")
+        refused(UserError, llava_model.load_run, tmp, "cpu", says=(
+            f"{path('model.safetensors')} is a model file, but none of downstream.llava"))
+        refused(UserError, built, tmp, "--init", out, says=f"--init {out} is of --variant xl")
+        flags = without(training(tmp, "--init", out, variant="xl"), "--weights")
+        raises(UserError, lambda: llava_model.build_stage(llava.parse_args(list(map(
+            str, [*flags, "--teacher", path("teacher.safetensors")]))), "cpu"), words=(
+            f"--init {out} was trained with the encoder {eye}, not with {path('teacher.safetensors')}"))
         for size, pool, near in ((18, 1, 16), (19, 1, 20), (1, 1, 4), (20, 2, 16), (23, 2, 24), (3, 2, 8)):
             refused(UserError, built, tmp, "--size", size, "--pool", pool, says=(
                 f"--size {size} is no multiple of {4 * pool}, the patch times --pool: try {near}"))
