@@ -441,11 +441,12 @@ def test_batches_are_of_one_kind_and_dealt_out_by_length():
         mixed, = [k for k, n in enumerate(shown) if 0 < n < 4]
         kinds.add(shown[mixed]), at.add(mixed), whole.add(frozenset(few[shown.index(4)].tolist()))
     assert kinds == {2, 3} and at == {0, 1, 2} and len(whole) > 10
-    # of one kind and one length: the draws themselves, on which a resume counts
-    got, rng = llava_data.grouped_order(np.ones(128), np.ones(128) > 0, 64, 1, np.random.default_rng(5)), None
+    # of one kind: the draws themselves, on which a resume counts; equally long ones stay in the drawn order
     rng = np.random.default_rng(5)
+    got = llava_data.grouped_order(np.arange(128) % 3, np.ones(128) > 0, 64, 1, np.random.default_rng(5))
     drawn = rng.permutation(128).reshape(2, 64)
-    assert got.reshape(2, 64).tolist() == drawn[rng.permutation(2)].tolist()
+    longest_first = [sorted(b.tolist(), key=lambda i: -(i % 3)) for b in drawn[rng.permutation(2)]]
+    assert got.reshape(2, 64).tolist() == longest_first
     with tempfile.TemporaryDirectory() as tmp:
         path, folder = conversations(tmp)
         make = lambda seed=0: llava_data.Conversations([path, path], folder, Prompter(tokenizer(), "vicuna"),
@@ -1021,6 +1022,12 @@ def test_a_stage_is_built_as_the_command_line_says():
         quietly(*training(tmp, "--init", out, "--steps", 1, "--out", second, variant="xl", stage=2))
         third = built(tmp, "--init", second, variant="xl", stage=1)[1]["llava"]
         assert third["trains_llm"], "once it was trained, its tensors belong to the run"
+        flags = without(training(tmp, "--init", second, variant="xl"), "--llm")
+        os.rename(path("llm"), path("away"))  # it is in the run
+        model, _ = llava_model.build_stage(llava.parse_args(list(map(str, flags))), "cpu")
+        found = load_file(os.path.join(second, "model.safetensors"))
+        assert all(torch.equal(p, found[k]) for k, p in model.named_parameters() if k in found)
+        os.rename(path("away"), path("llm"))
         # the same file elsewhere is the same encoder; another is not
         shutil.copy(path("tokenizer.safetensors"), path("moved.safetensors"))
         built(tmp, "--init", out, "--weights", path("moved.safetensors"), variant="xl")
@@ -1040,6 +1047,8 @@ def test_a_stage_is_built_as_the_command_line_says():
         for layer in 3, -4:
             refused(UserError, built, tmp, "--layer", layer, says=(
                 f"the encoder has 3 blocks, so there is no block {layer}: give another --layer"))
+        plain = built(tmp)[0]
+        assert (plain.layer, plain.pool, plain.cap) == (-2, 1, 0), "as LLaVA-1.5"
         assert built(tmp, "--layer", 2)[0].layer == 2 and built(tmp, "--layer", -3)[0].layer == -3
         raises(UserError, llava_model.load_tokenizer, path("none"),
                words=f"no text tokenizer can be loaded from {path('none')}")
@@ -1222,6 +1231,10 @@ def test_files_in_half_precision():
             kind = torch.bfloat16 if name.startswith("llm.") else torch.float32
             assert x.dtype == kind and torch.equal(x, moved[name].to(kind)), name
         assert read_config(path("two/model.safetensors"))["step"] == 1
+        flags = without(training(tmp, "--steps", 1, "--system", "A", "--init", path("two")), "--llm")
+        quietly(*flags, "--out", path("three"))
+        assert {name.startswith("llm."): x.dtype for name, x in load_file(path("three/model.safetensors")).items()} == {
+            True: torch.bfloat16, False: torch.float32}
         assert not any(name.startswith("llm.") for name in load_file(path("one/model.safetensors")))
         os.rename(path("llm"), path("moved"))
         args = lambda run, bf16: types.SimpleNamespace(run=path(run) + "/", llm=path("moved"), max_new_tokens=2,
