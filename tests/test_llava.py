@@ -1047,6 +1047,10 @@ def test_a_stage_is_built_as_the_command_line_says():
         for layer in 3, -4:
             refused(UserError, built, tmp, "--layer", layer, says=(
                 f"the encoder has 3 blocks, so there is no block {layer}: give another --layer"))
+        flags = without(without(training(tmp, "--teacher", path("teacher.safetensors")), "--weights"), "--llm")
+        control = llava.parse_args(list(map(str, [*flags, "--llm", os.path.relpath(path("llm"))])))
+        mine = llava_model.build_stage(control, "cpu")[1]["llava"]
+        assert (mine["llm"], mine["eye"], mine["size"]) == (path("llm"), path("teacher.safetensors"), 16)
         plain = built(tmp)[0]
         assert (plain.layer, plain.pool, plain.cap) == (-2, 1, 0), "as LLaVA-1.5"
         assert built(tmp, "--layer", 2)[0].layer == 2 and built(tmp, "--layer", -3)[0].layer == -3
@@ -1296,7 +1300,7 @@ def test_answers_are_written_as_they_come():
     with tempfile.TemporaryDirectory() as tmp:
         conversations(tmp)
         path, out = lambda name: os.path.join(tmp, name), os.path.join(tmp, "new", "a[1].jsonl")
-        lines = [dict(question_id=f"q{k}", text="What \u00e9?" + " is" * k, **({"image": f"{k}.png"} if k % 2 else {}))
+        lines = [dict(question_id=f"q{k}", text="What \u00e9?" + 40 * k * " is", **({"image": f"{k}.png"} if k % 2 else {}))
                  for k in range(7)]
 
         def questions(lines):
