@@ -2089,6 +2089,8 @@ TABLE = [
      "{len(left):,} answers by", "test_answers_are_written_as_they_come"),
     ("a question is cut", "downstream/llava_use.py", "NO_LIMIT = 10 ** 9", "NO_LIMIT = 10 ** 2",
      "test_answers_are_written_as_they_come"),
+    ("the encoder's weights do not decay", "downstream/llava.py", "dict(params=encoder, lr=args.encoder_lr)]",
+     "dict(params=encoder, lr=args.encoder_lr, weight_decay=0.0)]", "test_what_is_clipped_and_what_is_not_finite"),
     ("the token 0 is no answer", "downstream/llava_use.py", "[i for i in ids if i >= 0]), metadata",
      "[i for i in ids if i > 0]), metadata", "test_answers_are_written_as_they_come"),
     ("answers in ASCII", "downstream/llava_use.py", 'ensure_ascii=False) + "\\n" for n',

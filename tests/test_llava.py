@@ -1175,8 +1175,14 @@ def test_what_is_clipped_and_what_is_not_finite():
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         norm = sum(x.square().sum() for x in grads.values()) ** 0.5
         # plain gradient descent at the rate 1 moves all parts together by the limit
-        with unittest.mock.patch("torch.optim.AdamW", lambda groups, **_: torch.optim.SGD(groups)):
+        asked = []
+
+        def descent(groups, **how):
+            asked.append(([sorted(group) for group in groups], [group["lr"] for group in groups], how))
+            return torch.optim.SGD(groups)
+        with unittest.mock.patch("torch.optim.AdamW", descent):
             quietly(*flags)
+        assert asked == [([["lr", "params"]] * 2, [1, 1], dict(betas=(0.9, 0.999), weight_decay=0.0, fused=True))]
         moved = torch.load(os.path.join(out, "state.pt"))["tensors"]
         assert any(name.startswith("encoder.") for name in grads)
         for name, grad in grads.items():
