@@ -586,6 +586,14 @@ def test_rates_warm_up_and_fall_as_a_cosine():
                 llava.setup(args, llava.Run(out))
             assert (args.steps, args.warmup, args.lr_decay) == (steps, warmup, decay), "5 whole batches of 16 an epoch"
         assert [group["betas"] for group in s.optimizer.param_groups] == [(0.9, 0.999)]
+        flags = without(training(tmp, "--teacher", "tiny", "--teacher_weights", "random", "--size", 16, variant="xl"),
+                        "--weights")
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            s = llava.setup(llava.parse_args(list(map(str, flags))), llava.Run(out))
+        learns, everything = (sum(p.numel() for p in s.model.parameters() if p.requires_grad >= least) / 1e6
+                              for least in (True, False))
+        assert 5 < learns < everything and (f"seeing by tiny random; trains encoder, projector, llm: {learns:.1f}M of "
+                                            f"{everything:.1f}M parameters") in said.getvalue()
         # two ranks share a batch; bf16 is autocast's on one GPU alone
         for ranks, on_gpu in (2, True), (1, True), (1, False):
             rank = llava.Run(out)
@@ -695,6 +703,8 @@ def test_llava_resumes_exactly():
         kept = load_file(os.path.join(whole, "model_0000003.safetensors"))
         final = load_file(os.path.join(whole, "model.safetensors"))
         assert not torch.equal(kept["projector.0.bias"], final["projector.0.bias"])
+        assert [read_config(os.path.join(whole, name))["step"] for name in (
+            "model_0000003.safetensors", "model.safetensors")] == [3, 6]
         assert "finished" in quietly(*flags, "--out", whole)
         raises(UserError, quietly, *flags, "--lr", 1e-2, "--out", whole, words="lr was 0.001, is now 0.01")
 
@@ -1133,7 +1143,11 @@ def test_a_run_says_and_logs_what_it_does():
         expected.append(f"done: {out}/model.safetensors; try: python -m downstream.llava chat --run {out} IMAGE "
                         '"What is in the picture?"')
         assert screen.getvalue().splitlines() == expected, screen.getvalue()
+        final = load_file(os.path.join(out, "model.safetensors"))
+        os.remove(os.path.join(out, "model.safetensors"))  # as if a kill had come before it
         said = quietly(*flags).splitlines()
+        again = load_file(os.path.join(out, "model.safetensors"))
+        assert again.keys() == final.keys() and all(torch.equal(again[k], final[k]) for k in final)
         assert said[-2:] == [
             f"resumed from {out}/state.pt at step 3",
             f"the run is finished: {out}/model.safetensors; to extend it, give more --steps or --epochs"], said
