@@ -2096,6 +2096,8 @@ TABLE = [
      "test_a_run_says_and_logs_what_it_does"),
     ("every copy is of the last step", "downstream/llava.py", '"step": s.now.step, "id"', '"step": s.args.steps, "id"',
      "test_llava_resumes_exactly"),
+    ("a run's text tokenizer is not taken", "downstream/llava.py",
+     'c["llm"] if args.llm else os.path.join(args.init, "llm")', 'c["llm"]', "test_files_in_half_precision"),
     ("the token 0 is no answer", "downstream/llava_use.py", "[i for i in ids if i >= 0]), metadata",
      "[i for i in ids if i > 0]), metadata", "test_answers_are_written_as_they_come"),
     ("answers in ASCII", "downstream/llava_use.py", 'ensure_ascii=False) + "\\n" for n',

@@ -1256,11 +1256,11 @@ def test_files_in_half_precision():
             assert x.dtype == kind and torch.equal(x, moved[name].to(kind)), name
         assert read_config(path("two/model.safetensors"))["step"] == 1
         flags = without(training(tmp, "--steps", 1, "--system", "A", "--init", path("two")), "--llm")
+        os.rename(path("llm"), path("moved"))
         quietly(*flags, "--out", path("three"))
         assert {name.startswith("llm."): x.dtype for name, x in load_file(path("three/model.safetensors")).items()} == {
             True: torch.bfloat16, False: torch.float32}
         assert not any(name.startswith("llm.") for name in load_file(path("one/model.safetensors")))
-        os.rename(path("llm"), path("moved"))
         args = lambda run, bf16: types.SimpleNamespace(run=path(run) + "/", llm=path("moved"), max_new_tokens=2,
                                                        bf16=bf16)
         for run in "one", "two":
