@@ -1,6 +1,7 @@
 """downstream/llava.py: prompts, AnyRes, the spliced sequence, training on one process and on two, answers, refusals."""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    HERE, MICRO_VIT, close, free_port, log_lines, micro_models, picture, raises, run, run_ranks, tokenizer_file)
+    HERE, MICRO_VIT, close, free_port, log_lines, micro_models, picture, raises, refused, run, run_ranks,
+    tokenizer_file)
 
 import contextlib
 import functools
@@ -9,7 +10,9 @@ import json
 import os
 import shutil
 import tempfile
+import types
 import unittest.mock
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -19,9 +22,13 @@ from safetensors.torch import load_file
 from downstream import llava, llava_data, llava_model, llava_speed, llava_use
 from downstream.llava_data import Looker
 from downstream.llava_model import IGNORE, IMAGE
-from downstream.llava_prompts import Prompter
+from downstream.llava_prompts import Prompter, picture_first
 from experiments.understanding import study
-from encoder import Encoder, UserError, ViT
+from data import center_crop
+from encoder import Encoder, MissingFile, UserError, ViT, read_config
+from eval import sha256
+from tools.checkpoint import load_checkpoint
+from tools.run import INTERRUPTS
 
 WORDS = ["A", "chat", "USER", "ASSISTANT", ":", "?", ".", "What", "is", "it", "cat", "dog", "red", "blue", "system",
          "user", "assistant", "You", "are", "helpful"]
@@ -139,6 +146,27 @@ def test_ids_and_labels_of_vicunas_template():
     text = Prompter(tokenizer(), "vicuna").pieces([("q", "a")])[0]
     assert text == ("A chat between a curious user and an artificial intelligence assistant. The assistant gives "
                     "helpful, detailed, and polite answers to the user's questions. USER: q ASSISTANT:")
+    assert Prompter(tokenizer(), "vicuna", "").pieces([("q", "a"), ("r", "b")]) == [
+        "USER: q ASSISTANT:", "a", "</s>USER: r ASSISTANT:", "b", "</s>"], "without a system's text"
+    for question, moved in (("<image>", "<image>"), ("What <image> ", "<image>\nWhat"), ("What?", "What?"),
+                            ("<image> or <image> ", "<image> or <image> "), ("  <image>\n\nWhat?", "<image>\nWhat?")):
+        assert picture_first(question) == moved, question
+    assert p.encode_text("<image>a<image><image>").count(IMAGE) == 3
+    assert p.text([1, *p.encode_text(" What is it?"), 2]) == "What is it?"
+    from transformers import PreTrainedTokenizerFast
+    from tokenizers import AddedToken, processors
+    odd = PreTrainedTokenizerFast(tokenizer_object=tokenizer()._tokenizer, bos_token="<s>", unk_token="<unk>",
+                                  chat_template=CHATML)  # names no end
+    refused(UserError, Prompter, odd, "vicuna", says=(
+        "the language model's tokenizer has no end token, which --template vicuna needs"))
+    assert Prompter(odd, "chat").stop == [4] and Prompter(odd, "plain").stop == [odd.convert_tokens_to_ids("\n")]
+    odd.add_tokens([AddedToken(name, special=name != "<tool>") for name in ("<tool>", "<x>", "<x>y", "<image>")])
+    assert Prompter(odd, "chat").clean("a<tool><x></s>b<image>") == "a<tool>b<image>", "control tokens alone go"
+    assert Prompter(odd, "chat").clean("a<x>yb<x>z") == "abz", "the longer of two goes whole"
+    odd._tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    assert odd("").input_ids == [1, 2] and Prompter(odd, "chat").start == [1], "an end is not for the start"
+    assert bytes_.text(bytes_.encode_text(" cat ")) == "cat"
 
 
 def test_ids_and_labels_of_the_plain_and_the_chat_template():
@@ -146,7 +174,10 @@ def test_ids_and_labels_of_the_plain_and_the_chat_template():
     assert spelled(plain, [("<image>\nWhat is it?", "A cat.")]) == r"<s> IMAGE =▁A =▁cat =. =\n"
     newline = tokenizer().convert_tokens_to_ids("\n")
     assert plain.stop == sorted([2, newline]) and plain.prompt([("<image>\nWhat?", "")]) == [1, IMAGE]
-    raises(UserError, plain.sample, [("What?", "cat"), ("What?", "dog")], words="plain template takes one question")
+    refused(UserError, plain.sample, [("What?", "cat"), ("What?", "dog")], says=(
+        "the plain template takes one question and its answer, not 2"))
+    assert plain.pieces([("What is it?", "A cat.")]) == ["", "A cat.\n", ""]
+    assert plain.pieces([("<image> or <image>?", "A</s> cat.")]) == ["<image><image>", "A cat.\n", ""]
     chat = Prompter(tokenizer(False), "chat", "You are.")
     system = r"<|im_start|> system \n You _ are . <|im_end|> \n "
     first = system + (r"<|im_start|> user \n IMAGE \n What _ is ? <|im_end|> \n <|im_start|> assistant \n "
@@ -164,10 +195,24 @@ def test_ids_and_labels_of_the_plain_and_the_chat_template():
     spaced = tokenizer(True, "<s>{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} </s>{% endfor %}")
     assert spelled(Prompter(spaced, "chat", ""), [("it", "cat")]) == (
         "<s> user : ▁it ▁ </s> assistant : ▁ =▁cat =</s>")
-    for template, words in ((None, "no chat template"), ("{{ raise_exception('no system') }}", "--system"),
-                            ("{{ messages[-1]['content'] }}</s>", "every message once"),
-                            ("{% for m in messages %}{{ m['content'] }}.{% endfor %}", "no special token")):
-        raises(UserError, Prompter, tokenizer(True, template), "chat", words=words)
+    spaced = Prompter(tokenizer(True, "{% for m in messages %} {{ m['content'] }} </s>{% endfor %}"), "chat", "")
+    assert spaced.pieces([("q", "a"), ("r", "b")]) == ["q </s> ", "a", "</s> r </s> ", "b", "</s>"]
+    fails, once = "the chat template refuses the conversation (", "the chat template does not show every message once"
+    show, mine = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}", "S"
+    for template, system, words in (
+            (None, mine, "the language model has no chat template: take --template vicuna, or an instruct model"),
+            ("{{ raise_exception('no') }}", mine, fails + 'no): try --system ""'),
+            ("{{ raise_exception('no') }}", "", fails + "no): take --template vicuna"),
+            ("{{ messages[-1]['content'] }}</s>", mine, once + ": take --template vicuna"),
+            (show + "{{ messages[0]['content'] }}", "", once + ": take --template vicuna"),
+            (show + "{{ messages[-1]['content'] }}", "", once + ": take --template vicuna"),
+            ("{% for m in messages %}{{ m['content'] }}. And this is the end{% endfor %}", mine,
+             "the chat template ends an answer by '. And this is the en', which is no special token: take "
+             "--template vicuna")):
+        refused(UserError, Prompter, tokenizer(True, template), "chat", system, says=words)
+    lost = Prompter(tokenizer(True, "{% for m in messages %}{{ (messages[2] if loop.index0 == 3 else m)['content'] }}"
+                                    "</s>{% endfor %}"), "chat", "")
+    refused(UserError, lost.sample, [("q", "a"), ("r", "b")], says=once + ": take --template vicuna")
 
 
 def test_files_that_are_no_conversations():
@@ -196,9 +241,18 @@ def test_files_that_are_no_conversations():
                 ([dict(image="a.png", conversations=[text, gpt])], "has 1 pictures and 0 <image>"),
                 ([dict(image="a.png", conversations=[two, gpt])], "has 1 pictures and 2 <image>"),
                 ([dict(conversations=[text, text, gpt, gpt])], "do not take turns"),
+                ([dict(conversations=[{**human, "from": "system"}, text, gpt])], "do not take turns"),
                 ([dict(conversations=[])], "do not take turns")):
             raises(UserError, read, content, words=words)
-        raises(UserError, list, llava_data.read_conversations(os.path.join(tmp, "none.json")), words="cannot be read")
+        assert read([dict(conversations=[text, {**gpt, "value": "an <image>"}])]) == [([], [("What?", "an <image>")])]
+        refused(UserError, read, [*good, dict(id="x", conversations=[human, gpt])], says=(
+            f"--data {path}, sample 3 (id x) has 0 pictures and 1 <image> in its questions: one for each"))
+        refused(UserError, read, [*good, {}], says=(
+            f"--data {path}, sample 3 is not LLaVA's: "
+            '{"image": .., "conversations": [{"from": .., "value": ..}, ..]} (KeyError: \'conversations\')'))
+        none = os.path.join(tmp, "none.json")
+        refused(MissingFile, list, llava_data.read_conversations(none), says=(
+            f"--data {none} cannot be read (No such file or directory)"))
 
 
 def test_anyres_grids_tiles_and_token_counts():
@@ -216,6 +270,7 @@ def test_anyres_grids_tiles_and_token_counts():
     assert count(1000, 490) == 1024 + 48 * 97, "47.04 rows: half of 17 is 8, so 48 stay"
     assert count(1000, 510) == 1024 + 48 * 97, "48.96 rows count as 48: half of 16 is 8"
     assert count(500, 1000) == 1024 + 96 * 49
+    assert count(510, 1000) == 1024 + 96 * 49, "columns, too: 48.96 count as 48"
     assert count(1400, 1344) == 1024 + 96 * 101, "of 3 x 4 tiles; 1.02 times too long is not shrunk"
     assert count(4000, 4000) == 1024 + 96 * 97, "192 x 192 shrunk by 2"
     # 6 x 6 tiles of 27 x 27: LLaVA-OneVision's 729 * (9 + 1) and 81 newlines
@@ -234,6 +289,19 @@ def test_anyres_grids_tiles_and_token_counts():
     assert corner(0, 1, 1) == [255, 0, 0] and corner(0, 14, 14) == [255, 255, 0], "the base is squashed, not padded"
     assert corner(1, 3, 1) == [0, 0, 0] and corner(1, 5, 1) == [255, 0, 0] and corner(3, 5, 14) == [0, 255, 0]
     assert corner(4, 10, 1) == [0, 0, 255] and corner(4, 12, 1) == [0, 0, 0] and corner(6, 10, 14) == [255, 255, 0]
+    # 41 x 20 in 48 x 32: 23.4 rows become 24, 4 below the edge; 45 x 20: 21.3 become 22; upright the same
+    for width, rows, above in (41, 24, 4), (45, 22, 5), (31, 31, 0):
+        img = picture(width, width, 20)
+        for turned in False, True:
+            img = img.transpose(Image.Transpose.TRANSPOSE) if turned else img
+            small = np.array(img.resize((rows, 48) if turned else (48, rows), Image.Resampling.BICUBIC))
+            whole = np.zeros((48, 32, 3) if turned else (32, 48, 3), np.uint8)
+            whole[(slice(None), slice(above, above + rows)) if turned else slice(above, above + rows)] = small
+            for n, tile in enumerate(llava_data.cut_tiles(img, (3, 2) if turned else (2, 3), 16)):
+                y, x = divmod(n, 2 if turned else 3)
+                assert (np.array(tile) == whole[16 * y:16 * y + 16, 16 * x:16 * x + 16]).all(), (width, turned, n)
+    looks = Looker(dict(aspect="anyres", size=16, cap=2, pool=1), MICRO_VIT)([picture(0, 40, 20)])[1]
+    assert looks == [(7, (2, 3), (40, 20), 16 + 4 * 9)], "6 rows of 12 are 1.5 times too long for 2 tiles: 4 of 8"
 
 
 def test_merge_lays_the_tiles_side_by_side():
@@ -275,7 +343,17 @@ def test_one_picture_is_cropped_padded_or_squashed():
     tiles, layouts = look("anyres", [img, img], 9)
     assert layouts == [(1, None, (16, 8), 5)] * 2 and tiles[:, 0, 0, 8].tolist() == [123, 123], "several are padded"
     tiles, layouts = look("pad", [])
-    assert tiles.shape == (0, 3, 16, 16) and layouts == []
+    assert tiles.shape == (0, 3, 16, 16) and tiles.dtype == torch.uint8 and layouts == []
+    for size in (31, 20), (20, 31), (9, 7):
+        img = picture(1, *size)
+        square = Image.new("RGB", (max(size),) * 2, (123, 116, 103))
+        square.paste(img, ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2))
+        for aspect, seen in (("pad", square), ("squash", img), ("crop", None)):
+            seen = center_crop(img, 16) if seen is None else seen.resize((16, 16), Image.Resampling.BICUBIC)
+            assert np.array_equal(look(aspect, [img])[0][0].permute(1, 2, 0), np.array(seen)), (size, aspect)
+    for kind, colour in (("half", [127, 127, 127]), ("openai", [122, 116, 104])):
+        eye = Looker(dict(aspect="pad", size=16, cap=0, pool=1), replace(MICRO_VIT, pixel_stats=kind))
+        assert eye([Image.new("RGB", (16, 8))])[0][0, :, 0, 8].tolist() == colour
 
 
 def micro_llava(cap=0, pool=1, seed=0):
@@ -297,7 +375,7 @@ def test_visual_tokens_take_their_places_and_the_loss_is_of_the_targets():
         i = IGNORE
         samples = [expand([1, IMAGE, 5, 6, 7], [i, i, i, 6, 7], layouts[:1]),
                    expand([1, 3, IMAGE, 4, IMAGE, 8], [i, i, i, 4, i, 8], layouts[1:]),
-                   expand([9, 10, 11], [i, 10, 11], [])]
+                   expand([9, 0, 11], [i, 0, 11], [])]
         assert samples[0][1].tolist() == [i] * (n + 2) + [6, 7] and not samples[0][3]
         batch = llava_data.collate([dict(ids=ids, labels=labels, layouts=kept, was_cut=cut, unreadable=[],
                                          tiles=tiles[:1] if k == 0 else tiles[1:] if k == 1 else tiles[:0])
@@ -311,7 +389,7 @@ def test_visual_tokens_take_their_places_and_the_loss_is_of_the_targets():
             visual = torch.cat([visual, model.newline.expand(3, 1, -1)], dim=1)
         word = model.llm.get_input_embeddings().weight
         rows = [[word[1], *visual[0], *word[5:8]], [word[1], word[3], *visual[1], word[4], *visual[2], word[8]],
-                [*word[9:12]]]
+                [word[9], word[0], word[11]]]
         with torch.no_grad():
             x, total = model.embed(batch["ids"], batch["tiles"], batch["layouts"]), 0
             for k, (row, (ids, labels, _, _)) in enumerate(zip(rows, samples)):
@@ -319,6 +397,7 @@ def test_visual_tokens_take_their_places_and_the_loss_is_of_the_targets():
                 logits = model.llm(inputs_embeds=torch.stack(row)[None]).logits[0].log_softmax(1)
                 total -= sum(logits[at - 1, label] for at, label in enumerate(labels.tolist()) if label != IGNORE)
             close(model(**{k: batch[k] for k in ("ids", "places", "targets", "tiles", "layouts")}), total, 1e-5)
+        assert expand([1, 2], [i, 2], [], 2)[3] is False and expand([1, 2, 3], [i, 2, 3], [], 2)[3] is True
         raises(ValueError, model.embed, batch["ids"], tiles, [(1, None, (16, 16), n + 1)] * 3, words="ids expect")
         # a sample that is cut within its second picture
         ids, labels, kept, cut = expand([1, IMAGE, 4, IMAGE, 8], [i, i, 4, i, 8], layouts[1:], n + 5)
@@ -331,6 +410,12 @@ def test_visual_tokens_take_their_places_and_the_loss_is_of_the_targets():
                                          tiles=tiles[:0]) for ids, labels, *_ in samples[2:]])
         model(**{k: alone[k] for k in ("ids", "places", "targets", "tiles", "layouts")}).backward()
         assert alone["tiles"].shape == (1, 3, 16, 16) and not model.projector[0].weight.grad.any()
+        assert model.projector[0].weight.grad is not None and all(
+            p.grad is not None for p in model.encoder.vit.blocks[0].parameters())
+        assert torch.equal(model.projector[1](tiles[0] / 99), torch.nn.functional.gelu(tiles[0] / 99))
+        model.llm.bfloat16()  # its logits are summed up in fp32
+        loss = model(**{k: batch[k] for k in ("ids", "places", "targets", "tiles", "layouts")})
+        assert loss.dtype == torch.float32 and abs(loss.item() / total.item() - 1) < 0.05
 
 
 def test_batches_are_of_one_kind_and_dealt_out_by_length():
@@ -348,6 +433,20 @@ def test_batches_are_of_one_kind_and_dealt_out_by_length():
     alone = llava_data.grouped_order(lengths, pictured, 8, 1, np.random.default_rng([3, 0])).reshape(-1, 8)
     assert [set(b) for b in alone.tolist()] == [set(b) for b in batches.tolist()], "ranks do not change the batches"
     assert all((np.diff(lengths[b]) <= 0).all() for b in alone)
+    # 7 with pictures and 6 without make two batches of 4; of the other 3 and 2 a random four make the third
+    kinds, at, whole = set(), set(), set()
+    for seed in range(30):
+        few = llava_data.grouped_order(np.ones(13), np.arange(13) < 7, 4, 1, np.random.default_rng(seed)).reshape(3, 4)
+        shown = (few < 7).sum(1).tolist()
+        mixed, = [k for k, n in enumerate(shown) if 0 < n < 4]
+        kinds.add(shown[mixed]), at.add(mixed), whole.add(frozenset(few[shown.index(4)].tolist()))
+    assert kinds == {2, 3} and at == {0, 1, 2} and len(whole) > 10
+    # of one kind: the draws themselves, on which a resume counts; equally long ones stay in the drawn order
+    rng = np.random.default_rng(5)
+    got = llava_data.grouped_order(np.arange(128) % 3, np.ones(128) > 0, 64, 1, np.random.default_rng(5))
+    drawn = rng.permutation(128).reshape(2, 64)
+    longest_first = [sorted(b.tolist(), key=lambda i: -(i % 3)) for b in drawn[rng.permutation(2)]]
+    assert got.reshape(2, 64).tolist() == longest_first
     with tempfile.TemporaryDirectory() as tmp:
         path, folder = conversations(tmp)
         make = lambda seed=0: llava_data.Conversations([path, path], folder, Prompter(tokenizer(), "vicuna"),
@@ -358,6 +457,8 @@ def test_batches_are_of_one_kind_and_dealt_out_by_length():
         assert len(data) == 32 and sorted(first) != sorted(range(30)) and first != second and len(set(second)) == 30
         assert [make().index(n) for n in (37, 3, 12)] == [second[7], first[3], first[12]], "a function of (seed, n)"
         assert [make(1).index(n) for n in range(30)] != first
+        assert data.lengths.tolist() == 2 * [3, 3 + 4, *[3] * 6, *[4] * 8]
+        assert data.pictured.tolist() == 2 * [*[True] * 8, *[False] * 8]
         assert data.read(17) == data.read(1) == [["1.png"], [["<image>\nWhat?", "b"], ["is it?", "it is"]]]
         raises(UserError, llava_data.Conversations, [path], folder, None, None, 17, 0, 99, words="no batch of 17")
 
@@ -380,10 +481,27 @@ def test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place():
             picture(7, 23, 16).save(os.path.join(folder, "7.png"))
         said = quietly(*training(tmp, "--steps", 4, "--out", os.path.join(tmp, "out")))
         listed = sorted(os.path.basename(x.split()[0]) for x in open(os.path.join(tmp, "out", "bad_images.txt")))
-        assert listed == ["2.png", "3.png"] and "could not be read" in said, (listed, said)
+        assert listed == ["2.png", "3.png"], listed
+        bad = [x.split(" ", 1) for x in said.splitlines() if "could not" in x]
+        assert sum(int(n) for n, _ in bad) == 2 and {x for _, x in bad} == {
+            "pictures could not be read, others took their places: see "
+            + os.path.join(tmp, "out", "bad_images*.txt")}, bad
         shutil.rmtree(folder)
         os.makedirs(folder)
         raises(UserError, quietly, *training(tmp, "--steps", 4, "--out", os.path.join(tmp, "b")), words="no picture of")
+        with unittest.mock.patch.object(data, "index", lambda n: n):
+            gone = lambda n: f"{os.path.join(folder, f'{n}.png')} cannot be opened (No such file or directory)"
+            refused(UserError, data.__getitem__, 5, says=f"no picture of --data can be read: {gone(5)}")
+        data.pictured, data.ends = np.array([True] * 101), np.arange(101)  # a hundred in a row
+        for missing in 99, 100:
+            data.read, data.index = lambda j: ([f"{j}.png"], [("<image>", "a")]), lambda n: n
+            picture(0, 16, 16).save(os.path.join(folder, f"{missing}.png"))
+            if missing == 99:
+                assert len(data[0]["unreadable"]) == 99
+                os.remove(os.path.join(folder, "99.png"))
+            else:
+                refused(UserError, data.__getitem__, 0, says=(
+                    f"100 pictures in a row cannot be read: is --images {folder} right? {gone(0)}"))
 
 
 def test_stages_have_the_published_settings():
@@ -426,6 +544,12 @@ def test_each_part_learns_at_its_rate_or_not_at_all():
                 part = {"encoder": "encoder.vit.blocks.0"}.get(part, part)
                 change = max((moved[k] - before[k]).abs().max().item() for k in moved if k.startswith(part))
                 assert abs(change - rate) < 1e-5, (name, part, change)
+            parts = [f"{part}." for part, rate in zip(llava_model.PARTS, rates) if rate]
+            learns = [k for k in moved if k.startswith(("newline", *parts))
+                      and not k.startswith(("encoder.latent_down", "encoder.vit.norm"))]
+            state = torch.load(os.path.join(tmp, name, "state.pt"))["tensors"]
+            assert state.keys() == {f"{key}{k}" for k in learns for key in ("", "step ", "exp_avg ", "exp_avg_sq ")}
+            assert (holds[0].encoder.training, holds[0].llm.training) == (variant == "xl", True)
             if variant == "xl":
                 assert abs((moved["newline"] - before["newline"]).abs().max().item() - 0.01) < 1e-5
             assert torch.equal(moved["encoder.vit.norm.weight"], before["encoder.vit.norm.weight"])
@@ -455,7 +579,33 @@ def test_rates_warm_up_and_fall_as_a_cosine():
         with contextlib.redirect_stdout(io.StringIO()):
             s = llava.setup(args, llava.Run(out))
         assert args.warmup == 6 and abs(args.lr_decay - 0.97) < 1e-9, "3% of all"
+        for given, steps, warmup, decay in ((["--epochs", 3, "--batch_size", 3], 15, 0, 1.0),
+                                            (["--steps", 200, "--warmup", 0], 200, 0, 1.0)):
+            args = llava.parse_args([str(x) for x in training(tmp, *given)])
+            with contextlib.redirect_stdout(io.StringIO()):
+                llava.setup(args, llava.Run(out))
+            assert (args.steps, args.warmup, args.lr_decay) == (steps, warmup, decay), "5 whole batches of 16 an epoch"
         assert [group["betas"] for group in s.optimizer.param_groups] == [(0.9, 0.999)]
+        flags = without(training(tmp, "--teacher", "tiny", "--teacher_weights", "random", "--size", 16, variant="xl"),
+                        "--weights")
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            s = llava.setup(llava.parse_args(list(map(str, flags))), llava.Run(out))
+        learns, everything = (sum(p.numel() for p in s.model.parameters() if p.requires_grad >= least) / 1e6
+                              for least in (True, False))
+        assert 5 < learns < everything and (f"seeing by tiny random; trains encoder, projector, llm: {learns:.1f}M of "
+                                            f"{everything:.1f}M parameters") in said.getvalue()
+        # two ranks share a batch; bf16 is autocast's on one GPU alone
+        for ranks, on_gpu in (2, True), (1, True), (1, False):
+            rank = llava.Run(out)
+            rank.ranks, rank.on_gpu, rank.connect = ranks, on_gpu, lambda: None
+            with contextlib.redirect_stdout(io.StringIO()) as said, unittest.mock.patch.object(
+                    llava, "shard", lambda *a: None):
+                s = llava.setup(llava.parse_args([str(x) for x in training(tmp, "--steps", 200)]), rank)
+            assert (s.data.ranks, s.micro_batch, s.accumulation) == (ranks, 2, 2 // ranks)
+            with s.autocast:
+                assert torch.is_autocast_enabled("cpu") == (on_gpu and ranks == 1)
+            words = {1: "accumulation 2 x 1 rank on cpu", 2: "accumulation 1 x 2 ranks on cpu"}[ranks]
+            assert "run: 200 steps of 4 = micro-batch 2 x " + words in said.getvalue(), said.getvalue()
 
 
 def test_neither_micro_batches_nor_recomputation_change_the_loss():
@@ -553,6 +703,8 @@ def test_llava_resumes_exactly():
         kept = load_file(os.path.join(whole, "model_0000003.safetensors"))
         final = load_file(os.path.join(whole, "model.safetensors"))
         assert not torch.equal(kept["projector.0.bias"], final["projector.0.bias"])
+        assert [read_config(os.path.join(whole, name))["step"] for name in (
+            "model_0000003.safetensors", "model.safetensors")] == [3, 6]
         assert "finished" in quietly(*flags, "--out", whole)
         raises(UserError, quietly, *flags, "--lr", 1e-2, "--out", whole, words="lr was 0.001, is now 0.01")
 
@@ -588,6 +740,7 @@ def test_sixteen_conversations_are_learnt_and_answered():
         assert [x["text"] for x in many] == [x["conversations"][1]["value"] for x in samples], many
         assert [x["question_id"] for x in many] == list(range(100, 84, -1)) and many[0]["prompt"] == "What?"
         assert set(many[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+        assert [(x["answer_id"], x["metadata"]) for x in many] == [(str(k), {}) for k in range(16)]
         assert "-120" in many[0]["model_id"] and not [x for x in os.listdir(tmp) if ".part" in x]
         quietly(*ask, path("single.jsonl"), "--batch_size", 1)
         assert answered(path("single.jsonl")) == many
@@ -684,7 +837,9 @@ def test_what_does_not_fit_is_said_in_one_line():
             assert words in err.getvalue(), err.getvalue()
         flags = training(tmp)
         with unittest.mock.patch.dict("sys.modules", transformers=None):
-            raises(UserError, quietly, *flags, words="pip install -r downstream/requirements.txt")
+            refused(UserError, quietly, *flags, says=(
+                "it needs transformers (import of transformers halted; None in sys.modules): pip install -r "
+                "downstream/requirements.txt"))
         # the control, a teacher with random weights
         flags = training(tmp, "--steps", 1, "--out", os.path.join(tmp, "control"), "--teacher", "tiny",
                          "--teacher_weights", "random", "--size", 16)
@@ -757,3 +912,527 @@ def test_the_study_gives_each_row_its_encoder_its_questions_and_its_line():
         assert "log.jsonl" in left and "state.pt" not in left and "model.safetensors" not in left
         raises(UserError, study.main, ["pixels", *flags[:6], "--results", results + "2"], words="--pixels FILE")
         raises(UserError, study.main, ["all", *flags[:2], "--data", "none"], words="is no folder")
+
+
+def without(flags, name):
+    """The flags without this one and its value."""
+    at = flags.index(name)
+    return [*flags[:at], *flags[at + 2:]]
+
+
+def refused_by(parse, *flags):
+    """What argparse says before it exits."""
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            parse(list(map(str, flags)))
+        except SystemExit as e:
+            assert e.code == 2
+            return err.getvalue()
+    raise AssertionError(f"{flags} are taken")
+
+
+def test_flags_have_their_defaults_and_their_ranges():
+    need = {"train": ["train", "--variant", "xl", "--stage", 2, "--llm", "x", "--weights", "y", "--data", "z"],
+            "answer": ["answer", "--run", "r", "--questions", "q", "--answers", "a"], "chat": ["chat", "--run", "r"]}
+    parse = lambda command, *flags: vars(llava.parse_args(list(map(str, [*need[command], *flags]))))
+    with unittest.mock.patch.object(llava, "default_workers", lambda most: 100 + most):
+        train, ask, talk = (parse(command) for command in need)
+    assert train == dict(
+        command="train", variant="xl", stage=2, llm="x", weights="y", teacher=None, teacher_weights=None, init=None,
+        data=["z"], images=".", out="out/llava", size=None, layer=None, pool=None, tiles=9, template="chat",
+        system=None, max_length=32768, recipe="llava", batch_size=512, micro_batch=4, steps=None, epochs=1, lr=1e-5,
+        encoder_lr=2e-6, warmup=None, weight_decay=0.0, clip=1.0, seed=0, workers=108, compile=False,
+        checkpoint_activations=False, log_every=10, save_every=500, keep_every=None, resume_anyway=False,
+        trains=("encoder", "projector", "llm"), aspect="anyres", lr_decay=1.0, decay_shape="cosine", eval_every=0)
+    assert ask == dict(command="answer", run="r", llm=None, bf16=False, questions="q", images=".", answers="a",
+                       batch_size=16, max_new_tokens=128, workers=108)
+    assert talk == dict(command="chat", run="r", llm=None, bf16=False, inputs=[], max_new_tokens=512)
+    with unittest.mock.patch("torch.cuda.is_available", lambda: True):
+        assert parse("train")["checkpoint_activations"] and parse("answer")["bf16"] and parse("chat")["bf16"]
+    lowest = dict(size=1, tiles=1, max_length=2, batch_size=1, micro_batch=1, steps=1, epochs=1, lr=0.0, encoder_lr=0.0,
+                  warmup=0, weight_decay=0.0, clip=0.0, seed=0, workers=0, log_every=1, save_every=0, keep_every=0)
+    for command, ranges in (("train", lowest), ("answer", dict(batch_size=1, max_new_tokens=1, workers=0)),
+                            ("chat", dict(max_new_tokens=1))):
+        for name, low in ranges.items():
+            assert parse(command, f"--{name}", low)[name] == low, name
+            said = refused_by(llava.parse_args, *need[command], f"--{name}={low - 1}")
+            assert f"argument --{name}: it is {low - 1}; it must be at least {low:.0f}" in said, said
+    assert parse("train", "--seed", 2 ** 63 - 1)["seed"] == 2 ** 63 - 1
+    assert "at most 9223372036854775807" in refused_by(llava.parse_args, *need["train"], "--seed", 2 ** 63)
+    for flags, words in ((["--pool", 3], "--pool"), (["--stage", 4], "--stage"), (["--template", "x"], "--template"),
+                         (["--steps", 1, "--epochs", 2], "not allowed with"), (["--recipe", "x"], "--recipe")):
+        assert words in refused_by(llava.parse_args, *need["train"], *flags), flags
+    for names, words in ((["--weights"], "give the tokenizer's --weights, or for the control a --teacher, or --init\n"),
+                         (["--llm"], "give a language model, --llm, or --init\n")):
+        assert refused_by(llava.parse_args, *without(need["train"], *names)).endswith(words), words
+        assert vars(llava.parse_args(list(map(str, without(need["train"], *names) + ["--init", "i"]))))["init"] == "i"
+    # what a resume may change
+    free = set("llm weights teacher teacher_weights images data init out steps epochs workers micro_batch compile "
+               "checkpoint_activations log_every save_every keep_every resume_anyway warmup".split())
+    state = {**dict.fromkeys("tensors step samples sums faults cut id config".split(), 0), "args": train}
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "state.pt")
+        torch.save(state, path)
+        for name in train:
+            now = llava.SimpleNamespace(**{**train, name: "other", "resume_anyway": False})
+            try:
+                load_checkpoint(path, llava.STATE, now, llava.MAY_DIFFER)
+                assert name in free, name
+            except UserError as e:
+                assert f"({name} was {train[name]}, is now other)" in str(e) and name not in free, name
+        for name in state:
+            torch.save({k: v for k, v in state.items() if k != name}, path)
+            raises(UserError, load_checkpoint, path, llava.STATE, llava.SimpleNamespace(**train), llava.MAY_DIFFER,
+                   words=f"(it lacks {name})")
+
+
+def built(folder, *flags, **stage):
+    """(model, what its file says of it) of a stage that these flags of `training` ask for."""
+    return llava_model.build_stage(llava.parse_args(list(map(str, training(folder, *flags, **stage)))), "cpu")
+
+
+def recomputes(llm):
+    return any(getattr(m, "gradient_checkpointing", False) for m in llm.modules())
+
+
+def test_a_stage_is_built_as_the_command_line_says():
+    with tempfile.TemporaryDirectory() as tmp:
+        path = lambda name: os.path.join(tmp, name)
+        flags = ["--size", 32, "--layer", 1, "--pool", 2, "--tiles", 4, "--seed", 3, "--template", "plain", "--system",
+                 "S", "--checkpoint_activations"]
+        model, config = built(tmp, *flags, variant="xl", stage=1)
+        eye = f"{path('tokenizer.safetensors')} {sha256(path('tokenizer.safetensors'))[:12]}"
+        mine = dict(variant="xl", stage=1, llm=path("llm"), eye=eye, size=32, cap=4, aspect="squash", layer=1, pool=2,
+                    template="plain", system="S", trains_llm=False)
+        assert config == {"vit": asdict(MICRO_VIT), "llava": mine, "commit": llava_model.commit()}, config
+        assert (model.layer, model.pool, model.cap) == (1, 2, 4) and model.projector[0].in_features == 4 * 32
+        torch.manual_seed(3)  # the newline's draws come last
+        for layer in torch.nn.Linear(128, 32), torch.nn.Linear(32, 32):
+            assert any(torch.equal(layer.weight, x.weight) for x in (model.projector[0], model.projector[2]))
+        assert torch.equal(model.newline, torch.randn(32) / 32 ** 0.5)
+        assert model.encoder.vit.checkpoint and recomputes(model.llm)
+        assert not model.encoder.training and model.llm.training and model.projector.training
+        img = torch.randint(256, (1, 3, 16, 24), dtype=torch.uint8)
+        f = model.encoder.features(img / 255, 1)  # the last of the three blocks but one
+        f = torch.stack([torch.cat([f[0, y * 6 + x], f[0, y * 6 + x + 1], f[0, y * 6 + x + 6], f[0, y * 6 + x + 7]])
+                         for y in (0, 2) for x in (0, 2, 4)])
+        close(model.see(img)[0].flatten(0, 1), model.projector(f), 1e-5)
+        # the next stage: what is not said is that of --init
+        out = path("one")
+        quietly(*training(tmp, *flags[:6], "--system", "S", "--steps", 1, "--out", out, "--template", "vicuna",
+                          variant="xl", stage=1))
+        model, config = built(tmp, "--init", out, variant="xl", stage=2)
+        assert config["llava"] == {**mine, "stage": 2, "cap": 9, "aspect": "anyres", "template": "chat", "system": None,
+                                   "trains_llm": True} and model.encoder.training
+        assert not model.encoder.vit.checkpoint and not recomputes(model.llm)
+        given = ["--init", out, "--size", 16, "--layer", -1, "--pool", 2]
+        mine = built(tmp, *given, variant="xl", stage=1)[1]["llava"]
+        assert (mine["size"], mine["layer"], mine["pool"], mine["trains_llm"]) == (16, -1, 2, False)
+        second = path("two")
+        quietly(*training(tmp, "--init", out, "--steps", 1, "--out", second, variant="xl", stage=2))
+        third = built(tmp, "--init", second, variant="xl", stage=1)[1]["llava"]
+        assert third["trains_llm"], "once it was trained, its tensors belong to the run"
+        flags = without(training(tmp, "--init", second, variant="xl"), "--llm")
+        os.rename(path("llm"), path("away"))  # it is in the run
+        model, _ = llava_model.build_stage(llava.parse_args(list(map(str, flags))), "cpu")
+        found = load_file(os.path.join(second, "model.safetensors"))
+        assert all(torch.equal(p, found[k]) for k, p in model.named_parameters() if k in found)
+        os.rename(path("away"), path("llm"))
+        # the same file elsewhere is the same encoder; another is not
+        shutil.copy(path("tokenizer.safetensors"), path("moved.safetensors"))
+        built(tmp, "--init", out, "--weights", path("moved.safetensors"), variant="xl")
+        raises(UserError, built, tmp, "--init", tmp, words="no such file")
+        shutil.copy(path("tokenizer.safetensors"), path("model.safetensors"))
+        raises(UserError, built, tmp, "--init", tmp, words=f"--init {tmp} is no run of downstream.llava")
+        refused(UserError, llava_model.load_run, tmp, "cpu", says=(
+            f"{path('model.safetensors')} is a model file, but none of downstream.llava"))
+        refused(UserError, built, tmp, "--init", out, says=f"--init {out} is of --variant xl")
+        flags = without(training(tmp, "--init", out, variant="xl"), "--weights")
+        raises(UserError, lambda: llava_model.build_stage(llava.parse_args(list(map(
+            str, [*flags, "--teacher", path("teacher.safetensors")]))), "cpu"), words=(
+            f"--init {out} was trained with the encoder {eye}, not with {path('teacher.safetensors')}"))
+        for size, pool, near in ((18, 1, 16), (19, 1, 20), (1, 1, 4), (20, 2, 16), (23, 2, 24), (3, 2, 8)):
+            refused(UserError, built, tmp, "--size", size, "--pool", pool, says=(
+                f"--size {size} is no multiple of {4 * pool}, the patch times --pool: try {near}"))
+        for layer in 3, -4:
+            refused(UserError, built, tmp, "--layer", layer, says=(
+                f"the encoder has 3 blocks, so there is no block {layer}: give another --layer"))
+        flags = without(without(training(tmp, "--teacher", path("teacher.safetensors")), "--weights"), "--llm")
+        control = llava.parse_args(list(map(str, [*flags, "--llm", os.path.relpath(path("llm"))])))
+        mine = llava_model.build_stage(control, "cpu")[1]["llava"]
+        assert (mine["llm"], mine["eye"], mine["size"]) == (path("llm"), path("teacher.safetensors"), 16)
+        plain = built(tmp)[0]
+        assert (plain.layer, plain.pool, plain.cap) == (-2, 1, 0), "as LLaVA-1.5"
+        assert built(tmp, "--layer", 2)[0].layer == 2 and built(tmp, "--layer", -3)[0].layer == -3
+        raises(UserError, llava_model.load_tokenizer, path("none"),
+               words=f"no text tokenizer can be loaded from {path('none')}")
+
+
+def alone(data, numbers, model):
+    """(sum of the losses, targets, tokens) of samples, each as a batch of its own."""
+    total, targets, tokens = 0, 0, 0
+    for n in numbers:
+        batch = llava_data.collate([data[n]])
+        keep = {k: batch[k] for k in ("ids", "places", "targets", "tiles", "layouts")}
+        total, tokens = total + model(**keep), tokens + len(data[n]["ids"])
+        targets += int((data[n]["labels"][1:] != IGNORE).sum())
+    return total, targets, tokens
+
+
+def test_a_run_says_and_logs_what_it_does():
+    """Of three steps that take two seconds each: every line on the screen and every number in the log."""
+    with tempfile.TemporaryDirectory() as tmp:
+        out, plain, order = os.path.join(tmp, "out"), llava.log, []
+        flags = training(tmp, "--steps", 3, "--warmup", 2, "--lr", 1e-3, "--system", "A", "--max_length", 29,
+                         "--seed", 7, "--recipe", "paper", "--weight_decay", 0.25, "--out", out)
+
+        def recorded(name, kind=llava.Run):
+            method = getattr(kind, name)
+            return unittest.mock.patch.object(kind, name, lambda self, *a: order.append((name, *a)) or method(self, *a))
+        with contextlib.ExitStack() as stack:
+            for name in "hold_folder", "load", "open_log":
+                stack.enter_context(recorded(name))
+            for name in "listen", "check_locks":
+                stack.enter_context(unittest.mock.patch.object(
+                    llava, name, lambda x, name=name: order.append((name, x))))
+            stack.enter_context(unittest.mock.patch.object(llava, "log", lambda s, seconds: plain(s, 2.0)))
+            setup, shard, kept = llava.setup, llava.shard, []
+            stack.enter_context(unittest.mock.patch.object(
+                llava, "setup", lambda *a: kept.append(setup(*a)) or kept[0]))
+            stack.enter_context(unittest.mock.patch.object(
+                llava, "shard", lambda model, run, how: order.append(("shard", how)) or shard(model, run, False)))
+            screen = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            llava.main(list(map(str, [*flags, "--compile"])), on_signal="handler")
+        args = kept[0].args
+        assert order == [("shard", True), ("hold_folder",), ("load", llava.STATE, args, llava.MAY_DIFFER),
+                         ("open_log", 0), ("listen", "handler"), ("check_locks", 0)], order
+        group, = kept[0].optimizer.param_groups
+        assert (group["betas"], group["weight_decay"]) == ((0.5, 0.95), 0.25)
+        # by hand: the samples of each step, and the first step's loss and gradient
+        first = llava.parse_args(list(map(str, flags)))
+        model, config = llava_model.build_stage(first, "cpu")
+        data = llava_data.Conversations(first.data, first.images, Prompter(tokenizer(), "vicuna", "A"),
+                                        Looker(config["llava"], MICRO_VIT), 4, 7, 29)
+        total, targets, _ = alone(data, range(4), model)
+        (total / targets).backward()
+        norm = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None) ** 0.5
+        tokens = [sum(len(data[n]["ids"]) for n in range(k, k + 4)) for k in (0, 4, 8)]
+        cut = np.cumsum([sum(data[n]["was_cut"] for n in range(k, k + 4)) for k in (0, 4, 8)]).tolist()
+        assert cut == [4, 4, 8], "what shows pictures, in the first and the third step"
+        lines = log_lines(out, timing=True)
+        assert abs(lines[0]["loss"] / (total / targets).item() - 1) < 1e-4
+        assert abs(lines[0]["grad_norm"] / norm.item() - 1) < 1e-3
+        rates = [0.5e-3, 1e-3, 1e-3]  # warm-up, then a cosine over the last step alone
+        for k, line in enumerate(lines):
+            assert {k: x for k, x in line.items() if k not in ("loss", "grad_norm")} == dict(
+                step=k + 1, lr=rates[k], tokens=tokens[k], cut=cut[k], skipped=0, img_s=2.0, tokens_s=tokens[k] / 2,
+                memory_gib=None), line
+        learns = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("llm.", "projector.")))
+        everything = sum(p.numel() for p in model.parameters())
+        eye = config["llava"]["eye"]
+        expected = [
+            "data: 16 conversations, 8 with pictures; template vicuna, pictures: pad, at most 29 tokens",
+            f"model: {os.path.join(tmp, 'llm')} seeing by {eye}; trains projector, llm: {learns / 1e6:.1f}M of "
+            f"{everything / 1e6:.1f}M parameters",
+            "run: 3 steps of 4 = micro-batch 2 x accumulation 2 x 1 rank on cpu; rate 1.00e-03 after 2 steps of "
+            "warm-up, then a cosine; --recipe paper: AdamW's betas (0.5, 0.95)"]
+        for k, (line, eta) in enumerate(zip(lines, ("00:04", "00:02", "00:00"))):
+            expected.append(f"step      {k + 1}/3 | loss {line['loss']:.4f} | grad {line['grad_norm']:.2f} | lr "
+                            f"{rates[k]:.1e} | {tokens[k] / 2:,.0f} tokens/s | {cut[k]} cut at 29 | eta {eta}")
+        expected.append(f"done: {out}/model.safetensors; try: python -m downstream.llava chat --run {out} IMAGE "
+                        '"What is in the picture?"')
+        assert screen.getvalue().splitlines() == expected, screen.getvalue()
+        final = load_file(os.path.join(out, "model.safetensors"))
+        os.remove(os.path.join(out, "model.safetensors"))  # as if a kill had come before it
+        said = quietly(*flags).splitlines()
+        again = load_file(os.path.join(out, "model.safetensors"))
+        assert again.keys() == final.keys() and all(torch.equal(again[k], final[k]) for k in final)
+        assert said[-2:] == [
+            f"resumed from {out}/state.pt at step 3",
+            f"the run is finished: {out}/model.safetensors; to extend it, give more --steps or --epochs"], said
+        state = torch.load(os.path.join(out, "state.pt"))
+        assert set(state) == {*llava.STATE} and state["samples"] == 12 and state["cut"] == cut[2]
+        assert state["config"] == config and state["args"] == vars(args)
+        # signals save and stop; what is read is what two ranks would have to agree on
+        step = llava.step
+
+        def signalled(s, batches):
+            if s.now.step == 1:
+                INTERRUPTS.append(15)
+            return step(s, batches)
+        try:
+            with unittest.mock.patch.object(llava, "step", signalled):
+                said = quietly(*flags, "--out", out + "2", "--save_every", 0)
+        finally:
+            INTERRUPTS.clear()
+        assert said.splitlines()[-1] == ("interrupted and saved at step 2: the same command goes on from there"), said
+        assert torch.load(os.path.join(out + "2", "state.pt"))["step"] == 2
+        state = types.SimpleNamespace(load=lambda *a: dict(tensors={}), ranks=2, path=lambda x: "R/" + x)
+        refused(UserError, llava.resume, types.SimpleNamespace(args=args, run=state, now=None),
+                says="R/state.pt was saved by one process: go on with one, or start from RUN as --init")
+
+
+def test_what_is_clipped_and_what_is_not_finite():
+    with tempfile.TemporaryDirectory() as tmp:
+        only_pictures(tmp)
+        out = os.path.join(tmp, "out")
+        flags = training(tmp, "--steps", 1, "--warmup", 0, "--lr", 1, "--encoder_lr", 1, "--template", "vicuna",
+                         "--system", "A", "--clip", 0.01, "--out", out, variant="xl")
+        model, config = built(tmp, *flags[1:], variant="xl")
+        data = llava_data.Conversations(
+            [os.path.join(tmp, "data.json")], os.path.join(tmp, "pictures"), Prompter(tokenizer(), "vicuna", "A"),
+            Looker(config["llava"], MICRO_VIT), 4, 0, 32768)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        total, targets, _ = alone(data, range(4), model)
+        (total / targets).backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        norm = sum(x.square().sum() for x in grads.values()) ** 0.5
+        # plain gradient descent at the rate 1 moves all parts together by the limit
+        asked = []
+
+        def descent(groups, **how):
+            asked.append(([sorted(group) for group in groups], [group["lr"] for group in groups], how))
+            return torch.optim.SGD(groups)
+        with unittest.mock.patch("torch.optim.AdamW", descent):
+            quietly(*flags)
+        assert asked == [([["lr", "params"]] * 2, [1, 1], dict(betas=(0.9, 0.999), weight_decay=0.0, fused=True))]
+        moved = torch.load(os.path.join(out, "state.pt"))["tensors"]
+        assert any(name.startswith("encoder.") for name in grads)
+        for name, grad in grads.items():
+            assert torch.allclose(moved[name], before[name] - 0.01 * grad / norm, atol=1e-6), name
+        assert abs(log_lines(out)[0]["grad_norm"] / norm.item() - 1) < 1e-3, "as it was before the clipping"
+        assert abs(log_lines(out)[0]["loss"] / (total / targets).item() - 1) < 1e-4
+        # a loss may be finite and its gradient not: the square root of 0
+        forward, steps, bad = llava_model.LLaVA.forward, [], {2}
+        kept, setup = [], llava.setup
+
+        def sometimes(self, **batch):
+            steps.append(1)
+            loss, step = forward(self, **batch), (len(steps) + 1) // 2  # of two micro-batches
+            return loss + (0 * self.projector[0].bias.sum()).sqrt() if step in bad else loss
+        weights = lambda: kept[-1].model.projector[0].bias.detach().clone()
+        seen, step = [], llava.step
+        with unittest.mock.patch.object(llava_model.LLaVA, "forward", sometimes), unittest.mock.patch.object(
+                llava, "setup", lambda *a: kept.append(setup(*a)) or kept[-1]), unittest.mock.patch.object(
+                llava, "step", lambda s, batches: step(s, batches) or seen.append(weights())):
+            flags = training(tmp, "--steps", 3, "--warmup", 0, "--lr", 1e-3, "--template", "vicuna", "--system", "A")
+            said = quietly(*flags, "--out", out + "2").splitlines()
+            assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+            lines = log_lines(out + "2")
+            assert [x["skipped"] for x in lines] == [0, 1, 1] and lines[1]["loss"] is None and lines[2]["loss"] > 0
+            assert ["1 steps skipped" in x for x in said if x.startswith("step ")] == [False, True, True], said
+            steps.clear(), bad.update(range(3, 20))
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                try:
+                    llava.main(list(map(str, [*flags, "--steps", 30, "--out", out + "3"])))
+                    raise AssertionError("it goes on")
+                except UserError as e:
+                    said = str(e)
+        last = [f"sample {kept[-1].data.index(n)}" for n in range(40, 44)]
+        finite = log_lines(out + "3")[0]["loss"]
+        assert said.startswith("at step 11 the loss or its gradient is not finite, 10 steps in a row (the last finite "
+                               f"one: {finite:.4f}); the last batch is {', '.join(last[:3])} .."), said
+        assert open(os.path.join(out + "3", "not_finite.txt")).read().splitlines() == last
+
+
+def test_files_in_half_precision():
+    """A language model whose file is bf16 is trained in fp32, and written as bf16; answers come in either."""
+    with tempfile.TemporaryDirectory() as tmp:
+        llm_folder(tmp)
+        from transformers import AutoModelForCausalLM
+        path = lambda name: os.path.join(tmp, name)
+        AutoModelForCausalLM.from_pretrained(path("llm"), dtype=torch.bfloat16).save_pretrained(path("llm"))
+        kept, setup = [], llava.setup
+        with unittest.mock.patch.object(llava, "setup", lambda *a: kept.append(setup(*a)) or kept[-1]):
+            quietly(*training(tmp, "--steps", 1, "--system", "A", "--out", path("two")))
+            quietly(*training(tmp, "--steps", 1, "--template", "vicuna", "--system", "A", "--out", path("one"),
+                              stage=1))
+        moved = dict(kept[0].model.named_parameters())
+        assert {p.dtype for p in moved.values()} == {torch.float32}
+        found = load_file(path("two/model.safetensors"))
+        for name, x in found.items():
+            kind = torch.bfloat16 if name.startswith("llm.") else torch.float32
+            assert x.dtype == kind and torch.equal(x, moved[name].to(kind)), name
+        assert read_config(path("two/model.safetensors"))["step"] == 1
+        flags = without(training(tmp, "--steps", 1, "--system", "A", "--init", path("two")), "--llm")
+        os.rename(path("llm"), path("moved"))
+        quietly(*flags, "--out", path("three"))
+        assert {name.startswith("llm."): x.dtype for name, x in load_file(path("three/model.safetensors")).items()} == {
+            True: torch.bfloat16, False: torch.float32}
+        assert not any(name.startswith("llm.") for name in load_file(path("one/model.safetensors")))
+        args = lambda run, bf16: types.SimpleNamespace(run=path(run) + "/", llm=path("moved"), max_new_tokens=2,
+                                                       bf16=bf16)
+        for run in "one", "two":
+            for bf16 in True, False:
+                speaker, modes = llava_use.Speaker(args(run, bf16), torch.device("cpu")), []
+                assert {p.dtype for p in speaker.model.llm.parameters()} == {torch.bfloat16 if bf16 else torch.float32}
+                assert {p.dtype for p in speaker.model.projector.parameters()} == {torch.float32}
+                assert not speaker.model.training and not any(p.requires_grad for p in speaker.model.parameters())
+                assert speaker.prompter.system == "A" and speaker.name.startswith(f"{run}-{speaker.config['id']}-1")
+                see = speaker.model.see
+                speaker.model.see = lambda tiles: modes.append(torch.is_autocast_enabled("cpu")) or see(tiles)
+                asked = llava_use.ask(speaker.prompter, speaker.looker, [("What?", "")], [])
+                assert len(list(speaker.tokens([asked]))) <= 2 and modes == [bf16]
+
+
+def test_what_ranks_share():
+    """Recorded calls: FSDP gets every block and then the whole, fp32 before, bf16 inside on GPUs alone."""
+    model = micro_llava().bfloat16()
+    blocks, calls = [*model.encoder.vit.blocks, *model.llm.model.layers], []
+    wrap = lambda module, **how: calls.append((module, how, {p.dtype for p in module.parameters()}))
+    with unittest.mock.patch("torch.distributed.fsdp.fully_shard", wrap), unittest.mock.patch(
+            "torch.distributed.device_mesh.init_device_mesh", lambda *a: a), unittest.mock.patch.object(
+            torch.nn.Module, "compile", lambda self, **how: calls.append((self, how))):
+        for on_gpu, inside in ((True, torch.bfloat16), (False, None)):
+            calls.clear()
+            run = types.SimpleNamespace(ranks=2, on_gpu=on_gpu, device=torch.device("cpu"))
+            llava_model.shard(model, run, False)
+            assert [x[0] for x in calls] == [*blocks, model]
+            for _, how, dtypes in calls:
+                assert how["mesh"] == ("cpu", (2,)) and dtypes == {torch.float32}
+                assert (how["mp_policy"].param_dtype, how["mp_policy"].reduce_dtype) == (inside, torch.float32)
+        calls.clear()
+        model.bfloat16()
+        llava_model.shard(model, types.SimpleNamespace(ranks=1, device=torch.device("cpu")), True)
+        assert calls == [(block, {"dynamic": True}) for block in blocks]
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+class Mute:
+    """In place of Speaker: to a prompt it answers the number 0 and then its count of ids, within two steps of the
+    longest; text is the numbers."""
+    name = "run-0-7"
+
+    def __init__(self, args, device):
+        self.prompter = Prompter(tokenizer(), "vicuna", "A")
+        self.prompter.text = lambda ids: " ".join(map(str, ids)) + " \u00e9"
+        self.looker = Looker(dict(aspect="pad", size=16, cap=0, pool=1), MICRO_VIT)
+
+    def tokens(self, asked):
+        yield torch.zeros(len(asked), dtype=torch.long)
+        yield torch.tensor([len(ids) for ids, _, _ in asked])
+        yield torch.full((len(asked),), -1)
+
+
+@unittest.mock.patch.object(llava_use, "Speaker", Mute)
+def test_answers_are_written_as_they_come():
+    with tempfile.TemporaryDirectory() as tmp:
+        conversations(tmp)
+        path, out = lambda name: os.path.join(tmp, name), os.path.join(tmp, "new", "a[1].jsonl")
+        lines = [dict(question_id=f"q{k}", text="What \u00e9?" + 40 * k * " is", **({"image": f"{k}.png"} if k % 2 else {}))
+                 for k in range(7)]
+
+        def questions(lines):
+            with open(path("q.jsonl"), "w") as f:
+                f.write("\n\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
+        ask = ["answer", "--run", "r", "--questions", path("q.jsonl"), "--images", path("pictures"), "--workers", 3,
+               "--batch_size", 2, "--answers", out]
+        made, locks, bars, flushed = [], [], [], []
+
+        def loader(*args, **how):
+            made.append(how)
+            return torch.utils.data.DataLoader(*args, **{**how, "num_workers": 0})
+
+        def bar(batches, **how):
+            bars.append(how)
+            for batch in batches:  # what was answered before this batch is in the file
+                flushed.append(len(llava_use.read_parts(out)))
+                yield batch
+        with unittest.mock.patch.object(llava_use, "DataLoader", loader), unittest.mock.patch.object(
+                llava_use, "check_locks", locks.append), unittest.mock.patch.object(llava_use, "tqdm", bar):
+            questions(lines)
+            assert quietly(*ask) == f"{out}: 7 answers by run-0-7\n" and os.listdir(path("new")) == ["a[1].jsonl"]
+            prompter = Prompter(tokenizer(), "vicuna", "A")
+            ids = [len(prompter.prompt([("<image>\n" * (k % 2) + x["text"], "")])) + 15 * (k % 2)
+                   for k, x in enumerate(lines)]
+            expected = [dict(question_id=f"q{k}", prompt=x["text"], answer_id=str(k), model_id="run-0-7",
+                             text=f"0 {ids[k]} \u00e9", metadata={}) for k, x in enumerate(lines)]
+            assert open(out, encoding="utf-8").read() == "".join(
+                json.dumps(x, ensure_ascii=False) + "\n" for x in expected)
+            assert made[0]["num_workers"] == 3 and made[0]["batch_sampler"] == [[0, 1], [2, 3], [4, 5], [6]]
+            assert locks == [3] and bars == [dict(desc="answer", unit="batch", disable=None)]
+            assert flushed == [0, 2, 4, 6], "a killed run loses no batch but the last"
+            refused(UserError, quietly, *ask, says=f"--answers {out} is there already: move it away to answer again")
+            # a part of another run of the same command: of three questions, and a torn line
+            os.remove(out)
+            with open(out + ".part3", "w") as f:
+                f.write("".join(json.dumps([k, expected[k]]) + "\n" for k in (5, 0, 2)) + '[1, {"quest')
+            assert quietly(*ask).endswith("7 answers by run-0-7\n") and answered(out) == expected
+            assert made[-1]["batch_sampler"] == [[1, 3], [4, 6]] and os.listdir(path("new")) == ["a[1].jsonl"]
+            os.remove(out)
+            for number, change in ((0, dict(prompt="x")), (0, dict(model_id="other-1")), (7, {})):
+                old = {**expected[0], **change}
+                with open(out + ".part0", "w") as f:
+                    f.write(json.dumps([number, old]) + "\n")
+                refused(UserError, quietly, *ask, says=(
+                    f"{out}.part* are of other questions or of another model ({old['model_id']}, not run-0-7): remove "
+                    "them to answer again"))
+            os.remove(out + ".part0")
+        form = f"--questions {path('q.jsonl')} is no file of JSON lines with question_id, text and image "
+        for lines, says in (([], f"--questions {path('q.jsonl')} is empty"), (["7"], form + "(TypeError: "),
+                            ([dict(question_id=1, text=2)], form + "(TypeError: "),
+                            ([dict(question_id=1)], form + "(KeyError: 'text')"), (["{"], form + "(JSONDecodeError: "),
+                            ([dict(question_id="b", text="?", image=["0.png", "no.png"])],
+                             f"question b: {path('pictures/no.png')} cannot be opened (No such file or directory)"),
+                            ([dict(question_id="c", text="<image>?", image=["0.png", "1.png"])],
+                             "question c: 2 pictures, but 1 <image> in the questions: one for each, or none")):
+            questions(lines)
+            raises(UserError, quietly, *without(ask, "--workers"), "--workers", 0, words=says)
+        gone = path("gone.jsonl")
+        refused(MissingFile, quietly, *without(ask, "--questions"), "--questions", gone, says=(
+            f"--questions {gone} cannot be read (No such file or directory)"))
+        shutil.rmtree(path("new"))  # the second of two ranks: its share, its file, and no more
+        questions([dict(question_id=k, text="?") for k in range(7)])
+        job = types.SimpleNamespace(rank=1, ranks=2, device="cpu", gather=lambda x: [x, {}])
+        with unittest.mock.patch.object(llava_use, "Job", lambda args: job), unittest.mock.patch.object(
+                llava_use.dist, "barrier") as barrier, unittest.mock.patch.object(llava_use, "tqdm", bar):
+            assert quietly(*without(ask, "--workers"), "--workers", 0) == "" and barrier.call_count == 1
+        assert bars[-1]["disable"] is True and os.listdir(path("new")) == ["a[1].jsonl.part1"]
+        assert sorted(llava_use.read_parts(out)) == [2, 3, 6]
+
+
+def test_a_chat_shows_pictures_and_prints_what_is_new():
+    spoken = {1: "A", 2: "\ufffd", 3: "\u00e9", 4: " b"}
+    text = lambda ids: "".join(spoken[i] for i in ids).replace("\ufffd\u00e9", "\u00e9")
+    tokens = lambda asked: map(torch.tensor, ([1], [2], [3], [4], [-1]))
+    pictures = []
+    mute = types.SimpleNamespace(tokens=tokens, looker=lambda x: pictures.append(list(x)) or (torch.zeros(0), []),
+                                 prompter=types.SimpleNamespace(text=text, prompt=lambda turns: [1]))
+    printed = []
+    with unittest.mock.patch("builtins.print", lambda *a, end="\n", flush=False: printed.append("".join(a) + end)):
+        assert llava_use.say(mute, [("q", "")], []) == "A\u00e9 b" and printed == ["A", "\u00e9", " b", "", "\n"]
+        printed.clear()
+        mute.tokens = lambda asked: map(torch.tensor, ([1], [2]))
+        assert llava_use.say(mute, [("q", "")], []) == "A\ufffd" and printed == ["A", "\n"], "half of a character"
+    with tempfile.TemporaryDirectory() as tmp:
+        shown = [os.path.join(tmp, f"{k}.png") for k in range(3)]
+        for k, path in enumerate(shown):
+            picture(k, 16 + k, 16).save(path)
+        asked = []
+
+        def say(speaker, turns, pictures):
+            asked.append((list(turns), [img.width for img in pictures]))
+            return f"a{len(asked)}"
+
+        class Typed(io.StringIO):
+            isatty = lambda self: True
+        mark = "<image>\n"
+        for given, typed, expected in (
+                ([shown[0]], f"What?\n{shown[1]} {shown[2]} And  these?\n",
+                 [(mark + "What?", 1), (2 * mark + "And these?", 3)]),
+                (shown[:2], "<image> or <image>?\n\nnever\n", [("<image> or <image>?", 2)]),
+                ([*shown[:2], "Both?"], "", [(2 * mark + "Both?", 2)]),
+                (["What?"], "Why?\n", [("What?", 0), ("Why?", 0)]),
+                ([], f"{shown[2]} What?\n", [(mark + "What?", 1)]), ([], "", [])):
+            for kind, sign in (io.StringIO, ""), (Typed, "> "):
+                asked.clear()
+                with unittest.mock.patch.object(llava_use, "Speaker", lambda *a: None), unittest.mock.patch.object(
+                        llava_use, "say", say), unittest.mock.patch("sys.stdin", kind(typed)):
+                    out = quietly("chat", "--run", "r", *given)
+                assert [(turns[-1][0], len(widths)) for turns, widths in asked] == expected, (given, asked)
+                assert all(widths == [16 + k for k in range(3)][:len(widths)] or widths == [18] for _, widths in asked)
+                assert all([answer for _, answer in turns] == [f"a{k + 1}" for k in range(n)] + [""]
+                           for n, (turns, _) in enumerate(asked)), asked
+                lines = len(expected) - (bool(given) and not os.path.isfile(given[-1])) + 1
+                assert out == sign * lines, (given, out)

@@ -1,5 +1,5 @@
 """downstream/vqa.py: scores worked by hand, the benchmarks' files, what a user gets wrong."""
-from tests.helpers import raises, run  # first: it sets the environment that torch reads
+from tests.helpers import raises, refused, run  # first: it sets the environment that torch reads
 
 import base64
 import contextlib
@@ -7,7 +7,9 @@ import io
 import json
 import os
 import tempfile
+import unittest.mock
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -82,6 +84,13 @@ def test_answers_are_normalised_as_published():
     assert len(vqa.CONTRACTIONS) == len(vqa.CONTRACTED) + sum(word.count("'") - 1 for word in vqa.CONTRACTED) + 1
     assert all(value.replace("'", "") == key.replace("'", "") for key, value in vqa.CONTRACTIONS.items())
     assert [key for key, value in vqa.CONTRACTIONS.items() if len(key) != len(value) - 1] == ["somebody'd"]
+    # compared by hand with the published table, without its entries in capitals and those that change nothing
+    assert len(vqa.CONTRACTIONS) == 114 and zlib.crc32(" ".join(sorted(vqa.CONTRACTIONS)).encode()) == 3717871021
+    for sign in vqa.PUNCTUATION:
+        assert vqa.strip_punctuation(f"x{sign}y") == "x y" and vqa.strip_punctuation(f"x{sign} y") == "x y"
+    assert sorted(vqa.PUNCTUATION) == sorted("""!"()+,-/;<=>?@[\\]_`{}""")
+    numbers = "none one two three four five six seven eight nine ten".split()
+    assert vqa.NUMBERS == {word: str(n) for n, word in enumerate(numbers)} | {"zero": "0"}
 
 
 def test_soft_accuracy_by_hand():
@@ -127,7 +136,11 @@ def test_pope_by_hand():
     perfect = {"accuracy": 1, "precision": 1, "recall": 1, "f1": 1, "yes_ratio": 0.5}
     same(two, {**{f"a_{k}": v for k, v in perfect.items()}, **{f"b_{k}": v for k, v in one.items()},
                "mean_f1": (1 + 2 / 3) / 2})
-    raises(UserError, vqa.pope, ["no"], labelled(["No"]), words=["label No", "yes or no"])
+    same(vqa.pope(["no", "yes"], [*labelled(["no"], category=["b"]), *labelled(["no"])]), {
+        **{f"None_{k}": v for k, v in dict(accuracy=0, precision=0, recall=0, f1=0, yes_ratio=1).items()},
+        **{f"b_{k}": v for k, v in dict(accuracy=1, precision=0, recall=0, f1=0, yes_ratio=0).items()}, "mean_f1": 0})
+    refused(UserError, vqa.pope, ["no"], labelled(["No"]), says=(
+        "question 0 has the label No; expected yes or no"))
 
 
 def mme_set(**wrong):
@@ -161,6 +174,15 @@ def test_mme_by_hand():
     one_part = [n for n, x in enumerate(asked) if x["category"] in vqa.MME_TASKS["cognition"]]
     found = vqa.mme([texts[n] for n in one_part], [asked[n] for n in one_part])
     assert found["cognition"] == 800 and "perception" not in found
+    assert set(vqa.MME_TASKS["perception"]) == {"OCR", "artwork", "celebrity", "color", "count", "existence",
+                                                "landmark", "position", "posters", "scene"}, "the folders' names"
+    assert set(vqa.MME_TASKS["cognition"]) == {"code_reasoning", "commonsense_reasoning", "numerical_calculation",
+                                               "text_translation"}
+    gone = [n for n, x in enumerate(asked) if x["category"] not in ("existence", "OCR")]
+    refused(UserError, vqa.mme, [texts[n] for n in gone], [asked[n] for n in gone], says=(
+        "MME's perception needs all of its tasks; missing: existence OCR"))
+    refused(UserError, vqa.mme, [*texts, "yes"], [*asked, asked[0]], says=(
+        "MME's task existence has 3 questions on existence/0.jpg; expected two"))
     raises(UserError, vqa.mme, texts[4:], asked[4:], words=["perception", "existence"])
     raises(UserError, vqa.mme, texts[1:], asked[1:], words=["1 questions", "existence/0.jpg", "two"])
     odd = [{**asked[0], "label": "Yes"}, *asked[1:]]
@@ -171,6 +193,8 @@ def test_gqa_mmbench_and_exact_by_hand():
     asked = labelled(["yes", "red", "yes", "cat", "left"], category=["binary", "open", "binary", "open", "open"])
     same(vqa.gqa(["Yes.", "RED...", " yes", "cats", "left. "], asked),
          {"accuracy": 40, "binary": 50, "open": 100 / 3})
+    same(vqa.gqa(["yes", "cat"], [*labelled(["yes"], category=["binary"]), *labelled(["red"])]),
+         {"accuracy": 50, "binary": 100})
     for text, letter in {"B": "B", "B. a cat": "B", "B.": None, "b": None, "B a": None, "B) x": None, " B": None,
                          "F": None, "E": "E", "E. x": "E", "F. x": None,
                          "The answer is C.": "C", "The answer is C": None,
@@ -271,6 +295,38 @@ def test_questions_are_those_of_the_published_files():
         assert read("exact") == [{"question_id": "9", "text": "what is it?", "label": "circle", "image": "val/9.png"},
                                  {"question_id": "10", "text": "is it?", "label": "yes"}]
         assert read("mmvet") == [{"question_id": "v1_0", "image": "v1_0.png", "text": "Why?"}]
+        rows = [f"{n}\tQ\tNaN\tup\t\t\t\t{answer}\tx\t\ts\n"
+                for n, answer in ((3, "NAN"), (10 ** 6, "A"), (999_999, "C"))]
+        table = write(tmp, "more.tsv", open(files["mmbench"][0]).readline() + "".join(rows))
+        assert read("mmbench", table) == [{"question_id": 3, "image": "3.jpg", "text": f"Q\nA. up{LETTER}"}, {
+            "question_id": 999_999, "image": "999999.jpg", "text": f"Q\nA. up{LETTER}", "label": "C"}]
+        kinds = {str(n): {"imageId": "n", "question": "Q", "answer": "Red", "isBalanced": True, "types": {
+            "structural": kind}} for n, kind in enumerate("query verify choose logical compare".split())}
+        assert [(x["label"], x["category"]) for x in read("gqa", write(tmp, "kinds.json", kinds))] == [
+            ("Red", "open")] + [("Red", "binary")] * 4
+        asked = {"data": [{"question_id": 1, "image_id": "b", "question": "Q"}]}  # of the test set
+        assert read("textvqa", write(tmp, "test2.json", asked)) == [
+            {"question_id": 1, "image": "b.jpg", "text": "Q" + SHORT}]
+        three = write(tmp, "three.json", [{"id": 1, "conversations": [{"from": "human", "value": "Q"}] * 3}])
+        refused(UserError, questions.read_questions, "exact", [three], says=(
+            f"{three}: not in the format of exact (ValueError: too many values to unpack (expected 2)); "
+            "downstream/questions.py names the files that it takes"))
+        own = [write(tmp, f"{n}.jsonl", [{"question_id": n}]) for n in range(2)]
+        raises(UserError, questions.read_questions, "gqa", own, words=[" ".join(own), "not in the format of gqa"])
+        empty = write(tmp, "empty.json", [])
+        refused(UserError, questions.read_questions, "exact", [empty], says=(
+            f"{empty}: no questions, or one without a question_id"))
+        bad = write(tmp, "bad.json", "{")
+        refused(UserError, questions.read_questions, "gqa", [bad], says=(
+            f"{bad} is no JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"))
+        with unittest.mock.patch.object(questions, "write_atomically") as writes, unittest.mock.patch.object(
+                questions.os, "makedirs") as makes:
+            questions.write("here.json", b"x")
+        assert makes.call_args == unittest.mock.call(".", exist_ok=True) and writes.call_args[0][0] == "here.json"
+        one = {"data_subtype": "val2014", "questions": [{"question_id": 42001, "image_id": 42, "question": "Is it?"}]}
+        out = os.path.join(tmp, "one.jsonl")
+        said = quietly("questions", "vqav2", files["vqav2"][1], write(tmp, "one.json", one), "--out", out)
+        assert said == f"{out}: 1 questions\n" and [x["text"] for x in vqa.parse_lines(out)] == ["Is it?" + SHORT]
         for name, paths in files.items():  # what `questions` writes is read back, for every benchmark
             out = os.path.join(tmp, "made", f"{name}.jsonl")
             assert quietly("questions", name, *paths, "--out", out) == f"{out}: {len(read(name))} questions\n"
@@ -318,6 +374,7 @@ def test_scores_on_the_command_line():
         rows = [{**x, "text": f"Question {n}?{SHORT}"} for n, x in enumerate(asked)]
         lines = [{"question_id": x["image"], "prompt": f"Question {n}? Please answer yes or no.{SHORT}", "text": text}
                  for n, (x, text) in enumerate(zip(asked, texts))]
+        assert vqa.picture_key("OCR/images/7.png", "Q? Please answer yes or no.\nWhy") == ("OCR", "7", "q?")
         said = quietly("mme", write(tmp, "m.jsonl", lines), write(tmp, "mme.jsonl", rows)).splitlines()
         assert said[0] == "existence 125.0000" and said[-2:] == ["perception 1925.0000", "cognition 800.0000"]
         raises(UserError, quietly, "mme", write(tmp, "m2.jsonl", lines + lines[:1]), os.path.join(tmp, "mme.jsonl"),
@@ -328,7 +385,9 @@ def test_files_for_servers():
     with tempfile.TemporaryDirectory() as tmp:
         out = os.path.join(tmp, "new", "out.json")
         said = quietly("submit", "mmvet", write(tmp, "v.jsonl", answers_of({"v1_0": "So.", 1: "Thus"})), "--out", out)
-        assert json.load(open(out)) == {"v1_0": "So.", "v1_1": "Thus"} and "Nothing was scored here" in said
+        assert json.load(open(out)) == {"v1_0": "So.", "v1_1": "Thus"}
+        assert said == (f"{out}: 2 answers, for MM-Vet's online evaluator, where GPT-4 judges. Nothing was scored "
+                        "here.\n")
         asked = {"data_subtype": "test2015", "questions": [
             {"question_id": n, "image_id": n, "question": "Q"} for n in (5, 6, 7)]}
         asked = write(tmp, "q.json", asked)
@@ -336,7 +395,7 @@ def test_files_for_servers():
         said = quietly("submit", "vqav2", answers, asked, "--out", out)
         assert json.load(open(out)) == [{"question_id": 5, "answer": "yes"}, {"question_id": 6, "answer": ""},
                                         {"question_id": 7, "answer": "2 cats"}]
-        assert "2 answers" in said and "EvalAI" in said
+        assert said == f"{out}: 2 answers, for VQA's challenge on EvalAI, test-dev. Nothing was scored here.\n"
         raises(UserError, quietly, "submit", "vqav2", answers, "--out", out, words=["every question of the test set"])
         surplus = write(tmp, "s.jsonl", answers_of({8: "x"}))
         raises(UserError, quietly, "submit", "vqav2", surplus, asked, "--out", out, words=["s.jsonl", "question 8"])
