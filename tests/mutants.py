@@ -2800,7 +2800,7 @@ TABLE = [
      "device=str(self.device) if on_gpu else", "test_what_a_job_asks_of_its_surroundings"),
     ("a report's memory in GB", "tools/job.py", "max_memory_allocated() / 2**30, 2)",
      "max_memory_allocated() / 1e9, 2)", "test_what_a_job_asks_of_its_surroundings"),
-    ("batches are not pinned", "tools/job.py", "pin_memory=on_gpu)", "pin_memory=False)",
+    ("batches of a job are not pinned", "tools/job.py", "pin_memory=on_gpu)", "pin_memory=False)",
      "test_what_a_job_asks_of_its_surroundings"),
     ("locks are not tried before an evaluation", "tools/job.py", '        check_locks(self.args.workers)\n', "",
      "test_what_a_job_asks_of_its_surroundings"),
