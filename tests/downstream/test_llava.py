@@ -1276,7 +1276,7 @@ def test_files_in_half_precision():
                 assert len(list(speaker.tokens([asked]))) <= 2 and modes == [bf16]
 
 
-def test_what_ranks_share():
+def test_how_several_ranks_hold_the_model():
     """Recorded calls: FSDP gets every block and then the whole, fp32 before, bf16 inside on GPUs alone."""
     model = micro_llava().bfloat16()
     blocks, calls = [*model.encoder.vit.blocks, *model.llm.model.layers], []
