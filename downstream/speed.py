@@ -17,7 +17,7 @@ MASKED = 0.867  # of the tokens, on average over MAR's training
 
 
 def training_flops(name, changes):
-    """Matrix-product FLOPs of one latent of a training step: three times the forward pass. MAR masks MASKED."""
+    """Matrix-product FLOPs of one latent of a training step: three times the forward pass. MASKED is for MAR."""
     with torch.device("meta"):
         model = build(name, **changes)
     c = model.config

@@ -638,18 +638,19 @@ def test_bench_counts_what_is_computed():
 
 
 def test_bench_prints_rates_that_fit_each_other():
-    seen, built = [], sampling.build
+    seen, masked, built = [], [], sampling.build
 
     def spied(name, **changes):
         model = built(name, **changes)
         if next(model.parameters()).device.type == "cpu":
             sample = model.sample
+            model.register_forward_pre_hook(lambda _, given: masked.append(given[2:]))
             model.sample = lambda *args: seen.append([x for x in args if not isinstance(x, torch.Tensor)]) or sample(
                 *args)
             seen.append(model)
         return model
 
-    def half_a_second(work, times):
+    def half_a_second(work, times=10):
         work()
         return 0.5
     for name, options in ("mar-s", [7, 2, 4.0]), ("dit-s", [2, 4.0]):
@@ -666,7 +667,8 @@ def test_bench_prints_rates_that_fit_each_other():
                 contextlib.redirect_stdout(io.StringIO()) as out:
             speed.bench(args)
         model, *calls = seen
-        assert calls[-1] == options and not model.training and len(calls) == 2
+        assert calls == [options, options] and not model.training
+        assert masked.pop() == ((0.867,) if name == "mar-s" else ()) and not masked
         first, training, epochs, sampled, hours = out.getvalue().splitlines()
         changes, ceiling = sampling.changes(name, fields), 2 * 1024 ** 3 / 0.5
         assert asked == [(name, changes), (name, changes, 4.0, 7, 2)]
