@@ -170,6 +170,16 @@ def run_ranks(n, *command, **env):
         return list(pool.map(lambda rank: run(*command, RANK=str(rank), LOCAL_RANK=str(rank), **env), range(n)))
 
 
+def demands(parse, commands, *flags):
+    """Each of the flags, {command: its arguments} with values, is required wherever it stands."""
+    for command, given in commands.items():
+        for flag in set(flags) & set(given):
+            left = [x for before, x in zip(["", *given], given) if flag not in (before, x)]
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                raises(SystemExit, parse, [command, *left])
+            assert f"arguments are required: {flag}" in err.getvalue(), (command, flag, err.getvalue())
+
+
 def train_quietly(*flags):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         train.main([*MICRO_RUN, *map(str, flags)])

@@ -3186,6 +3186,19 @@ TABLE = [
      "rows[0].shape[1]", "test_the_picture_of_a_run_shows_what_is_measured"),
     ("tasks: which file is wrong", "downstream/backbone.py", "load_exactly(as_floats(own), as_floats(state), path)",
      'load_exactly(as_floats(own), as_floats(state), "model")', "test_model_files_are_whole"),
+    # survivors of the fifth blind examination
+    ("DPT's skips in training alone", "downstream/dpt.py", "if self.skip is not None:",
+     "if self.skip is not None and self.training:", "test_dpt_is_what_its_parts_give"),
+    ("a probe's constant rate", "downstream/linear_probe.py", "if args.lr_decay is None:", "if not args.lr_decay:",
+     "test_training_and_bench_of_the_probe_hand_on_what_they_are_told"),
+    ("depth without data", "downstream/depth.py", 'required=True, metavar="PATH", help="data sets; a batch',
+     'metavar="PATH", help="data sets; a batch', "test_flags_of_depth_by_hand"),
+    ("a teacher of the same width", "sample.py", "if vit.config != enc.vit.config:",
+     "if vit.config.width != enc.vit.config.width:", "test_sample_at_its_limits"),
+    ("one bad picture is not told of", "downstream/llava.py", "    if bad:\n", "    if bad > 1:\n",
+     "test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place"),
+    ("the first weights are evaluated", "train.py", "s.averaged = s.models  #",
+     "s.averaged = copy.deepcopy(s.models)  #", "test_ema_is_exported_evaluated_and_resumed_exactly"),
 ]
 MUTANTS = [Mutant(*row) for row in TABLE]
 DETECTION = ("-m", "tests.detection")

@@ -11,7 +11,11 @@ from safetensors.torch import load_file
 
 from tests.helpers import log_lines, micro_teacher, picture_folder, raises, same_weights, train_quietly
 
+import data
 import train
+from decoder import Decoder
+from encoder import Encoder
+from tools.validate import validate
 
 
 def test_rate_factor_by_hand():
@@ -93,3 +97,8 @@ def test_ema_is_exported_evaluated_and_resumed_exactly():
         assert torch.equal(exported, state["averaged"][part][name]), "the file holds the averages"
         seen = [[x["psnr"] for x in log_lines(folder) if x.get("kind") == "eval"] for folder in (plain, whole)]
         assert seen[0] != seen[1], "the evaluation uses the averages"
+        for folder, (*_, last) in zip((plain, whole), seen):  # with --ema and without, what is exported is evaluated
+            enc, dec = (part.from_pretrained(os.path.join(folder, "model.safetensors")) for part in (Encoder, Decoder))
+            measured, *_ = validate(enc, dec, data.ImageDataset(flags[3], 16, train=False), 4, 0,
+                                    contextlib.nullcontext())
+            assert abs(last - measured) < 1e-4, folder

@@ -531,13 +531,16 @@ def test_sample_at_its_limits():
         assert status == 0 and endings == ["features.png", "recon.png"], err
         # a teacher whose tokens are of another width shows nothing beside the student's
         large, other = os.path.join(tmp, "large.safetensors"), os.path.join(tmp, "other.safetensors")
-        vit = encoder.ViT(encoder.ViTConfig(width=64, depth=1, heads=2, mlp_width=64, patch=4, size=16))
-        encoder.write_model(large, {"vit": asdict(vit.config)}, dict(vit.named_parameters()))
-        config = {**encoder.read_config(weights), "teacher": large}
+        own = encoder.read_config(weights)
+        config = {**own, "teacher": large}
         encoder.write_model(other, config, load_file(weights))
-        status, said, err = sampled(os.path.join(tmp, "11.png"), "--weights", other, "--size", 0, "--out", out,
-                                    "--features")
-        assert status == 0 and "without the teacher" in said and "structure differs" in said, said + err
+        for changes in dict(width=64), dict(depth=own["vit"]["depth"] + 1), dict(eps=0.1), dict(pixel_stats="half"):
+            assert changes.keys() <= own["vit"].keys()
+            vit = encoder.ViT(encoder.ViTConfig(**{**own["vit"], **changes}))
+            encoder.write_model(large, {"vit": asdict(vit.config)}, dict(vit.named_parameters()))
+            status, said, err = sampled(os.path.join(tmp, "11.png"), "--weights", other, "--size", 0, "--out", out,
+                                        "--features")
+            assert status == 0 and "without the teacher" in said and "structure differs" in said, said + err
         assert pixels(os.path.join(out, "11_features.png"))[0].shape == (1, 11, 60, 3)
 
 

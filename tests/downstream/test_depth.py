@@ -1,6 +1,6 @@
 """downstream/depth.py, dpt.py and depth_sets.py: DPT, its losses, NYUv2's protocol, and the command line"""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    MICRO_VIT, close, log_lines, raises, run_ranks, same_weights, tokenizer_file)
+    MICRO_VIT, close, demands, log_lines, raises, run_ranks, same_weights, tokenizer_file)
 
 import contextlib
 import io
@@ -247,6 +247,7 @@ def test_dpt_is_what_its_parts_give():
     x = up(conv(x, "conv", padding=1), (20, 28))
     x = conv(conv(x, "refine", padding=1).relu(), "out")[:, 0]
     close(model.predict(img), 5 * x.sigmoid(), 1e-5)
+    close(model.eval().predict(img), 5 * x.sigmoid(), 1e-5)
     model.target = "relative"
     close(model.predict(img), x, 1e-5)
     linear = DepthModel(backbone(depth=12), "linear", target="relative")
@@ -764,6 +765,7 @@ def test_flags_of_depth_by_hand():
         with unittest.mock.patch.object(depth, "cores", lambda: 7):
             found = parse(command)
         assert {k: found[k] for k in expected} == expected, (command, found)
+    demands(depth.parse_args, base, "--data", "--run", "--out")
     for cores, workers in (1, 1), (2, 1), (9, 8), (64, 8):
         with unittest.mock.patch.object(depth, "cores", lambda: cores):
             assert parse("test")["workers"] == workers

@@ -1,6 +1,6 @@
 """downstream/linear_probe.py and lars.py: MAE's linear probe, its optimizer, its crops, and the command line"""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    MICRO_VIT, close, log_lines, picture, raises, refused, run_ranks, same_weights, tokenizer_file)
+    MICRO_VIT, close, demands, log_lines, picture, raises, refused, run_ranks, same_weights, tokenizer_file)
 
 import contextlib
 import io
@@ -373,6 +373,9 @@ def test_training_and_bench_of_the_probe_hand_on_what_they_are_told():
         quietly(*base, "--batch_size", 64, "--epochs", 1)  # less than one batch: one step, not none
         (args, *_), _ = seen.pop()
         assert args.warmup == 0 and args.lr_decay == 1
+        quietly(*base, "--epochs", 9, "--warmup", 0, "--lr_decay", 0)  # 0 is a choice, too
+        (args, *_), _ = seen.pop()
+        assert args.warmup == 0 and args.lr_decay == 0
         for n in range(7):
             os.makedirs(f"{val}/new{n}")
             picture(n).save(f"{val}/new{n}/x.png")
@@ -405,6 +408,7 @@ def test_flags_of_the_probe_by_hand():
         with unittest.mock.patch.object(linear_probe, "cores", lambda: 7):
             found = parse(command)
         assert {k: found[k] for k in expected} == expected, (command, found)
+    demands(linear_probe.parse_args, base, "--data", "--val", "--run")
     for cores, workers in (1, 1), (2, 1), (9, 8), (64, 8):
         with unittest.mock.patch.object(linear_probe, "cores", lambda: cores):
             assert parse("test")["workers"] == workers

@@ -486,6 +486,9 @@ def test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place():
         assert sum(int(n) for n, _ in bad) == 2 and {x for _, x in bad} == {
             "pictures could not be read, others took their places: see "
             + os.path.join(tmp, "out", "bad_images*.txt")}, bad
+        picture(3, 23, 16).save(os.path.join(folder, "3.png"))
+        said = quietly(*training(tmp, "--steps", 4, "--out", os.path.join(tmp, "one")))
+        assert "\n1 pictures could not be read" in said, "one is told of, too"
         shutil.rmtree(folder)
         os.makedirs(folder)
         raises(UserError, quietly, *training(tmp, "--steps", 4, "--out", os.path.join(tmp, "b")), words="no picture of")

@@ -1,6 +1,6 @@
 """downstream/segment.py, upernet.py and pairs.py: UperNet, masks, mIoU, windows, and the command line"""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    MICRO_VIT, close, log_lines, micro_teacher, raises, refused, run_ranks, same_weights, tokenizer_file)
+    MICRO_VIT, close, demands, log_lines, micro_teacher, raises, refused, run_ranks, same_weights, tokenizer_file)
 
 import contextlib
 import io
@@ -792,6 +792,7 @@ def test_flags_of_the_segmenter_by_hand():
             }.items():
         found = parse(command)
         assert {k: found[k] for k in expected} == expected
+    demands(segment.parse_args, base, "--data", "--run")
     assert parse("train", "--ignore")["ignore"] == [] and parse("train", "--ignore", 3, 0)["ignore"] == [3, 0]
     with unittest.mock.patch.object(torch.cuda, "is_available", lambda: True):
         for command in "test", "predict":
