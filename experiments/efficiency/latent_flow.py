@@ -36,8 +36,9 @@ from tools.run import seed_step
 from tools.script import commit, ignore_signals, run_command
 from tools.validate import validate
 
-ALWAYS = ("--teacher small --recipe paper --size 64 --batch_size 64 --micro_batch 64 --steps 10000 --lr 5e-4 --lr_decay 0.5 "
-          "--warmup 0 --beta1 0.5 --beta2 0.95 --endpoint 0")  # written out, whatever train.py's defaults become
+# written out, whatever train.py's defaults become
+ALWAYS = ("--teacher small --recipe paper --size 64 --batch_size 64 --micro_batch 64 --steps 10000 --lr 5e-4 "
+          "--lr_decay 0.5 --warmup 0 --beta1 0.5 --beta2 0.95 --endpoint 0")
 
 
 class LatentFlow(Decoder):
@@ -96,7 +97,8 @@ def fit_space(batches, p, K, isotropic=False):
 def ceiling(job, inputs, config, mean, basis):
     """Figures of the PCA alone on `inputs`, measured as a tokenizer is."""
     pca = SimpleNamespace(config=config, decode=lambda img, *_: evaluation.patch_pca(img, mean, basis, config.patch))
-    return evaluation.measure_reconstructions(job, SimpleNamespace(encode=lambda img: img), pca, inputs, None)[0]["tokenizer"]
+    figures, _ = evaluation.measure_reconstructions(job, SimpleNamespace(encode=lambda img: img), pca, inputs, None)
+    return figures["tokenizer"]
 
 
 def fit(args, teacher, encoder, decoder, data, val, device):

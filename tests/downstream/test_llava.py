@@ -1323,7 +1323,8 @@ def test_answers_are_written_as_they_come():
     with tempfile.TemporaryDirectory() as tmp:
         conversations(tmp)
         path, out = lambda name: os.path.join(tmp, name), os.path.join(tmp, "new", "a[1].jsonl")
-        lines = [dict(question_id=f"q{k}", text="What \u00e9?" + 40 * k * " is", **({"image": f"{k}.png"} if k % 2 else {}))
+        lines = [dict(question_id=f"q{k}", text="What \u00e9?" + 40 * k * " is",
+                      **({"image": f"{k}.png"} if k % 2 else {}))
                  for k in range(7)]
 
         def questions(lines):
