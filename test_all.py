@@ -1214,6 +1214,8 @@ def test_flops_against_the_closed_form():
     head = 2 * 16 * (48 * 96 + 256 * 96 + 96 * 96 + 32 * 96 + 2 * (2 + 3) * 96 * 96 + 2 * 96 * 96 + 96 * 48)
     up = 2 * 16 * (8 * 32 + 32 * 32) + blocks(16, 32, 128, 2)
     assert train.model_flops(enc, dec, 16) == vit + 3 * (vit + down + up + head)
+    one_layer = encoder.Encoder(enc.vit, enc.latent_dim, "linear")
+    assert train.model_flops(one_layer, dec, 16) == vit + 3 * (vit + 2 * 16 * 32 * 8 + up + head)
 
 
 # ---- sample.py: latents, features, animations, pipes ----

@@ -3199,6 +3199,21 @@ TABLE = [
      "test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place"),
     ("the first weights are evaluated", "train.py", "s.averaged = s.models  #",
      "s.averaged = copy.deepcopy(s.models)  #", "test_ema_is_exported_evaluated_and_resumed_exactly"),
+    # survivors of the sixth, which has two more: a tokenizer above 256 px at --resolution 256, and no LABELS
+    ("what is dropped before the projection", "downstream/mar.py",
+     "x = x + self.drop(self.proj(h.transpose(1, 2).reshape(B, N, D)))",
+     "x = x + self.proj(self.drop(h.transpose(1, 2).reshape(B, N, D)))", "test_mar_drops_in_four_places"),
+    ("part of an activation's name", "encoder.py", '": self.activation in ACTIVATIONS,',
+     '": self.activation in " ".join(ACTIVATIONS),', "test_what_a_configuration_may_be"),
+    ("the last question that is missing", "downstream/vqa.py", "one_line(gone[0])", "one_line(gone[-1])",
+     "test_bad_answers_and_labels_are_one_line"),
+    ("FLOPs of another projector", "train.py",
+     "Encoder(ViT(encoder.vit.config), encoder.latent_dim, encoder.projector)",
+     "Encoder(ViT(encoder.vit.config), encoder.latent_dim)", "test_flops_against_the_closed_form"),
+    ("100 dB are perfect", "eval.py", "decibels.isposinf()]", "decibels >= PERFECT]",
+     "test_perfect_pictures_are_counted_exactly"),
+    ("marks that begin alike", "downstream/llava_prompts.py", '"\\u27e6{}\\u27e7".format', '"\\u27e6{}".format',
+     "test_ids_and_labels_of_the_plain_and_the_chat_template"),
 ]
 MUTANTS = [Mutant(*row) for row in TABLE]
 DETECTION = ("-m", "tests.detection")

@@ -218,6 +218,9 @@ def test_what_a_configuration_may_be():
     """Every number of both configurations at its least, one below, 65,536 and one above, by the message's own words."""
     vit = lambda **how: encoder.ViTConfig(**{**asdict(MICRO_VIT), "depth": 1, "heads": 1, "patch": 1, **how})
     dec = lambda **how: decoder.DecoderConfig(**{**asdict(MICRO_DECODER), "heads": 1, **how})
+    for activation in "", "gel", "gelu quick_gelu":
+        refused(encoder.UserError, lambda: vit(activation=activation),
+                says=f"activation must be one of gelu gelu_tanh quick_gelu: {said_of(vit(), activation=activation)}")
     for build, error, zero, below_1000 in ((vit, encoder.UserError, {"num_prefix"}, {"depth"}),
                                            (dec, decoder.UserError, {"gtb_depth", "flow_depth"},
                                             {"gtb_depth", "flow_depth"})):

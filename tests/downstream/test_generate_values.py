@@ -210,6 +210,12 @@ def test_mar_drops_in_four_places():
             block.train(training)(torch.randn(2, 5, 16))
             assert heard == [("attention", 0.3 * training), ((2, 5, 16), 0.3, training), ((2, 5, 64), 0.3, training),
                              ((2, 5, 16), 0.3, training)], heard
+        block.train()
+        for fc in (block.proj, block.fc2):
+            torch.nn.init.ones_(fc.bias)
+    with patch.object(F, "dropout", lambda x, p, training: 0 * x):  # each branch as a whole, biases too
+        x = torch.randn(2, 5, 16)
+        assert torch.equal(block(x), x)
     config = mar.replace(MICRO_MAR, dropout=0.3)
     assert [block.dropout for block in (*mar.MAR(config).encoder, *mar.MAR(config).decoder)] == 4 * [0.3]
 

@@ -189,6 +189,8 @@ def test_ids_and_labels_of_the_plain_and_the_chat_template():
     assert [chat.tokenizer.convert_ids_to_tokens(i) for i in ids if i != IMAGE][-6:] == [
         "?", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
     assert chat.stop == [2, 4], "</s> and <|im_end|>"
+    assert spelled(chat, [("<image>\nWhat is?", "cat")] + 6 * [("it?", "<|im_end|>")]) == first + 6 * (
+        r" <|im_start|> user \n it ? <|im_end|> \n <|im_start|> assistant \n =<|im_end|> \n"), "more than ten texts"
     assert spelled(Prompter(tokenizer(False), "chat", ""), [("it", "cat")]).startswith(r"<|im_start|> user \n it")
     assert "You _ are _ a _ helpful" in spelled(Prompter(tokenizer(False), "chat"), [("it", "cat")])
     # a template that writes <s> itself, with a space before the end of an answer

@@ -410,6 +410,7 @@ def test_bad_answers_and_labels_are_one_line():
         for flags, words in [
                 (pope("a.jsonl", good[:1]), ["a.jsonl lacks 1 of the 2", labels, "the first is 2"]),
                 (pope("b.jsonl", good + answers_of({3: "x"})), ["b.jsonl has 1 answers", "not ask", "the first is 3"]),
+                (pope("b2.jsonl", good + answers_of({7: "x", 5: "x"})), ["b2.jsonl has 2 answers", "the first is 7"]),
                 (pope("c.jsonl", good + good[1:]), ["c.jsonl has question 2 2 times"]),
                 (pope("d.jsonl", [*good[:1], {"question_id": "1", "text": "x"}]), ["d.jsonl", "question 1 2 times"]),
                 (pope("e.jsonl", [{"question_id": 1}]), ["e.jsonl", "answer 1", "no text"]),
