@@ -170,6 +170,24 @@ def run_ranks(n, *command, **env):
         return list(pool.map(lambda rank: run(*command, RANK=str(rank), LOCAL_RANK=str(rank), **env), range(n)))
 
 
+@contextlib.contextmanager
+def killed_in_step(trainer, n):
+    """The trainer's n-th step in this block ends the block, as a kill would: what no save has seen is lost."""
+    plain, calls = trainer.step, []
+
+    def step(s, batches):
+        calls.append(1)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+        return plain(s, batches)
+    with unittest.mock.patch.object(trainer, "step", step):
+        try:
+            yield
+        except KeyboardInterrupt:
+            return
+    raise AssertionError(f"there was no step {n}")
+
+
 def demands(parse, commands, *flags):
     """Each of the flags, {command: its arguments} with values, is required wherever it stands."""
     for command, given in commands.items():
@@ -178,6 +196,21 @@ def demands(parse, commands, *flags):
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 raises(SystemExit, parse, [command, *left])
             assert f"arguments are required: {flag}" in err.getvalue(), (command, flag, err.getvalue())
+
+
+def bounds(parse, *rows):
+    """Of each row (command, flag, value, another) the flag takes the one, and refuses the other."""
+    for command, flag, good, bad in rows:
+        assert parse(command, f"--{flag}", good)[flag] == good
+        with contextlib.redirect_stderr(io.StringIO()):
+            raises(SystemExit, parse, command, f"--{flag}", bad)
+
+
+def gpu_takes_bf16(parse, otherwise):
+    """On a GPU bf16 is the default of test and predict, and the flag `otherwise` turns it off."""
+    with unittest.mock.patch.object(torch.cuda, "is_available", lambda: True):
+        for command in "test", "predict":
+            assert parse(command)["bf16"] and not parse(command, otherwise)["bf16"]
 
 
 def train_quietly(*flags):

@@ -91,7 +91,7 @@ def strict_json(path):
 def test_inception_score_of_any_order():
     """Perfect predictions: the score of a split is exp of the entropy of its class counts, which are hypergeometric."""
     from scipy.stats import hypergeom
-    n, classes, splits = 50_000, 100, 10
+    n, classes = 50_000, 100
     counts = np.arange(1, 501)  # of one class among the 5,000 images of a split
     share = counts / 5000
     expected = math.exp(-classes * (hypergeom(n, 500, 5000).pmf(counts) * share * np.log(share)).sum())

@@ -482,7 +482,7 @@ def test_bounds_of_trainings_numbers():
         for teacher in "tiny", "internvit":
             args = recipes.parse_args(["--teacher", teacher, *given])
             assert (args.steps, args.epochs) == length, "the other length is not the default's"
-    with patch.object(torch.cuda, "is_available", lambda: True), patch.object(recipes, "cores", lambda: 3), \
+    with patch.object(torch.cuda, "is_available", lambda: True), patch.object(data, "cores", lambda: 3), \
             patch.dict(os.environ, LOCAL_WORLD_SIZE="8"):
         assert recipes.parse_args([]).workers == 1
 

@@ -5,15 +5,14 @@
 `--teacher X --recipe Y --help` shows the defaults of that teacher and that recipe.
 """
 import argparse
-import os
 import sys
 
 import torch
 
-from data import cores
 from distill import STRATEGIES
 from encoder import TEACHERS, teacher_config
 from tools.run import number
+from tools.script import default_workers
 
 # What the teacher decides. The values of the foundation models are those of the paper's Tables 6-9. Tables and text
 # disagree on the batch; 512 is the text's. micro_batch: how many images a GPU of 80 GB holds at once.
@@ -161,6 +160,5 @@ def left_open(args, config):
               **OUR_RATES.get((args.teacher, recipe), {})}
     if args.teacher in ("small", "tiny") and not args.data:
         values.update(TRIAL)
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    values["workers"] = max(1, min(16, cores() // ranks)) if torch.cuda.is_available() else 1
+    values["workers"] = default_workers(16) if torch.cuda.is_available() else 1
     return values

@@ -1,6 +1,6 @@
 """downstream/detect.py, coco.py and canvas.py: geometry, data, AP, training, commands."""
 from tests.helpers import (  # first: it sets the environment that torch reads when it is imported
-    HERE, MICRO_VIT, close, log_lines, raises, run, run_ranks, same_weights, tokenizer_file)
+    HERE, MICRO_VIT, close, killed_in_step, log_lines, raises, run, run_ranks, same_weights, tokenizer_file)
 
 import contextlib
 import io
@@ -505,21 +505,8 @@ def test_training_resumes_exactly():
     with tempfile.TemporaryDirectory() as tmp:
         more = ["--steps", 4, "--save_every", 2, "--drop_path", 0.5, "--layer_decay", 0.7, "--window", 4]
         quietly(*training(tmp, "whole", *more))
-        plain, calls = detect.finetune.step, []
-
-        def step(s, batches):
-            calls.append(1)
-            if len(calls) == 4:
-                raise KeyboardInterrupt
-            return plain(s, batches)
-        detect.finetune.step = step
-        try:
+        with killed_in_step(detect.finetune, 4):
             quietly(*training(tmp, "killed", *more))
-            raise AssertionError("not killed")
-        except KeyboardInterrupt:
-            pass
-        finally:
-            detect.finetune.step = plain
         assert torch.load(os.path.join(tmp, "killed", "state.pt"))["step"] == 2
         quietly(*training(tmp, "killed", *more))
         whole, killed = (os.path.join(tmp, name) for name in ("whole", "killed"))

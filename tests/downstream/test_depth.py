@@ -1,6 +1,7 @@
 """downstream/depth.py, dpt.py and depth_sets.py: DPT, its losses, NYUv2's protocol, and the command line"""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    MICRO_VIT, close, demands, log_lines, raises, run_ranks, same_weights, tokenizer_file)
+    MICRO_VIT, bounds, close, demands, gpu_takes_bf16, killed_in_step, log_lines, raises, run_ranks, same_weights,
+    tokenizer_file)
 
 import contextlib
 import io
@@ -347,14 +348,8 @@ def trained(tmp, out, *flags):
 def test_depth_resumes_exactly_and_two_ranks_are_one():
     with tempfile.TemporaryDirectory() as tmp:
         flags = ["--micro_batch", 2, "--save_every", 2, "--target", "relative"]
-        whole, plain, calls = trained(tmp, "whole", *flags), finetune.step, []
-
-        def step(s, batches):
-            calls.append(1)
-            if len(calls) == 4:
-                raise KeyboardInterrupt
-            return plain(s, batches)
-        with unittest.mock.patch.object(finetune, "step", step), contextlib.suppress(KeyboardInterrupt):
+        whole = trained(tmp, "whole", *flags)
+        with killed_in_step(finetune, 4):
             trained(tmp, "killed", *flags)
         assert torch.load(f"{tmp}/killed/state.pt")["step"] == 2
         killed = trained(tmp, "killed", *flags)
@@ -769,17 +764,11 @@ def test_flags_of_depth_by_hand():
     for cores, workers in (1, 1), (2, 1), (9, 8), (64, 8):
         with unittest.mock.patch.object(depth, "cores", lambda: cores):
             assert parse("test")["workers"] == workers
-    with unittest.mock.patch.object(torch.cuda, "is_available", lambda: True):
-        for command in "test", "predict":
-            assert parse(command)["bf16"] and not parse(command, "--no-bf16")["bf16"]
+    gpu_takes_bf16(parse, "--no-bf16")
     assert parse("train", "--target", "relative", "--epochs", 3)["epochs"] == 3
-    for command, flag, good, bad in (
-            ("train", "max_depth", 0.01, 0.009), ("train", "size", 1, 0), ("train", "head_width", 2, 1),
-            ("test", "unit", 1e-9, -1), ("test", "workers", 0, -1), ("bench", "size", 1, 0),
-            ("bench", "batch_size", 1, 0)):
-        assert parse(command, f"--{flag}", good)[flag] == good
-        with contextlib.redirect_stderr(io.StringIO()):
-            raises(SystemExit, parse, command, f"--{flag}", bad)
+    bounds(parse, ("train", "max_depth", 0.01, 0.009), ("train", "size", 1, 0), ("train", "head_width", 2, 1),
+           ("test", "unit", 1e-9, -1), ("test", "workers", 0, -1), ("bench", "size", 1, 0),
+           ("bench", "batch_size", 1, 0))
     assert parse("train", "--unit", 1e-9)["unit"] == [1e-9]
     for flags, says in ((["--unit", 0], "argument --unit: it is 0; it must be at least 1e-09"),
                         (["--unit", 1, 2, 3], "--unit has 3 values, --data 1: give one, or one for each"),

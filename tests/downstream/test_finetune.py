@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import hashlib
 import io
-import json
 import math
 import os
 import signal

@@ -1,6 +1,6 @@
 """downstream/generate.py by its command line: training, sampling, scoring, refusals."""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    QuickInception, close, log_lines, picture_folder, raises, run, run_ranks, same_weights,
+    QuickInception, close, killed_in_step, log_lines, picture_folder, raises, run, run_ranks, same_weights,
     tokenizer_file)
 
 import contextlib
@@ -92,21 +92,10 @@ def test_training_resumes_exactly_and_averages_its_weights():
     with tempfile.TemporaryDirectory() as tmp:
         for model in ("mar-s", "dit-s"):
             whole, _ = trained(tmp, model, "--steps", 5, "--save_every", 1, "--log_every", 1, "--eval_every", 0)
-            killed, plain, calls = os.path.join(tmp, model + "-killed"), generate.step, []
-
-            def step(s, batches):
-                calls.append(1)
-                if len(calls) == 4:
-                    raise KeyboardInterrupt
-                plain(s, batches)
+            killed = os.path.join(tmp, model + "-killed")
             flags = [model, "--steps", 5, "--save_every", 2, "--log_every", 1, "--eval_every", 0, "--out", killed]
-            generate.step = step
-            try:
+            with killed_in_step(generate, 4):
                 trained(tmp, *flags)
-            except KeyboardInterrupt:
-                pass
-            finally:
-                generate.step = plain
             assert torch.load(os.path.join(killed, "state.pt"))["step"] == 2
             trained(tmp, *flags)
             assert log_lines(killed) == log_lines(whole) and len(log_lines(whole)) == 5

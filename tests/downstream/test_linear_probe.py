@@ -1,6 +1,7 @@
 """downstream/linear_probe.py and lars.py: MAE's linear probe, its optimizer, its crops, and the command line"""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    MICRO_VIT, close, demands, log_lines, picture, raises, refused, run_ranks, same_weights, tokenizer_file)
+    MICRO_VIT, bounds, close, demands, gpu_takes_bf16, killed_in_step, log_lines, picture, raises, refused, run_ranks,
+    same_weights, tokenizer_file)
 
 import contextlib
 import io
@@ -220,14 +221,8 @@ def test_a_probe_learns_and_its_encoder_stays():
 
 def test_a_probe_resumes_exactly_and_two_ranks_are_one():
     with tempfile.TemporaryDirectory() as tmp:
-        whole, plain, calls = trained(tmp, "whole", "--save_every", 2), finetune.step, []
-
-        def step(s, batches):
-            calls.append(1)
-            if len(calls) == 4:
-                raise KeyboardInterrupt
-            return plain(s, batches)
-        with unittest.mock.patch.object(finetune, "step", step), contextlib.suppress(KeyboardInterrupt):
+        whole = trained(tmp, "whole", "--save_every", 2)
+        with killed_in_step(finetune, 4):
             trained(tmp, "killed", "--save_every", 2)
         killed = trained(tmp, "killed", "--save_every", 2)
         assert log_lines(killed) == log_lines(whole) and len(log_lines(whole)) == 5
@@ -412,11 +407,6 @@ def test_flags_of_the_probe_by_hand():
     for cores, workers in (1, 1), (2, 1), (9, 8), (64, 8):
         with unittest.mock.patch.object(linear_probe, "cores", lambda: cores):
             assert parse("test")["workers"] == workers
-    with unittest.mock.patch.object(torch.cuda, "is_available", lambda: True):
-        for command in "test", "predict":
-            assert parse(command)["bf16"] and not parse(command, "--fp32")["bf16"]
-    for command, flag, good, bad in (("train", "size", 1, 0), ("test", "workers", 0, -1), ("test", "batch_size", 1, 0),
-                                     ("bench", "size", 1, 0), ("bench", "batch_size", 1, 0)):
-        assert parse(command, f"--{flag}", good)[flag] == good
-        with contextlib.redirect_stderr(io.StringIO()):
-            raises(SystemExit, parse, command, f"--{flag}", bad)
+    gpu_takes_bf16(parse, "--fp32")
+    bounds(parse, ("train", "size", 1, 0), ("test", "workers", 0, -1), ("test", "batch_size", 1, 0),
+           ("bench", "size", 1, 0), ("bench", "batch_size", 1, 0))

@@ -1,7 +1,7 @@
 """downstream/llava.py: prompts, AnyRes, the spliced sequence, training on one process and on two, answers, refusals."""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    HERE, MICRO_VIT, close, free_port, log_lines, micro_models, picture, raises, refused, run, run_ranks,
-    tokenizer_file)
+    HERE, MICRO_VIT, close, free_port, killed_in_step, log_lines, micro_models, picture, raises, refused, run,
+    run_ranks, tokenizer_file)
 
 import contextlib
 import functools
@@ -25,7 +25,7 @@ from downstream.llava_model import IGNORE, IMAGE
 from downstream.llava_prompts import Prompter, picture_first
 from experiments.understanding import study
 from data import center_crop
-from encoder import Encoder, MissingFile, UserError, ViT, read_config
+from encoder import MissingFile, UserError, read_config
 from eval import sha256
 from tools.checkpoint import load_checkpoint
 from tools.run import INTERRUPTS
@@ -627,25 +627,16 @@ def test_neither_micro_batches_nor_recomputation_change_the_loss():
 
 
 RANKS = """
-import contextlib, io, os, sys
-import torch
+import contextlib, os, sys
 import torch.distributed as dist
 sys.path.insert(0, {here!r})
+from tests.helpers import killed_in_step
 from downstream import llava
 flags, ask, out, ports = {flags!r}, {ask!r}, {out!r}, {ports!r}
-plain, calls = llava.step, []
-def step(s, batches):
-    calls.append(1)
-    if len(calls) == 4:
-        raise KeyboardInterrupt
-    return plain(s, batches)
-for folder, port in zip(("whole", "killed", "killed"), ports):
+for folder, killed, port in zip(("whole", "killed", "killed"), (False, True, False), ports):
     os.environ["MASTER_PORT"] = port
-    llava.step = step if folder == "killed" else plain
-    try:
+    with killed_in_step(llava, 4) if killed else contextlib.nullcontext():
         llava.main([*flags, "--out", os.path.join(out, folder)])
-    except KeyboardInterrupt:
-        pass
     dist.destroy_process_group()
 os.environ["MASTER_PORT"] = ports[3]
 llava.main([*ask, os.path.join(out, "ranks.jsonl")])
@@ -690,14 +681,7 @@ def test_llava_resumes_exactly():
         flags = training(tmp, "--steps", 6, "--save_every", 2, "--lr", 1e-3)
         whole, killed = os.path.join(tmp, "whole"), os.path.join(tmp, "killed")
         quietly(*flags, "--out", whole, "--save_every", 1, "--keep_every", 3)
-        plain, calls = llava.step, []
-
-        def step(s, batches):
-            calls.append(1)
-            if len(calls) == 4:
-                raise KeyboardInterrupt
-            return plain(s, batches)
-        with unittest.mock.patch.object(llava, "step", step), contextlib.suppress(KeyboardInterrupt):
+        with killed_in_step(llava, 4):
             quietly(*flags, "--out", killed)
         assert torch.load(os.path.join(killed, "state.pt"))["step"] == 2 and len(log_lines(killed)) == 3
         os.remove(os.path.join(killed, "model.safetensors"))  # as if the kill had come before it
@@ -775,7 +759,7 @@ def test_sixteen_conversations_are_learnt_and_answered():
             raises(UserError, quietly, *ask, path("x.jsonl"), "--questions", path("bad.jsonl"), words=words)
         # chat: the answer comes in pieces; then a question with another picture, and one about both
         shown = lambda k: os.path.join(tmp, "pictures", f"{k}.png")
-        said, asked, plain_ask = [], [], llava_use.ask
+        asked, plain_ask = [], llava_use.ask
         with unittest.mock.patch("sys.stdin", io.StringIO(f"{shown(2)} What?\nand?\n\nnever")):
             with unittest.mock.patch.object(llava_use, "ask", lambda *a: asked.append((a[2][:], len(a[3]))) or
                                             plain_ask(*a)):

@@ -1,6 +1,7 @@
 """downstream/segment.py, upernet.py and pairs.py: UperNet, masks, mIoU, windows, and the command line"""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    MICRO_VIT, close, demands, log_lines, micro_teacher, raises, refused, run_ranks, same_weights, tokenizer_file)
+    MICRO_VIT, bounds, close, demands, gpu_takes_bf16, killed_in_step, log_lines, micro_teacher, raises, refused,
+    run_ranks, same_weights, tokenizer_file)
 
 import contextlib
 import io
@@ -399,14 +400,7 @@ def trained(folder, out, *flags):
 def test_a_segmenter_resumes_exactly():
     with tempfile.TemporaryDirectory() as tmp:
         whole = trained(tmp, "whole", "--micro_batch", 2, "--save_every", 2, "--drop_path", 0.3)
-        plain, calls = finetune.step, []
-
-        def step(s, batches):
-            calls.append(1)
-            if len(calls) == 4:
-                raise KeyboardInterrupt
-            return plain(s, batches)
-        with unittest.mock.patch.object(finetune, "step", step), contextlib.suppress(KeyboardInterrupt):
+        with killed_in_step(finetune, 4):
             trained(tmp, "killed", "--micro_batch", 2, "--save_every", 2, "--drop_path", 0.3)
         assert torch.load(f"{tmp}/killed/state.pt")["step"] == 2
         killed = trained(tmp, "killed", "--micro_batch", 2, "--save_every", 2, "--drop_path", 0.3)
@@ -794,19 +788,11 @@ def test_flags_of_the_segmenter_by_hand():
         assert {k: found[k] for k in expected} == expected
     demands(segment.parse_args, base, "--data", "--run")
     assert parse("train", "--ignore")["ignore"] == [] and parse("train", "--ignore", 3, 0)["ignore"] == [3, 0]
-    with unittest.mock.patch.object(torch.cuda, "is_available", lambda: True):
-        for command in "test", "predict":
-            assert parse(command)["bf16"] and not parse(command, "--fp32")["bf16"]
-    for command, flag, good, bad in (
-            ("train", "classes", (1, 254), (0, 255)), ("train", "short", (0,), (-1,)), ("train", "width", (1,), (0,)),
-            ("train", "crop", (1,), (0,)), ("test", "stride", (1,), (0,)), ("test", "short", (0,), (-1,)),
-            ("predict", "batch_size", (1,), (0,)), ("test", "workers", (0,), (-1,)), ("bench", "width", (1,), (0,)),
-            ("bench", "batch_size", (2,), (1,)), ("bench", "crop", (1,), (0,))):
-        for value in good:
-            assert parse(command, f"--{flag}", value)[flag] == value
-        for value in bad:
-            with contextlib.redirect_stderr(io.StringIO()):
-                raises(SystemExit, parse, command, f"--{flag}", value)
+    gpu_takes_bf16(parse, "--fp32")
+    bounds(parse, ("train", "classes", 1, 0), ("train", "classes", 254, 255), ("train", "short", 0, -1),
+           ("train", "width", 1, 0), ("train", "crop", 1, 0), ("test", "stride", 1, 0), ("test", "short", 0, -1),
+           ("predict", "batch_size", 1, 0), ("test", "workers", 0, -1), ("bench", "width", 1, 0),
+           ("bench", "batch_size", 2, 1), ("bench", "crop", 1, 0))
 
 
 def test_colours_and_legends_by_hand():
