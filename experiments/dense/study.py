@@ -47,13 +47,13 @@ SEG = "--crop 352 --batch_size 16 --width 256 --lr_decay 1"
 DEPTH = "--size 224 --batch_size 16 --lr_decay 1"
 FLAGS = {
     "seg": ("downstream.segment", "--split test --stride 176", {
-        "linear": f"{SEG} --frozen --head linear --lr 1e-3 --steps 2000",
-        "frozen": f"{SEG} --frozen --lr 5e-4 --steps 4000",
-        "finetuned": f"{SEG} --lr 2e-4 --layer_decay 0.8 --drop_path 0.1 --steps 6000"}),
+        "linear": f"{SEG} --frozen --head linear --lr 1e-3 --steps 1000",
+        "frozen": f"{SEG} --frozen --lr 5e-4 --steps 2000",
+        "finetuned": f"{SEG} --lr 2e-4 --layer_decay 0.8 --drop_path 0.1 --steps 3000"}),
     "depth": ("downstream.depth", "", {
-        "linear": f"{DEPTH} --frozen --head linear --lr 1e-3 --steps 2000",
-        "frozen": f"{DEPTH} --frozen --lr 5e-4 --steps 4000",
-        "finetuned": f"{DEPTH} --lr 2e-4 --layer_decay 0.8 --drop_path 0.1 --steps 6000"}),
+        "linear": f"{DEPTH} --frozen --head linear --lr 1e-3 --steps 1000",
+        "frozen": f"{DEPTH} --frozen --lr 5e-4 --steps 2000",
+        "finetuned": f"{DEPTH} --lr 2e-4 --layer_decay 0.8 --drop_path 0.1 --steps 3000"}),
     "probe": ("downstream.linear_probe", "", {"mae": "--size 64 --batch_size 1024 --micro_batch 1024"})}
 FLAGS["harder"] = FLAGS["depth"]
 FIGURES = "miou aacc macc rmse absrel log10 delta1 delta2 delta3 pooled cls".split()

@@ -294,26 +294,29 @@ def main(argv=None, on_signal=None):
         if "pca" in codes and not os.path.exists(os.path.join(latents_of(args, "pca"), "index.json")):
             save_pca(coders["pca"], latents_of(args, "pca"), images, labels, names, device)
         speeds = measure_speed(args, rows)
-        about = {row: train_row(args, row, speeds) for row in rows if row.startswith("a:")}  # alone on the GPU
-        others = [row for row in rows if row not in about]
-        about.update(zip(others, pool.map(lambda row: train_row(args, row, speeds), others)))
+        if ("real", "{}") not in done:
+            real, real_labels, _ = load_images(args.val)
+            write("real", {}, ruler.measure(real, real_labels))
+        for code in codes:
+            if (f"floor:{code}", "{}") not in done:
+                some = range(0, len(images), max(1, len(images) // args.images))
+                with torch.no_grad():
+                    back = [coders[code].decode(coders[code].encode(x)) for x in batches_of(images[some], device)]
+                back = (255 * torch.cat(back)).round().to(torch.uint8).cpu()
+                write(f"floor:{code}", {}, ruler.measure(back, labels[some]))
 
-    if ("real", "{}") not in done:
-        real, real_labels, _ = load_images(args.val)
-        write("real", {}, ruler.measure(real, real_labels))
-    for code in codes:
-        if (f"floor:{code}", "{}") not in done:
-            some = range(0, len(images), max(1, len(images) // args.images))
-            with torch.no_grad():
-                back = [coders[code].decode(coders[code].encode(x)) for x in batches_of(images[some], device)]
-            back = (255 * torch.cat(back)).round().to(torch.uint8).cpu()
-            write(f"floor:{code}", {}, ruler.measure(back, labels[some]))
-    for row in rows:
-        sweeps = {**SWEEPS, **SWEEPS_OF[about[row]["model"]]} if row.startswith("a:") else {"cfg": GUIDANCE}
-        for options in [{field: value} for field, values in sweeps.items() for value in values]:
-            if (row, json.dumps(options)) not in done:
-                found = generated(args, folder_of(args, row), coders[code_of[row]], options, device, len(names))
-                write(row, options, ruler.measure(*found), about[row])
+        def measure(row, about):
+            sweeps = {**SWEEPS, **SWEEPS_OF[about["model"]]} if row.startswith("a:") else {"cfg": GUIDANCE}
+            for options in [{field: value} for field, values in sweeps.items() for value in values]:
+                if (row, json.dumps(options)) not in done:
+                    found = generated(args, folder_of(args, row), coders[code_of[row]], options, device, len(names))
+                    write(row, options, ruler.measure(*found), about)
+        for row in rows:
+            if row.startswith("a:"):
+                measure(row, train_row(args, row, speeds))  # alone on the GPU
+        others = [row for row in rows if not row.startswith("a:")]
+        for row, about in zip(others, pool.map(lambda row: train_row(args, row, speeds), others)):
+            measure(row, about)  # while the next rows train
     best = min((x for x in lines if x["row"].startswith("a:")), key=lambda x: x["distance"], default=None)
     if best and best["row"] in rows:
         picture(args, folder_of(args, best["row"]), coders["distilled"], images, labels, names, best["options"], device)
