@@ -1595,7 +1595,9 @@ def test_evaluation_refuses_before_it_begins():
         raises(evaluation.UserError, evaluate, *base, "--probe", "--fit", nineteen, words="19 images")
         with unittest.mock.patch.object(evaluation, "InceptionV3", QuickInception):
             _, report = evaluate(*base, "--inception", weights, "--pca", "--fit", folder)
-        assert "FID of 9 images" in report["warning"] and "fitted on the images that are measured" in report["warning"]
+        assert report["warning"] == (
+            "FID of 9 images, fewer than the 2048 dimensions of its covariance: such a figure means little; fitted on "
+            "the images that are measured: PCA and probe mean little")
         nameless, tensors = encoder.read_config(weights), load_file(weights)
         del nameless["teacher"]
         encoder.write_model(os.path.join(tmp, "nameless.safetensors"), nameless, tensors)

@@ -1,6 +1,6 @@
 """Measures in any order of files, figures that never get lost, workers that end."""
 from tests.helpers import (
-    HERE, QuickInception, evaluate, micro_models, picture, picture_folder, raises, sampled, tokenizer_file)
+    HERE, QuickInception, evaluate, micro_models, picture, picture_folder, raises, refused, sampled, tokenizer_file)
 
 import contextlib
 import errno
@@ -368,7 +368,8 @@ def test_features_that_are_not_finite_are_refused():
         bad[7, 2] = bad[9, 1] = value
         for measure in evaluation.linear_probe, evaluation.nearest_neighbours:
             for x, test_x in ((bad, good), (good, bad)):
-                raises(evaluation.UserError, measure, x, y, test_x, y, words="not finite in 2 of 40 rows: the weights")
+                refused(evaluation.UserError, measure, x, y, test_x, y,
+                        says="features are not finite in 2 of 40 rows: the weights are damaged")
 
 
 @patch.object(evaluation, "InceptionV3", QuickInception)
@@ -568,6 +569,9 @@ def test_what_a_job_asks_of_its_surroundings():
             dist, is_initialized=lambda: False, init_process_group=lambda *how, **more: bars.append((how, more))):
         jobs.Job(args)
     assert bars[-1] == (("gloo",), dict(timeout=timedelta(days=1)))
+    with patch.dict(os.environ, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1"), patch.multiple(
+            dist, is_initialized=lambda: True, init_process_group=lambda *how, **more: bars.append("again")):
+        assert jobs.Job(args).ranks == 2 and bars[-1] != "again", "a second job of this process"
 
 
 def test_what_eval_shows_of_itself():

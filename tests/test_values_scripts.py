@@ -478,6 +478,12 @@ def test_bounds_of_trainings_numbers():
             f"--size {size} is no multiple of the patch {patch_} of teacher {teacher}: try --size {near}")
     assert ends(recipes.parse_args, ["--crop_scale", "0.5", "1.5"]) == (
         "--crop_scale is [0.5, 1.5]; it is two fractions above 0, at most 1, the smaller first")
+    for parse, *flags in ((recipes.parse_args, "--decay_shape", "x"), (recipes.parse_args, "--decoder", "x"),
+                          (recipes.parse_args, "--projector", "x"), (recipes.parse_args, "--strategy", "x"),
+                          (recipes.parse_args, "--recipe", "x"), (evaluation.parse_args, "--resolution", "512")):
+        assert ends(parse, flags).startswith(f"argument {flags[0]}: invalid choice: {flags[1]!r}"), flags
+    assert ends(recipes.parse_args, ["--steps", "3", "--epochs", "3"]) == (
+        "argument --epochs: not allowed with argument --steps")
     for given, length in ((["--epochs", "3"], (None, 3)), (["--steps", "3"], (3, None))):
         for teacher in "tiny", "internvit":
             args = recipes.parse_args(["--teacher", teacher, *given])
@@ -964,6 +970,11 @@ def test_what_a_probe_lacks():
         load = lambda images, fit: evaluation.load_probe_teacher(job, enc, {"teacher": "t", "teacher_weights": "x"},
                                                                  images, fit)
         assert load(of(3, "a", "c"), of(20, "a", "b", "c")) is vit
+        for changes in dict(width=64), dict(depth=2), dict(patch=8), dict(num_prefix=2):  # one of them alone
+            enc.vit = encoder.ViT(replace(MICRO_VIT, **changes))
+            refused(evaluation.UserError, load, of(3, "a"), of(20, "a"),
+                    says="teacher t has another width, depth or patch than the tokenizer: give its own with --teacher")
+        enc.vit = vit
         for images, fit, says in ((of(3, *"gabcdef"), of(20, "b"), (20, "a c d e f")),
                                   (of(3, "a"), of(19, "a"), (19, "-")), (of(3, "a"), of(20, "b"), (20, "a"))):
             refused(evaluation.UserError, load, images, fit, says=about.format(*says))
