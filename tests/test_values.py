@@ -1,6 +1,7 @@
 """Values that other tests only see move: random draws, ends of ranges, one rank's loss."""
 import contextlib
 import errno
+import http.client
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from tests.helpers import (
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -247,6 +248,14 @@ def test_what_a_configuration_may_be():
         refused(error, lambda: build(pixel_stats=1), says="pixel_stats is 1; expected str")
         refused(error, lambda: build(pixel_stats="x"),
                 says=f"pixel_stats must be one of imagenet half openai: {said_of(build(), pixel_stats='x')}")
+    long = "x" * 60  # of what is wrong 50 characters are shown
+    shown = repr(long)[:50]
+    for build, error in (vit, encoder.UserError), (dec, decoder.UserError):
+        refused(error, lambda: build(width=long), says=f"width is {shown}; expected int from 1 to 65536")
+    refused(encoder.UserError, encoder.Encoder, encoder.ViT(MICRO_VIT), long,
+            says=f"latent_dim is {shown}, expected an integer from 1 to 65536")
+    refused(encoder.UserError, encoder.Encoder, encoder.ViT(MICRO_VIT), 8, long,
+            says=f"projector {shown} is unknown; it is mlp or linear")
     for wrong, rule in (dict(width=30, heads=4), "width must be a multiple of heads"), (
             dict(size=18, patch=4), "size must be a multiple of patch"), (
             dict(activation="relu"), "activation must be one of gelu gelu_tanh quick_gelu"), *(
@@ -437,10 +446,15 @@ def test_what_a_file_of_weights_may_hold():
                  '{"vit": ...} (')
         for changes, words in (({"size": 18}, "ValueError: size is 18, expected a multiple of the patch 4)"),
                                ({"size": True}, "ValueError: size is True, expected a multiple of the patch 4)"),
+                               ({"size": 65540}, "ValueError: size is 65540, expected a multiple of the patch 4)"),
+                               ({"size": "x" * 60}, f"ValueError: size is '{'x' * 49}, expected a multiple of the patch "
+                                                    "4)"),
                                ({"vit": {**config["vit"], "more": 1}},
                                 "TypeError: ViTConfig.__init__() got an unexpected keyword argument 'more')")):
             encoder.write_model(other, {**config, **changes}, tensors)
             refused(encoder.UserError, encoder.read_config, other, says=about + words)
+        encoder.write_model(other, {**config, "size": 65536}, tensors)
+        assert encoder.read_config(other)["size"] == 65536, "the largest"
         vit = {"vit": {**config["vit"], "size": 12}}  # the size is that of the ViT where the file has no other
         encoder.write_model(other, vit, tensors)
         assert encoder.read_config(other) == vit
@@ -449,6 +463,20 @@ def test_what_a_file_of_weights_may_hold():
             encoder.write_model(other, {**config, "decoder": part}, tensors)
             refused(encoder.UserError, encoder.Encoder.from_pretrained, other,
                     says=f"{other} describes no UniFlow encoder ({words})")
+        # what is wrong with a decoder is one line of at most 300 characters, though torch lists every tensor
+        encoder.write_model(other, config, {k.replace("decoder.", "decoder.odd_"): x for k, x in tensors.items()})
+        try:
+            raise AssertionError(decoder.Decoder.from_pretrained(other))
+        except decoder.UserError as e:
+            start, end = f"{other} does not hold a UniFlow decoder (RuntimeError: ", ")"
+            assert str(e).startswith(start + "Error(s) in loading state_dict for Decoder: Missing key(s) in state_dict: ")
+            assert str(e).endswith(end) and len(str(e)) == len(start) + 300 + len(end)
+        # a file that opens, but holds what this torch has no type for, or is torn further on
+        for error in AttributeError("no such type"), SafetensorError("torn"):
+            opened = types.SimpleNamespace(keys=lambda: ["a"], get_tensor=unittest.mock.Mock(side_effect=error))
+            with patch.object(encoder, "safe_open", lambda *how: opened):
+                refused(encoder.UserError, encoder.open_weights(path)[1], "a\nb",
+                        says=f"{path}: a b cannot be read ({error})")
         # a decoder's deviation may be small, but not 0
         for std, fits in (1e-30, True), (0.0, False):
             encoder.write_model(other, config, {**tensors, "latent_std": torch.full((8,), std)})
@@ -559,6 +587,12 @@ def test_where_downloads_are_looked_for_offline():
                                 says=f"{url} could not be fetched (no network): run it again; HF_ENDPOINT sets a "
                                 f"mirror, TORCH_HOME the folder{by_hand}")
                 assert asked == [(url, target, None)] * 4
+            for error, why in ((OSError(), "OSError"), (http.client.BadStatusLine("odd"), "odd"),
+                               (RuntimeError("another hash"), "another hash")):
+                with patch.object(torch.hub, "download_url_to_file", side_effect=error):
+                    refused(encoder.MissingFile, encoder.fetch, "model",
+                            says=f"{url} could not be fetched ({why}): run it again; HF_ENDPOINT sets a mirror, "
+                            f"TORCH_HOME the folder{by_hand}")
             refused(encoder.MissingFile, encoder.fetch, "other",
                     says=f"other: no such file, no URL, and none of the names {' '.join(encoder.PUBLISHED)}")
             # where another process has fetched it meanwhile, it is not fetched again; the lock is that of the target
@@ -653,6 +687,9 @@ def test_what_is_said_of_pictures_that_cannot_be_read():
         with patch.object(data, "MAX_PIXELS", 53):
             refused(data.UserError, data.load_image, path,
                     says="cannot be read as an image (UserError: 9x6 pixels, more than 53)")
+        with patch.object(data, "open_image", side_effect=ValueError("long text\n" * 60)):
+            refused(data.UserError, data.load_image, path,
+                    says=f"cannot be read as an image ({('ValueError: ' + 'long text ' * 60)[:200]})")
         size = os.path.getsize(path)
         with patch.object(data, "MAX_BYTES", size):
             assert data.load_image(path).size == (9, 6)
@@ -757,6 +794,10 @@ def test_what_a_run_trains_and_evaluates_on():
             except data.UserError as e:
                 assert str(e).startswith(refused_by_name)
             build("--data", b)
+            seen = []  # of many pictures those are tried that an evaluation reads
+            with patch.object(train, "spread", lambda n: seen.append(n) or [0]):
+                build("--val", b)
+            assert seen == [2]
         with patch.dict(os.environ, RANK="1"):
             build("--val", b)  # rank 0 says it
 
@@ -782,6 +823,9 @@ def test_a_start_from_another_tokenizer():
                 assert said.getvalue() == words * (rank == "0")
                 assert all(not m.latent_mean.any() and (m.latent_std == 1).all() and m.training for m in (enc, dec))
                 assert torch.equal(enc.vit.pos_embed, tensors["encoder.vit.pos_embed"])
+        with patch.object(train, "find_weights", lambda given: {other: given, "by its name": path}[given]):
+            _, enc, _ = build("--init", "by its name")
+        assert torch.equal(enc.latent_down[2].weight, tensors["encoder.latent_down.2.weight"])
         refused(encoder.UserError, build, "--flow_width", "48", "--gtb_depth", "1",
                 says=f"{other} has gtb_depth 2, not 1, flow_width 96, not 48: pass what it was trained with")
 
