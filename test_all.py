@@ -1264,19 +1264,21 @@ def test_sample_features_are_principal_components():
         low, high = np.quantile((fit - fit.mean(0)) @ axes, (0.02, 0.98), axis=0)
         return 255 * np.clip(((tokens - fit.mean(0)) @ axes - low) / (high - low), 0, 1)
 
-    with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.dict(os.environ, TORCH_HOME=tmp, HF_HOME=tmp):
+    with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.dict(encoder.TEACHERS, micro=MICRO_VIT), \
+            unittest.mock.patch.dict(os.environ, TORCH_HOME=tmp, HF_HOME=tmp):
         weights, path, result = tokenizer_file(tmp), os.path.join(tmp, "img.png"), os.path.join(tmp, "img_features.png")
         config, tensors = encoder.read_config(weights), load_file(weights)
         teacher, copy = encoder.load_teacher(config["teacher"]), os.path.join(tmp, "copy.safetensors")
         encoder.write_model(copy, config,
                             {**tensors, **{f"encoder.vit.{k}": v for k, v in teacher.state_dict().items()}})
-        alone, gone = (os.path.join(tmp, name + ".safetensors") for name in ("alone", "gone"))
+        alone, gone, named = (os.path.join(tmp, name + ".safetensors") for name in ("alone", "gone", "named"))
+        encoder.write_model(named, {**config, "teacher": "micro", "teacher_weights": config["teacher"]}, tensors)
         encoder.write_model(alone, {**config, "teacher": "tiny", "teacher_weights": "random"}, tensors)
         encoder.write_model(gone, {**config, "teacher": "internvit"}, tensors)
         picture(0, 83, 61).save(path)  # 16 x 21 tokens, the last row and column cut
         padded = sample.pad_to_patches(data.to_tensor(Image.open(path))[None] / 255, 4)
         read = lambda vit: vit.norm(vit(padded)[-1])[0, 1:].detach().double().numpy()
-        for file, words in ((weights, ""), (copy, ""), (alone, "a random initialisation"),
+        for file, words in ((weights, ""), (named, ""), (copy, ""), (alone, "a random initialisation"),
                             (gone, "internvit (not on this machine)")):
             asked = AssertionError("for a picture nothing is downloaded")
             with unittest.mock.patch.object(torch.hub, "download_url_to_file", side_effect=asked):
@@ -1291,6 +1293,10 @@ def test_sample_features_are_principal_components():
             if len(tokens) == 2:
                 assert (got[:, 83:166] == got[:, 166:]).all() == (file == copy), (
                     "an untrained copy must have its teacher's colours, and another student must not")
+        moving = clip(os.path.join(tmp, "moving.webp"))
+        assert sampled(moving, "--weights", weights, "--size", 0, "--features")[0] == 0
+        got = pixels(os.path.join(tmp, "moving_features.png"))[0][0]
+        assert got.shape == (30, 120, 3) and (got[:, :40] == np.array(picture(0))).all(), "an animation's first frame"
 
 
 def test_sample_animations():

@@ -447,8 +447,8 @@ def test_what_a_file_of_weights_may_hold():
         for changes, words in (({"size": 18}, "ValueError: size is 18, expected a multiple of the patch 4)"),
                                ({"size": True}, "ValueError: size is True, expected a multiple of the patch 4)"),
                                ({"size": 65540}, "ValueError: size is 65540, expected a multiple of the patch 4)"),
-                               ({"size": "x" * 60}, f"ValueError: size is '{'x' * 49}, expected a multiple of the patch "
-                                                    "4)"),
+                               ({"size": "x" * 60},
+                                f"ValueError: size is '{'x' * 49}, expected a multiple of the patch 4)"),
                                ({"vit": {**config["vit"], "more": 1}},
                                 "TypeError: ViTConfig.__init__() got an unexpected keyword argument 'more')")):
             encoder.write_model(other, {**config, **changes}, tensors)
@@ -469,7 +469,7 @@ def test_what_a_file_of_weights_may_hold():
             raise AssertionError(decoder.Decoder.from_pretrained(other))
         except decoder.UserError as e:
             start, end = f"{other} does not hold a UniFlow decoder (RuntimeError: ", ")"
-            assert str(e).startswith(start + "Error(s) in loading state_dict for Decoder: Missing key(s) in state_dict: ")
+            assert str(e).startswith(start + "Error(s) in loading state_dict for Decoder: Missing key(s) in state_dict")
             assert str(e).endswith(end) and len(str(e)) == len(start) + 300 + len(end)
         # a file that opens, but holds what this torch has no type for, or is torn further on
         for error in AttributeError("no such type"), SafetensorError("torn"):

@@ -74,7 +74,7 @@ def test_whole_reports_of_an_evaluation():
         flags = ["--weights", weights, "--inception", weights, "--out", out, "--workers", 0]
         notes, images = [], jobs.Job.images
         with patch.multiple(evaluation, linear_probe=lambda *args: (fake(*args), 0.25), nearest_neighbours=fake), \
-                patch.object(jobs.Job, "images", lambda job, note, *sets: notes.append(note) or images(job, note, *sets)):
+                patch.object(jobs.Job, "images", lambda job, *what: notes.append(what[0]) or images(job, *what)):
             said, report = evaluate(*flags, "--data", a, b, "--fit", fit, a, "--size", 24, "--steps", 2, "--seed", 5,
                                     "--bf16", "--pca", "--probe")
         assert notes == ["fit PCA", "reconstruct", "features of --fit", "features of --data"], "beside the bar"
