@@ -117,11 +117,12 @@ def test_sides_that_a_random_crop_draws():
     """From size / high to size / low, both rounded up and both drawn."""
     img, rng = Image.new("RGB", (40, 40)), np.random.default_rng(0)
     for size, fractions, sides in ((8, (0.7, 0.9), range(9, 13)), (10, (0.3, 0.49), range(21, 35)),
-                                   (10, (0.5, 1), range(10, 21)), (10, (0.97, 0.97), range(11, 12))):
+                                   (10, (0.5, 1), range(10, 21)), (10, (0.97, 0.97), range(11, 12)),
+                                   (8, None, range(8, 11))):  # 0.8 to 1 if nothing is said
         seen = []
         with patch.object(data, "shrink", lambda img, short: seen.append(short) or img.resize((short, short))):
             for _ in range(300):
-                data.random_crop(img, size, rng, fractions)
+                data.random_crop(img, size, rng, *[fractions] * bool(fractions))
         assert sorted(set(seen)) == list(sides), (size, fractions)
 
 
