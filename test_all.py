@@ -296,7 +296,12 @@ def test_random_teacher_is_seeded():
         a, b = (encoder.load_teacher("tiny", "random").state_dict() for _ in range(2))
     assert all(torch.equal(a[k], b[k]) for k in a) and said.getvalue().count("RANDOM") == 2
     # no such teacher ships, and nothing replaces it
-    raises(FileNotFoundError, encoder.load_teacher, "small", words="teacher_weights FILE|random")
+    raises(FileNotFoundError, encoder.load_teacher, "small",
+           words=f"{HERE}/weights/teacher-small.safetensors: no such file; train it "
+           "(experiments/tiny_imagenet/teacher.py), or give --teacher_weights FILE|random")
+    for wrong in "intern", None:
+        raises(encoder.UserError, encoder.load_teacher, wrong,
+               words=f"teacher {wrong!r} is neither a file nor one of: {' '.join(encoder.TEACHERS)}")
 
 
 def test_latent_layout_is_row_major():
@@ -790,7 +795,8 @@ def test_fid_between_anything():
             open(os.path.join(tmp, name), "wb").write(content)
         np.savez(os.path.join(tmp, "scalar.npz"), mu=1.0, sigma="x")
         np.savez(os.path.join(tmp, "alone.npz"), arrays[1][:1])
-        for other, words in (("small.npz", "(32, 32)"), ("float.npz", "float64"), ("none", "no such"),
+        for other, words in (("small.npz", "(32, 32)"), ("float.npz", "float64"),
+                             ("none", f"{tmp}/none: no such folder, .zip or .npz"),
                              ("one", "at least 2"), ("alone.npz", "at least 2"), ("torn.npz", "neither"),
                              ("empty.npz", "neither"), ("text.npz", "neither"), ("scalar.npz", "neither")):
             raises((OSError, ValueError), fid, os.path.join(tmp, "a.npz"), os.path.join(tmp, other), words=words)
@@ -1616,7 +1622,7 @@ def test_evaluation_refuses_before_it_begins():
         def saved(path):  # train.py saves between encoder and decoder
             return read(shutil.copy(os.path.join(tmp, "nameless.safetensors"), path))
         with unittest.mock.patch.object(decoder.Decoder, "from_pretrained", saved):
-            raises(ValueError, evaluate, *base, words="written anew while it was read")
+            raises(ValueError, evaluate, *base, words=f"{weights} was written anew while it was read: run this again")
         open(weights, "wb").write(before)
 
 

@@ -341,6 +341,8 @@ def test_a_folder_of_latents_that_is_not_whole():
             refused(second, content, ["is damaged", "delete it"])
         for content in b"", b"[]", b"{}", whole[index][:-30], b"\xff\xfe", b"3":
             refused(index, content, ["is damaged"])
+        refused(index, b"{}", [
+            "is damaged (KeyError: 'classes'): delete it and run `python -m tools.latents save` again"])
         refused(second, theirs[second], ["of different latents"])  # of another size
         refused(second, whole["latents_00000.safetensors"], ["of different latents"])
         tensors = load_file(os.path.join(good, second))

@@ -404,9 +404,11 @@ def test_npz_travels_to_workers_as_a_path():
         wrong[40_000] ^= 1  # noise is not compressed: only the checksum tells
         open(damaged, "wb").write(wrong)
         raises(evaluation.UserError, evaluate, "--fid", damaged, stored, "--inception", inception, "--workers", 0,
-               words=["of 50 images cannot be used", "damaged.npz[49] is damaged"])
+               words=["of 50 images cannot be used",
+                      f"{damaged}[49] is damaged or cut off (Bad CRC-32 for file 'arr_0.npy')"])
         raises(evaluation.UserError, evaluate, "--fid", short, stored, "--inception", inception, "--workers", 0,
-               words=["1 of 50 images cannot be used", "short.npz[49] is damaged or cut off"])
+               words=["1 of 50 images cannot be used",
+                      f"{short}[49] is damaged or cut off (cannot reshape array of size 1439"])
         fid = lambda *flags: evaluate("--fid", stored, packed, "--inception", inception, *flags)[1]
         method, plain = multiprocessing.get_start_method(), fid("--workers", 0)
         assert fid("--workers", 2)["fid"] == plain["fid"]
@@ -462,6 +464,11 @@ def test_inceptions_where_torch_does_not_read_pickles_safely():
             with (patch.object(torch, "__version__", version),
                   patch.object(evaluation, "INCEPTION_SHA256", digest or "6726825d")):
                 raises(evaluation.UserError, evaluation.InceptionV3, path, words=words)
+        with patch.object(evaluation, "refuse_pickle"), \
+                patch.object(torch, "load", side_effect=KeyError("one\nor two " + "x " * 200)):
+            why = ("'one\\nor two " + "x " * 200)[:300]
+            refused(evaluation.UserError, evaluation.InceptionV3, path,
+                    says=f"{path} is not pytorch-fid's Inception (KeyError: {why}); it is {evaluation.INCEPTION_URL}")
         trap = Payload(os.path.join(tmp, "executed"))
         torch.save({"fc.weight": trap}, path)
         raises(evaluation.UserError, evaluation.InceptionV3, path, words="is not pytorch-fid's")

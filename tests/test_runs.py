@@ -453,7 +453,9 @@ def test_a_disk_that_fails_is_no_damaged_checkpoint():
                 raises(OSError, load, words=f"[Errno {code}]")
         for damage in RuntimeError("x"), EOFError("x"), KeyError("x"), OSError("x"):
             with patch.object(torch, "load", side_effect=damage):
-                raises(encoder.UserError, load, words=["is damaged", "move it away"])
+                kind = type(damage).__name__
+                raises(encoder.UserError, load, words=f"{path} is damaged or no checkpoint of this script ({kind}): "
+                       "move it away to start afresh")
 
 
 def test_moments_of_other_parameters_are_a_users_error():

@@ -497,6 +497,11 @@ def test_what_a_file_of_weights_may_hold():
             present, get = encoder.open_weights(dump)
             expected = {"a": 0, "b.module.c": 1, "d": 2}
             assert present == expected.keys() and all(get(name)[0].item() == x for name, x in expected.items())
+        for read in encoder.read_config, encoder.open_weights, encoder.Encoder.from_pretrained:
+            refused(encoder.MissingFile, read, os.path.join(tmp, "gone"), says=f"{tmp}/gone: no such file")
+        with patch.object(torch, "load", side_effect=KeyError("x")):
+            refused(encoder.UserError, encoder.open_weights, dump,
+                    says=f"{dump} is not a file of tensors (KeyError); it was not executed")
         assert encoder.one_line("a\n  b\tc ") == "a b c" and encoder.one_line("x " * 400) == ("x " * 150)
         vit, file = encoder.ViT(MICRO_VIT), os.path.join(tmp, "vit.safetensors")
         own = vit.state_dict()
@@ -532,9 +537,10 @@ def test_what_a_model_would_weigh_by_hand():
         assert least < numbers < 1.35 * least, (least, numbers)
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "x.safetensors")
-        latent = {"latent_mean": torch.zeros(8), "latent_std": torch.ones(8)}
+        latent = {"latent_mean": torch.zeros(8), "latent_std": torch.ones(8), "more": torch.zeros(300)}
         encoder.write_model(path, {"vit": vit, "decoder": dec, "size": 21}, latent)
         size = os.path.getsize(path)
+        assert size > 1000, "a number with a comma"
         about = "such a file's metadata have config = {\"vit\": ...}"
         refused(encoder.UserError, encoder.read_config, path,
                 says=f"{path} is damaged, or is no model file of this project: {about} (ValueError: its config asks "
@@ -620,10 +626,10 @@ def test_where_downloads_are_looked_for_offline():
             save_file(encoder.ViT(MICRO_VIT).state_dict(), given)
             assert torch.equal(encoder.load_teacher("micro", given).pos_embed, load_file(given)["pos_embed"])
             assert len(asked) == 4
-            for offline in False, True:
+            for how in (), (None, False), (None, True):
                 with contextlib.suppress(TypeError):  # there is no file
-                    encoder.load_teacher("micro", None, offline)
-            assert asked[4:] == [("micro", False), ("micro", True)]
+                    encoder.load_teacher("micro", *how)
+            assert asked[4:] == [("micro", False), ("micro", False), ("micro", True)]
         # a random teacher is announced once under torchrun
         for rank, lines in ("0", 1), ("1", 0):
             with patch.dict(os.environ, RANK=rank), contextlib.redirect_stdout(io.StringIO()) as said:

@@ -173,7 +173,10 @@ def test_statistics_of_shapes_that_are_no_gaussian():
         assert all(np.array_equal(a, b) and a.dtype == np.float64 for a, b in zip(found, (mu, sigma), strict=True))
         for wrong in (mu[None], sigma), (mu, sigma[:2]), (mu, sigma[:, :2]), (mu[:2], sigma), (mu, mu), (sigma, sigma):
             np.savez(path, mu=wrong[0], sigma=wrong[1])
-            raises(evaluation.UserError, fid_command.read_npz, path, words=[path, "they must be (D,) and (D, D)"])
+            refused(evaluation.UserError, fid_command.read_npz, path,
+                    says=f"{path} is neither images nor statistics (UserError: mu is {wrong[0].shape}, sigma "
+                    f"{wrong[1].shape}; they must be (D,) and (D, D), and finite): an .npz holds arr_0, or mu and "
+                    "sigma")
 
 
 def test_the_commit_is_that_of_the_code():
@@ -532,6 +535,7 @@ def test_a_run_from_its_folder_to_its_end():
                     f.write(b'{"step": 1}\n\xff\xfe\n')
                 run.open_log(1)
                 run.write(step=2, loss=float("inf"), more=[{"a": float("nan")}])
+                assert '"step": 2' in open(run.path("log.jsonl")).read(), "at once, not when the file is closed"
                 run.end(1234, interrupted, "what is done")
                 assert run.lock.closed and run.log.closed
         one = '{"step": 1}\n'
@@ -1021,10 +1025,13 @@ def test_ranks_and_their_gpus():
                 patch.object(torch.cuda, "device_count", lambda: gpus):
             rank, ranks, device = script.rank_and_device()
             assert (rank, ranks, str(device)) == expected
-    with patch.dict(os.environ, {**nothing, **env}, clear=True), \
-            patch.multiple(torch.cuda, is_available=lambda: True, device_count=lambda: 1):
+    with patch.dict(os.environ, {**nothing, **env, "LOCAL_RANK": "3"}, clear=True), \
+            patch.multiple(torch.cuda, is_available=lambda: True, device_count=lambda: 2):
         refused(encoder.UserError, script.rank_and_device,
-                says="rank 1 has no GPU, there are 1: lower --nproc_per_node")
+                says="rank 3 has no GPU, there are 2: lower --nproc_per_node")
+    with patch.dict(os.environ, {**nothing, **env, "LOCAL_RANK": "2"}, clear=True), \
+            patch.multiple(torch.cuda, is_available=lambda: True, device_count=lambda: 2):
+        raises(encoder.UserError, script.rank_and_device)  # the first that there is none for
 
 
 def test_errors_that_quote_others():
@@ -1246,6 +1253,10 @@ def test_export_of_one_register_and_what_cannot_be_exported():
             refused(encoder.UserError, convert.to_released, weights, out,
                     says=f"the authors' code cannot build the model of {weights}, which has trained at size 24 "
                          "instead of 16")
+        with patch.multiple(convert, **{**same, "DECODER": replace(same["DECODER"], projector="linear")}, SIZE=24):
+            refused(encoder.UserError, convert.to_released, weights, out,
+                    says=f"the authors' code cannot build the model of {weights}, which has projector 'mlp' instead of "
+                         "'linear'")
         for name, value in (None, None), ("latent_mean", 0.5), ("latent_std", 2.0):
             changed = {name: torch.full((8,), value)} if name else {}
             encoder.write_model(weights, config, {**tensors, **changed})
