@@ -602,7 +602,8 @@ def test_inception_equals_plain_functions():
             raises(ValueError, evaluation.InceptionV3, broken, words=words)
         open(broken, "wb").write(b"junk")
         raises(ValueError, evaluation.InceptionV3, broken, words="pytorch-fid")
-        raises(evaluation.MissingFile, evaluation.InceptionV3, tmp, words=["no such file; it is", "6726825d.pth"])
+        raises(evaluation.MissingFile, evaluation.InceptionV3, tmp,
+               words=f"{tmp}: no such file; it is {evaluation.INCEPTION_URL}")
         with unittest.mock.patch.object(torch, "load", side_effect=OSError(5, "disk")):
             raises(OSError, evaluation.InceptionV3, broken, words="[Errno 5] disk")  # no fault of the file's
         for i in range(2):  # as eval.py uses it

@@ -300,7 +300,9 @@ def test_locks_are_all_there_before_workers_start():
         assert not made
     full = OSError(errno.ENOSPC, "No space left on device")
     with patch.object(multiprocessing.synchronize.SemLock, "__init__", side_effect=[None] * 12 + [full]):
-        raises(encoder.UserError, script.check_locks, 1, words=["/dev/shm", "--workers 0"])
+        refused(encoder.UserError, script.check_locks, 1,
+                says="the processes that load images need locks ([Errno 28] No space left on device): make room in "
+                "/dev/shm (docker run --shm-size 1g), or give --workers 0")
 
 
 def test_pictures_that_are_not_finite_are_no_black_ones():

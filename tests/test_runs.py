@@ -469,7 +469,8 @@ def test_moments_of_other_parameters_are_a_users_error():
     tools.checkpoint.restore_optimizer(second, first.state_dict(), "x")
     assert second.state[b.weight]["exp_avg"].equal(first.state[a.weight]["exp_avg"])
     assert second.param_groups[0]["lr"] == 0.125, "settings are this command's"
-    words = ["state.pt has the optimizer of other parameters", "another --out"]
+    words = ("state.pt has the optimizer of other parameters (loaded state dict has a different number of parameter "
+             "groups): use another --out")
     raises(encoder.UserError, tools.checkpoint.restore_optimizer, more, first.state_dict(), "state.pt", words=words)
 
 
@@ -509,7 +510,8 @@ def test_what_command_lines_refuse():
             assert words in err.getvalue().splitlines()[-1], (flags, err.getvalue())
     with tempfile.TemporaryDirectory() as tmp:
         teacher, weights, (folder, _) = micro_teacher(tmp), tokenizer_file(tmp), picture_folder(tmp, n=2)
-        raises(encoder.UserError, encoder.load_teacher, teacher, weights, words=[teacher, "leave out teacher_weights"])
+        raises(encoder.UserError, encoder.load_teacher, teacher, weights, 
+               words=f"teacher {teacher} is a file and brings its weights: leave out teacher_weights {weights}")
         for size, near in (15, 16), (18, 16), (19, 20), (1, 4):
             raises(evaluation.UserError, evaluate, "--data", folder, "--weights", weights, "--size", size,
                    words=f"try --size {near}")
@@ -522,7 +524,8 @@ def test_what_command_lines_refuse():
         before = open(weights, "rb").read()  # a latent must not take a tokenizer's place
         status, _, err = sampled(os.path.join(folder, "class0", "0.png"), "--weights", weights,
                                  "--save_latent", weights)
-        assert status == 2 and "is no latent" in err and open(weights, "rb").read() == before
+        assert err == f"--save_latent {weights} is there and is no latent: give another name\n"
+        assert status == 2 and open(weights, "rb").read() == before
 
 
 def test_a_second_signal():

@@ -472,6 +472,9 @@ def test_what_a_file_of_weights_may_hold():
             start, end = f"{other} does not hold a UniFlow decoder (RuntimeError: ", ")"
             assert str(e).startswith(start + "Error(s) in loading state_dict for Decoder: Missing key(s) in state_dict")
             assert str(e).endswith(end) and len(str(e)) == len(start) + 300 + len(end)
+        with patch.object(encoder, "safe_open", side_effect=SafetensorError("torn\nhere")):
+            refused(encoder.UserError, encoder.open_weights, path,
+                    says=f"{path} is damaged, or no safetensors file (torn here): delete it, and fetch it again")
         # a file that opens, but holds what this torch has no type for, or is torn further on
         for error in AttributeError("no such type"), SafetensorError("torn"):
             opened = types.SimpleNamespace(keys=lambda: ["a"], get_tensor=unittest.mock.Mock(side_effect=error))
@@ -712,6 +715,9 @@ def test_what_is_said_of_pictures_that_cannot_be_read():
                 refused(data.UserError, zipped.read, 0, says="is 5,000 bytes long; at most 4,999 are read")
             with patch.object(data, "MAX_BYTES", 5000):
                 assert zipped.read(0) == bytes(5000)
+            if method:
+                with patch.object(zlib, "decompressobj", side_effect=zlib.error("odd")):
+                    refused(data.UserError, zipped.read, 0, says="damaged in the archive (odd)")
         with patch.object(data.zipfile, "ZipFile", side_effect=OSError(errno.EMFILE, "Too many open files")):
             refused(OSError, data.ImageDataset, archive, 16, False, says=f"[Errno 24] Too many open files: {archive!r}")
         with patch.object(data.zipfile, "ZipFile", side_effect=OSError(errno.EACCES, "not allowed")):
