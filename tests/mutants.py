@@ -3375,6 +3375,11 @@ TABLE = [
      "if local_rank > torch.cuda.device_count():", "test_ranks_and_their_gpus"),
     ("why a checkpoint is damaged", "tools/checkpoint.py", "no checkpoint of this script ({type(e).__name__}): move",
      "no checkpoint of this script: move", "test_a_disk_that_fails_is_no_damaged_checkpoint"),
+    ("pictures in the order of a walk", "tools/pictures.py", "names = sorted(name for name, *_ in list_folder(path))",
+     "names = [name for name, *_ in list_folder(path)]", "test_results_are_not_put_into_the_data"),
+    ("noise on another device", "decoder.py",
+     "torch.randn(B, h * w, 3 * p * p, device=latent.device) if noise is None",
+     "torch.randn(B, h * w, 3 * p * p) if noise is None", "test_what_is_no_image_or_latent_is_refused"),
 ]
 MUTANTS = [Mutant(*row) for row in TABLE]
 DETECTION = ("-m", "tests.detection")

@@ -327,6 +327,12 @@ def test_what_is_no_image_or_latent_is_refused():
     with torch.device("meta"):  # nothing is read, so nothing waits for a device
         vit = encoder.ViT(MICRO_VIT)
         assert vit(torch.empty(2, 3, 16, 16))[-1].shape == (2, 17, 32)
+    # what is drawn is drawn where the module is: masks, times, noise
+    enc, img = enc.to("meta").train(), img.to("meta")
+    enc.vit.drop_path = 0.5
+    for objective in "flow", "pixel":
+        dec = decoder.Decoder(replace(MICRO_DECODER, objective=objective)).to("meta")
+        assert dec(enc(img)[0], img).device == dec.decode(enc.encode(img), 2).device == torch.device("meta")
 
 
 def test_features_of_several_layers():

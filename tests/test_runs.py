@@ -565,6 +565,9 @@ def test_sample_at_its_limits():
                                         "--features")
             assert status == 0 and "without the teacher" in said and "structure differs" in said, said + err
         assert pixels(os.path.join(out, "11_features.png"))[0].shape == (1, 11, 60, 3)
+        encoder.write_model(other, {**own, "teacher": "tiny", "teacher_weights": 3}, load_file(weights))  # no path
+        said = sampled(os.path.join(tmp, "11.png"), "--weights", other, "--size", 0, "--out", out, "--features")[1]
+        assert "--features: without the teacher tiny (not on this machine)\n" in said, said
 
 
 def test_fast_takes_as_many_steps():
@@ -626,6 +629,8 @@ def test_results_are_not_put_into_the_data():
             os.chdir(before)
         with patch.object(tools.pictures, "list_folder", lambda f: [("a.png",)]):
             assert tools.pictures.find_pictures(["/"], "out") == [("/a.png", "out/")]
+        with patch.object(tools.pictures, "list_folder", lambda f: [("b.png",), ("a/x.png",)]):  # as os.walk has them
+            assert tools.pictures.find_pictures(["/"], "out") == [("/a/x.png", "out/"), ("/b.png", "out/")]
 
 
 def test_reconstructions_alone():

@@ -1530,6 +1530,8 @@ def test_what_the_benches_print():
                     f"CPU, fp32, not compiled, torch {torch.__version__}, {px} px",
                     *(f"batch  2 | {what:18s} |      4.0 img/s |  500.00 ms" for what in (
                         "encode + decode", "encode", "decode in 1 step", "decode in 2 steps"))]
+            with patch.object(speed, "find_weights", {None: weights}.get):  # without a GPU sample.py's weights
+                assert printed(speed.sample_speed, None, 20)[0].endswith(", 20 px")
         rows, did = [], []
 
         def fast(enc, dec, img, steps):
