@@ -412,7 +412,7 @@ def test_drawn_pictures_are_the_seeds():
         img, label = ProceduralDataset(16, train, 3)[7]
         kind = int(rng.integers(4))
         assert label == kind and torch.equal(img, data.to_tensor(drawn.draw(rng, read.classes[kind], 16)))
-    assert len(list(ProceduralDataset(8, train=False, length=3))) == 3, "iterating must end"
+    assert len(list(itertools.islice(ProceduralDataset(8, train=False, length=3), 5))) == 3, "iterating must end"
 
 
 # ---- eval.py ----
