@@ -296,7 +296,12 @@ def test_random_teacher_is_seeded():
         a, b = (encoder.load_teacher("tiny", "random").state_dict() for _ in range(2))
     assert all(torch.equal(a[k], b[k]) for k in a) and said.getvalue().count("RANDOM") == 2
     # no such teacher ships, and nothing replaces it
-    raises(FileNotFoundError, encoder.load_teacher, "small", words="teacher_weights FILE|random")
+    raises(FileNotFoundError, encoder.load_teacher, "small",
+           words=f"{HERE}/weights/teacher-small.safetensors: no such file; train it "
+           "(experiments/tiny_imagenet/teacher.py), or give --teacher_weights FILE|random")
+    for wrong in "intern", None:
+        raises(encoder.UserError, encoder.load_teacher, wrong,
+               words=f"teacher {wrong!r} is neither a file nor one of: {' '.join(encoder.TEACHERS)}")
 
 
 def test_latent_layout_is_row_major():
@@ -597,7 +602,8 @@ def test_inception_equals_plain_functions():
             raises(ValueError, evaluation.InceptionV3, broken, words=words)
         open(broken, "wb").write(b"junk")
         raises(ValueError, evaluation.InceptionV3, broken, words="pytorch-fid")
-        raises(evaluation.MissingFile, evaluation.InceptionV3, tmp, words=["no such file; it is", "6726825d.pth"])
+        raises(evaluation.MissingFile, evaluation.InceptionV3, tmp,
+               words=f"{tmp}: no such file; it is {evaluation.INCEPTION_URL}")
         with unittest.mock.patch.object(torch, "load", side_effect=OSError(5, "disk")):
             raises(OSError, evaluation.InceptionV3, broken, words="[Errno 5] disk")  # no fault of the file's
         for i in range(2):  # as eval.py uses it
@@ -790,7 +796,8 @@ def test_fid_between_anything():
             open(os.path.join(tmp, name), "wb").write(content)
         np.savez(os.path.join(tmp, "scalar.npz"), mu=1.0, sigma="x")
         np.savez(os.path.join(tmp, "alone.npz"), arrays[1][:1])
-        for other, words in (("small.npz", "(32, 32)"), ("float.npz", "float64"), ("none", "no such"),
+        for other, words in (("small.npz", "(32, 32)"), ("float.npz", "float64"),
+                             ("none", f"{tmp}/none: no such folder, .zip or .npz"),
                              ("one", "at least 2"), ("alone.npz", "at least 2"), ("torn.npz", "neither"),
                              ("empty.npz", "neither"), ("text.npz", "neither"), ("scalar.npz", "neither")):
             raises((OSError, ValueError), fid, os.path.join(tmp, "a.npz"), os.path.join(tmp, other), words=words)
@@ -1200,6 +1207,9 @@ def test_autocast_keeps_the_residual_stream_in_bf16():
         z, hidden = enc(img)
         assert {h.dtype for h in hidden} == {dec.condition(z).dtype} == {torch.bfloat16}, "half the bytes of fp32"
         found = train.losses(teacher, enc, dec, img, METHOD, t, noise)
+        clip = encoder.ViT(replace(MICRO_VIT, pre_norm=True))
+        clip.norm_pre.register_forward_hook(lambda norm, given, out: out.float())  # as a GPU's autocast has it
+        assert {h.dtype for h in clip(img)} == {torch.bfloat16}
     for a, b in zip(expected, found):
         assert b.dtype == torch.float32 and (a - b).abs().max() < 0.03 * a.abs().max(), (
             "losses and distances are fp32 all the same")
@@ -1262,19 +1272,21 @@ def test_sample_features_are_principal_components():
         low, high = np.quantile((fit - fit.mean(0)) @ axes, (0.02, 0.98), axis=0)
         return 255 * np.clip(((tokens - fit.mean(0)) @ axes - low) / (high - low), 0, 1)
 
-    with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.dict(os.environ, TORCH_HOME=tmp, HF_HOME=tmp):
+    with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.dict(encoder.TEACHERS, micro=MICRO_VIT), \
+            unittest.mock.patch.dict(os.environ, TORCH_HOME=tmp, HF_HOME=tmp):
         weights, path, result = tokenizer_file(tmp), os.path.join(tmp, "img.png"), os.path.join(tmp, "img_features.png")
         config, tensors = encoder.read_config(weights), load_file(weights)
         teacher, copy = encoder.load_teacher(config["teacher"]), os.path.join(tmp, "copy.safetensors")
         encoder.write_model(copy, config,
                             {**tensors, **{f"encoder.vit.{k}": v for k, v in teacher.state_dict().items()}})
-        alone, gone = (os.path.join(tmp, name + ".safetensors") for name in ("alone", "gone"))
+        alone, gone, named = (os.path.join(tmp, name + ".safetensors") for name in ("alone", "gone", "named"))
+        encoder.write_model(named, {**config, "teacher": "micro", "teacher_weights": config["teacher"]}, tensors)
         encoder.write_model(alone, {**config, "teacher": "tiny", "teacher_weights": "random"}, tensors)
         encoder.write_model(gone, {**config, "teacher": "internvit"}, tensors)
         picture(0, 83, 61).save(path)  # 16 x 21 tokens, the last row and column cut
         padded = sample.pad_to_patches(data.to_tensor(Image.open(path))[None] / 255, 4)
         read = lambda vit: vit.norm(vit(padded)[-1])[0, 1:].detach().double().numpy()
-        for file, words in ((weights, ""), (copy, ""), (alone, "a random initialisation"),
+        for file, words in ((weights, ""), (named, ""), (copy, ""), (alone, "a random initialisation"),
                             (gone, "internvit (not on this machine)")):
             asked = AssertionError("for a picture nothing is downloaded")
             with unittest.mock.patch.object(torch.hub, "download_url_to_file", side_effect=asked):
@@ -1289,6 +1301,10 @@ def test_sample_features_are_principal_components():
             if len(tokens) == 2:
                 assert (got[:, 83:166] == got[:, 166:]).all() == (file == copy), (
                     "an untrained copy must have its teacher's colours, and another student must not")
+        moving = clip(os.path.join(tmp, "moving.webp"))
+        assert sampled(moving, "--weights", weights, "--size", 0, "--features")[0] == 0
+        got = pixels(os.path.join(tmp, "moving_features.png"))[0][0]
+        assert got.shape == (30, 120, 3) and (got[:, :40] == np.array(picture(0))).all(), "an animation's first frame"
 
 
 def test_sample_animations():
@@ -1595,7 +1611,9 @@ def test_evaluation_refuses_before_it_begins():
         raises(evaluation.UserError, evaluate, *base, "--probe", "--fit", nineteen, words="19 images")
         with unittest.mock.patch.object(evaluation, "InceptionV3", QuickInception):
             _, report = evaluate(*base, "--inception", weights, "--pca", "--fit", folder)
-        assert "FID of 9 images" in report["warning"] and "fitted on the images that are measured" in report["warning"]
+        assert report["warning"] == (
+            "FID of 9 images, fewer than the 2048 dimensions of its covariance: such a figure means little; fitted on "
+            "the images that are measured: PCA and probe mean little")
         nameless, tensors = encoder.read_config(weights), load_file(weights)
         del nameless["teacher"]
         encoder.write_model(os.path.join(tmp, "nameless.safetensors"), nameless, tensors)
@@ -1606,7 +1624,7 @@ def test_evaluation_refuses_before_it_begins():
         def saved(path):  # train.py saves between encoder and decoder
             return read(shutil.copy(os.path.join(tmp, "nameless.safetensors"), path))
         with unittest.mock.patch.object(decoder.Decoder, "from_pretrained", saved):
-            raises(ValueError, evaluate, *base, words="written anew while it was read")
+            raises(ValueError, evaluate, *base, words=f"{weights} was written anew while it was read: run this again")
         open(weights, "wb").write(before)
 
 

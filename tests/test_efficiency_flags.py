@@ -97,6 +97,14 @@ def test_ema_is_exported_evaluated_and_resumed_exactly():
         assert torch.equal(exported, state["averaged"][part][name]), "the file holds the averages"
         seen = [[x["psnr"] for x in log_lines(folder) if x.get("kind") == "eval"] for folder in (plain, whole)]
         assert seen[0] != seen[1], "the evaluation uses the averages"
+        # averages that begin at the second step begin at the weights of the first, and may be given up again
+        late, exported = out("late"), os.path.join(out("late"), "model.safetensors")
+        train_quietly(*flags, "--out", late, "--steps", 1)
+        train_quietly(*flags, "--out", late, "--steps", 2, "--ema", 0.25, "--resume_anyway")
+        a = d2 * weights[0][key].double() + (1 - d2) * weights[1][key].double()
+        assert (load_file(exported)[key] - a).abs().max() < 1e-6
+        train_quietly(*flags, "--out", late, "--steps", 3, "--resume_anyway")
+        assert torch.equal(load_file(exported)[key], weights[2][key])
         for folder, (*_, last) in zip((plain, whole), seen):  # with --ema and without, what is exported is evaluated
             enc, dec = (part.from_pretrained(os.path.join(folder, "model.safetensors")) for part in (Encoder, Decoder))
             measured, *_ = validate(enc, dec, data.ImageDataset(flags[3], 16, train=False), 4, 0,

@@ -78,7 +78,9 @@ DEFAULTS = {
                      save_every=1000, keep_every=None, resume_anyway=False, compile=False, workers=1),
     "eval.py": dict(weights=None, fit=None, pca=False, probe=False, teacher=None, teacher_weights=None,
                     fid=None, save_stats=None, size=None, resolution="native", steps=1, seed=0, batch_size=32,
-                    bf16=False, out=None),
+                    bf16=False, out=None,
+                    inception="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                              "pt_inception-2015-12-05-6726825d.pth"),
     "sample.py": dict(weights=None, size=None, steps=1, seed=0, out=None, reconstruction=False, save_latent=None,
                       features=False)}
 # Tables 6-9 of the paper; on the batch its text. AdamW, times and rate of the two recipes; what is ours: sizes, rates.
@@ -130,6 +132,7 @@ def test_recipes_by_hand():
                 found = vars(train.parse_args(given))
                 differ = {k: (found[k], x) for k, x in expected.items() if found[k] != x}
                 assert not differ, (gpu, name, recipe, differ)
+                assert found["compile"] == gpu, "where there is a GPU"
                 if name in ("small", "tiny"):  # without --data a short trial, by the same method
                     found = vars(train.parse_args([x for x in given if x not in ("--data", "x")]))
                     expected.update(steps=300, batch_size=16)
@@ -555,6 +558,18 @@ def test_flags_of_eval():
         expected = [mean_psnr(ref, large), *np.mean(figures, axis=0)]
         row = found["results"]["tokenizer"]
         assert np.allclose([row[k] for k in ("psnr", "ssim", "ssim_paper")], expected, atol=1e-4), (row, expected)
+        # so is what a tokenizer above 256 px gives, here negatives, and not what one of just 256 px gives
+        some = sorted(glob.glob(os.path.join(folder, "class1", "*.png")))
+        with unittest.mock.patch.object(encoder.Encoder, "encode", lambda self, img: img), \
+                unittest.mock.patch.object(decoder.Decoder, "decode", lambda self, latent, steps, noise: 1 - latent):
+            for size in 272, 256:
+                _, found = evaluate(*base, "--data", os.path.dirname(some[0]), "--size", size, "--resolution", "256")
+                ref, rec = ([data.center_crop(Image.open(path).convert("RGB"), side) for path in some]
+                            for side in (256, size))
+                rec = [Image.fromarray(255 - np.array(x)).resize((256, 256), Image.Resampling.BICUBIC) for x in rec]
+                expected = mean_psnr(*(np.array([np.array(x) for x in images]) / 255 for images in (ref, rec)))
+                assert abs(found["results"]["tokenizer"]["psnr"] - expected) < 1e-3, (size, found, expected)
+                assert ("as uint8, PIL bicubic, with" in found["protocol"]) == (size == 272), found["protocol"]
         # --bf16 and --batch_size, as the networks see them
         sizes, types_, workers, forward, init = [], set(), [], encoder.Encoder.forward, DataLoader.__init__
 

@@ -303,6 +303,10 @@ def test_archives_that_are_encrypted_or_inflate_to_too_much():
                 words = ["large.png", "10,001 bytes long" if method else "bytes long", "at most 10,000"]
                 raises(data.UserError, data.ImageDataset(path, None, train=False).__getitem__, 0, words=words)
             blob = bytearray(open(path, "rb").read())
+            at = blob.rindex(b"PK\x01\x02") + 42  # where the directory says that the entry begins, APPNOTE 4.3.12
+            open(path, "wb").write(blob[:at] + struct.pack("<I", 2 ** 31) + blob[at + 4:])
+            raises(data.UserError, data.ImageDataset, path, None, False,
+                   words=f"{path} is a damaged .zip archive: its entry large.png lies outside of the file")
             blob[blob.rindex(b"PK\x01\x02") + 8] |= 1  # the general purpose flag's first bit, APPNOTE 4.4.4
             open(path, "wb").write(blob)
             raises(data.UserError, data.ImageDataset, path, None, False, words=["large.png", "encrypted"])
@@ -404,7 +408,8 @@ def test_only_its_own_damage_replaces_a_picture():
             with unittest.mock.patch.object(data.zipfile, "ZipFile", Flaky(None, code, 1)):
                 raises(kind, data.ImageDataset, archive, 16, True, words=[archive, os.strerror(code)])
             with unittest.mock.patch("os.scandir", Flaky(None, code, 1)):
-                raises(kind, data.ImageDataset, folder, 16, True, words=os.strerror(code))
+                whose = "" if kind is OSError else "the folder cannot be read: "
+                raises(kind, data.ImageDataset, folder, 16, True, words=[whose, os.strerror(code)])
 
 
 def test_archives_take_no_descriptors():

@@ -89,7 +89,8 @@ def test_latent_statistics_and_saved_latents():
         with torch.no_grad():
             z, before = enc(img)[0], dec.decode(enc.encode(img), noise=noise)
         raises(encoder.UserError, command, "save", "--out", os.path.join(tmp, "z"), "--data", folder, "--weights",
-               weights, words=f"python -m tools.latents stats --data TRAIN --weights {weights}")
+               weights, words=f"{weights} has no latent statistics yet: python -m tools.latents stats --data TRAIN "
+               f"--weights {weights}")
         files = []
         for ranks in (1, 3):
             copy = os.path.join(tmp, f"{ranks}.safetensors")
@@ -164,7 +165,8 @@ def test_statistics_refuse_what_would_be_wrong():
             model = read(path)
             encoder.write_model(path, {**encoder.read_config(path), "step": 7}, load_file(path))
             return model
-        for place, name, fault, words in ((evaluation.Moments, "add", meanwhile, "overwritten meanwhile"),
+        for place, name, fault, words in ((evaluation.Moments, "add", meanwhile,
+                                           f"{weights} was overwritten meanwhile: run this again on a copy, or after"),
                                           (decoder.Decoder, "from_pretrained", saved, "while it was read")):
             with patch.object(place, name, fault):
                 raises(ValueError, command, "stats", "--data", folder, "--weights", weights, words=words)
@@ -229,8 +231,11 @@ def test_mirrored_latents_are_those_of_mirrored_pictures():
         gap = (shards[0]["latents"] - shards[0]["mirrored"]).norm() / shards[0]["latents"].norm()
         assert gap > 0.01, "the pictures must tell a mirrored one from the other"
         before = raw(out)
-        assert "0 files of 4" in command(*flags, "--flip")[0] and raw(out) == before
-        raises(encoder.UserError, command, *flags, words="--flip: use another folder")
+        with patch.object(encoder.Encoder, "encode", side_effect=AssertionError("all files are there")):
+            assert "0 files of 4" in command(*flags, "--flip")[0] and raw(out) == before
+        raises(encoder.UserError, command, *flags,
+               words=f"{out}/latents_00000.safetensors is of other weights, data, size, precision or --flip: use "
+               "another folder")
         shutil.rmtree(out)
         command(*flags)
         raises(encoder.UserError, command, *flags, "--flip", words="--flip: use another folder")
@@ -295,6 +300,8 @@ def test_latents_come_in_the_order_of_the_closed_rule():
                 assert torch.equal(latent, whole[name][i]) and label == whole["labels"][i], (seed, n)
                 seen.append(name)
         assert 35 < seen.count("mirrored") < 85, "half of 120"
+        first = latents.LatentDataset(out, True)
+        assert [first.index(n) for n in range(11)] == np.random.default_rng([0, 0]).permutation(11).tolist(), "seed 0"
         for attribute in vars(b).values():
             assert not isinstance(attribute, torch.Tensor), "latents stay in their files"
         script = os.path.join(tmp, "look.py")  # its workers forked and spawned
@@ -338,6 +345,8 @@ def test_a_folder_of_latents_that_is_not_whole():
             refused(second, content, ["is damaged", "delete it"])
         for content in b"", b"[]", b"{}", whole[index][:-30], b"\xff\xfe", b"3":
             refused(index, content, ["is damaged"])
+        refused(index, b"{}", [
+            "is damaged (KeyError: 'classes'): delete it and run `python -m tools.latents save` again"])
         refused(second, theirs[second], ["of different latents"])  # of another size
         refused(second, whole["latents_00000.safetensors"], ["of different latents"])
         tensors = load_file(os.path.join(good, second))
@@ -345,8 +354,8 @@ def test_a_folder_of_latents_that_is_not_whole():
         refused(second, open(os.path.join(tmp, "bare.safetensors"), "rb").read(), ["is damaged"])
         raises(encoder.MissingFile, latents.LatentDataset, os.path.join(tmp, "nowhere"), True, words="nowhere")
         raises(encoder.MissingFile, latents.LatentDataset, weights, True, words=weights)  # a file
-        raises(encoder.UserError, save, out, words=[
-            f"{out}/{second} is damaged (", "): delete it and run this again"])  # as the last of them left it
+        raises(encoder.UserError, save, out, words=  # as the last of them left it
+               f"{out}/{second} is damaged ('NoneType' object is not subscriptable): delete it and run this again")
 
 
 def test_files_of_latents_stay_mapped():

@@ -1,6 +1,6 @@
 """Measures in any order of files, figures that never get lost, workers that end."""
 from tests.helpers import (
-    HERE, QuickInception, evaluate, micro_models, picture, picture_folder, raises, sampled, tokenizer_file)
+    HERE, QuickInception, evaluate, micro_models, picture, picture_folder, raises, refused, sampled, tokenizer_file)
 
 import contextlib
 import errno
@@ -300,7 +300,9 @@ def test_locks_are_all_there_before_workers_start():
         assert not made
     full = OSError(errno.ENOSPC, "No space left on device")
     with patch.object(multiprocessing.synchronize.SemLock, "__init__", side_effect=[None] * 12 + [full]):
-        raises(encoder.UserError, script.check_locks, 1, words=["/dev/shm", "--workers 0"])
+        refused(encoder.UserError, script.check_locks, 1,
+                says="the processes that load images need locks ([Errno 28] No space left on device): make room in "
+                "/dev/shm (docker run --shm-size 1g), or give --workers 0")
 
 
 def test_pictures_that_are_not_finite_are_no_black_ones():
@@ -368,7 +370,8 @@ def test_features_that_are_not_finite_are_refused():
         bad[7, 2] = bad[9, 1] = value
         for measure in evaluation.linear_probe, evaluation.nearest_neighbours:
             for x, test_x in ((bad, good), (good, bad)):
-                raises(evaluation.UserError, measure, x, y, test_x, y, words="not finite in 2 of 40 rows: the weights")
+                refused(evaluation.UserError, measure, x, y, test_x, y,
+                        says="features are not finite in 2 of 40 rows: the weights are damaged")
 
 
 @patch.object(evaluation, "InceptionV3", QuickInception)
@@ -403,9 +406,11 @@ def test_npz_travels_to_workers_as_a_path():
         wrong[40_000] ^= 1  # noise is not compressed: only the checksum tells
         open(damaged, "wb").write(wrong)
         raises(evaluation.UserError, evaluate, "--fid", damaged, stored, "--inception", inception, "--workers", 0,
-               words=["of 50 images cannot be used", "damaged.npz[49] is damaged"])
+               words=["of 50 images cannot be used",
+                      f"{damaged}[49] is damaged or cut off (Bad CRC-32 for file 'arr_0.npy')"])
         raises(evaluation.UserError, evaluate, "--fid", short, stored, "--inception", inception, "--workers", 0,
-               words=["1 of 50 images cannot be used", "short.npz[49] is damaged or cut off"])
+               words=["1 of 50 images cannot be used",
+                      f"{short}[49] is damaged or cut off (cannot reshape array of size 1439"])
         fid = lambda *flags: evaluate("--fid", stored, packed, "--inception", inception, *flags)[1]
         method, plain = multiprocessing.get_start_method(), fid("--workers", 0)
         assert fid("--workers", 2)["fid"] == plain["fid"]
@@ -461,6 +466,11 @@ def test_inceptions_where_torch_does_not_read_pickles_safely():
             with (patch.object(torch, "__version__", version),
                   patch.object(evaluation, "INCEPTION_SHA256", digest or "6726825d")):
                 raises(evaluation.UserError, evaluation.InceptionV3, path, words=words)
+        with patch.object(evaluation, "refuse_pickle"), \
+                patch.object(torch, "load", side_effect=KeyError("one\nor two " + "x " * 200)):
+            why = ("'one\\nor two " + "x " * 200)[:300]
+            refused(evaluation.UserError, evaluation.InceptionV3, path,
+                    says=f"{path} is not pytorch-fid's Inception (KeyError: {why}); it is {evaluation.INCEPTION_URL}")
         trap = Payload(os.path.join(tmp, "executed"))
         torch.save({"fc.weight": trap}, path)
         raises(evaluation.UserError, evaluation.InceptionV3, path, words="is not pytorch-fid's")
@@ -568,6 +578,9 @@ def test_what_a_job_asks_of_its_surroundings():
             dist, is_initialized=lambda: False, init_process_group=lambda *how, **more: bars.append((how, more))):
         jobs.Job(args)
     assert bars[-1] == (("gloo",), dict(timeout=timedelta(days=1)))
+    with patch.dict(os.environ, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1"), patch.multiple(
+            dist, is_initialized=lambda: True, init_process_group=lambda *how, **more: bars.append("again")):
+        assert jobs.Job(args).ranks == 2 and bars[-1] != "again", "a second job of this process"
 
 
 def test_what_eval_shows_of_itself():

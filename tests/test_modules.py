@@ -327,6 +327,12 @@ def test_what_is_no_image_or_latent_is_refused():
     with torch.device("meta"):  # nothing is read, so nothing waits for a device
         vit = encoder.ViT(MICRO_VIT)
         assert vit(torch.empty(2, 3, 16, 16))[-1].shape == (2, 17, 32)
+    # what is drawn is drawn where the module is: masks, times, noise
+    enc, img = enc.to("meta").train(), img.to("meta")
+    enc.vit.drop_path = 0.5
+    for objective in "flow", "pixel":
+        dec = decoder.Decoder(replace(MICRO_DECODER, objective=objective)).to("meta")
+        assert dec(enc(img)[0], img).device == dec.decode(enc.encode(img), 2).device == torch.device("meta")
 
 
 def test_features_of_several_layers():
@@ -338,8 +344,9 @@ def test_features_of_several_layers():
         assert torch.equal(enc.features(img), last) and torch.equal(enc.features(img, -2), second)
         assert torch.equal(enc.features(img, -1), hidden[-1][:, 1:]), "a layer asked for by number is not normed"
         assert torch.equal(enc.features(img, -3), hidden[0][:, 1:]), "the first of three"
-        got = enc.features(img, [None, -2, 0])
-        assert all(torch.equal(a, b) for a, b in zip(got, (last, second, hidden[0][:, 1:]), strict=True))
+        for layers in [None, -2, 0], (None, -2, 0):
+            got = enc.features(img, layers)
+            assert all(torch.equal(a, b) for a, b in zip(got, (last, second, hidden[0][:, 1:]), strict=True))
         for h in range(2):
             for w in range(3):  # row-major: token 3h + w is at (h, w)
                 assert torch.equal(enc.features(img, -2, grid=True)[:, :, h, w], second[:, 3 * h + w])
@@ -428,14 +435,17 @@ def test_parameter_groups_with_layer_decay():
     vit = encoder.ViT(REGISTERS)  # three blocks
     head = torch.nn.Sequential(torch.nn.Linear(32, 5), torch.nn.LayerNorm(5))
     frozen = torch.nn.Linear(2, 2).requires_grad_(False)
-    groups = encoder.parameter_groups([vit, head, frozen, head], lr=1.0, weight_decay=0.1, layer_decay=0.5)
-    rate = {p: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
-    assert sum(len(g["params"]) for g in groups) == len(rate) == len([*vit.parameters(), *head.parameters()])
+    whole = torch.nn.ModuleDict({"backbone": encoder.Encoder(vit, 5), "head": head})  # which holds the ViT further in
+    del whole.backbone.latent_down
     by_hand = {vit.patch_embed.weight: (0.0625, 0.1), vit.pos_embed: (0.0625, 0), vit.cls_token: (0.0625, 0),
                vit.register_tokens: (0.0625, 0), vit.blocks[0].qkv.weight: (0.125, 0.1),
                vit.blocks[1].fc1.bias: (0.25, 0), vit.blocks[2].proj.weight: (0.5, 0.1), vit.blocks[2].scale1: (0.5, 0),
                vit.norm.weight: (1, 0), head[0].weight: (1, 0.1), head[1].weight: (1, 0)}
-    assert {p: rate[p] for p in by_hand} == by_hand
+    for modules in [vit, head, frozen, head], whole:
+        groups = encoder.parameter_groups(modules, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+        rate = {p: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+        assert sum(len(g["params"]) for g in groups) == len(rate) == len([*vit.parameters(), *head.parameters()])
+        assert {p: rate[p] for p in by_hand} == by_hand
     assert len(encoder.parameter_groups(head, 1.0)) == 2, "a module alone, too"
     other = torch.nn.ModuleDict({"mha": torch.nn.MultiheadAttention(4, 2), "conv": torch.nn.Conv1d(2, 3, 1),
                                  "classes": torch.nn.Embedding(5, 4)})

@@ -29,6 +29,7 @@ import distill
 import encoder
 import eval as evaluation
 from tests import mutants
+from tools import drawn
 from tools.drawn import ProceduralDataset
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -216,16 +217,19 @@ def test_initial_weights_and_modes():
 
 
 def test_writes_are_on_disk_before_they_get_their_name():
-    calls, fsync, replace_ = [], os.fsync, os.replace
+    calls, names, fsync, replace_ = [], [], os.fsync, os.replace
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "x")
         with unittest.mock.patch.object(os, "fsync", lambda fd: calls.append(("sync", os.fstat(fd).st_size))
                                         or fsync(fd)), \
                 unittest.mock.patch.object(os, "replace", lambda a,
-                                           b: calls.append(("name", os.path.getsize(a))) or replace_(a, b)):
+                                           b: calls.append(("name", os.path.getsize(a))) or names.append(a)
+                                           or replace_(a, b)):
             encoder.write_atomically(path, lambda f: f.write(b"12345"))
         assert calls == [("sync", 5), ("name", 5)] and open(path,
                                                             "rb").read() == b"12345" and os.listdir(tmp) == ["x"], calls
+        # beside it, where a rename is one act, by a name that a later run knows for a leftover
+        assert re.fullmatch(re.escape(tmp) + r"/\.[0-9a-f]{12}\.tmp", names[0]), names
 
 
 def test_stochastic_depth_draws_two_masks():
@@ -248,6 +252,9 @@ def test_stochastic_depth_draws_two_masks():
             for (first, second), share in found.items():
                 chance = (1 - rate if first else rate) * (1 - rate if second else rate)
                 assert abs(share - chance) < 5 * math.sqrt(chance * (1 - chance) / n), (l, first, second, share, chance)
+        one, img = encoder.ViT(replace(MICRO_VIT, depth=1)).train(), torch.rand(2, 3, 8, 8)
+        one.drop_path = 0.9
+        assert torch.equal(one(img)[0], one.eval()(img)[0]), "nor does the first of one"
 
 
 def test_distillation_defaults_and_gradients():
@@ -366,6 +373,9 @@ def test_every_extension_is_found():
             open(os.path.join(tmp, name), "w").close()
         read = data.ImageDataset(tmp, 16, train=False)
         assert [os.path.basename(read.path(i)) for i in range(len(read))] == sorted(names)
+        os.makedirs(os.path.join(tmp, "d"))
+        raises(data.UserError, data.ImageDataset, os.path.join(tmp, "d"), 16, False,
+               words=f"{tmp}/d holds no images (.jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif)")
 
 
 def test_augmentation_is_a_function_of_the_number():
@@ -397,6 +407,12 @@ def test_the_order_of_an_epoch_is_the_seeds():
 def test_drawn_pictures_are_the_seeds():
     read = ProceduralDataset(16, train=True, seed=3)
     assert not torch.equal(read[0][0], ProceduralDataset(16, train=True, seed=4)[0][0])
+    for train in True, False:  # in every version, so that figures on drawn pictures can be compared
+        rng = np.random.default_rng([3, 7, int(train)])
+        img, label = ProceduralDataset(16, train, 3)[7]
+        kind = int(rng.integers(4))
+        assert label == kind and torch.equal(img, data.to_tensor(drawn.draw(rng, read.classes[kind], 16)))
+    assert len(list(itertools.islice(ProceduralDataset(8, train=False, length=3), 5))) == 3, "iterating must end"
 
 
 # ---- eval.py ----
@@ -449,6 +465,8 @@ def test_the_probe_is_sgd_with_momentum_and_a_cosine_schedule():
     assert found == (expected, 0.03) and 30 < expected < 90, (found, expected)
     small = evaluation.linear_probe(1e-3 * x, y, 1e-3 * test_x, test_y, 4, epochs=3, batch=100, rates=(0.03,))
     assert abs(small[0] - expected) < 0.3, "features of any scale"
+    constant = [F.pad(part, (0, 1), value=7.0) for part in (x, test_x)]  # tells nothing, and divides nothing by 0
+    assert evaluation.linear_probe(constant[0], y, constant[1], test_y, 4, epochs=3, batch=100, rates=(0.03,)) == found
     defaults = {name: p.default for name, p in inspect.signature(evaluation.linear_probe).parameters.items()}
     assert (defaults["epochs"], defaults["batch"], defaults["rates"]) == (40, 1024,
                                                                           (0.001, 0.003, 0.01, 0.03, 0.1,

@@ -1,6 +1,7 @@
 """Values that other tests only see move: random draws, ends of ranges, one rank's loss."""
 import contextlib
 import errno
+import http.client
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from tests.helpers import (
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -116,11 +117,12 @@ def test_sides_that_a_random_crop_draws():
     """From size / high to size / low, both rounded up and both drawn."""
     img, rng = Image.new("RGB", (40, 40)), np.random.default_rng(0)
     for size, fractions, sides in ((8, (0.7, 0.9), range(9, 13)), (10, (0.3, 0.49), range(21, 35)),
-                                   (10, (0.5, 1), range(10, 21)), (10, (0.97, 0.97), range(11, 12))):
+                                   (10, (0.5, 1), range(10, 21)), (10, (0.97, 0.97), range(11, 12)),
+                                   (8, None, range(8, 11))):  # 0.8 to 1 if nothing is said
         seen = []
         with patch.object(data, "shrink", lambda img, short: seen.append(short) or img.resize((short, short))):
             for _ in range(300):
-                data.random_crop(img, size, rng, fractions)
+                data.random_crop(img, size, rng, *[fractions] * bool(fractions))
         assert sorted(set(seen)) == list(sides), (size, fractions)
 
 
@@ -247,6 +249,14 @@ def test_what_a_configuration_may_be():
         refused(error, lambda: build(pixel_stats=1), says="pixel_stats is 1; expected str")
         refused(error, lambda: build(pixel_stats="x"),
                 says=f"pixel_stats must be one of imagenet half openai: {said_of(build(), pixel_stats='x')}")
+    long = "x" * 60  # of what is wrong 50 characters are shown
+    shown = repr(long)[:50]
+    for build, error in (vit, encoder.UserError), (dec, decoder.UserError):
+        refused(error, lambda: build(width=long), says=f"width is {shown}; expected int from 1 to 65536")
+    refused(encoder.UserError, encoder.Encoder, encoder.ViT(MICRO_VIT), long,
+            says=f"latent_dim is {shown}, expected an integer from 1 to 65536")
+    refused(encoder.UserError, encoder.Encoder, encoder.ViT(MICRO_VIT), 8, long,
+            says=f"projector {shown} is unknown; it is mlp or linear")
     for wrong, rule in (dict(width=30, heads=4), "width must be a multiple of heads"), (
             dict(size=18, patch=4), "size must be a multiple of patch"), (
             dict(activation="relu"), "activation must be one of gelu gelu_tanh quick_gelu"), *(
@@ -437,10 +447,15 @@ def test_what_a_file_of_weights_may_hold():
                  '{"vit": ...} (')
         for changes, words in (({"size": 18}, "ValueError: size is 18, expected a multiple of the patch 4)"),
                                ({"size": True}, "ValueError: size is True, expected a multiple of the patch 4)"),
+                               ({"size": 65540}, "ValueError: size is 65540, expected a multiple of the patch 4)"),
+                               ({"size": "x" * 60},
+                                f"ValueError: size is '{'x' * 49}, expected a multiple of the patch 4)"),
                                ({"vit": {**config["vit"], "more": 1}},
                                 "TypeError: ViTConfig.__init__() got an unexpected keyword argument 'more')")):
             encoder.write_model(other, {**config, **changes}, tensors)
             refused(encoder.UserError, encoder.read_config, other, says=about + words)
+        encoder.write_model(other, {**config, "size": 65536}, tensors)
+        assert encoder.read_config(other)["size"] == 65536, "the largest"
         vit = {"vit": {**config["vit"], "size": 12}}  # the size is that of the ViT where the file has no other
         encoder.write_model(other, vit, tensors)
         assert encoder.read_config(other) == vit
@@ -449,6 +464,23 @@ def test_what_a_file_of_weights_may_hold():
             encoder.write_model(other, {**config, "decoder": part}, tensors)
             refused(encoder.UserError, encoder.Encoder.from_pretrained, other,
                     says=f"{other} describes no UniFlow encoder ({words})")
+        # what is wrong with a decoder is one line of at most 300 characters, though torch lists every tensor
+        encoder.write_model(other, config, {k.replace("decoder.", "decoder.odd_"): x for k, x in tensors.items()})
+        try:
+            raise AssertionError(decoder.Decoder.from_pretrained(other))
+        except decoder.UserError as e:
+            start, end = f"{other} does not hold a UniFlow decoder (RuntimeError: ", ")"
+            assert str(e).startswith(start + "Error(s) in loading state_dict for Decoder: Missing key(s) in state_dict")
+            assert str(e).endswith(end) and len(str(e)) == len(start) + 300 + len(end)
+        with patch.object(encoder, "safe_open", side_effect=SafetensorError("torn\nhere")):
+            refused(encoder.UserError, encoder.open_weights, path,
+                    says=f"{path} is damaged, or no safetensors file (torn here): delete it, and fetch it again")
+        # a file that opens, but holds what this torch has no type for, or is torn further on
+        for error in AttributeError("no such type"), SafetensorError("torn"):
+            opened = types.SimpleNamespace(keys=lambda: ["a"], get_tensor=unittest.mock.Mock(side_effect=error))
+            with patch.object(encoder, "safe_open", lambda *how: opened):
+                refused(encoder.UserError, encoder.open_weights(path)[1], "a\nb",
+                        says=f"{path}: a b cannot be read ({error})")
         # a decoder's deviation may be small, but not 0
         for std, fits in (1e-30, True), (0.0, False):
             encoder.write_model(other, config, {**tensors, "latent_std": torch.full((8,), std)})
@@ -468,6 +500,11 @@ def test_what_a_file_of_weights_may_hold():
             present, get = encoder.open_weights(dump)
             expected = {"a": 0, "b.module.c": 1, "d": 2}
             assert present == expected.keys() and all(get(name)[0].item() == x for name, x in expected.items())
+        for read in encoder.read_config, encoder.open_weights, encoder.Encoder.from_pretrained:
+            refused(encoder.MissingFile, read, os.path.join(tmp, "gone"), says=f"{tmp}/gone: no such file")
+        with patch.object(torch, "load", side_effect=KeyError("x")):
+            refused(encoder.UserError, encoder.open_weights, dump,
+                    says=f"{dump} is not a file of tensors (KeyError); it was not executed")
         assert encoder.one_line("a\n  b\tc ") == "a b c" and encoder.one_line("x " * 400) == ("x " * 150)
         vit, file = encoder.ViT(MICRO_VIT), os.path.join(tmp, "vit.safetensors")
         own = vit.state_dict()
@@ -503,9 +540,10 @@ def test_what_a_model_would_weigh_by_hand():
         assert least < numbers < 1.35 * least, (least, numbers)
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "x.safetensors")
-        latent = {"latent_mean": torch.zeros(8), "latent_std": torch.ones(8)}
+        latent = {"latent_mean": torch.zeros(8), "latent_std": torch.ones(8), "more": torch.zeros(300)}
         encoder.write_model(path, {"vit": vit, "decoder": dec, "size": 21}, latent)
         size = os.path.getsize(path)
+        assert size > 1000, "a number with a comma"
         about = "such a file's metadata have config = {\"vit\": ...}"
         refused(encoder.UserError, encoder.read_config, path,
                 says=f"{path} is damaged, or is no model file of this project: {about} (ValueError: its config asks "
@@ -559,6 +597,12 @@ def test_where_downloads_are_looked_for_offline():
                                 says=f"{url} could not be fetched (no network): run it again; HF_ENDPOINT sets a "
                                 f"mirror, TORCH_HOME the folder{by_hand}")
                 assert asked == [(url, target, None)] * 4
+            for error, why in ((OSError(), "OSError"), (http.client.BadStatusLine("odd"), "odd"),
+                               (RuntimeError("another hash"), "another hash")):
+                with patch.object(torch.hub, "download_url_to_file", side_effect=error):
+                    refused(encoder.MissingFile, encoder.fetch, "model",
+                            says=f"{url} could not be fetched ({why}): run it again; HF_ENDPOINT sets a mirror, "
+                            f"TORCH_HOME the folder{by_hand}")
             refused(encoder.MissingFile, encoder.fetch, "other",
                     says=f"other: no such file, no URL, and none of the names {' '.join(encoder.PUBLISHED)}")
             # where another process has fetched it meanwhile, it is not fetched again; the lock is that of the target
@@ -585,10 +629,10 @@ def test_where_downloads_are_looked_for_offline():
             save_file(encoder.ViT(MICRO_VIT).state_dict(), given)
             assert torch.equal(encoder.load_teacher("micro", given).pos_embed, load_file(given)["pos_embed"])
             assert len(asked) == 4
-            for offline in False, True:
+            for how in (), (None, False), (None, True):
                 with contextlib.suppress(TypeError):  # there is no file
-                    encoder.load_teacher("micro", None, offline)
-            assert asked[4:] == [("micro", False), ("micro", True)]
+                    encoder.load_teacher("micro", *how)
+            assert asked[4:] == [("micro", False), ("micro", False), ("micro", True)]
         # a random teacher is announced once under torchrun
         for rank, lines in ("0", 1), ("1", 0):
             with patch.dict(os.environ, RANK=rank), contextlib.redirect_stdout(io.StringIO()) as said:
@@ -653,6 +697,9 @@ def test_what_is_said_of_pictures_that_cannot_be_read():
         with patch.object(data, "MAX_PIXELS", 53):
             refused(data.UserError, data.load_image, path,
                     says="cannot be read as an image (UserError: 9x6 pixels, more than 53)")
+        with patch.object(data, "open_image", side_effect=ValueError("long text\n" * 60)):
+            refused(data.UserError, data.load_image, path,
+                    says=f"cannot be read as an image ({('ValueError: ' + 'long text ' * 60)[:200]})")
         size = os.path.getsize(path)
         with patch.object(data, "MAX_BYTES", size):
             assert data.load_image(path).size == (9, 6)
@@ -668,6 +715,9 @@ def test_what_is_said_of_pictures_that_cannot_be_read():
                 refused(data.UserError, zipped.read, 0, says="is 5,000 bytes long; at most 4,999 are read")
             with patch.object(data, "MAX_BYTES", 5000):
                 assert zipped.read(0) == bytes(5000)
+            if method:
+                with patch.object(zlib, "decompressobj", side_effect=zlib.error("odd")):
+                    refused(data.UserError, zipped.read, 0, says="damaged in the archive (odd)")
         with patch.object(data.zipfile, "ZipFile", side_effect=OSError(errno.EMFILE, "Too many open files")):
             refused(OSError, data.ImageDataset, archive, 16, False, says=f"[Errno 24] Too many open files: {archive!r}")
         with patch.object(data.zipfile, "ZipFile", side_effect=OSError(errno.EACCES, "not allowed")):
@@ -757,6 +807,10 @@ def test_what_a_run_trains_and_evaluates_on():
             except data.UserError as e:
                 assert str(e).startswith(refused_by_name)
             build("--data", b)
+            seen = []  # of many pictures those are tried that an evaluation reads
+            with patch.object(train, "spread", lambda n: seen.append(n) or [0]):
+                build("--val", b)
+            assert seen == [2]
         with patch.dict(os.environ, RANK="1"):
             build("--val", b)  # rank 0 says it
 
@@ -782,6 +836,9 @@ def test_a_start_from_another_tokenizer():
                 assert said.getvalue() == words * (rank == "0")
                 assert all(not m.latent_mean.any() and (m.latent_std == 1).all() and m.training for m in (enc, dec))
                 assert torch.equal(enc.vit.pos_embed, tensors["encoder.vit.pos_embed"])
+        with patch.object(train, "find_weights", lambda given: {other: given, "by its name": path}[given]):
+            _, enc, _ = build("--init", "by its name")
+        assert torch.equal(enc.latent_down[2].weight, tensors["encoder.latent_down.2.weight"])
         refused(encoder.UserError, build, "--flow_width", "48", "--gtb_depth", "1",
                 says=f"{other} has gtb_depth 2, not 1, flow_width 96, not 48: pass what it was trained with")
 

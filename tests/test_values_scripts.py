@@ -173,7 +173,10 @@ def test_statistics_of_shapes_that_are_no_gaussian():
         assert all(np.array_equal(a, b) and a.dtype == np.float64 for a, b in zip(found, (mu, sigma), strict=True))
         for wrong in (mu[None], sigma), (mu, sigma[:2]), (mu, sigma[:, :2]), (mu[:2], sigma), (mu, mu), (sigma, sigma):
             np.savez(path, mu=wrong[0], sigma=wrong[1])
-            raises(evaluation.UserError, fid_command.read_npz, path, words=[path, "they must be (D,) and (D, D)"])
+            refused(evaluation.UserError, fid_command.read_npz, path,
+                    says=f"{path} is neither images nor statistics (UserError: mu is {wrong[0].shape}, sigma "
+                    f"{wrong[1].shape}; they must be (D,) and (D, D), and finite): an .npz holds arr_0, or mu and "
+                    "sigma")
 
 
 def test_the_commit_is_that_of_the_code():
@@ -410,6 +413,9 @@ def test_every_refusal_of_sample():
             encoder.write_model(z, {**about, **changes}, {"latent": x})
             assert sampled(z, "--weights", weights) == (
                 1, f"weights {weights}, short side 16 px, on cpu\n", start + words), words
+        encoder.write_model(z, {**about, "file": {}}, {"latent": latent})
+        assert sampled(z, "--weights", weights)[::2] == (
+            1, f"sample.py: {z} is damaged, or no picture or latent (KeyError: 'format')\n")
         encoder.write_model(z, about, {"latent": latent})
         for limit, status in (16 * 21 / 2, 0), (16 * 21 / 2 - 1, 1):
             with patch.object(sample, "MAX_PIXELS", limit):
@@ -478,6 +484,12 @@ def test_bounds_of_trainings_numbers():
             f"--size {size} is no multiple of the patch {patch_} of teacher {teacher}: try --size {near}")
     assert ends(recipes.parse_args, ["--crop_scale", "0.5", "1.5"]) == (
         "--crop_scale is [0.5, 1.5]; it is two fractions above 0, at most 1, the smaller first")
+    for parse, *flags in ((recipes.parse_args, "--decay_shape", "x"), (recipes.parse_args, "--decoder", "x"),
+                          (recipes.parse_args, "--projector", "x"), (recipes.parse_args, "--strategy", "x"),
+                          (recipes.parse_args, "--recipe", "x"), (evaluation.parse_args, "--resolution", "512")):
+        assert ends(parse, flags).startswith(f"argument {flags[0]}: invalid choice: {flags[1]!r}"), flags
+    assert ends(recipes.parse_args, ["--steps", "3", "--epochs", "3"]) == (
+        "argument --epochs: not allowed with argument --steps")
     for given, length in ((["--epochs", "3"], (None, 3)), (["--steps", "3"], (3, None))):
         for teacher in "tiny", "internvit":
             args = recipes.parse_args(["--teacher", teacher, *given])
@@ -523,6 +535,7 @@ def test_a_run_from_its_folder_to_its_end():
                     f.write(b'{"step": 1}\n\xff\xfe\n')
                 run.open_log(1)
                 run.write(step=2, loss=float("inf"), more=[{"a": float("nan")}])
+                assert '"step": 2' in open(run.path("log.jsonl")).read(), "at once, not when the file is closed"
                 run.end(1234, interrupted, "what is done")
                 assert run.lock.closed and run.log.closed
         one = '{"step": 1}\n'
@@ -675,6 +688,11 @@ def test_counts_and_draws_of_a_step():
             assert (now.step, now.samples) == (before[0] + 1, before[1] + samples)
             assert (now.sums.tolist(), now.faults.tolist(), run.last_finite.tolist()) == (sums, faults, finite)
         assert now.sums.dtype == torch.float64
+        with contextlib.redirect_stdout(io.StringIO()) as said:  # without an optimizer
+            run.restore({**vars(other), "step": 1234, "samples": 5, "more": 1}, now)
+        assert said.getvalue() == f"resumed from {tmp}/state.pt at step 1,234\n"
+        assert vars(now).keys() == vars(other).keys() and (now.id, now.step, now.samples) == (other.id, 1234, 5)
+        assert not now.sums.any() and not now.faults.any()
     for numbers in (0, 0, 0, 0), (1, 2, 3, 4), (2 ** 63 - 1, 5, 0, 1):
         running.seed_step(*numbers)
         low, high = map(int, np.random.SeedSequence(numbers).generate_state(2))  # its words of 32 bits
@@ -740,6 +758,7 @@ def test_what_a_gpu_computes_in_bf16():
         bf16 = True, torch.bfloat16
         assert seen == [("vit", False, *bf16), ("encoder", True, *bf16), ("vit", True, *bf16), ("decoder", True, *bf16)]
         assert stats.dtype == torch.float32 and stats.isfinite().all() and not torch.is_autocast_enabled("cpu")
+        assert s.optimizer.defaults["fused"], "so that Python need not wait for the GPU"
         seen.clear()
         validation.validate(s.encoder, s.decoder, s.val, 3, 0, s.autocast)
         assert {x[0] for x in seen} == {"vit", "encoder"} and {x[1:] for x in seen} == {(False, *bf16)}
@@ -751,6 +770,16 @@ def test_a_log_line_of_several_gpus():
     with tempfile.TemporaryDirectory() as tmp:
         s = set_up(tmp, "--steps", 10, "--log_every", 2, "--lambda_d", 3, "--lambda_f", 0.5, "--lr_decay", 1, "--lr",
                    0.5)
+        assert s.args.images == s.args.val_images == "10,000 images"
+        run, told = running.Run(os.path.join(tmp, "two")), []
+        run.ranks, run.connect, run.say = 2, lambda: None, told.append
+        for batch, micro, lines in ((24, 5, ["run: 10 steps of 24 = micro-batch 4 x accumulation 3 x 2 ranks on cpu",
+                                             "micro_batch 5 does not divide a rank's share of 12: using 4"]),
+                                    (8, 6, ["run: 10 steps of 8 = micro-batch 4 x accumulation 1 x 2 ranks on cpu"])):
+            told.clear()
+            train.setup(train.parse_args(["--teacher", s.args.teacher, *MICRO_RUN, "--steps", "10", "--batch_size",
+                                          str(batch), "--micro_batch", str(micro)]), run)
+            assert told[2:] == lines, told
         L = 3
         s.flops, s.now.step, s.now.faults = 5e12, 6, torch.tensor([2.0, 1.0])
         s.now.sums = 2 * torch.tensor([0.5, 0.25, 1, 2, 3, 4, 5, 6, 8, 1], dtype=torch.float64)  # of two steps
@@ -799,6 +828,10 @@ def test_a_log_line_of_several_gpus():
                      f"passes over 10,000 images: see {s.run.out}/bad_images*.txt")
         assert said[1:] == ["3 of the 80 images so far could not be read, other images replaced them: see "
                             f"{s.run.out}/bad_images*.txt"]
+        s.now.samples = 10_000  # the first pass to its end
+        refused(encoder.UserError, train.check, s, [],
+                says="3 of the 10,000 images so far could not be read, more than --max_bad_images 0.0002 allows in 1 "
+                     f"passes over 10,000 images: see {s.run.out}/bad_images*.txt")
         s.now.samples = 10_001  # a second pass has begun, which may meet them again
         assert train.check(s, [7]) == 0 and s.now.unreadable == 4 and not said[2:], "named already"
 
@@ -861,7 +894,7 @@ def test_gradients_are_exchanged_at_the_last_micro_batch():
 def test_when_a_run_logs_evaluates_and_saves():
     """At its intervals and at the end, in this order; a signal saves after its step. A step's time is the mean since
     the clock was set: at the start, and after whatever was written."""
-    def go(steps, first=0, signal_at=None, **every):
+    def go(steps, first=0, signal_at=None, rank=1, **every):
         did, clock, now = [], [100.0], argparse.Namespace(step=first, sums="sums")
         args = argparse.Namespace(**{**dict.fromkeys(("log_every", "eval_every", "save_every", "keep_every"), 0),
                                      "steps": steps, **every})
@@ -875,12 +908,16 @@ def test_when_a_run_logs_evaluates_and_saves():
                 did.append((what, now.step, *seconds))
                 clock[0] += 1000
             return act
-        run = argparse.Namespace(rank=1)
-        with patch("time.time", lambda: clock[0]):
+        run = argparse.Namespace(rank=rank)
+        with patch("time.time", lambda: clock[0]), patch.object(running, "tqdm") as bar:
             stopped = running.loop(run, now, args, step, note("log"), note("evaluate"), note("save"))
+        bar.assert_called_once_with(total=steps, initial=first, desc="train", unit="step", disable=rank > 0 or None)
+        assert bar.return_value.method_calls == [unittest.mock.call.update()] * (now.step - first) + [
+            unittest.mock.call.close()]
         assert run.last_finite == "sums" and type(stopped) is bool
         return did, stopped
-    assert go(3) == ([("log", 3, 2.0), ("evaluate", 3), ("save", 3)], False)
+    for rank in 0, 1:
+        assert go(3, rank=rank) == ([("log", 3, 2.0), ("evaluate", 3), ("save", 3)], False)
     assert go(5, log_every=2, eval_every=3, save_every=5, keep_every=4) == ([
         ("log", 2, 1.5), ("evaluate", 3), ("log", 4, 4.0), ("save", 4), ("log", 5, 5.0), ("evaluate", 5), ("save", 5)],
         False)
@@ -915,16 +952,19 @@ def test_a_training_graph_is_for_one_gpu():
         mean=argparse.Namespace(device=device)) for _ in range(3)]
     zeros = lambda *shape, **how: (shape, how)
     for compile_, kind, ranks, accumulation in itertools.product((False, True), ("cpu", "cuda"), (1, 2), (1, 4)):
-        device, captured = argparse.Namespace(type=kind), []
+        device, captured, wrapped, distances = argparse.Namespace(type=kind), [], [], []
         capture = lambda step, img, clear: captured.append((img, clear)) or "graph"
         optimizer, models = unittest.mock.Mock(param_groups=[]), parts(device)
         args = argparse.Namespace(compile=compile_, size=24, clip=1.0)
-        on_ranks = lambda m, devices, **how: argparse.Namespace(wraps=m, devices=devices, **how)
+        on_ranks = lambda m, devices, **how: wrapped.append((m, devices)) or argparse.Namespace()
+        faster = lambda f, **how: distances.append((f, how)) or f
         with patch.multiple(train, capture_graph=capture, DistributedDataParallel=on_ranks), \
-                patch.object(torch, "zeros", zeros), patch.object(torch, "compile", lambda f, **how: f):
+                patch.object(torch, "zeros", zeros), patch.object(torch, "compile", faster):
             micro_step, update = train.training_step(args, *models, optimizer, None, 5, accumulation, ranks)
         graphed = compile_ and kind == "cuda" and ranks == 1
         assert (micro_step == "graph") == graphed == bool(captured)
+        assert wrapped == [(m, [device] if kind == "cuda" else None) for m in models[1:]] * (ranks > 1)
+        assert distances == [(distill.layer_distances, dict(dynamic=False))] * compile_
         compiled = [x.compile.call_args_list for x in (models[0].blocks[0], models[1].vit.blocks[0],
                                                        models[2].blocks[0], models[2].head)]
         assert compiled == [[unittest.mock.call(dynamic=False)] * compile_] * 4
@@ -964,6 +1004,11 @@ def test_what_a_probe_lacks():
         load = lambda images, fit: evaluation.load_probe_teacher(job, enc, {"teacher": "t", "teacher_weights": "x"},
                                                                  images, fit)
         assert load(of(3, "a", "c"), of(20, "a", "b", "c")) is vit
+        for changes in dict(width=64), dict(depth=2), dict(patch=8), dict(num_prefix=2):  # one of them alone
+            enc.vit = encoder.ViT(replace(MICRO_VIT, **changes))
+            refused(evaluation.UserError, load, of(3, "a"), of(20, "a"),
+                    says="teacher t has another width, depth or patch than the tokenizer: give its own with --teacher")
+        enc.vit = vit
         for images, fit, says in ((of(3, *"gabcdef"), of(20, "b"), (20, "a c d e f")),
                                   (of(3, "a"), of(19, "a"), (19, "-")), (of(3, "a"), of(20, "b"), (20, "a"))):
             refused(evaluation.UserError, load, images, fit, says=about.format(*says))
@@ -980,10 +1025,13 @@ def test_ranks_and_their_gpus():
                 patch.object(torch.cuda, "device_count", lambda: gpus):
             rank, ranks, device = script.rank_and_device()
             assert (rank, ranks, str(device)) == expected
-    with patch.dict(os.environ, {**nothing, **env}, clear=True), \
-            patch.multiple(torch.cuda, is_available=lambda: True, device_count=lambda: 1):
+    with patch.dict(os.environ, {**nothing, **env, "LOCAL_RANK": "3"}, clear=True), \
+            patch.multiple(torch.cuda, is_available=lambda: True, device_count=lambda: 2):
         refused(encoder.UserError, script.rank_and_device,
-                says="rank 1 has no GPU, there are 1: lower --nproc_per_node")
+                says="rank 3 has no GPU, there are 2: lower --nproc_per_node")
+    with patch.dict(os.environ, {**nothing, **env, "LOCAL_RANK": "2"}, clear=True), \
+            patch.multiple(torch.cuda, is_available=lambda: True, device_count=lambda: 2):
+        raises(encoder.UserError, script.rank_and_device)  # the first that there is none for
 
 
 def test_errors_that_quote_others():
@@ -1185,6 +1233,10 @@ def test_export_of_one_register_and_what_cannot_be_exported():
             crop_size={"height": 16, "width": 16}, resample=3,
             image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
         assert load_file(os.path.join(tmp, "model.safetensors"))["embeddings.register_tokens"].shape == (1, 1, 32)
+        convert.save_hf(build(num_prefix=0, pixel_stats="half"), os.path.join(tmp, "siglip"))
+        assert json.load(open(os.path.join(tmp, "siglip", "preprocessor_config.json"))) == dict(
+            image_processor_type="SiglipImageProcessor", size={"height": 16, "width": 16}, resample=2,
+            image_mean=[0.5] * 3, image_std=[0.5] * 3)
         refused(encoder.UserError, convert.save_hf, build(layer_scale=0.5, mlp_width=80), tmp,
                 says="mlp_width 80 is no multiple of width 32, but transformers' DINOv2 stores their ratio as an "
                      "integer: this ViT cannot be saved for it")
@@ -1201,6 +1253,10 @@ def test_export_of_one_register_and_what_cannot_be_exported():
             refused(encoder.UserError, convert.to_released, weights, out,
                     says=f"the authors' code cannot build the model of {weights}, which has trained at size 24 "
                          "instead of 16")
+        with patch.multiple(convert, **{**same, "DECODER": replace(same["DECODER"], projector="linear")}, SIZE=24):
+            refused(encoder.UserError, convert.to_released, weights, out,
+                    says=f"the authors' code cannot build the model of {weights}, which has projector 'mlp' instead of "
+                         "'linear'")
         for name, value in (None, None), ("latent_mean", 0.5), ("latent_std", 2.0):
             changed = {name: torch.full((8,), value)} if name else {}
             encoder.write_model(weights, config, {**tensors, **changed})
@@ -1474,6 +1530,8 @@ def test_what_the_benches_print():
                     f"CPU, fp32, not compiled, torch {torch.__version__}, {px} px",
                     *(f"batch  2 | {what:18s} |      4.0 img/s |  500.00 ms" for what in (
                         "encode + decode", "encode", "decode in 1 step", "decode in 2 steps"))]
+            with patch.object(speed, "find_weights", {None: weights}.get):  # without a GPU sample.py's weights
+                assert printed(speed.sample_speed, None, 20)[0].endswith(", 20 px")
         rows, did = [], []
 
         def fast(enc, dec, img, steps):
@@ -1485,6 +1543,10 @@ def test_what_the_benches_print():
         with patch.object(speed, "data_speed", lambda *args: rows.append(args)):
             speed.main(["data", folder]), speed.main(["data", folder, "more.zip", "--size", "9", "--seconds", "2"])
         assert rows[4:] == [([folder], 448, 5.0), ([folder, "more.zip"], 9, 2.0)]
+        with patch.multiple(speed, sample_speed=lambda *args: rows.append(args), train_speed=rows.append):
+            speed.main(["sample"]), speed.main(["sample", "--weights", "w", "--size", "24"])
+            speed.main(["train", "--lr", "1", "train"])
+        assert rows[6:] == [(None, None), ("w", 24), ["--lr", "1", "train"]]
         clock, loaders, taken = itertools.count(0.0), [], []
 
         def loader(data_, num_workers, batch_sampler, **how):
@@ -1522,3 +1584,7 @@ def test_what_the_benches_print():
             row("10 images a step (micro-batch x 2.5)", 10, 2.5 * 0.375 + 0.125),
             "parts: teacher 10.0 ms, student 20.0 ms, decoder 30.0 ms, distance 40.0 ms, optimizer 125.0 ms; sum "
             "225.0 ms of 500.0"], said
+        times = iter(given)
+        with patch.object(speed, "seconds", lambda f, repeats=10: next(times)):
+            whole = printed(speed.train_speed, [*flags, "--batch_size", "4"])
+        assert whole == [line for line in said if "images a step" not in line], "one micro-batch is a step"

@@ -72,9 +72,12 @@ def test_whole_reports_of_an_evaluation():
             assert x.dtype == test_x.dtype == torch.float32 and (len(x), len(test_x)) == (22, 3), "with --bf16, too"
             return float(next(figures))
         flags = ["--weights", weights, "--inception", weights, "--out", out, "--workers", 0]
-        with patch.multiple(evaluation, linear_probe=lambda *args: (fake(*args), 0.25), nearest_neighbours=fake):
+        notes, images = [], jobs.Job.images
+        with patch.multiple(evaluation, linear_probe=lambda *args: (fake(*args), 0.25), nearest_neighbours=fake), \
+                patch.object(jobs.Job, "images", lambda job, *what: notes.append(what[0]) or images(job, *what)):
             said, report = evaluate(*flags, "--data", a, b, "--fit", fit, a, "--size", 24, "--steps", 2, "--seed", 5,
                                     "--bf16", "--pca", "--probe")
+        assert notes == ["fit PCA", "reconstruct", "features of --fit", "features of --data"], "beside the bar"
         protocol = ("ADM centre crop to 24 px in; compared at 24 px as uint8 with the ADM crop of the original; "
                     f"2 Euler steps, noise from (seed 5, image number); bf16 autocast; {MEASURES}; "
                     "rFID against the same crops of the same images, IS in 3 splits, drawn by a fixed permutation; "
