@@ -198,6 +198,13 @@ def test_errors_are_nyus():
         assert (again is not None) == bool(counts), (i, j)
     assert depth.errors(*as_tensors(x, one), "metric", 10.0) is not None and not inside.any()
     assert depth.errors(*as_tensors(x, 0 * truth), "metric", 10.0) is None
+    # the bounds themselves: of depths 0.001 and 10 none counts, and a ratio of 1.25 is not below it
+    ends = torch.tensor([[1e-3, 10.0, 4.0, 4.0]], dtype=torch.float64)
+    assert depth.errors(ends + 3, ends, "metric", 10.0)[0] == 3
+    assert depth.in_metres(ends, ends, "metric", 10.0)[1].tolist() == [[False, False, True, True]]
+    for k, passed in enumerate(([0, 1, 1], [0, 0, 1], [0, 0, 0]), 1):
+        one = torch.ones(1, 1, dtype=torch.float64)
+        assert depth.errors(1.25 ** k * one, one, "metric", 10.0)[3:6] == passed
     # a disparity of any scale and shift is aligned, and only where it counts; what comes out negative is far away
     disparity = 3 / truth.clip(0.1) - 1
     disparity[:45] = 50
@@ -414,6 +421,12 @@ def test_pictures_have_a_scale():
         column = picture[10:-10, 130]  # of the scale, which begins 8 pixels right of the map
         assert (np.diff(column) <= 0).all() and column[0] > 500 and column[-1] < 120, "near above, far below"
         assert (picture[:, 145:] < 300).any(), "numbers beside it"
+    for width, bar in (120, 8), (240, 8), (300, 10):
+        drawn = depth.draw(np.linspace(1, 3, 40)[:, None].repeat(width, 1), "metric")
+        assert drawn.width == width + 3 * bar + round(ImageFont.load_default(9).getlength("3.00 m")), width
+        across = np.array(drawn)[20]  # one bar of white, the scale
+        assert (across[width:width + bar] == 255).all() and (across[width + bar:width + 2 * bar] < 255).any(1).all()
+        assert (across[width + 2 * bar:width + 2 * bar + bar // 2] == 255).all()
     anchors = depth.colour(np.array([[1.0, 2.5, 5.0, 9.0]]), 1.0, 5.0)[0]
     assert anchors.tolist() == [[252, 255, 164], [218, 98, 46], [0, 0, 4], [0, 0, 4]]
     np.testing.assert_allclose(depth.limits(np.arange(101.0), "metric"), [1, 99])

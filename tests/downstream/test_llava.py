@@ -302,6 +302,9 @@ def test_anyres_grids_tiles_and_token_counts():
             for n, tile in enumerate(llava_data.cut_tiles(img, (3, 2) if turned else (2, 3), 16)):
                 y, x = divmod(n, 2 if turned else 3)
                 assert (np.array(tile) == whole[16 * y:16 * y + 16, 16 * x:16 * x + 16]).all(), (width, turned, n)
+    img = picture(25, 25, 25)  # 25 * (14 / 25) is a little more than 14 in floating point
+    tile, = llava_data.cut_tiles(img, (1, 1), 14)
+    assert (np.array(tile) == np.array(img.resize((14, 14), Image.Resampling.BICUBIC))).all()
     looks = Looker(dict(aspect="anyres", size=16, cap=2, pool=1), MICRO_VIT)([picture(0, 40, 20)])[1]
     assert looks == [(7, (2, 3), (40, 20), 16 + 4 * 9)], "6 rows of 12 are 1.5 times too long for 2 tiles: 4 of 8"
 
@@ -332,6 +335,9 @@ def test_merge_lays_the_tiles_side_by_side():
         llava_model.count_tokens.cache_clear()
         assert llava_model.count_tokens(7, (2, 3), (40, 20), 4, 9) == 16 + 6 * 13 - 3
     llava_model.count_tokens.cache_clear()
+    # 11 x 11 are exactly 1.1 times too long for 100 tiles of one token, which is not shrunk yet
+    assert llava_model.count_tokens(122, (11, 11), (11, 11), 1, 100) == 1 + 11 * 12
+    assert llava_model.count_tokens(122, (11, 11), (11, 11), 1, 99) == 1 + 9 * 10
 
 
 def test_one_picture_is_cropped_padded_or_squashed():

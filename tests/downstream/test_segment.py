@@ -196,8 +196,11 @@ def test_windows_cover_the_picture_and_overlaps_average():
     for short, expected in (0, (20, 30)), (40, (40, 60)), (10, (10, 15)):
         classes = segment.predict_classes(model, torch.full((3, 20, 30), 60, dtype=torch.uint8), given(short))
         assert classes.shape == (20, 30) and (classes == 3).all() and sizes[-1] == expected
-    segment.predict_classes(model, torch.zeros(3, 10, 100, dtype=torch.uint8), given(20))
-    assert sizes[-1] == (8, 80)  # the longer side is at most 4 * short
+    for side, short, expected in (10, 20, (8, 80)), (1, 20, (1, 80)), (50, 20, (20, 40)):
+        for turned in 1, -1:  # the shorter side becomes `short`, the longer at most 4 times that, and none 0
+            img = torch.zeros(3, *(side, 100)[::turned], dtype=torch.uint8)
+            segment.predict_classes(model, img, given(short))
+            assert sizes[-1] == expected[::turned]
 
 
 def test_heads_have_the_parameters_that_one_counts():
@@ -211,6 +214,7 @@ def test_heads_have_the_parameters_that_one_counts():
         assert sum(p.numel() for p in model.head.parameters()) == expected, patch
     assert sum(p.numel() for p in Segmenter(backbone(), C, "linear").head.parameters()) == D * C + C
     assert Segmenter(backbone(depth=12), C, width=w).head.layers == [3, 5, 7, None]
+    assert Segmenter(backbone(depth=1), C, width=w).head.layers == [0, 0, 0, None]
     with torch.device("meta"):  # ViT-L/14 and ADE20K
         large = upernet.UperHead(1024, 150, 24, 14, 512)
     assert large.layers == [7, 11, 15, None]
@@ -324,6 +328,11 @@ def test_image_and_mask_are_cropped_and_mirrored_together():
     small = segment.augment(torch.zeros(3, 30, 60, dtype=torch.uint8), plain, 400, 90, np.random.default_rng(1))[1]
     height, width = (int((small != IGNORED).any(axis).sum()) for axis in (1, 0))
     assert 45 <= height <= 180 and abs(width - 2 * height) <= 1  # --short 90, times 0.5 to 2
+    for shape in (1, 60), (60, 1):  # no side becomes 0
+        for seed in range(6):
+            x, y = segment.augment(torch.zeros(3, *shape, dtype=torch.uint8), np.zeros(shape, np.uint8), 8, 4,
+                                   np.random.default_rng(seed))
+            assert x.shape == (3, 8, 8) and 0 < (y != IGNORED).sum() <= 16
 
 
 def test_no_class_fills_a_crop_where_another_draw_avoids_it():
@@ -359,7 +368,7 @@ def test_colours_are_distorted_as_drawn():
             assert low <= x <= high, (low, x, high)
             return x
     img = np.random.default_rng(0).integers(0, 200, (8, 8, 3), dtype=np.uint8)
-    same = segment.distort(img, Draws(1, 1, 1, 1))
+    same = segment.distort(img, Draws(1, 0.5, 1, 0.5))
     assert np.abs(same.astype(int) - img).max() <= 4  # rounded on the way to HSV and back
     lighter = segment.distort(img, Draws(0, 20, 1, 1, 1)).astype(int)
     assert np.abs(lighter - (img.astype(int) + 20)).max() <= 4
@@ -466,6 +475,8 @@ def test_prediction_draws_a_legend_and_writes_the_masks_own_numbers():
             assert np.abs(drawn[10, column] - expected).max() <= 1
             assert (drawn[30, 150 * k + 8] == segment.colour(k)).all()  # the larger class first
         assert np.abs(drawn[5, 5] - 45).max() <= 1
+        many = segment.overlay(img, 0 * classes + IGNORED, [str(k) for k in range(255)])  # 255 is no class even here
+        assert many.size == (300, 24) and (np.asarray(many)[20:] == 255).all()
         assert len({segment.colour(k) for k in range(150)}) == 150
         config = {**labels_of(tmp, classes=3, reduce_zero_label=True), "head": "linear", "width": 16, "crop": 16,
                   "short": 0}
@@ -747,6 +758,11 @@ def test_training_and_bench_hand_on_what_they_are_told():
         assert np.array_equal(picture[:len(truth), :150], truth) and np.array_equal(picture[:len(wrong), 150:], wrong)
         assert picture.shape == (max(len(truth), len(wrong)), 300, 3) and len(truth) > len(wrong)
         assert (picture[len(wrong):, 150:] == 255).all()
+        part = torch.arange(32 * 40).view(32, 40) % 2  # two lines of the legend, where the truth has one
+        with unittest.mock.patch.object(segment, "predict_classes", lambda model, img, args: part), \
+                unittest.mock.patch.object(segment.Masks, "load", lambda self, i: (img, 0 * classes)):
+            picture, found = np.array(rest["picture"]()), np.array(segment.overlay(img, part, ["sea", "red"]))
+        assert np.array_equal(picture[:, 150:], found) and (picture[len(found) - 18:, :150] == 255).all()
         # two pictures at a time are what a batch norm needs, on one rank; a linear head has none
         for more in ["--micro_batch", 1], ["--batch_size", 1]:
             raises(UserError, quietly, *base, *more, words="needs two pictures at a time")
