@@ -421,9 +421,9 @@ def test_pictures_have_a_scale():
         column = picture[10:-10, 130]  # of the scale, which begins 8 pixels right of the map
         assert (np.diff(column) <= 0).all() and column[0] > 500 and column[-1] < 120, "near above, far below"
         assert (picture[:, 145:] < 300).any(), "numbers beside it"
-    for width, bar in (120, 8), (240, 8), (300, 10):
-        drawn = depth.draw(np.linspace(1, 3, 40)[:, None].repeat(width, 1), "metric")
-        assert drawn.width == width + 3 * bar + round(ImageFont.load_default(9).getlength("3.00 m")), width
+    for height, width, bar, size in (40, 120, 8, 9), (180, 240, 8, 9), (260, 300, 10, 13):
+        drawn = depth.draw(np.linspace(1, 3, height)[:, None].repeat(width, 1), "metric")
+        assert drawn.width == width + 3 * bar + round(ImageFont.load_default(size).getlength("3.00 m")), width
         across = np.array(drawn)[20]  # one bar of white, the scale
         assert (across[width:width + bar] == 255).all() and (across[width + bar:width + 2 * bar] < 255).any(1).all()
         assert (across[width + 2 * bar:width + 2 * bar + bar // 2] == 255).all()

@@ -381,6 +381,8 @@ def test_lengths_given_replace_those_by_default():
     with tempfile.TemporaryDirectory() as tmp:
         _, said = trained(os.path.join(tmp, "a"), "--teacher", micro_teacher(tmp), "--epochs", 2)
         assert "run: 5 steps of 4 " in said, "20 samples"
+        _, said = trained(os.path.join(tmp, "b"), "--teacher", micro_teacher(tmp), "--epochs", 1, "--batch_size", 64)
+        assert "run: 1 steps of 64 " in said, "at least one"
 
 
 def test_flags_of_the_trainer_by_hand():

@@ -1,6 +1,6 @@
 """Generation: values that pass through, second branches and refusals, each with a model of a few thousand numbers."""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    QuickInception, close, picture_folder, raises, refused)
+    QuickInception, close, demands, picture_folder, raises, refused)
 
 import contextlib
 import hashlib
@@ -610,6 +610,8 @@ def test_defaults_of_generation():
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 raises(SystemExit, parse, command, "--run", "x", flag, value, words="2")
             assert f"argument {flag}: it is {value}; it must be at least {low}" in err.getvalue()
+    demands(generate.parse_args, {"sample": ["--run", "x"], "score": ["--run", "x"], "bench": ["--model", "mar-s"]},
+            "--run", "--model")
     for cores, ranks, expected in (64, 1, 16), (64, 16, 4), (3, 1, 3):
         with patch.object(os, "sched_getaffinity", lambda pid: set(range(cores)), create=True), \
                 patch.dict(os.environ, LOCAL_WORLD_SIZE=str(ranks)):
@@ -916,6 +918,19 @@ def test_training_on_images_encodes_them():
                 close(z, Encoder.from_pretrained(weights).encode(img[None] / 255))
             assert z.dtype == torch.float32 and not z.requires_grad and z.shape == (1, 8, size // 4, size // 4)
             assert dec.config.latent_dim == 8
+        config, tensors = read_config(weights), load_file(weights)
+        for mean, std, known in (0.0, 1.0, False), (0.0, 2.0, True), (0.5, 1.0, True):  # either tells that there are some
+            one = torch.zeros(8)
+            one[5] = 1.0
+            tensors.update(latent_mean=mean * one, latent_std=1 + (std - 1) * one)
+            write_model(weights, config, tensors)
+            args = parse("train", "--data", pictures, os.path.join(tmp, "more"), "--weights", weights)
+            if known:
+                generate.build_data(parse("train", "--data", pictures, "--weights", weights), torch.device("cpu"))
+            else:
+                refused(UserError, generate.build_data, args, torch.device("cpu"), says=(
+                    f"{weights} has no latent statistics yet: python -m tools.latents stats --data {pictures} "
+                    f"{tmp}/more --weights {weights}"))
 
 
 def test_logs_and_pictures_of_training():

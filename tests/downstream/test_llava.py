@@ -1,7 +1,7 @@
 """downstream/llava.py: prompts, AnyRes, the spliced sequence, training on one process and on two, answers, refusals."""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    HERE, MICRO_VIT, close, free_port, killed_in_step, log_lines, micro_models, picture, raises, refused, run,
-    run_ranks, tokenizer_file)
+    HERE, MICRO_VIT, close, demands, free_port, killed_in_step, log_lines, micro_models, picture, raises, refused,
+    run, run_ranks, tokenizer_file)
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from downstream import llava, llava_data, llava_model, llava_speed, llava_use
+from downstream import llava, llava_data, llava_model, llava_prompts, llava_speed, llava_use
 from downstream.llava_data import Looker
 from downstream.llava_model import IGNORE, IMAGE
 from downstream.llava_prompts import Prompter, picture_first
@@ -143,6 +143,10 @@ def test_ids_and_labels_of_vicunas_template():
         r"A _ chat . _ USER : _ IMAGE \n What _ is _ it ? _ ASSISTANT : =_ =cat =</s>"
         " USER : _ What ? _ ASSISTANT : =_ =dog =. =</s>"), "its answers get their space from the template"
     assert spelled(bytes_, [("What?", "")]).endswith("ASSISTANT : =</s>")
+    for first, answer in ("\u2581", "x"), ("a", " x"):  # what a text begins with tells, however many tokens it has
+        parts = types.SimpleNamespace(convert_ids_to_tokens=lambda ids: [first, "a"], eos_token="E")
+        with unittest.mock.patch.object(llava_prompts, "encode", lambda tokenizer, text: [5, 6]):
+            assert llava_prompts.vicuna([("q", "x")], parts, "S") == ["S USER: q ASSISTANT:", answer, "E"]
     text = Prompter(tokenizer(), "vicuna").pieces([("q", "a")])[0]
     assert text == ("A chat between a curious user and an artificial intelligence assistant. The assistant gives "
                     "helpful, detailed, and polite answers to the user's questions. USER: q ASSISTANT:")
@@ -944,6 +948,8 @@ def test_flags_have_their_defaults_and_their_ranges():
     assert talk == dict(command="chat", run="r", llm=None, bf16=False, inputs=[], max_new_tokens=512)
     with unittest.mock.patch("torch.cuda.is_available", lambda: True):
         assert parse("train")["checkpoint_activations"] and parse("answer")["bf16"] and parse("chat")["bf16"]
+    demands(llava.parse_args, {command: list(map(str, flags[1:])) for command, flags in need.items()}, "--variant",
+            "--stage", "--data", "--run", "--questions", "--answers")
     lowest = dict(size=1, tiles=1, max_length=2, batch_size=1, micro_batch=1, steps=1, epochs=1, lr=0.0, encoder_lr=0.0,
                   warmup=0, weight_decay=0.0, clip=0.0, seed=0, workers=0, log_every=1, save_every=0, keep_every=0)
     for command, ranges in (("train", lowest), ("answer", dict(batch_size=1, max_new_tokens=1, workers=0)),
@@ -1256,6 +1262,12 @@ def test_files_in_half_precision():
         assert {name.startswith("llm."): x.dtype for name, x in load_file(path("three/model.safetensors")).items()} == {
             True: torch.bfloat16, False: torch.float32}
         assert not any(name.startswith("llm.") for name in load_file(path("one/model.safetensors")))
+        names, load = [], llava_model.load_llm
+        with unittest.mock.patch.object(llava_model, "load_llm", lambda *given: names.append(given) or load(
+                path("moved"))):
+            for run, llm in ("one", None), ("one", "L"), ("two", None), ("two", "L"):
+                llava_model.load_run(path(run), "cpu", llm)
+        assert names == [(path("llm"),), ("L",), *2 * [(path("two/llm"), "cpu")]], "what was trained is in the run"
         args = lambda run, bf16: types.SimpleNamespace(run=path(run) + "/", llm=path("moved"), max_new_tokens=2,
                                                        bf16=bf16)
         for run in "one", "two":

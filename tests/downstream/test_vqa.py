@@ -304,6 +304,9 @@ def test_questions_are_those_of_the_published_files():
             "structural": kind}} for n, kind in enumerate("query verify choose logical compare".split())}
         assert [(x["label"], x["category"]) for x in read("gqa", write(tmp, "kinds.json", kinds))] == [
             ("Red", "open")] + [("Red", "binary")] * 4
+        published_lines = write(tmp, "mine.jsonl", [{"question_id": 1, "image": "a", "text": "Q?"}])
+        assert read("pope", published_lines)[0]["text"] == "Q?" + SHORT, "POPE's own files are JSON lines, too"
+        assert read("gqa", published_lines)[0]["text"] == "Q?"
         asked = {"data": [{"question_id": 1, "image_id": "b", "question": "Q"}]}  # of the test set
         assert read("textvqa", write(tmp, "test2.json", asked)) == [
             {"question_id": 1, "image": "b.jpg", "text": "Q" + SHORT}]
@@ -379,6 +382,22 @@ def test_scores_on_the_command_line():
         assert said[0] == "existence 125.0000" and said[-2:] == ["perception 1925.0000", "cognition 800.0000"]
         raises(UserError, quietly, "mme", write(tmp, "m2.jsonl", lines + lines[:1]), os.path.join(tmp, "mme.jsonl"),
                words=["m2.jsonl", "question 0?", "2 times"])
+
+
+def test_what_each_command_needs():
+    """Left out alone, each argument that a command needs is asked for by its name."""
+    def asks(*flags):
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            raises(SystemExit, vqa.main, list(flags), words="2")
+        return err.getvalue().splitlines()[-1].split(": ")[-1]
+    for name in "pope mme gqa textvqa vqav2 mmbench exact".split():
+        assert asks(name) == "ANSWERS, LABELS" and asks(name, "a.jsonl") == "LABELS", name
+    for name in "mmvet", "pope":
+        assert asks("questions", name, "--out", "o") == "FILE" and asks("questions", name, "f") == "--out"
+    assert asks("questions") == "benchmark, FILE, --out" and asks() == "BENCHMARK | questions | submit"
+    for name in "mmvet", "vqav2":
+        assert asks("submit", name, "--out", "o") == "ANSWERS" and asks("submit", name, "a") == "--out"
+    assert asks("submit", "--out", "o") == "benchmark, ANSWERS"
 
 
 def test_files_for_servers():
