@@ -427,6 +427,9 @@ def test_pictures_have_a_scale():
         across = np.array(drawn)[20]  # one bar of white, the scale
         assert (across[width:width + bar] == 255).all() and (across[width + bar:width + 2 * bar] < 255).any(1).all()
         assert (across[width + 2 * bar:width + 2 * bar + bar // 2] == 255).all()
+    # the widest number decides
+    drawn, font = depth.draw(np.linspace(2, 100, 40)[:, None].repeat(60, 1), "metric"), ImageFont.load_default(9)
+    assert drawn.width == 60 + 3 * 8 + round(font.getlength("100.00 m")) > 60 + 3 * 8 + font.getlength("2.00 m")
     anchors = depth.colour(np.array([[1.0, 2.5, 5.0, 9.0]]), 1.0, 5.0)[0]
     assert anchors.tolist() == [[252, 255, 164], [218, 98, 46], [0, 0, 4], [0, 0, 4]]
     np.testing.assert_allclose(depth.limits(np.arange(101.0), "metric"), [1, 99])
@@ -714,7 +717,9 @@ def test_training_and_bench_of_depth_hand_on_what_they_are_told():
                 unittest.mock.patch.object(depth, "check", watch):
             _, said = quietly(*base, "--seed", 3, "--unit", 0.002, 0.001, "--max_depth", 12, "--head", "linear",
                               "--crop", "eigen", "--drop_path", 0.25)
-            quietly(*base, "--target", "relative", "--unit", "disparity")
+            with contextlib.redirect_stdout(io.StringIO()):
+                depth.main(list(map(str, [*base, "--target", "relative", "--unit", "disparity"])), "HANDLER")
+        assert [rest["on_signal"] for _, rest in seen] == [None, "HANDLER"]
         for line, (root, n, unit) in zip(said.splitlines(), ((a, 2, 0.002), (b, 3, 0.001)), strict=True):
             low, middle, high = np.median([np.percentile(unit * z[z > 0], (1, 50, 99))
                                            for z in (scene(i)[1] for i in range(n))], 0)

@@ -368,8 +368,10 @@ def test_training_and_bench_of_the_probe_hand_on_what_they_are_told():
         quietly(*base, "--batch_size", 64, "--epochs", 1)  # less than one batch: one step, not none
         (args, *_), _ = seen.pop()
         assert args.warmup == 0 and args.lr_decay == 1
-        quietly(*base, "--epochs", 9, "--warmup", 0, "--lr_decay", 0)  # 0 is a choice, too
-        (args, *_), _ = seen.pop()
+        linear_probe.main(list(map(str, [*base, "--epochs", 9, "--warmup", 0, "--lr_decay", 0])), "HANDLER")
+        assert rest["on_signal"] is None
+        (args, *_), rest = seen.pop()  # 0 is a choice, too
+        assert rest["on_signal"] == "HANDLER"
         assert args.warmup == 0 and args.lr_decay == 0
         for n in range(7):
             os.makedirs(f"{val}/new{n}")

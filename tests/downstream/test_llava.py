@@ -306,6 +306,15 @@ def test_anyres_grids_tiles_and_token_counts():
             for n, tile in enumerate(llava_data.cut_tiles(img, (3, 2) if turned else (2, 3), 16)):
                 y, x = divmod(n, 2 if turned else 3)
                 assert (np.array(tile) == whole[16 * y:16 * y + 16, 16 * x:16 * x + 16]).all(), (width, turned, n)
+    for turned in False, True:  # 26 x 20 in 48 x 32 is as high as the grid: 41.6 columns become 42, 3 from the edge
+        img = picture(26, 26, 20)
+        img = img.transpose(Image.Transpose.TRANSPOSE) if turned else img
+        small = np.array(img.resize((32, 42) if turned else (42, 32), Image.Resampling.BICUBIC))
+        tiles = [np.array(x) for x in llava_data.cut_tiles(img, (3, 2) if turned else (2, 3), 16)]
+        whole = np.concatenate([np.concatenate(tiles[k:k + 3 - turned], 1) for k in range(0, 6, 3 - turned)])
+        whole = whole.transpose(1, 0, 2) if turned else whole
+        assert (whole[:, 3:45] == (small.transpose(1, 0, 2) if turned else small)).all()
+        assert not whole[:, :3].any() and not whole[:, 45:].any()
     img = picture(25, 25, 25)  # 25 * (14 / 25) is a little more than 14 in floating point
     tile, = llava_data.cut_tiles(img, (1, 1), 14)
     assert (np.array(tile) == np.array(img.resize((14, 14), Image.Resampling.BICUBIC))).all()
@@ -1052,6 +1061,10 @@ def test_a_stage_is_built_as_the_command_line_says():
         raises(UserError, lambda: llava_model.build_stage(llava.parse_args(list(map(
             str, [*flags, "--teacher", path("teacher.safetensors")]))), "cpu"), words=(
             f"--init {out} was trained with the encoder {eye}, not with {path('teacher.safetensors')}"))
+        llm = built(tmp)[0].llm
+        with unittest.mock.patch.object(llava_model, "load_llm", lambda name: llm):
+            named = built(tmp, "--llm", "hub/name")[1]["llava"]
+        assert named["llm"] == "hub/name", "a name is no path"
         for size, pool, near in ((18, 1, 16), (19, 1, 20), (1, 1, 4), (20, 2, 16), (23, 2, 24), (3, 2, 8)):
             refused(UserError, built, tmp, "--size", size, "--pool", pool, says=(
                 f"--size {size} is no multiple of {4 * pool}, the patch times --pool: try {near}"))
@@ -1401,9 +1414,9 @@ def test_answers_are_written_as_they_come():
 
 
 def test_a_chat_shows_pictures_and_prints_what_is_new():
-    spoken = {1: "A", 2: "\ufffd", 3: "\u00e9", 4: " b"}
+    spoken = {0: "A", 2: "\ufffd", 3: "\u00e9", 4: " b"}
     text = lambda ids: "".join(spoken[i] for i in ids).replace("\ufffd\u00e9", "\u00e9")
-    tokens = lambda asked: map(torch.tensor, ([1], [2], [3], [4], [-1]))
+    tokens = lambda asked: map(torch.tensor, ([0], [2], [3], [4], [-1]))  # 0 is a token
     pictures = []
     mute = types.SimpleNamespace(tokens=tokens, looker=lambda x: pictures.append(list(x)) or (torch.zeros(0), []),
                                  prompter=types.SimpleNamespace(text=text, prompt=lambda turns: [1]))
@@ -1411,7 +1424,7 @@ def test_a_chat_shows_pictures_and_prints_what_is_new():
     with unittest.mock.patch("builtins.print", lambda *a, end="\n", flush=False: printed.append("".join(a) + end)):
         assert llava_use.say(mute, [("q", "")], []) == "A\u00e9 b" and printed == ["A", "\u00e9", " b", "", "\n"]
         printed.clear()
-        mute.tokens = lambda asked: map(torch.tensor, ([1], [2]))
+        mute.tokens = lambda asked: map(torch.tensor, ([0], [2]))
         assert llava_use.say(mute, [("q", "")], []) == "A\ufffd" and printed == ["A", "\n"], "half of a character"
     with tempfile.TemporaryDirectory() as tmp:
         shown = [os.path.join(tmp, f"{k}.png") for k in range(3)]

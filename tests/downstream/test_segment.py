@@ -354,6 +354,19 @@ def test_no_class_fills_a_crop_where_another_draw_avoids_it():
     assert first < 35 and good > first + 20, (first, good)
 
 
+def test_another_draw_where_a_class_fills_a_crop():
+    """Ten draws at most, each of two numbers: of 3 pixels of 4 a class has too many, of 2 of 3 it has not."""
+    calls = []
+    rng = types.SimpleNamespace(uniform=lambda low, high: 1.0, random=lambda: 0.5,
+                                integers=lambda n: calls.append(n) or 0)
+    for numbers, draws in ([0, 0, 0, 1], 10), ([0, 1, 1, IGNORED], 1), ([2, 2, 2, 2], 10), ([IGNORED] * 4, 10):
+        calls.clear()
+        img, classes = segment.augment(torch.full((3, 2, 2), 99, dtype=torch.uint8), np.uint8([numbers[:2],
+                                       numbers[2:]]), 3, 0, rng)
+        assert calls == 2 * draws * [1] and classes[:2, :2].flatten().tolist() == numbers
+        assert (img[:, :2, :2] == 99).all() and (classes[2] == IGNORED).all() and (classes[:, 2] == IGNORED).all()
+
+
 def test_colours_are_distorted_as_drawn():
     class Draws:
         """A generator that gives these numbers in turn: 0 for yes and 1 for no, then what is drawn."""
@@ -766,8 +779,11 @@ def test_training_and_bench_hand_on_what_they_are_told():
         # two pictures at a time are what a batch norm needs, on one rank; a linear head has none
         for more in ["--micro_batch", 1], ["--batch_size", 1]:
             raises(UserError, quietly, *base, *more, words="needs two pictures at a time")
-        quietly(*base, *more, "--head", "linear")
-        (args, model, *_), _ = seen.pop()
+        with contextlib.redirect_stdout(io.StringIO()):
+            segment.main(list(map(str, [*base, *more, "--head", "linear"])), "HANDLER")
+        assert rest["on_signal"] is None
+        (args, model, *_), rest = seen.pop()
+        assert rest["on_signal"] == "HANDLER"
         assert type(model.head) is upernet.LinearHead and args.ignore == [255]
     measured = []
     with unittest.mock.patch.object(segment, "measure_speed", lambda *given: measured.append(given)), \

@@ -319,6 +319,9 @@ def test_questions_are_those_of_the_published_files():
         empty = write(tmp, "empty.json", [])
         refused(UserError, questions.read_questions, "exact", [empty], says=(
             f"{empty}: no questions, or one without a question_id"))
+        half = write(tmp, "half.jsonl", [{"question_id": 1}, {"text": "Q"}])
+        refused(UserError, questions.read_questions, "gqa", [half], says=(
+            f"{half}: no questions, or one without a question_id"))
         bad = write(tmp, "bad.json", "{")
         refused(UserError, questions.read_questions, "gqa", [bad], says=(
             f"{bad} is no JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"))
