@@ -198,6 +198,9 @@ def test_errors_are_nyus():
         assert (again is not None) == bool(counts), (i, j)
     assert depth.errors(*as_tensors(x, one), "metric", 10.0) is not None and not inside.any()
     assert depth.errors(*as_tensors(x, 0 * truth), "metric", 10.0) is None
+    x32 = torch.tensor(x).float()
+    assert depth.errors(x32, torch.tensor(truth), "metric", 10.0) == depth.errors(
+        x32.double(), torch.tensor(truth), "metric", 10.0), "what a model gives is not rounded again"
     # the bounds themselves: of depths 0.001 and 10 none counts, and a ratio of 1.25 is not below it
     ends = torch.tensor([[1e-3, 10.0, 4.0, 4.0]], dtype=torch.float64)
     assert depth.errors(ends + 3, ends, "metric", 10.0)[0] == 3

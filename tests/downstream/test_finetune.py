@@ -506,6 +506,19 @@ def test_what_a_run_says_of_itself():
         s.run.rank, s.evaluate = 1, None
         finetune.measure(s)
         assert len(seen) == 2 and len(s.run.written) == 1 and len(s.run.said) == 1, "other ranks draw nothing"
+        # a resume: rank 0 alone writes the model's file again, and there may be no steps left
+        did = []
+        s.run.load = lambda *given: did.append(given) or {"model": "tensors"}
+        s.run.restore = lambda state, now, optimizer: did.append((state, now is s.now, optimizer is s.optimizer))
+        with unittest.mock.patch.object(finetune, "export", lambda *given: did.append(given)), \
+                unittest.mock.patch.object(finetune, "load_tensors", lambda *given: did.append(given)):
+            for s.run.rank, s.now.step, left in (1, 99_999, True), (0, 100_000, False):
+                did.clear(), s.run.said.clear()
+                assert finetune.resume(s) == left
+                assert did == [(finetune.STATE, args, finetune.MAY_DIFFER), (s.model, "tensors", f"{tmp}/state.pt"),
+                               ({"model": "tensors"}, True, True)] + [(s, f"{tmp}/model.safetensors")] * (not s.run.rank)
+                assert s.run.said == [f"the run is finished: {tmp}/model.safetensors; to extend it, give more --steps "
+                                      "or --epochs"] * (not left)
 
 
 def test_what_is_not_finite_is_told_with_its_files():

@@ -143,7 +143,7 @@ def test_ids_and_labels_of_vicunas_template():
         r"A _ chat . _ USER : _ IMAGE \n What _ is _ it ? _ ASSISTANT : =_ =cat =</s>"
         " USER : _ What ? _ ASSISTANT : =_ =dog =. =</s>"), "its answers get their space from the template"
     assert spelled(bytes_, [("What?", "")]).endswith("ASSISTANT : =</s>")
-    for first, answer in ("\u2581", "x"), ("a", " x"):  # what a text begins with tells, however many tokens it has
+    for first, answer in ("\u2581b", "x"), ("a", " x"):  # what a text begins with tells, however many tokens it has
         parts = types.SimpleNamespace(convert_ids_to_tokens=lambda ids: [first, "a"], eos_token="E")
         with unittest.mock.patch.object(llava_prompts, "encode", lambda tokenizer, text: [5, 6]):
             assert llava_prompts.vicuna([("q", "x")], parts, "S") == ["S USER: q ASSISTANT:", answer, "E"]
@@ -348,6 +348,13 @@ def test_merge_lays_the_tiles_side_by_side():
         llava_model.count_tokens.cache_clear()
         assert llava_model.count_tokens(7, (2, 3), (40, 20), 4, 9) == 16 + 6 * 13 - 3
     llava_model.count_tokens.cache_clear()
+    # tiles that are no squares: 2 x 3 of them, each 2 x 4 tokens, fill the picture, and then half of the width
+    tiles = torch.arange(56.0).view(7, 2, 4, 1)
+    rows = [[8 * (1 + 3 * (y // 2) + x // 4) + 4 * (y % 2) + x % 4 for x in range(12)] for y in range(4)]
+    for size, columns in ((12, 4), range(12)), ((6, 4), range(3, 9)):
+        got = llava_model.merge(tiles, (2, 3), size, newline, 9)[:, 0].tolist()
+        assert got == [*range(8), *(n for row in rows for n in [*(row[x] for x in columns), -1])], got
+    assert len(llava_model.merge(tiles, (2, 3), (12, 4), newline, 1)) == 8 + 1 * 5, "48 tokens, sqrt(6) times too long"
     # 11 x 11 are exactly 1.1 times too long for 100 tiles of one token, which is not shrunk yet
     assert llava_model.count_tokens(122, (11, 11), (11, 11), 1, 100) == 1 + 11 * 12
     assert llava_model.count_tokens(122, (11, 11), (11, 11), 1, 99) == 1 + 9 * 10

@@ -270,6 +270,10 @@ def test_questions_are_those_of_the_published_files():
              "label": "yes", "category": "count"},
             {"question_id": "count/000.jpg#2", "image": "count/000.jpg", "text": f"Are there two?{SHORT}",
              "label": "no", "category": "count"}]
+        listed, found = os.listdir, read("mme")
+        for order in 1, -1:  # a text beside its picture, of the same name, is never taken for it
+            with unittest.mock.patch.object(os, "listdir", lambda folder: sorted(listed(folder))[::order]):
+                assert read("mme") == found
         assert read("gqa") == [
             {"question_id": "05", "image": "n1.jpg", "text": f"Is it red?{SHORT}", "label": "no", "category": "binary"},
             {"question_id": "07", "image": "n2.jpg", "text": f"What is it?{SHORT}", "label": "cat", "category": "open"}]
@@ -444,6 +448,7 @@ def test_bad_answers_and_labels_are_one_line():
                 (["pope", os.path.join(tmp, "gone.jsonl"), labels], ["gone.jsonl: no such file"]),
                 (["pope", tmp, labels], [tmp, "directory"]),
                 (["pope", files["mme"][0], labels], [files["mme"][0], "directory"]),
+                (["pope", plain + "/x.jsonl", labels], ["k.jsonl/x.jsonl: not a directory"]),
                 (["pope", plain, gqa], [gqa, "no questions, or one without a question_id"]),
                 (["exact", plain, gqa], [gqa, "not in the format of exact"]),
                 (["mmbench", plain, files["exact"][0]], ["no questions"]),
