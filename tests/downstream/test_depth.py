@@ -146,6 +146,7 @@ def test_relative_losses_by_numpy_and_their_invariances():
     wrong = torch.where(truth > 0, x, 1e3)
     again = dpt.relative_losses(wrong, truth)  # what is predicted where nothing is measured does not count
     assert all(torch.equal(again[k], found[k]) for k in found)
+    assert [v.item() for v in dpt.relative_losses(x, 0 * truth).values()] == [0, 0], "nothing is measured"
     x = x.requires_grad_()
     sum(dpt.relative_losses(x, truth * torch.tensor([1, 0, 1])[:, None, None]).values()).backward()
     assert x.grad.isfinite().all() and (x.grad[1] == 0).all() and (x.grad[0] != 0).any()
@@ -693,6 +694,9 @@ def test_tests_and_predictions_of_depth_do_what_they_are_told():
                                      f"{tmp}/out/x.1_2_depth.png: 1.80 to 1.80"]
         assert model.seen[1] is True and model.seen[0].shape[2:] == (20, 27)
         model.target = "metric"
+        save(f"{tmp}/here/z.png", np.full((30, 40, 3), 255, np.uint8))
+        with contextlib.chdir(f"{tmp}/here"):
+            assert quietly("predict", "--run", "RUN", "z.png")[1] == "z_depth.png: 5.00 to 5.00 m\n"
         for raw in "npy", "png":
             _, said = quietly(*predict, "--raw", raw, "--no-bf16")
             assert said.splitlines() == [f"{tmp}/{folder}/x.1_depth.png: {z:.2f} to {z:.2f} m"

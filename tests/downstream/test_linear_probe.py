@@ -162,6 +162,8 @@ def test_the_centre_is_224_of_256():
     assert linear_probe.centre(img, 64).size == (64, 64)
     resized = img.resize((73, 97), Image.Resampling.BICUBIC)
     assert np.array_equal(linear_probe.centre(img, 64), resized.crop((4, 16, 68, 80)))
+    resized = img.resize((23, 31), Image.Resampling.BICUBIC)  # 20 of 22.9, rounded
+    assert np.array_equal(linear_probe.centre(img, 20), resized.crop((1, 5, 21, 25)))
     assert linear_probe.centre(Image.new("RGB", (5000, 2)), 16).size == (16, 16)
 
 
@@ -318,6 +320,9 @@ def test_accuracies_and_predictions_do_what_they_are_told():
             [name, f"{expected[name]:.2f}", f"{expected[name + '_top5']:.2f}"] for name in ("pooled", "cls")]
         report, _ = quietly(*test, "--fp32")
         assert report["protocol"] == "the central 14 of 16 pixels, fp32 without TF32" and model.seen[0] is False
+        with unittest.mock.patch.dict(config, size=20), unittest.mock.patch.object(
+                linear_probe, "accuracy", lambda *given: expected):
+            assert quietly(*test)[0]["protocol"].startswith("the central 20 of 23 pixels, ")
         # two ranks: the shares of both are added, by the number of all images
         job = types.SimpleNamespace(images=lambda note, data: [(None, torch.rand(2, 3, 14, 14), torch.tensor([0, 1]))],
                                     autocast=contextlib.nullcontext(), gather=lambda x: [x, {"pooled": 3}, {}])

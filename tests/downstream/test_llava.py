@@ -242,6 +242,7 @@ def test_files_that_are_no_conversations():
                 ([*good, "text"], "sample 3 is not LLaVA's"), ([dict(image="a.png")], "sample 1 is not LLaVA's"),
                 ([dict(conversations=[{"role": "user", "content": "What?"}])], "sample 1 is not LLaVA's"),
                 ([dict(image=7, conversations=[human, gpt])], "sample 1 is not LLaVA's"),
+                ([dict(image=["a.png", 7], conversations=[two, gpt])], "image is no path, nor a list of paths"),
                 ([dict(conversations=[{"from": "human", "value": None}, gpt])], "sample 1 is not LLaVA's"),
                 ([dict(id="x", conversations=[human, gpt])], "(id x) has 0 pictures and 1 <image>"),
                 ([dict(image="a.png", conversations=[text, gpt])], "has 1 pictures and 0 <image>"),
