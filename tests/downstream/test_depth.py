@@ -267,6 +267,14 @@ def test_dpt_is_what_its_parts_give():
     close(linear.predict(img), F.interpolate(x, (20, 28), mode="bilinear", align_corners=False)[:, 0], 1e-5)
 
 
+def test_depth_is_trained_below_its_maximum():
+    model = DepthModel(backbone(), "linear", max_depth=5.0)
+    truth = torch.tensor([0.0, 4.5, 5.0, 5.5]).repeat(2, 16, 4)
+    with unittest.mock.patch.object(dpt, "silog", lambda x, truth: (x, truth)):
+        x, known = model(torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8), truth)["silog"]
+    assert x.shape == truth.shape and torch.equal(known, torch.tensor([0.0, 4.5, 0, 0]).repeat(2, 16, 4))
+
+
 def test_depth_of_pictures_of_any_size():
     seen, model = [], DepthModel(backbone(patch=14, size=56), head_width=4)
     plain = model.backbone.features
@@ -793,7 +801,9 @@ def test_flags_of_depth_by_hand():
     assert parse("train", "--target", "relative", "--epochs", 3)["epochs"] == 3
     bounds(parse, ("train", "max_depth", 0.01, 0.009), ("train", "size", 1, 0), ("train", "head_width", 2, 1),
            ("test", "unit", 1e-9, -1), ("test", "workers", 0, -1), ("bench", "size", 1, 0),
-           ("bench", "batch_size", 1, 0))
+           ("bench", "batch_size", 1, 0), ("train", "head", "linear", "upernet"), ("train", "target", "relative", "x"),
+           ("train", "crop", "eigen", "x"), ("test", "crop", "eigen", "x"), ("predict", "raw", "png", "jpg"),
+           ("bench", "teacher", "tiny", "none"), ("convert", "field", "depths", "x"))
     assert parse("train", "--unit", 1e-9)["unit"] == [1e-9]
     for flags, says in ((["--unit", 0], "argument --unit: it is 0; it must be at least 1e-09"),
                         (["--unit", 1, 2, 3], "--unit has 3 values, --data 1: give one, or one for each"),

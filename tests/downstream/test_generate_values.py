@@ -546,12 +546,13 @@ def test_a_score_against_ones_own_images_is_zero():
         one = score(own, "--images", 40, "--cfg", 2)["results"]
         assert [(row["cfg"], row["images"]) for row in one] == [(2, 40)] and one[0]["gfid"] > 1e-3 * far
         with patch.object(sampling, "images", lambda *args: notes.append(args[-1]) or images(*args)):
-            swept = score(own, "--images", 40, "--sweep", 24, "--cfg", 2, 5)
-        assert [(row["cfg"], row["images"]) for row in swept["results"]] == [(2, 24), (5, 24), (2, 40)]
-        assert swept["warning"].startswith("FID of 24 images") and notes == ["cfg 2", "cfg 5", "cfg 2"]
+            swept = score(own, "--images", 40, "--sweep", 24, "--cfg", 5, 2)
+        assert [(row["cfg"], row["images"]) for row in swept["results"]] == [(5, 24), (2, 24), (2, 40)]
+        assert swept["warning"].startswith("FID of 24 images") and notes == ["cfg 5", "cfg 2", "cfg 2"]
         assert printed[-1][-4:] == ["  cfg   images      gFID             IS"] + [
             f"{int(row['cfg']):5d}  {row['images']:7d}  {row['gfid']:8.3f}  {row['is']:6.2f} +- {row['is_std']:.2f}"
             for row in swept["results"]], printed[-1]
+        assert len(score(own, "--images", 24, "--sweep", 24, "--cfg", 5, 2)["results"]) == 2, "not once more"
         np.savez(report + ".npz", mu=np.zeros(63), sigma=np.eye(63))
         raises(UserError, score, report + ".npz", "--images", 8,
                words="has a covariance of (63, 63), these features one of (64, 64)")
@@ -610,6 +611,10 @@ def test_defaults_of_generation():
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 raises(SystemExit, parse, command, "--run", "x", flag, value, words="2")
             assert f"argument {flag}: it is {value}; it must be at least {low}" in err.getvalue()
+    for flags in ["train", "--latents", "x", "--model"], ["train", "--latents", "x", "--recipe"], ["bench", "--model"]:
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            raises(SystemExit, parse, *flags, "mar-x", words="2")
+        assert f"argument {flags[-1]}: invalid choice: 'mar-x'" in err.getvalue()
     demands(generate.parse_args, {"sample": ["--run", "x"], "score": ["--run", "x"], "bench": ["--model", "mar-s"]},
             "--run", "--model")
     for cores, ranks, expected in (64, 1, 16), (64, 16, 4), (3, 1, 3):

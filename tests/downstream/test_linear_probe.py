@@ -416,4 +416,5 @@ def test_flags_of_the_probe_by_hand():
             assert parse("test")["workers"] == workers
     gpu_takes_bf16(parse, "--fp32")
     bounds(parse, ("train", "size", 1, 0), ("test", "workers", 0, -1), ("test", "batch_size", 1, 0),
-           ("bench", "size", 1, 0), ("bench", "batch_size", 1, 0))
+           ("bench", "size", 1, 0), ("bench", "batch_size", 1, 0), ("train", "recipe", "paper", "x"),
+           ("bench", "teacher", "tiny", "none"))

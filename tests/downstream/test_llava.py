@@ -980,6 +980,9 @@ def test_flags_have_their_defaults_and_their_ranges():
     for flags, words in ((["--pool", 3], "--pool"), (["--stage", 4], "--stage"), (["--template", "x"], "--template"),
                          (["--steps", 1, "--epochs", 2], "not allowed with"), (["--recipe", "x"], "--recipe")):
         assert words in refused_by(llava.parse_args, *need["train"], *flags), flags
+    for flag in "--llm", "--encoder", "--variant", "--stage", "--pool":
+        assert f"argument {flag}: invalid choice: " in refused_by(llava.parse_args, "bench", flag, 4), flag
+    assert "argument --variant: invalid choice: " in refused_by(llava.parse_args, *need["train"], "--variant", "l")
     for names, words in ((["--weights"], "give the tokenizer's --weights, or for the control a --teacher, or --init\n"),
                          (["--llm"], "give a language model, --llm, or --init\n")):
         assert refused_by(llava.parse_args, *without(need["train"], *names)).endswith(words), words

@@ -120,6 +120,10 @@ def test_masks_are_read_as_the_numbers_that_they_store():
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, 2, 0, 0, 0, 0)) + chunk(
         b"IDAT", zlib.compress(b"\0" + bytes([0b00011011]))) + chunk(b"IEND", b"")
     assert read_numbers(png).tolist() == [[0, 1, 2, 3]]
+    for error in OSError, ValueError, SyntaxError, KeyError, IndexError:  # what PIL raises of a damaged file
+        with unittest.mock.patch("downstream.pairs.open_image", side_effect=error("a\n b")):
+            words = "'a\\n b'" if error is KeyError else "a b"
+            refused(DataError, read_numbers, png, says=f"it cannot be read as labels or depth ({words})")
 
 
 def test_labels_become_classes_as_the_data_set_means_them():
@@ -196,7 +200,7 @@ def test_windows_cover_the_picture_and_overlaps_average():
     for short, expected in (0, (20, 30)), (40, (40, 60)), (10, (10, 15)):
         classes = segment.predict_classes(model, torch.full((3, 20, 30), 60, dtype=torch.uint8), given(short))
         assert classes.shape == (20, 30) and (classes == 3).all() and sizes[-1] == expected
-    for side, short, expected in (10, 20, (8, 80)), (1, 20, (1, 80)), (50, 20, (20, 40)):
+    for side, short, expected in (10, 20, (8, 80)), (1, 10, (1, 40)), (50, 20, (20, 40)):
         for turned in 1, -1:  # the shorter side becomes `short`, the longer at most 4 times that, and none 0
             img = torch.zeros(3, *(side, 100)[::turned], dtype=torch.uint8)
             segment.predict_classes(model, img, given(short))
@@ -824,7 +828,8 @@ def test_flags_of_the_segmenter_by_hand():
     bounds(parse, ("train", "classes", 1, 0), ("train", "classes", 254, 255), ("train", "short", 0, -1),
            ("train", "width", 1, 0), ("train", "crop", 1, 0), ("test", "stride", 1, 0), ("test", "short", 0, -1),
            ("predict", "batch_size", 1, 0), ("test", "workers", 0, -1), ("bench", "width", 1, 0),
-           ("bench", "batch_size", 2, 1), ("bench", "crop", 1, 0))
+           ("bench", "batch_size", 2, 1), ("bench", "crop", 1, 0), ("train", "head", "linear", "dpt"),
+           ("bench", "head", "linear", "dpt"), ("bench", "teacher", "tiny", "none"))
 
 
 def test_colours_and_legends_by_hand():
