@@ -273,6 +273,9 @@ def test_depth_is_trained_below_its_maximum():
     with unittest.mock.patch.object(dpt, "silog", lambda x, truth: (x, truth)):
         x, known = model(torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8), truth)["silog"]
     assert x.shape == truth.shape and torch.equal(known, torch.tensor([0.0, 4.5, 0, 0]).repeat(2, 16, 4))
+    img, model.target = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8), "relative"  # it knows no maximum
+    found, expected = model(img, truth), dpt.relative_losses(model.predict(img / 255), truth)
+    assert found == expected and list(found) == ["trimmed", "gradient"]
 
 
 def test_depth_of_pictures_of_any_size():
@@ -281,7 +284,7 @@ def test_depth_of_pictures_of_any_size():
     model.backbone.features = lambda img, *rest, **how: seen.append(tuple(img.shape[2:])) or plain(img, *rest, **how)
     with torch.no_grad():
         for size, expected in ((64, 64), (70, 70)), ((42, 56), (42, 56)), ((5, 30), (14, 28)), (
-                (28, 40), (28, 42)), ((40, 28), (42, 28)):
+                (28, 40), (28, 42)), ((40, 28), (42, 28)), ((15, 14), (14, 14)), ((14, 15), (14, 14)):
             assert model.predict(torch.rand(1, 3, *size)).shape == (1, *size) and seen[-1] == expected
         # a picture is seen with its shorter side at `size`, and gets an answer at its own size
         for shape, expected in ((40, 80), (28, 56)), ((90, 30), (84, 28)):

@@ -167,6 +167,8 @@ def test_ids_and_labels_of_vicunas_template():
     odd.add_tokens([AddedToken(name, special=name != "<tool>") for name in ("<tool>", "<x>", "<x>y", "<image>")])
     assert Prompter(odd, "chat").clean("a<tool><x></s>b<image>") == "a<tool>b<image>", "control tokens alone go"
     assert Prompter(odd, "chat").clean("a<x>yb<x>z") == "abz", "the longer of two goes whole"
+    with unittest.mock.patch.object(llava_prompts, "special_tokens", lambda tokenizer: ["<image>"]):
+        assert Prompter(odd, "plain").control is None and Prompter(odd, "plain").clean("a</s>") == "a</s>"
     odd._tokenizer.post_processor = processors.TemplateProcessing(
         "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     assert odd("").input_ids == [1, 2] and Prompter(odd, "chat").start == [1], "an end is not for the start"
@@ -490,6 +492,8 @@ def test_batches_are_of_one_kind_and_dealt_out_by_length():
         assert data.pictured.tolist() == 2 * [*[True] * 8, *[False] * 8]
         assert data.read(17) == data.read(1) == [["1.png"], [["<image>\nWhat?", "b"], ["is it?", "it is"]]]
         raises(UserError, llava_data.Conversations, [path], folder, None, None, 17, 0, 99, words="no batch of 17")
+        assert sorted(map(llava_data.Conversations([path], folder, None, None, 16, 0, 99).index, range(16))) == list(
+            range(16)), "one batch is enough"
 
 
 def test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place():
@@ -1198,6 +1202,43 @@ def test_a_run_says_and_logs_what_it_does():
                 says="R/state.pt was saved by one process: go on with one, or start from RUN as --init")
 
 
+def test_a_line_of_llavas_log_by_hand():
+    """Two steps of 8 samples and 900 tokens each; on a GPU with its memory; what was cut or skipped is told."""
+    wrote, said = [], []
+    run = types.SimpleNamespace(write=lambda **line: wrote.append(line), say=said.append, on_gpu=False)
+    args = types.SimpleNamespace(batch_size=8, steps=40, lr=0.5, warmup=10, lr_decay=0.75, decay_shape="cosine",
+                                 log_every=2, max_length=2048)
+    now = types.SimpleNamespace(step=6, cut=0, faults=torch.tensor([0.0, 1.0]))
+    s = types.SimpleNamespace(args=args, now=now, run=run)
+    sums, start = torch.tensor([3.0, 5.0, 1800.0, 2.0]).double(), "/40 | loss 1.5000 | grad 2.50 | lr 3.0e-01 | "
+    line = dict(step=6, loss=1.5, grad_norm=2.5, lr=0.3, tokens=900.0, cut=0, skipped=0, img_s=32.0, tokens_s=3600.0,
+                memory_gib=None)
+    for run.on_gpu, now.cut, now.faults[0], more, words in (
+            (False, 0, 0, {}, ""), (False, 1234, 0, dict(cut=1234), " | 1,234 cut at 2,048"),
+            (True, 0, 3, dict(skipped=3, memory_gib=1.25), " | 3 steps skipped | 1.2 GiB")):
+        now.sums = sums.clone()
+        with unittest.mock.patch.object(torch.cuda, "max_memory_allocated", lambda: 5 * 2 ** 28):
+            llava.log(s, 0.25)
+        assert wrote[-1] == {**line, **more} and not now.sums.any(), wrote
+        assert said[-1] == f"step      6{start}3,600 tokens/s{words} | eta 00:08", said
+
+
+def test_prompts_and_tiles_reach_the_model():
+    """Of several questions at once; a batch of text alone gets one black tile."""
+    given, speaker = [], object.__new__(llava_use.Speaker)
+    vars(speaker).update(limit=7, autocast=torch.autocast("cpu", torch.bfloat16),
+                         prompter=types.SimpleNamespace(stop=[2]), model=types.SimpleNamespace(
+        generate=lambda *what: given.append((torch.is_autocast_enabled("cpu"), *what)) or iter([5, 6])))
+    a, b = torch.ones(2, 3, 4, 4, dtype=torch.uint8), torch.full((1, 3, 4, 4), 7, dtype=torch.uint8)
+    none = torch.empty(0, 3, 4, 4, dtype=torch.uint8)
+    assert list(speaker.tokens([("ids1", a, [1, 2]), ("ids2", none, []), ("ids3", b, [3])])) == [5, 6]
+    assert list(speaker.tokens([("ids1", none, []), ("ids2", none, [])])) == [5, 6]
+    (bf16, prompts, tiles, *rest), (_, texts, black, *others) = given
+    assert bf16 and prompts == ("ids1", "ids2", "ids3") and torch.equal(tiles, torch.cat([a, b]))
+    assert rest == [[1, 2, 3], 7, [2]] and others == [[], 7, [2]] and texts == ("ids1", "ids2")
+    assert black.shape == (1, 3, 4, 4) and black.dtype == torch.uint8 and not black.any()
+
+
 def test_what_is_clipped_and_what_is_not_finite():
     with tempfile.TemporaryDirectory() as tmp:
         only_pictures(tmp)
@@ -1273,6 +1314,8 @@ def test_files_in_half_precision():
             quietly(*training(tmp, "--steps", 1, "--system", "A", "--out", path("two")))
             quietly(*training(tmp, "--steps", 1, "--template", "vicuna", "--system", "A", "--out", path("one"),
                               stage=1))
+        of = lambda s: {id(p) for group in s.optimizer.param_groups for p in group["params"]}
+        assert of(kept[1]) == {id(p) for p in kept[1].model.projector.parameters()}, "what does not learn has no moments"
         moved = dict(kept[0].model.named_parameters())
         assert {p.dtype for p in moved.values()} == {torch.float32}
         found = load_file(path("two/model.safetensors"))
