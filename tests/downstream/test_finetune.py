@@ -506,6 +506,22 @@ def test_what_a_run_says_of_itself():
         s.run.rank, s.evaluate = 1, None
         finetune.measure(s)
         assert len(seen) == 2 and len(s.run.written) == 1 and len(s.run.said) == 1, "other ranks draw nothing"
+        # two ranks exchange gradients; on GPUs, which the CPU here stands for, batch norms, too
+        did, s.model, args.compile = [], model, True
+        with unittest.mock.patch.object(nn.SyncBatchNorm, "convert_sync_batchnorm", lambda m: [m]), \
+                unittest.mock.patch.object(nn.Module, "compile", lambda self: did.append(self)), \
+                unittest.mock.patch.object(finetune, "DistributedDataParallel", lambda *given, **how: did.append(
+                    (given, how)) or argparse.Namespace(require_forward_param_sync=True)):
+            for s.run.on_gpu, whom, devices in (True, [model], [s.run.device]), (False, model, None):
+                did.clear()
+                finetune.spread_over_ranks(s)
+                assert did == [*model.backbone.vit.blocks, ((whom, devices), dict(gradient_as_bucket_view=True))]
+                assert not s.trained.require_forward_param_sync
+            args.compile, s.run.ranks = False, 1
+            finetune.spread_over_ranks(s)
+            assert len(did) == 1 + len(model.backbone.vit.blocks) and s.trained is model
+        assert [x is y for x, y in zip(s.statistics, (model.norm.running_mean, model.norm.running_var), strict=True)
+                ] == [True, True]
         # a resume: rank 0 alone writes the model's file again, and there may be no steps left
         did = []
         s.run.load = lambda *given: did.append(given) or {"model": "tensors"}
@@ -525,12 +541,12 @@ def test_what_is_not_finite_is_told_with_its_files():
     with tempfile.TemporaryDirectory() as tmp:
         flags = ["--teacher", micro_teacher(tmp), "--norm", "layer", "--steps", 15, "--batch_size", 2]
         out = tmp + "/out"
-        with unittest.mock.patch.dict(os.environ, NAN=" ".join(map(str, range(3, 20)))):
+        with unittest.mock.patch.dict(os.environ, NAN=" ".join(map(str, range(5, 40)))):  # calls, two of each step
             data = Blobs()
             paths = [f"blob{data.index(n)}" for n in (22, 23)]  # of the twelfth step
             whole, _ = trained(tmp + "/whole", *flags[:-4], "--steps", 2, "--batch_size", 2)
             last = log_lines(tmp + "/whole")[1]["loss"]
-            refused(UserError, trained, out, *flags, says=(
+            refused(UserError, trained, out, *flags, "--micro_batch", 1, says=(
                 f"at step 12 the loss or its gradient is not finite, 10 steps in a row (the last finite one: {last:.4f}"
                 f"); the last batch is {', '.join(paths)} .. (all of it in {out}/not_finite.txt). The last save is "
                 f"{out}/state.pt: the same command with a lower --lr and --resume_anyway goes on from there"))

@@ -885,6 +885,14 @@ def test_training_is_set_up_as_the_flags_say():
             s, _ = ready(tmp, "dit-s", "--epochs", 1, "--batch_size", 64)
         assert s.args.steps == 1, "at least one"
         assert s.autocast._enabled and s.autocast.fast_dtype == torch.bfloat16
+        given = []
+        for on_gpu in True, False:  # of two ranks
+            with patch.object(Run, "connect", lambda self: vars(self).update(ranks=2, on_gpu=on_gpu)), \
+                    patch.object(generate, "DistributedDataParallel", lambda *what, **how: given.append(
+                        (what, how)) or SimpleNamespace(require_forward_param_sync=True)):
+                s, said = ready(tmp, "dit-s", "--steps", 1)
+            assert given[-1] == ((s.model, [s.run.device] if on_gpu else None), dict(gradient_as_bucket_view=True))
+            assert not s.trained.require_forward_param_sync and " x 2 ranks on cpu; " in said[2]
         compiled, started = [], []
 
         def load(model, path):

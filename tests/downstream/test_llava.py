@@ -256,6 +256,8 @@ def test_files_that_are_no_conversations():
         assert read([dict(conversations=[text, {**gpt, "value": "an <image>"}])]) == [([], [("What?", "an <image>")])]
         refused(UserError, read, [*good, dict(id="x", conversations=[human, gpt])], says=(
             f"--data {path}, sample 3 (id x) has 0 pictures and 1 <image> in its questions: one for each"))
+        refused(UserError, read, [*good, dict(id="y", conversations=[text])], says=(
+            f"--data {path}, sample 3 (id y): human and gpt do not take turns"))
         refused(UserError, read, [*good, {}], says=(
             f"--data {path}, sample 3 is not LLaVA's: "
             '{"image": .., "conversations": [{"from": .., "value": ..}, ..]} (KeyError: \'conversations\')'))
