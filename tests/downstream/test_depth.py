@@ -769,6 +769,9 @@ def test_training_and_bench_of_depth_hand_on_what_they_are_told():
             assert torch.equal(x, own[k] if k.startswith("head.out.") and earlier != later else given[k]), (earlier, k)
     with unittest.mock.patch.object(depth, "measure_speed", lambda *given: measured.append(given)), \
             unittest.mock.patch.dict(TEACHERS, micro=MICRO_VIT):
+        with unittest.mock.patch.object(depth, "rank_and_device", lambda: (0, 1, torch.device("meta"))):
+            quietly("bench", "--teacher", "micro", "--size", 16, "--batch_size", 3)
+        assert {x.device.type for x in (*measured[-1][1].parameters(), *measured[-1][2])} == {"meta"}
         quietly("bench", "--teacher", "micro", "--size", 16, "--batch_size", 3)
     name, model, (img, truth), predict, schedules = measured[-1]
     assert name == "micro with DPT" and model.backbone.vit.config == MICRO_VIT and type(model.head) is dpt.DPTHead

@@ -22,7 +22,7 @@ from torch import nn
 
 import encoder
 from data import Samples
-from downstream import finetune
+from downstream import backbone as backbone_file, finetune
 from encoder import UserError
 from tools.run import command_line
 
@@ -297,8 +297,14 @@ def test_model_files_are_whole():
             raises(UserError, finetune.load_model, other, build, "cpu", words=[other, words])
         raises(UserError, finetune.load_model, path, lambda c: Other(finetune.build_backbone(c)), "cpu",
                words=[path, "it is a Toy, and this command reads a Other"])
-        raises(UserError, finetune.load_model, path, lambda c: c["classes"], "cpu", words=[path, "a Toy", "KeyError"])
+        refused(UserError, finetune.load_model, path, lambda c: c["classes"], "cpu", says=(
+            f"{path} is a Toy, which this command cannot build (KeyError: 'classes')"))
         raises(encoder.MissingFile, finetune.load_model, os.path.join(tmp, "none"), build, "cpu", words="none: no such")
+        for error in KeyError, TypeError, ValueError:
+            with unittest.mock.patch.object(backbone_file.json, "loads", side_effect=error("a\n b")):
+                words = "'a\\n b'" if error is KeyError else "a b"
+                refused(UserError, finetune.load_model, path, build, "cpu", says=(
+                    f"{path} is damaged, or no run of a downstream task ({words})"))
         raises(UserError, finetune.load_model, weights, build, "cpu", words="no run of a downstream task")
         open(other, "wb").write(b"no tensors")
         raises(UserError, finetune.load_model, other, build, "cpu", words="damaged")
@@ -532,7 +538,7 @@ def test_what_a_run_says_of_itself():
                 did.clear(), s.run.said.clear()
                 assert finetune.resume(s) == left
                 assert did == [(finetune.STATE, args, finetune.MAY_DIFFER), (s.model, "tensors", f"{tmp}/state.pt"),
-                               ({"model": "tensors"}, True, True)] + [(s, f"{tmp}/model.safetensors")] * (not s.run.rank)
+                               ({"model": "tensors"}, True, True), (s, f"{tmp}/model.safetensors")][:4 - s.run.rank]
                 assert s.run.said == [f"the run is finished: {tmp}/model.safetensors; to extend it, give more --steps "
                                       "or --epochs"] * (not left)
 

@@ -932,7 +932,7 @@ def test_training_on_images_encodes_them():
             assert z.dtype == torch.float32 and not z.requires_grad and z.shape == (1, 8, size // 4, size // 4)
             assert dec.config.latent_dim == 8
         config, tensors = read_config(weights), load_file(weights)
-        for mean, std, known in (0.0, 1.0, False), (0.0, 2.0, True), (0.5, 1.0, True):  # either tells that there are some
+        for mean, std, known in (0.0, 1.0, False), (0.0, 2.0, True), (0.5, 1.0, True):  # one of both is enough
             one = torch.zeros(8)
             one[5] = 1.0
             tensors.update(latent_mean=mean * one, latent_std=1 + (std - 1) * one)

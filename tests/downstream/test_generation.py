@@ -1,5 +1,5 @@
 """downstream/: generation, MAR and DiT as models."""
-from tests.helpers import close, raises  # first: it sets the environment that torch reads
+from tests.helpers import close, raises, refused  # first: it sets the environment that torch reads
 
 import argparse
 import math
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from decoder import patchify, unpatchify
 from downstream import dit, mar
-from encoder import UserError
+from encoder import MissingFile, UserError
 
 MICRO = dict(channels=3, grid=4, classes=8, width=32, depth=2, heads=2)
 MICRO_MAR = mar.MARConfig(**MICRO, head_width=48, head_depth=2, buffer=3)
@@ -50,7 +50,7 @@ def test_mask_ratio_is_the_truncated_normal_of_mar():
     theirs = scipy.stats.truncnorm((0.7 - 1) / 0.25, 0, loc=1, scale=0.25).ppf(u)
     assert np.abs(ours - theirs).max() < 1e-9 and ours.min() == 0.7 and ours.max() <= 1
     nothing = torch.tensor(0.0, dtype=torch.float64)
-    assert all(mar.mask_ratio(least, nothing) >= least for least in (0.02, 0.15, 0.58)), "where it would be rounded down"
+    assert all(mar.mask_ratio(least, nothing) >= least for least in (0.02, 0.15, 0.58)), "not rounded down"
     density = lambda x: math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
     mean = 1 - 0.25 * (density(0) - density(1.2)) / (0.5 - 0.11506967)  # Phi(-1.2)
     assert abs(ours.mean() - mean) < 1e-3 and abs(mean - 0.867) < 5e-4, (ours.mean(), mean)
@@ -267,6 +267,8 @@ def test_released_mar_initialises_the_blocks():
         assert all(torch.equal(own[mar.released_name(k)], theirs[k]) for k in taken)
         torch.save({"model_ema": {k: v for k, v in theirs.items() if "encoder_blocks.1" not in k}}, path)
         raises(UserError, mar.load_released, model, path, words="another size")
+        refused(MissingFile, mar.load_released, model, "no.pth", says=(
+            "no.pth: no such file; expected a released checkpoint-last.pth"))
         torch.save({"weights": theirs}, path)
         raises(UserError, mar.load_released, model, path, words="no checkpoint of MAR")
         open(path, "wb").write(b"no pickle")

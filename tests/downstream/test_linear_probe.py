@@ -87,6 +87,10 @@ def test_batch_norm_is_torchs():
         x = torch.randn(7, 5) * torch.rand(5) + 100 * torch.rand(5)
         close(ours(x), theirs(x), 1e-4)
         close(ours.running_mean, theirs.running_mean), close(ours.running_var, theirs.running_var, 1e-4)
+    far = 1e4 + 0.1 * torch.randn(50, 5)  # in fp32 the squares would hide the variance
+    rows = far.double()
+    close(ours(far), ((rows - rows.mean(0)) / (rows.var(0, unbiased=False) + 1e-6).sqrt()).float(), 1e-5)
+    theirs.running_mean.copy_(ours.running_mean), theirs.running_var.copy_(ours.running_var)
     ours.eval(), theirs.eval()
     close(ours(x), theirs(x), 1e-5)
     ours.running_var.fill_(1e-6), theirs.running_var.fill_(1e-6)
@@ -386,6 +390,10 @@ def test_training_and_bench_of_the_probe_hand_on_what_they_are_told():
     with unittest.mock.patch.object(linear_probe, "measure_speed", lambda *given: seen.append(given)), \
             unittest.mock.patch.dict(TEACHERS, micro=MICRO_VIT):
         quietly("bench", "--teacher", "micro", "--batch_size", 30), quietly("bench", "--teacher", "micro", "--size", 24)
+        with unittest.mock.patch.object(linear_probe, "rank_and_device", lambda: (0, 1, torch.device("meta"))):
+            quietly("bench", "--teacher", "micro")
+    _, model, batch, *_ = seen.pop()
+    assert {x.device.type for x in (*model.parameters(), *batch)} == {"meta"}, "made where they are needed"
     for (name, model, (img, labels), predict, schedules), B, size in zip(seen, (30, 128), (16, 24)):
         assert name == "linear probe of micro" and model.backbone.vit.config == MICRO_VIT
         assert img.shape == (B, 3, size, size) and img.dtype == torch.uint8 and img.max() > 250

@@ -237,10 +237,12 @@ def test_files_that_are_no_conversations():
         assert read(good) == [(["a.png"], [("<image>\nWhat?", "cat")]), ([], [("What?", "cat")])]
         # ShareGPT's odd ones: they begin in the middle, or end by a question
         assert read([dict(conversations=[gpt, text, gpt, text])]) == [([], [("What?", "cat")])]
+        assert read([dict(image="", conversations=[text, gpt])]) == [([], [("What?", "cat")])], "no picture"
         two = {"from": "human", "value": "<image> or <image>?"}
         assert read([dict(image=["a.png", "b.png"], conversations=[two, gpt])])[0][0] == ["a.png", "b.png"]
         for content, words in (
-                ("{", "is no JSON"), ({"a": 1}, "no list of samples"), ([], "no list of samples"),
+                ("{", "a.json is no JSON (Expecting property name"), ({"a": 1}, "no list of samples"),
+                ([], "no list of samples"),
                 ([*good, "text"], "sample 3 is not LLaVA's"), ([dict(image="a.png")], "sample 1 is not LLaVA's"),
                 ([dict(conversations=[{"role": "user", "content": "What?"}])], "sample 1 is not LLaVA's"),
                 ([dict(image=7, conversations=[human, gpt])], "sample 1 is not LLaVA's"),
@@ -1317,7 +1319,7 @@ def test_files_in_half_precision():
             quietly(*training(tmp, "--steps", 1, "--template", "vicuna", "--system", "A", "--out", path("one"),
                               stage=1))
         of = lambda s: {id(p) for group in s.optimizer.param_groups for p in group["params"]}
-        assert of(kept[1]) == {id(p) for p in kept[1].model.projector.parameters()}, "what does not learn has no moments"
+        assert of(kept[1]) == {id(p) for p in kept[1].model.projector.parameters()}, "the rest has no moments"
         moved = dict(kept[0].model.named_parameters())
         assert {p.dtype for p in moved.values()} == {torch.float32}
         found = load_file(path("two/model.safetensors"))
@@ -1397,7 +1399,7 @@ def test_answers_are_written_as_they_come():
         conversations(tmp)
         path, out = lambda name: os.path.join(tmp, name), os.path.join(tmp, "new", "a[1].jsonl")
         lines = [dict(question_id=f"q{k}", text="What \u00e9?" + 40 * k * " is",
-                      **({"image": f"{k}.png"} if k % 2 else {}))
+                      **({"image": f"{k}.png"} if k % 2 else {"image": ""} if k == 2 else {}))
                  for k in range(7)]
 
         def questions(lines):

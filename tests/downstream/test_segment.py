@@ -756,7 +756,7 @@ def test_training_and_bench_hand_on_what_they_are_told():
         assert config == dict(names=["sea", "red"], labels=[0, 1], ignore=[2, 9], head="upernet", width=16, crop=16,
                               short=20)
         assert (data.crop, data.short, data.train, data.seed) == (16, 20, True, 3) and "/train/images/" in data.path(0)
-        assert (args.lr, args.stride, model.backbone.vit.drop_path) == (0, 10, 0.25)
+        assert (args.lr, args.stride, model.backbone.vit.drop_path, args.warmup) == (0, 10, 0.25, 0)
         assert model.head.join[0].out_channels == 16 and model.head.classifier[1].out_channels == 2
         val, calls = [], []
 
@@ -794,6 +794,10 @@ def test_training_and_bench_hand_on_what_they_are_told():
             unittest.mock.patch.dict(TEACHERS, micro=MICRO_VIT):
         small = ["--teacher", "micro", "--crop", 16, "--width", 12, "--batch_size", 3]
         quietly("bench", *small), quietly("bench", *small, "--head", "linear")
+        with unittest.mock.patch.object(segment, "rank_and_device", lambda: (0, 1, torch.device("meta"))):
+            quietly("bench", *small)
+    _, model, batch, *_ = measured[2]
+    assert {x.device.type for x in (*model.parameters(), *batch)} == {"meta"}, "made where they are needed"
     for (name, model, (img, labels), predict, schedules), head in zip(measured, ("upernet", "linear")):
         assert name == f"micro with {head}" and model.backbone.vit.config == MICRO_VIT
         assert type(model.head) is {"upernet": upernet.UperHead, "linear": upernet.LinearHead}[head]
@@ -829,7 +833,7 @@ def test_flags_of_the_segmenter_by_hand():
            ("train", "width", 1, 0), ("train", "crop", 1, 0), ("test", "stride", 1, 0), ("test", "short", 0, -1),
            ("predict", "batch_size", 1, 0), ("test", "workers", 0, -1), ("bench", "width", 1, 0),
            ("bench", "batch_size", 2, 1), ("bench", "crop", 1, 0), ("train", "head", "linear", "dpt"),
-           ("bench", "head", "linear", "dpt"), ("bench", "teacher", "tiny", "none"))
+           ("train", "head", "upernet", "dpt"), ("bench", "head", "linear", "dpt"), ("bench", "teacher", "tiny", "none"))
 
 
 def test_colours_and_legends_by_hand():

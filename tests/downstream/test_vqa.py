@@ -444,6 +444,7 @@ def test_bad_answers_and_labels_are_one_line():
                 (pope("g.jsonl", [{"question_id": 1, "text": 3}]), ["g.jsonl", "answer 1"]),
                 (pope("h.jsonl", '{"question_id": 1, "text": "x"}\nno JSON'), ["h.jsonl, line 2", "no JSON"]),
                 (pope("i.jsonl", "[1]\n"), ["i.jsonl, line 1", "object"]),
+                (pope("i2.jsonl", json.dumps(good[0]) + "\n\n[]\n"), ["i2.jsonl, line 3, is no JSON object"]),
                 (pope("j.jsonl", "\n"), ["j.jsonl is empty"]),
                 (["pope", os.path.join(tmp, "gone.jsonl"), labels], ["gone.jsonl: no such file"]),
                 (["pope", tmp, labels], [tmp, "directory"]),
