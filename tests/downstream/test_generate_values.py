@@ -289,7 +289,12 @@ def test_generators_refuse_other_shapes_and_impossible_fields():
             small = dict(channels=3, grid=4, classes=8, width=24, depth=1, heads=2)
             raises(UserError, lambda: sampling.build(name, **{**small, field: value}),
                    words=[f"{name} cannot be built", f"{field}={value!r}"])
-        assert sampling.build(name, channels=3, grid=4, classes=1, width=24, depth=1, heads=2, label_drop=1.0)
+        small = dict(channels=3, grid=4, classes=1, width=24, depth=1, heads=2)
+        for field in ["label_drop"] + ["dropout", "mask_least"] * (name == "mar-s"):
+            for value in 0.0, 1.0:
+                assert getattr(sampling.build(name, **small, **{field: value}).config, field) == value
+            for value in -0.01, 1.01:
+                raises(UserError, lambda: sampling.build(name, **small, **{field: value}), words=f"{field}={value}")
     raises(UserError, lambda: sampling.build("dit-s", channels=3, grid=4, width=12, heads=2), words="4 * heads")
     types_of = sampling.changes("dit-s", ["depth=3", "shift=2", "prediction=v=x"])
     assert types_of == {"depth": 3, "shift": 2.0, "prediction": "v=x"} and type(types_of["shift"]) is float

@@ -833,7 +833,8 @@ def test_flags_of_the_segmenter_by_hand():
            ("train", "width", 1, 0), ("train", "crop", 1, 0), ("test", "stride", 1, 0), ("test", "short", 0, -1),
            ("predict", "batch_size", 1, 0), ("test", "workers", 0, -1), ("bench", "width", 1, 0),
            ("bench", "batch_size", 2, 1), ("bench", "crop", 1, 0), ("train", "head", "linear", "dpt"),
-           ("train", "head", "upernet", "dpt"), ("bench", "head", "linear", "dpt"), ("bench", "teacher", "tiny", "none"))
+           ("train", "head", "upernet", "dpt"), ("bench", "head", "linear", "dpt"),
+           ("bench", "teacher", "tiny", "none"))
 
 
 def test_colours_and_legends_by_hand():

@@ -459,6 +459,8 @@ def test_bad_answers_and_labels_are_one_line():
                 (["gqa", plain, labels], ["is no JSON"]),
                 (["gqa", plain, files["textvqa"][0]], ["not in the format of gqa"]),
                 (["textvqa", plain, gqa], ["not in the format of textvqa"]),
+                (["textvqa", plain, write(tmp, "bare.jsonl", [{"question_id": 5, "label": ["x"] * 10}])],
+                 ["k.jsonl lacks 1 of the 1 questions of", "bare.jsonl"]),
                 (["vqav2", plain, files["vqav2"][0]], ["has no label for question 42000"]),
                 (["questions", "vqav2", files["vqav2"][1], "--out", "x"], ["labels, but no questions"]),
                 (["questions", "gqa", gqa, "--ocr", "x", "--out", "x"], ["--ocr is for textvqa"]),
