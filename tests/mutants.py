@@ -3367,6 +3367,19 @@ TABLE = [
      "test_generators_refuse_other_shapes_and_impossible_fields"),
     ("segmentation's bench is made on the CPU", "downstream/segment.py", "    with rank_and_device()[2]:\n",
      "    if True:\n", "test_training_and_bench_hand_on_what_they_are_told"),
+    ("llava: a full disk is a bug", "downstream/llava.py", "    with explain_failed_save(path, now.step):\n",
+     "    if True:\n", "test_a_save_of_llava_in_its_order"),
+    ("llava removes what it has saved", "downstream/llava.py", ' and name != state["tensors"]', "",
+     "test_a_save_of_llava_in_its_order"),
+    ("all ranks clear the folder", "downstream/llava.py",
+     "            if run.rank == 0:  # of a run that was killed here",
+     "            if True:  # of a run that was killed here", "test_a_save_of_llava_in_its_order"),
+    ("llava keeps a copy of each save", "downstream/llava.py", "if every and now.step % every == 0:", "if every:",
+     "test_a_save_of_llava_in_its_order"),
+    ("the first of several references", "downstream/sampling.py",
+     "    for path in paths:\n        if not os.path.exists(path):",
+     "    for path in paths[:1]:\n        if not os.path.exists(path):",
+     "test_a_score_against_ones_own_images_is_zero"),
 ]
 MUTANTS = [Mutant(*row) for row in TABLE]
 DETECTION = ("-m", "tests.detection")

@@ -308,6 +308,10 @@ def test_model_files_are_whole():
         raises(UserError, finetune.load_model, weights, build, "cpu", words="no run of a downstream task")
         open(other, "wb").write(b"no tensors")
         raises(UserError, finetune.load_model, other, build, "cpu", words="damaged")
+    norms = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(3))  # each counts its batches
+    given = {k: x + n for n, (k, x) in enumerate(norms.state_dict().items(), 1)}
+    finetune.load_tensors(norms, given, "x")
+    assert not differences(norms.state_dict(), given)
 
 
 def test_several_losses_of_any_batch():
@@ -414,6 +418,7 @@ def test_flags_of_the_trainer_by_hand():
                         ("decay_shape", "square"), ("drop_path", 0.91), ("batch_size", 1.5), ("steps", 1.5)]:
         with contextlib.redirect_stderr(io.StringIO()):
             raises(SystemExit, parse, f"--{name}", value)
+    assert parse("--decay_shape", "linear", decay_shape="cosine")["decay_shape"] == "linear"
     assert parse("--frozen", "--resume_anyway", "--decay_shape", "cosine", frozen=False, out="x") == {
         **parse(out="x"), "frozen": True, "resume_anyway": True, "decay_shape": "cosine"}
 

@@ -565,6 +565,8 @@ def test_a_score_against_ones_own_images_is_zero():
             raises(UserError, score, own, words="gFID and IS need --inception")
         raises(MissingFile, score, os.path.join(tmp, "none"), words="none: no such folder, .zip or .npz; give the")
         asked = SimpleNamespace(crops=lambda *what: what)  # what it gives stands for statistics here
+        refused(MissingFile, sampling.reference_statistics, asked, [tmp, "gone"], 8, None, says=(
+            "gone: no such folder, .zip or .npz; give the training images with --reference"))
         for paths in [own, own], [tmp]:
             assert sampling.reference_statistics(asked, paths, 8, None) == (
                 (paths, 8), f"the statistics in {' '.join(paths)}"), "several archives of arrays are no one archive"
@@ -1023,7 +1025,8 @@ def test_the_command_line_of_training():
         "command model set size recipe batch_size lr warmup_part lr_decay decay_shape ema beta1 beta2 weight_decay "
         "clip seed".split())
     assert parse("train", "--latents", "a", "--epochs", 3).epochs == 3
-    assert parse("train", "--latents", "a", "--decay_shape", "cosine").decay_shape == "cosine"
+    for shape in "cosine", "linear":
+        assert parse("train", "--latents", "a", "--decay_shape", shape).decay_shape == shape
     mixed = parse("train", "--latents", "a", "--model", "dit-s", "--recipe", "paper", "--batch_size", 512)
     assert math.isclose(mixed.lr, 5e-6) and (mixed.ema, mixed.warmup_part) == (0.999, 0.25)
 

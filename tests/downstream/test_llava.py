@@ -988,6 +988,10 @@ def test_flags_have_their_defaults_and_their_ranges():
     for flags, words in ((["--pool", 3], "--pool"), (["--stage", 4], "--stage"), (["--template", "x"], "--template"),
                          (["--steps", 1, "--epochs", 2], "not allowed with"), (["--recipe", "x"], "--recipe")):
         assert words in refused_by(llava.parse_args, *need["train"], *flags), flags
+    for name, values in ("pool", (1, 2)), ("stage", (1, 2, 3)), ("variant", ("lv", "xl")):
+        for value in values:
+            assert vars(llava.parse_args(["bench", f"--{name}", str(value)]))[name] == value
+            assert name == "variant" or parse("train", f"--{name}", value)[name] == value
     for flag in "--llm", "--encoder", "--variant", "--stage", "--pool":
         assert f"argument {flag}: invalid choice: " in refused_by(llava.parse_args, "bench", flag, 4), flag
     assert "argument --variant: invalid choice: " in refused_by(llava.parse_args, *need["train"], "--variant", "l")
@@ -1083,6 +1087,7 @@ def test_a_stage_is_built_as_the_command_line_says():
         llm = built(tmp)[0].llm
         with unittest.mock.patch.object(llava_model, "load_llm", lambda name: llm):
             named = built(tmp, "--llm", "hub/name")[1]["llava"]
+            assert built(tmp, "--layer", 0)[1]["llava"]["layer"] == 0, "the first block is a choice, too"
         assert named["llm"] == "hub/name", "a name is no path"
         for size, pool, near in ((18, 1, 16), (19, 1, 20), (1, 1, 4), (20, 2, 16), (23, 2, 24), (3, 2, 8)):
             refused(UserError, built, tmp, "--size", size, "--pool", pool, says=(
@@ -1225,6 +1230,51 @@ def test_a_line_of_llavas_log_by_hand():
             llava.log(s, 0.25)
         assert wrote[-1] == {**line, **more} and not now.sums.any(), wrote
         assert said[-1] == f"step      6{start}3,600 tokens/s{words} | eta 00:08", said
+
+
+def test_a_save_of_llava_in_its_order():
+    """The copy that is kept, the checkpoint, the model; of several ranks first the parts in a folder of their own, and
+    the folders before it go; a full disk is told."""
+    did = []
+
+    def write(path, work):
+        file = io.BytesIO()
+        work(file)
+        did.append((os.path.basename(path), torch.load(io.BytesIO(file.getvalue()))))
+
+    def write_parts(x, checkpoint_id, process_group):
+        did.append((os.path.basename(checkpoint_id), sorted(os.listdir(tmp)), process_group))
+        os.makedirs(checkpoint_id, exist_ok=True)
+    with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.multiple(
+            llava, tensors=lambda s: {"p": torch.ones(2)}, write_atomically=write,
+            export=lambda s, path: did.append(os.path.basename(path))), unittest.mock.patch.object(
+            llava.dist, "barrier", lambda group: did.append(group)), unittest.mock.patch(
+            "torch.distributed.checkpoint.save", write_parts):
+        run = types.SimpleNamespace(ranks=1, rank=0, out=tmp, control="C", path=lambda name: os.path.join(tmp, name))
+        s = types.SimpleNamespace(run=run, now=types.SimpleNamespace(step=6, id="i"), config={"c": 1},
+                                  args=types.SimpleNamespace(keep_every=3))
+        for s.now.step, s.args.keep_every in (6, 3), (7, 3), (6, 0), (6, None):
+            did.clear(), llava.save(s)
+            *kept, (name, state), last = did
+            assert kept == ["model_0000006.safetensors"] * (s.now.step == 6 and s.args.keep_every == 3)
+            assert (name, last) == ("state.pt", "model.safetensors") and torch.equal(
+                state.pop("tensors")["p"], torch.ones(2))
+            assert state == {"step": s.now.step, "id": "i", "config": {"c": 1}, "args": vars(s.args)}
+        for run.rank in 0, 1:
+            for name in "state_0000003", "state_0000006", "other":
+                os.makedirs(f"{tmp}/{name}", exist_ok=True)
+            open(f"{tmp}/state_file", "w").close()
+            run.ranks = 2
+            did.clear(), llava.save(s)
+            there = ["other", "state_0000003", *["state_0000006"] * run.rank, "state_file"]  # rank 0 removes a torn one
+            assert did[:2] == ["C", ("state_0000006", there, "C")] and did[-1] == "model.safetensors"
+            assert [x[1]["tensors"] for x in did[2:-1]] == ["state_0000006"] * (1 - run.rank)
+            assert sorted(os.listdir(tmp)) == ["other", *["state_0000003"] * run.rank, "state_0000006", "state_file"]
+        run.rank = 0
+        with unittest.mock.patch.object(llava, "write_atomically", side_effect=OSError(28, "No space")):
+            refused(UserError, llava.save, s, says=(
+                f"step 6 could not be saved ([Errno 28] No space); {tmp}/state.pt, if there is one, is of the last "
+                "save and whole: make room, and run the same command again"))
 
 
 def test_prompts_and_tiles_reach_the_model():
@@ -1448,6 +1498,9 @@ def test_answers_are_written_as_they_come():
                     f"{out}.part* are of other questions or of another model ({old['model_id']}, not run-0-7): remove "
                     "them to answer again"))
             os.remove(out + ".part0")
+        with contextlib.chdir(tmp):
+            assert quietly(*without(without(ask, "--answers"), "--workers"), "--workers", 0, "--answers",
+                           "here.jsonl") == "here.jsonl: 7 answers by run-0-7\n"
         form = f"--questions {path('q.jsonl')} is no file of JSON lines with question_id, text and image "
         for lines, says in (([], f"--questions {path('q.jsonl')} is empty"), (["7"], form + "(TypeError: "),
                             ([dict(question_id=1, text=2)], form + "(TypeError: "),

@@ -184,6 +184,7 @@ def test_windows_cover_the_picture_and_overlaps_average():
         mean = sum(model.logits(img[None, :, a:a + 12, b:b + 12])[0, :, y - a, x - b] for a, b in seen) / len(seen)
         assert len(seen) == 9
         close(some[:, y, x], mean, 1e-5)
+    assert not slide(model.logits, img, 12, 5).requires_grad, "no gradients are kept"
     asked, numbered = [], iter(range(1, 100))
 
     def number(part):

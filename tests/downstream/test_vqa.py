@@ -141,6 +141,8 @@ def test_pope_by_hand():
         **{f"b_{k}": v for k, v in dict(accuracy=1, precision=0, recall=0, f1=0, yes_ratio=0).items()}, "mean_f1": 0})
     refused(UserError, vqa.pope, ["no"], labelled(["No"]), says=(
         "question 0 has the label No; expected yes or no"))
+    refused(UserError, vqa.pope, ["no", "no"], labelled(["yes", "maybe"]), says=(
+        "question 1 has the label maybe; expected yes or no"))
 
 
 def mme_set(**wrong):
@@ -201,6 +203,7 @@ def test_gqa_mmbench_and_exact_by_hand():
                          "So: The answer is D, I think": "D", "The answer is A. The answer is B.": None,
                          "the answer is A.": None, "The answer is Z.": "Z", "": None, "A. or B": "A"}.items():
         assert vqa.read_letter(text) == letter, (text, vqa.read_letter(text))
+    assert all(vqa.read_letter(x) == vqa.read_letter(x + ". x") == x for x in "ABCDE")
     same(vqa.mmbench(["A", "B. x", "C", "d"], labelled("ABDD")), {"vanilla_accuracy": 50, "unread": 25})
     same(vqa.exact(["Yes.", " RED ", "no", "blue green"], labelled(["yes", "red", "yes", "blue"])),
          {"accuracy": 50, "other": 50, "yes_no": 50})
@@ -440,6 +443,7 @@ def test_bad_answers_and_labels_are_one_line():
                 (pope("c.jsonl", good + good[1:]), ["c.jsonl has question 2 2 times"]),
                 (pope("d.jsonl", [*good[:1], {"question_id": "1", "text": "x"}]), ["d.jsonl", "question 1 2 times"]),
                 (pope("e.jsonl", [{"question_id": 1}]), ["e.jsonl", "answer 1", "no text"]),
+                (pope("e2.jsonl", [{}]), ["e2.jsonl: answer 1 has no question_id"]),
                 (pope("f.jsonl", [{"text": "x"}]), ["f.jsonl", "answer 1", "question_id"]),
                 (pope("g.jsonl", [{"question_id": 1, "text": 3}]), ["g.jsonl", "answer 1"]),
                 (pope("h.jsonl", '{"question_id": 1, "text": "x"}\nno JSON'), ["h.jsonl, line 2", "no JSON"]),
@@ -461,6 +465,8 @@ def test_bad_answers_and_labels_are_one_line():
                 (["textvqa", plain, gqa], ["not in the format of textvqa"]),
                 (["textvqa", plain, write(tmp, "bare.jsonl", [{"question_id": 5, "label": ["x"] * 10}])],
                  ["k.jsonl lacks 1 of the 1 questions of", "bare.jsonl"]),
+                (["textvqa", write(tmp, "k2.jsonl", [{"question_id": 9, "text": "x"}]), files["textvqa"][0]],
+                 ["k2.jsonl lacks 2 of the 2 questions of"]),
                 (["vqav2", plain, files["vqav2"][0]], ["has no label for question 42000"]),
                 (["questions", "vqav2", files["vqav2"][1], "--out", "x"], ["labels, but no questions"]),
                 (["questions", "gqa", gqa, "--ocr", "x", "--out", "x"], ["--ocr is for textvqa"]),
