@@ -263,6 +263,8 @@ def test_guidance_below_one_and_ticks():
     model.shift = 1.0
     model.sample(labels, noise, steps=50, cfg=2.0)  # guided while 0.02 <= t <= 0.9, the ends included
     assert {round(50 * t) for t, n in asked if n == 4} == set(range(1, 46)), asked
+    asked.clear(), model.sample(labels, noise, steps=8, cfg=2.0, interval=(0.25, 0.75))
+    assert {8 * t: n for t, n in asked} == {k: 2 + 2 * (2 <= k <= 6) for k in range(1, 9)}
     # the ratio that is given is taken, and rounded up to whole tokens
     model, asked = micro("mar"), []
     plain = model.condition

@@ -1389,6 +1389,8 @@ def test_files_in_half_precision():
             for run, llm in ("one", None), ("one", "L"), ("two", None), ("two", "L"):
                 llava_model.load_run(path(run), "cpu", llm)
         assert names == [(path("llm"),), ("L",), *2 * [(path("two/llm"), "cpu")]], "what was trained is in the run"
+        shape = load(path("two/llm"), "meta")
+        assert {(p.device.type, p.dtype) for p in shape.parameters()} == {("meta", torch.bfloat16)}, "of no tensors"
         args = lambda run, bf16: types.SimpleNamespace(run=path(run) + "/", llm=path("moved"), max_new_tokens=2,
                                                        bf16=bf16)
         for run in "one", "two":
@@ -1493,7 +1495,7 @@ def test_answers_are_written_as_they_come():
             for number, change in ((0, dict(prompt="x")), (0, dict(model_id="other-1")), (7, {})):
                 old = {**expected[0], **change}
                 with open(out + ".part0", "w") as f:
-                    f.write(json.dumps([number, old]) + "\n")
+                    f.write(json.dumps([1, expected[1]]) + "\n" + json.dumps([number, old]) + "\n")
                 refused(UserError, quietly, *ask, says=(
                     f"{out}.part* are of other questions or of another model ({old['model_id']}, not run-0-7): remove "
                     "them to answer again"))

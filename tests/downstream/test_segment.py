@@ -695,7 +695,7 @@ def test_a_prediction_is_the_literal_one():
 
 def test_tests_and_predictions_do_what_they_are_told():
     """What the flags of test and predict become, and every word of the report."""
-    config = dict(names=["sea", "red", "grass", "none"], labels=[0, 1, 2, 300], ignore=[7, 255], crop=16, short=20,
+    config = dict(names=["sea", "red", "grass", "none"], labels=[0, 1, 2, 256], ignore=[7, 255], crop=16, short=20,
                   step=5, head="linear", width=16)
     seen, model = [], types.SimpleNamespace()
 
@@ -738,7 +738,7 @@ def test_tests_and_predictions_do_what_they_are_told():
         overlays, masks = ([np.array(Image.open(f"{stem}_{kind}.png")).tolist() for stem in stems]
                            for kind in ("overlay", "mask"))
         assert overlays == [[[4, 200, 3]], [[4, 250, 3]], [[4, 99, 0]]]
-        assert masks == [[[0, 0, 0, 300]], [[0, 0, 300]], [[0] * 9] * 9]  # in 16 bits, as a label is above 255
+        assert masks == [[[0, 0, 0, 256]], [[0, 0, 256]], [[0] * 9] * 9]  # in 16 bits, as a label is above 255
         assert seen == 3 * [(16, 10, 7, 8, True, False)]
         seen.clear(), quietly(*predict, "--fp32", "--stride", 4, "--batch_size", 3)
         assert seen == 3 * [(16, 4, 20, 3, False, False)]
@@ -939,6 +939,7 @@ def test_pairs_go_on_reading_after_a_fault():
     with tempfile.TemporaryDirectory() as tmp:
         pairs = Pairs(shapes(tmp, 6, ["val"]), "val", "masks")
         assert list(pairs.every(use, [5, 0, 3])) == [50, 0, 30]
+        assert list(pairs.every(use, [])) == [], "a rank may have no share"
         found, read[:] = [], []
 
         def run():

@@ -207,6 +207,7 @@ def test_gqa_mmbench_and_exact_by_hand():
     same(vqa.mmbench(["A", "B. x", "C", "d"], labelled("ABDD")), {"vanilla_accuracy": 50, "unread": 25})
     same(vqa.exact(["Yes.", " RED ", "no", "blue green"], labelled(["yes", "red", "yes", "blue"])),
          {"accuracy": 50, "other": 50, "yes_no": 50})
+    same(vqa.exact(["x", "y"], labelled(["No.", "yes"])), {"accuracy": 0, "yes_no": 0})
 
 
 def published(folder):
