@@ -560,6 +560,7 @@ def test_a_score_against_ones_own_images_is_zero():
             f"{int(row['cfg']):5d}  {row['images']:7d}  {row['gfid']:8.3f}  {row['is']:6.2f} +- {row['is_std']:.2f}"
             for row in swept["results"]], printed[-1]
         assert len(score(own, "--images", 24, "--sweep", 24, "--cfg", 5, 2)["results"]) == 2, "not once more"
+        assert len(score(own, "--images", 24, "--sweep", 8, "--cfg", 2)["results"]) == 1, "one needs no sweep"
         np.savez(report + ".npz", mu=np.zeros(63), sigma=np.eye(63))
         raises(UserError, score, report + ".npz", "--images", 8,
                words="has a covariance of (63, 63), these features one of (64, 64)")

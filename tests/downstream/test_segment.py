@@ -555,7 +555,10 @@ def test_bench_counts_what_a_step_costs():
         took = lambda f, repeats=10: (f(), 2e-12)[1]
         with contextlib.redirect_stdout(io.StringIO()) as said, unittest.mock.patch.object(bench, "seconds", took), \
                 unittest.mock.patch.object(tools.speed, "seconds", took):
-            bench.measure_speed("stub", model, (img,), lambda: model(img), {"some": 3.6e15})
+            grads = []
+            predict = lambda: grads.append(torch.is_grad_enabled()) or model(img)
+            bench.measure_speed("stub", model, (img,), predict, {"some": 3.6e15})
+        assert grads == [False]
         training, hours, prediction = said.getvalue().splitlines()[1:]
         ceiling = 2 * 1024 ** 3 / 2e-12
         for line, rate in (training, share * 240 / 2e-12), (prediction, 240 / 2e-12):

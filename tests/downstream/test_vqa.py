@@ -187,6 +187,7 @@ def test_mme_by_hand():
         "MME's task existence has 3 questions on existence/0.jpg; expected two"))
     raises(UserError, vqa.mme, texts[4:], asked[4:], words=["perception", "existence"])
     raises(UserError, vqa.mme, texts[1:], asked[1:], words=["1 questions", "existence/0.jpg", "two"])
+    raises(UserError, vqa.mme, texts[:3] + texts[4:], asked[:3] + asked[4:], words=["1 questions", "existence/1.jpg"])
     odd = [{**asked[0], "label": "Yes"}, *asked[1:]]
     raises(UserError, vqa.mme, texts, odd, words=["existence0", "label Yes"])
 
@@ -447,6 +448,9 @@ def test_bad_answers_and_labels_are_one_line():
                 (pope("e2.jsonl", [{}]), ["e2.jsonl: answer 1 has no question_id"]),
                 (pope("f.jsonl", [{"text": "x"}]), ["f.jsonl", "answer 1", "question_id"]),
                 (pope("g.jsonl", [{"question_id": 1, "text": 3}]), ["g.jsonl", "answer 1"]),
+                (pope("g2.jsonl", [good[0], {"question_id": 2}]), ["g2.jsonl: answer 2 has"]),
+                (["exact", plain, write(tmp, "some.jsonl", [{"question_id": 1, "label": "x"}, {"question_id": 2}])],
+                 ["some.jsonl has no label for question 2: give"]),
                 (pope("h.jsonl", '{"question_id": 1, "text": "x"}\nno JSON'), ["h.jsonl, line 2", "no JSON"]),
                 (pope("i.jsonl", "[1]\n"), ["i.jsonl, line 1", "object"]),
                 (pope("i2.jsonl", json.dumps(good[0]) + "\n\n[]\n"), ["i2.jsonl, line 3, is no JSON object"]),
