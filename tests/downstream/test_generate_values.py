@@ -1028,6 +1028,7 @@ def test_the_command_line_of_training():
         "command model set size recipe batch_size lr warmup_part lr_decay decay_shape ema beta1 beta2 weight_decay "
         "clip seed".split())
     assert parse("train", "--latents", "a", "--epochs", 3).epochs == 3
+    assert parse("train", "--latents", "a", "--warmup", 0).warmup_part is None
     for shape in "cosine", "linear":
         assert parse("train", "--latents", "a", "--decay_shape", shape).decay_shape == shape
     mixed = parse("train", "--latents", "a", "--model", "dit-s", "--recipe", "paper", "--batch_size", 512)

@@ -346,6 +346,8 @@ def test_dit_is_what_it_says():
     close(model.net(x_t, t, labels), expected, 1e-5)
     v = torch.stack([(x_t[0] - expected[0]) / 0.3, (x_t[1] - expected[1]) / 0.05])
     close(model.velocity(x_t, t, labels), v, 1e-5)
+    model.class_embed.weight.data[0] = model.class_embed.weight.data[5]
+    close(model.net(x_t, t, torch.tensor([0, -1])), expected, 1e-5)  # the first class is one
     plain = micro("dit", dit.replace(MICRO_DIT, prediction="v"))
     assert torch.equal(plain.velocity(x_t, t, labels), plain.net(x_t, t, labels))
     raises(ValueError, model.loss, torch.randn(2, 3, 4, 5), labels, words="expected (B, 3, 4, 4)")

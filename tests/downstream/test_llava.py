@@ -545,6 +545,8 @@ def test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place():
 
 
 def test_stages_have_the_published_settings():
+    assert llava_speed.SAMPLES == {("lv", 1): 558_000, ("lv", 2): 665_000, ("xl", 1): 558_000, ("xl", 2): 4_000_000,
+                                   ("xl", 3): 2_100_000} and llava_speed.A800 == 250e12
     parse = lambda variant, stage, *flags: llava.parse_args(
         ["train", "--variant", variant, "--stage", str(stage), "--llm", "x", "--weights", "y", "--data", "z", *flags])
     found = {(v, n): parse(v, n) for v, n in llava.STAGES}
@@ -1558,6 +1560,7 @@ def test_a_chat_shows_pictures_and_prints_what_is_new():
                 (shown[:2], "<image> or <image>?\n\nnever\n", [("<image> or <image>?", 2)]),
                 ([*shown[:2], "Both?"], "", [(2 * mark + "Both?", 2)]),
                 (["What?"], "Why?\n", [("What?", 0), ("Why?", 0)]),
+                (["What?"], f"Why?\n{shown[0]} How?\n", [("What?", 0), ("Why?", 0), (mark + "How?", 1)]),
                 ([], f"{shown[2]} What?\n", [(mark + "What?", 1)]), ([], "", [])):
             for kind, sign in (io.StringIO, ""), (Typed, "> "):
                 asked.clear()
@@ -1566,7 +1569,7 @@ def test_a_chat_shows_pictures_and_prints_what_is_new():
                     out = quietly("chat", "--run", "r", *given)
                 assert [(turns[-1][0], len(widths)) for turns, widths in asked] == expected, (given, asked)
                 assert all(widths == [16 + k for k in range(3)][:len(widths)] or widths == [18] for _, widths in asked)
-                assert all([answer for _, answer in turns] == [f"a{k + 1}" for k in range(n)] + [""]
+                assert all(turns == [(expected[k][0], f"a{k + 1}" * (k < n)) for k in range(n + 1)]
                            for n, (turns, _) in enumerate(asked)), asked
                 lines = len(expected) - (bool(given) and not os.path.isfile(given[-1])) + 1
                 assert out == sign * lines, (given, out)
