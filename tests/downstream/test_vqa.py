@@ -428,6 +428,8 @@ def test_files_for_servers():
                                         {"question_id": 7, "answer": "2 cats"}]
         assert said == f"{out}: 2 answers, for VQA's challenge on EvalAI, test-dev. Nothing was scored here.\n"
         raises(UserError, quietly, "submit", "vqav2", answers, "--out", out, words=["every question of the test set"])
+        twice = write(tmp, "twice.jsonl", [{"question_id": 5}, {"question_id": 7}, {"question_id": 5}])
+        raises(UserError, quietly, "submit", "vqav2", answers, twice, "--out", out, words="twice.jsonl has question 5")
         surplus = write(tmp, "s.jsonl", answers_of({8: "x"}))
         raises(UserError, quietly, "submit", "vqav2", surplus, asked, "--out", out, words=["s.jsonl", "question 8"])
 
