@@ -485,6 +485,7 @@ def test_what_a_run_says_of_itself():
             "latent_dim": 1, "projector": "linear"}
         assert s.autocast._enabled and s.autocast.fast_dtype == torch.bfloat16, "on a GPU"
         assert s.model.training and not s.model.backbone.training
+        assert {id(p) for p in s.weights} == {id(p) for p in model.parameters() if p.requires_grad}
         assert s.optimizer.defaults["fused"] and [g["lr"] for g in s.optimizer.param_groups] == s.rates
         args.teacher_weights, args.frozen = None, False
         assert finetune.setup(args, model, Blobs(3), None, {}, None, None).config["source"] == "micro"
@@ -518,7 +519,7 @@ def test_what_a_run_says_of_itself():
         finetune.measure(s)
         assert len(seen) == 2 and len(s.run.written) == 1 and len(s.run.said) == 1, "other ranks draw nothing"
         # two ranks exchange gradients; on GPUs, which the CPU here stands for, batch norms, too
-        did, s.model, args.compile = [], model, True
+        did, s.model, args.compile, model.last = [], model, True, nn.BatchNorm1d(3)
         with unittest.mock.patch.object(nn.SyncBatchNorm, "convert_sync_batchnorm", lambda m: [m]), \
                 unittest.mock.patch.object(nn.Module, "compile", lambda self: did.append(self)), \
                 unittest.mock.patch.object(finetune, "DistributedDataParallel", lambda *given, **how: did.append(
@@ -531,8 +532,8 @@ def test_what_a_run_says_of_itself():
             args.compile, s.run.ranks = False, 1
             finetune.spread_over_ranks(s)
             assert len(did) == 1 + len(model.backbone.vit.blocks) and s.trained is model
-        assert [x is y for x, y in zip(s.statistics, (model.norm.running_mean, model.norm.running_var), strict=True)
-                ] == [True, True]
+        own = [x for norm in (model.norm, model.last) for x in (norm.running_mean, norm.running_var)]
+        assert [x is y for x, y in zip(s.statistics, own, strict=True)] == [True] * 4
         # a resume: rank 0 alone writes the model's file again, and there may be no steps left
         did = []
         s.run.load = lambda *given: did.append(given) or {"model": "tensors"}

@@ -106,6 +106,7 @@ def test_textvqa_by_hand():
                         labelled([ten("nokia", "Nokia", "NOKIA "), ten("three", "3"), ten("stop!"), ten("x")]))
     same(found, {"accuracy": 100 * (0.9 + 0.6 + 0.3 + 0) / 4})
     raises(UserError, vqa.textvqa, ["x"], labelled([["x"] * 9]), words=["10 annotators"])
+    raises(UserError, vqa.textvqa, ["x"] * 2, labelled([["x"] * 10, ["x"] * 11]), words=["10 annotators"])
 
 
 def test_vqav2_by_hand():
@@ -247,7 +248,8 @@ def published(folder):
     conversations = [{"id": "9", "image": "val/9.png", "conversations": [
         {"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "circle"}]},
         {"id": "10", "conversations": [{"from": "human", "value": "is it?"}, {"value": "yes", "from": "gpt"}]}]
-    mmvet = {"v1_0": {"imagename": "v1_0.png", "question": "Why?", "answer": "so"}}
+    mmvet = {"v1_0": {"imagename": "v1_0.png", "question": "Why?", "answer": "so"},
+             "v1_1": {"imagename": "b.png", "question": "How?", "answer": "x"}}
     return {
         "pope": [write(folder, "coco_pope_random.json", lines), write(folder, "coco_pope_popular.json", lines)],
         "mme": [mme], "gqa": [write(folder, "testdev_balanced_questions.json", gqa)],
@@ -303,7 +305,8 @@ def test_questions_are_those_of_the_published_files():
         assert open(os.path.join(images, "8.jpg"), "rb").read() == b"a picture"
         assert read("exact") == [{"question_id": "9", "text": "what is it?", "label": "circle", "image": "val/9.png"},
                                  {"question_id": "10", "text": "is it?", "label": "yes"}]
-        assert read("mmvet") == [{"question_id": "v1_0", "image": "v1_0.png", "text": "Why?"}]
+        assert read("mmvet") == [{"question_id": "v1_0", "image": "v1_0.png", "text": "Why?"},
+                                 {"question_id": "v1_1", "image": "b.png", "text": "How?"}]
         rows = [f"{n}\tQ\tNaN\tup\t\t\t\t{answer}\tx\t\ts\n"
                 for n, answer in ((3, "NAN"), (10 ** 6, "A"), (999_999, "C"))]
         table = write(tmp, "more.tsv", open(files["mmbench"][0]).readline() + "".join(rows))
