@@ -146,6 +146,7 @@ def test_relative_losses_by_numpy_and_their_invariances():
     wrong = torch.where(truth > 0, x, 1e3)
     again = dpt.relative_losses(wrong, truth)  # what is predicted where nothing is measured does not count
     assert all(torch.equal(again[k], found[k]) for k in found)
+    assert [v.item() for v in dpt.relative_losses(x, 0 * truth).values()] == [0, 0], "nothing is measured"
     x = x.requires_grad_()
     sum(dpt.relative_losses(x, truth * torch.tensor([1, 0, 1])[:, None, None]).values()).backward()
     assert x.grad.isfinite().all() and (x.grad[1] == 0).all() and (x.grad[0] != 0).any()
@@ -198,6 +199,16 @@ def test_errors_are_nyus():
         assert (again is not None) == bool(counts), (i, j)
     assert depth.errors(*as_tensors(x, one), "metric", 10.0) is not None and not inside.any()
     assert depth.errors(*as_tensors(x, 0 * truth), "metric", 10.0) is None
+    x32 = torch.tensor(x).float()
+    assert depth.errors(x32, torch.tensor(truth), "metric", 10.0) == depth.errors(
+        x32.double(), torch.tensor(truth), "metric", 10.0), "what a model gives is not rounded again"
+    # the bounds themselves: of depths 0.001 and 10 none counts, and a ratio of 1.25 is not below it
+    ends = torch.tensor([[1e-3, 10.0, 4.0, 4.0]], dtype=torch.float64)
+    assert depth.errors(ends + 3, ends, "metric", 10.0)[0] == 3
+    assert depth.in_metres(ends, ends, "metric", 10.0)[1].tolist() == [[False, False, True, True]]
+    for k, passed in enumerate(([0, 1, 1], [0, 0, 1], [0, 0, 0]), 1):
+        one = torch.ones(1, 1, dtype=torch.float64)
+        assert depth.errors(1.25 ** k * one, one, "metric", 10.0)[3:6] == passed
     # a disparity of any scale and shift is aligned, and only where it counts; what comes out negative is far away
     disparity = 3 / truth.clip(0.1) - 1
     disparity[:45] = 50
@@ -256,13 +267,24 @@ def test_dpt_is_what_its_parts_give():
     close(linear.predict(img), F.interpolate(x, (20, 28), mode="bilinear", align_corners=False)[:, 0], 1e-5)
 
 
+def test_depth_is_trained_below_its_maximum():
+    model = DepthModel(backbone(), "linear", max_depth=5.0)
+    truth = torch.tensor([0.0, 4.5, 5.0, 5.5]).repeat(2, 16, 4)
+    with unittest.mock.patch.object(dpt, "silog", lambda x, truth: (x, truth)):
+        x, known = model(torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8), truth)["silog"]
+    assert x.shape == truth.shape and torch.equal(known, torch.tensor([0.0, 4.5, 0, 0]).repeat(2, 16, 4))
+    img, model.target = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8), "relative"  # it knows no maximum
+    found, expected = model(img, truth), dpt.relative_losses(model.predict(img / 255), truth)
+    assert found == expected and list(found) == ["trimmed", "gradient"]
+
+
 def test_depth_of_pictures_of_any_size():
     seen, model = [], DepthModel(backbone(patch=14, size=56), head_width=4)
     plain = model.backbone.features
     model.backbone.features = lambda img, *rest, **how: seen.append(tuple(img.shape[2:])) or plain(img, *rest, **how)
     with torch.no_grad():
         for size, expected in ((64, 64), (70, 70)), ((42, 56), (42, 56)), ((5, 30), (14, 28)), (
-                (28, 40), (28, 42)), ((40, 28), (42, 28)):
+                (28, 40), (28, 42)), ((40, 28), (42, 28)), ((15, 14), (14, 14)), ((14, 15), (14, 14)):
             assert model.predict(torch.rand(1, 3, *size)).shape == (1, *size) and seen[-1] == expected
         # a picture is seen with its shorter side at `size`, and gets an answer at its own size
         for shape, expected in ((40, 80), (28, 56)), ((90, 30), (84, 28)):
@@ -414,6 +436,15 @@ def test_pictures_have_a_scale():
         column = picture[10:-10, 130]  # of the scale, which begins 8 pixels right of the map
         assert (np.diff(column) <= 0).all() and column[0] > 500 and column[-1] < 120, "near above, far below"
         assert (picture[:, 145:] < 300).any(), "numbers beside it"
+    for height, width, bar, size in (40, 120, 8, 9), (180, 240, 8, 9), (260, 300, 10, 13):
+        drawn = depth.draw(np.linspace(1, 3, height)[:, None].repeat(width, 1), "metric")
+        assert drawn.width == width + 3 * bar + round(ImageFont.load_default(size).getlength("3.00 m")), width
+        across = np.array(drawn)[20]  # one bar of white, the scale
+        assert (across[width:width + bar] == 255).all() and (across[width + bar:width + 2 * bar] < 255).any(1).all()
+        assert (across[width + 2 * bar:width + 2 * bar + bar // 2] == 255).all()
+    # the widest number decides
+    drawn, font = depth.draw(np.linspace(2, 100, 40)[:, None].repeat(60, 1), "metric"), ImageFont.load_default(9)
+    assert drawn.width == 60 + 3 * 8 + round(font.getlength("100.00 m")) > 60 + 3 * 8 + font.getlength("2.00 m")
     anchors = depth.colour(np.array([[1.0, 2.5, 5.0, 9.0]]), 1.0, 5.0)[0]
     assert anchors.tolist() == [[252, 255, 164], [218, 98, 46], [0, 0, 4], [0, 0, 4]]
     np.testing.assert_allclose(depth.limits(np.arange(101.0), "metric"), [1, 99])
@@ -474,6 +505,12 @@ def test_depth_says_what_is_wrong():
         assert "is it another unit?" in report["warning"] and "is it another unit?" in said
         for unit in 0.0005, 0.002:  # no false alarm at half and at twice the depth
             assert "warning" not in depth_sets.check(DepthPairs(data, "val", unit), 10.0, 0)
+        for middle, word in (9.99, None), (10, "large"), (11, "large"), (0.21, None), (0.2, "small"), (0.1, "small"):
+            with unittest.mock.patch.object(DepthPairs, "spread", lambda self, i: [0.1, middle, 12]):
+                line, *more = depth_sets.check(DepthPairs(data, "train", 0.5), 10.0, 0).splitlines()
+            assert line == f"{data}: 4 pairs in train, depths from 0.1 to 12, median {middle}"
+            assert more == ["warning: by --unit 0.5 and --max_depth 10 these are metres, and most are too "
+                            f"{word} for that: is it another unit?"] * bool(word), more
         looked = []
         with unittest.mock.patch.object(DepthPairs, "spread", lambda self, i: looked.append(i) or [1, 2, 3]):
             depth_sets.check(DepthPairs(data, "train"), 10.0, 0, most=2)
@@ -674,6 +711,9 @@ def test_tests_and_predictions_of_depth_do_what_they_are_told():
                                      f"{tmp}/out/x.1_2_depth.png: 1.80 to 1.80"]
         assert model.seen[1] is True and model.seen[0].shape[2:] == (20, 27)
         model.target = "metric"
+        save(f"{tmp}/here/z.png", np.full((30, 40, 3), 255, np.uint8))
+        with contextlib.chdir(f"{tmp}/here"):
+            assert quietly("predict", "--run", "RUN", "z.png")[1] == "z_depth.png: 5.00 to 5.00 m\n"
         for raw in "npy", "png":
             _, said = quietly(*predict, "--raw", raw, "--no-bf16")
             assert said.splitlines() == [f"{tmp}/{folder}/x.1_depth.png: {z:.2f} to {z:.2f} m"
@@ -701,7 +741,9 @@ def test_training_and_bench_of_depth_hand_on_what_they_are_told():
                 unittest.mock.patch.object(depth, "check", watch):
             _, said = quietly(*base, "--seed", 3, "--unit", 0.002, 0.001, "--max_depth", 12, "--head", "linear",
                               "--crop", "eigen", "--drop_path", 0.25)
-            quietly(*base, "--target", "relative", "--unit", "disparity")
+            with contextlib.redirect_stdout(io.StringIO()):
+                depth.main(list(map(str, [*base, "--target", "relative", "--unit", "disparity"])), "HANDLER")
+        assert [rest["on_signal"] for _, rest in seen] == [None, "HANDLER"]
         for line, (root, n, unit) in zip(said.splitlines(), ((a, 2, 0.002), (b, 3, 0.001)), strict=True):
             low, middle, high = np.median([np.percentile(unit * z[z > 0], (1, 50, 99))
                                            for z in (scene(i)[1] for i in range(n))], 0)
@@ -733,6 +775,9 @@ def test_training_and_bench_of_depth_hand_on_what_they_are_told():
             assert torch.equal(x, own[k] if k.startswith("head.out.") and earlier != later else given[k]), (earlier, k)
     with unittest.mock.patch.object(depth, "measure_speed", lambda *given: measured.append(given)), \
             unittest.mock.patch.dict(TEACHERS, micro=MICRO_VIT):
+        with unittest.mock.patch.object(depth, "rank_and_device", lambda: (0, 1, torch.device("meta"))):
+            quietly("bench", "--teacher", "micro", "--size", 16, "--batch_size", 3)
+        assert {x.device.type for x in (*measured[-1][1].parameters(), *measured[-1][2])} == {"meta"}
         quietly("bench", "--teacher", "micro", "--size", 16, "--batch_size", 3)
     name, model, (img, truth), predict, schedules = measured[-1]
     assert name == "micro with DPT" and model.backbone.vit.config == MICRO_VIT and type(model.head) is dpt.DPTHead
@@ -768,7 +813,9 @@ def test_flags_of_depth_by_hand():
     assert parse("train", "--target", "relative", "--epochs", 3)["epochs"] == 3
     bounds(parse, ("train", "max_depth", 0.01, 0.009), ("train", "size", 1, 0), ("train", "head_width", 2, 1),
            ("test", "unit", 1e-9, -1), ("test", "workers", 0, -1), ("bench", "size", 1, 0),
-           ("bench", "batch_size", 1, 0))
+           ("bench", "batch_size", 1, 0), ("train", "head", "linear", "upernet"), ("train", "target", "relative", "x"),
+           ("train", "crop", "eigen", "x"), ("test", "crop", "eigen", "x"), ("predict", "raw", "png", "jpg"),
+           ("bench", "teacher", "tiny", "none"), ("convert", "field", "depths", "x"))
     assert parse("train", "--unit", 1e-9)["unit"] == [1e-9]
     for flags, says in ((["--unit", 0], "argument --unit: it is 0; it must be at least 1e-09"),
                         (["--unit", 1, 2, 3], "--unit has 3 values, --data 1: give one, or one for each"),

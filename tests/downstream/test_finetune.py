@@ -22,7 +22,7 @@ from torch import nn
 
 import encoder
 from data import Samples
-from downstream import finetune
+from downstream import backbone as backbone_file, finetune
 from encoder import UserError
 from tools.run import command_line
 
@@ -297,11 +297,21 @@ def test_model_files_are_whole():
             raises(UserError, finetune.load_model, other, build, "cpu", words=[other, words])
         raises(UserError, finetune.load_model, path, lambda c: Other(finetune.build_backbone(c)), "cpu",
                words=[path, "it is a Toy, and this command reads a Other"])
-        raises(UserError, finetune.load_model, path, lambda c: c["classes"], "cpu", words=[path, "a Toy", "KeyError"])
+        refused(UserError, finetune.load_model, path, lambda c: c["classes"], "cpu", says=(
+            f"{path} is a Toy, which this command cannot build (KeyError: 'classes')"))
         raises(encoder.MissingFile, finetune.load_model, os.path.join(tmp, "none"), build, "cpu", words="none: no such")
+        for error in KeyError, TypeError, ValueError:
+            with unittest.mock.patch.object(backbone_file.json, "loads", side_effect=error("a\n b")):
+                words = "'a\\n b'" if error is KeyError else "a b"
+                refused(UserError, finetune.load_model, path, build, "cpu", says=(
+                    f"{path} is damaged, or no run of a downstream task ({words})"))
         raises(UserError, finetune.load_model, weights, build, "cpu", words="no run of a downstream task")
         open(other, "wb").write(b"no tensors")
         raises(UserError, finetune.load_model, other, build, "cpu", words="damaged")
+    norms = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(3))  # each counts its batches
+    given = {k: x + n for n, (k, x) in enumerate(norms.state_dict().items(), 1)}
+    finetune.load_tensors(norms, given, "x")
+    assert not differences(norms.state_dict(), given)
 
 
 def test_several_losses_of_any_batch():
@@ -381,6 +391,8 @@ def test_lengths_given_replace_those_by_default():
     with tempfile.TemporaryDirectory() as tmp:
         _, said = trained(os.path.join(tmp, "a"), "--teacher", micro_teacher(tmp), "--epochs", 2)
         assert "run: 5 steps of 4 " in said, "20 samples"
+        _, said = trained(os.path.join(tmp, "b"), "--teacher", micro_teacher(tmp), "--epochs", 1, "--batch_size", 64)
+        assert "run: 1 steps of 64 " in said, "at least one"
 
 
 def test_flags_of_the_trainer_by_hand():
@@ -406,6 +418,7 @@ def test_flags_of_the_trainer_by_hand():
                         ("decay_shape", "square"), ("drop_path", 0.91), ("batch_size", 1.5), ("steps", 1.5)]:
         with contextlib.redirect_stderr(io.StringIO()):
             raises(SystemExit, parse, f"--{name}", value)
+    assert parse("--decay_shape", "linear", decay_shape="cosine")["decay_shape"] == "linear"
     assert parse("--frozen", "--resume_anyway", "--decay_shape", "cosine", frozen=False, out="x") == {
         **parse(out="x"), "frozen": True, "resume_anyway": True, "decay_shape": "cosine"}
 
@@ -472,6 +485,7 @@ def test_what_a_run_says_of_itself():
             "latent_dim": 1, "projector": "linear"}
         assert s.autocast._enabled and s.autocast.fast_dtype == torch.bfloat16, "on a GPU"
         assert s.model.training and not s.model.backbone.training
+        assert {id(p) for p in s.weights} == {id(p) for p in model.parameters() if p.requires_grad}
         assert s.optimizer.defaults["fused"] and [g["lr"] for g in s.optimizer.param_groups] == s.rates
         args.teacher_weights, args.frozen = None, False
         assert finetune.setup(args, model, Blobs(3), None, {}, None, None).config["source"] == "micro"
@@ -504,18 +518,47 @@ def test_what_a_run_says_of_itself():
         s.run.rank, s.evaluate = 1, None
         finetune.measure(s)
         assert len(seen) == 2 and len(s.run.written) == 1 and len(s.run.said) == 1, "other ranks draw nothing"
+        # two ranks exchange gradients; on GPUs, which the CPU here stands for, batch norms, too
+        did, s.model, args.compile, model.last = [], model, True, nn.BatchNorm1d(3)
+        with unittest.mock.patch.object(nn.SyncBatchNorm, "convert_sync_batchnorm", lambda m: [m]), \
+                unittest.mock.patch.object(nn.Module, "compile", lambda self: did.append(self)), \
+                unittest.mock.patch.object(finetune, "DistributedDataParallel", lambda *given, **how: did.append(
+                    (given, how)) or argparse.Namespace(require_forward_param_sync=True)):
+            for s.run.on_gpu, whom, devices in (True, [model], [s.run.device]), (False, model, None):
+                did.clear()
+                finetune.spread_over_ranks(s)
+                assert did == [*model.backbone.vit.blocks, ((whom, devices), dict(gradient_as_bucket_view=True))]
+                assert not s.trained.require_forward_param_sync
+            args.compile, s.run.ranks = False, 1
+            finetune.spread_over_ranks(s)
+            assert len(did) == 1 + len(model.backbone.vit.blocks) and s.trained is model
+        own = [x for norm in (model.norm, model.last) for x in (norm.running_mean, norm.running_var)]
+        assert [x is y for x, y in zip(s.statistics, own, strict=True)] == [True] * 4
+        # a resume: rank 0 alone writes the model's file again, and there may be no steps left
+        did = []
+        s.run.load = lambda *given: did.append(given) or {"model": "tensors"}
+        s.run.restore = lambda state, now, optimizer: did.append((state, now is s.now, optimizer is s.optimizer))
+        with unittest.mock.patch.object(finetune, "export", lambda *given: did.append(given)), \
+                unittest.mock.patch.object(finetune, "load_tensors", lambda *given: did.append(given)):
+            for s.run.rank, s.now.step, left in (1, 99_999, True), (0, 100_000, False):
+                did.clear(), s.run.said.clear()
+                assert finetune.resume(s) == left
+                assert did == [(finetune.STATE, args, finetune.MAY_DIFFER), (s.model, "tensors", f"{tmp}/state.pt"),
+                               ({"model": "tensors"}, True, True), (s, f"{tmp}/model.safetensors")][:4 - s.run.rank]
+                assert s.run.said == [f"the run is finished: {tmp}/model.safetensors; to extend it, give more --steps "
+                                      "or --epochs"] * (not left)
 
 
 def test_what_is_not_finite_is_told_with_its_files():
     with tempfile.TemporaryDirectory() as tmp:
         flags = ["--teacher", micro_teacher(tmp), "--norm", "layer", "--steps", 15, "--batch_size", 2]
         out = tmp + "/out"
-        with unittest.mock.patch.dict(os.environ, NAN=" ".join(map(str, range(3, 20)))):
+        with unittest.mock.patch.dict(os.environ, NAN=" ".join(map(str, range(5, 40)))):  # calls, two of each step
             data = Blobs()
             paths = [f"blob{data.index(n)}" for n in (22, 23)]  # of the twelfth step
             whole, _ = trained(tmp + "/whole", *flags[:-4], "--steps", 2, "--batch_size", 2)
             last = log_lines(tmp + "/whole")[1]["loss"]
-            refused(UserError, trained, out, *flags, says=(
+            refused(UserError, trained, out, *flags, "--micro_batch", 1, says=(
                 f"at step 12 the loss or its gradient is not finite, 10 steps in a row (the last finite one: {last:.4f}"
                 f"); the last batch is {', '.join(paths)} .. (all of it in {out}/not_finite.txt). The last save is "
                 f"{out}/state.pt: the same command with a lower --lr and --resume_anyway goes on from there"))

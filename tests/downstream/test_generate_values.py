@@ -1,6 +1,6 @@
 """Generation: values that pass through, second branches and refusals, each with a model of a few thousand numbers."""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    QuickInception, close, picture_folder, raises, refused)
+    QuickInception, close, demands, picture_folder, raises, refused)
 
 import contextlib
 import hashlib
@@ -263,6 +263,8 @@ def test_guidance_below_one_and_ticks():
     model.shift = 1.0
     model.sample(labels, noise, steps=50, cfg=2.0)  # guided while 0.02 <= t <= 0.9, the ends included
     assert {round(50 * t) for t, n in asked if n == 4} == set(range(1, 46)), asked
+    asked.clear(), model.sample(labels, noise, steps=8, cfg=2.0, interval=(0.25, 0.75))
+    assert {8 * t: n for t, n in asked} == {k: 2 + 2 * (2 <= k <= 6) for k in range(1, 9)}
     # the ratio that is given is taken, and rounded up to whole tokens
     model, asked = micro("mar"), []
     plain = model.condition
@@ -289,7 +291,12 @@ def test_generators_refuse_other_shapes_and_impossible_fields():
             small = dict(channels=3, grid=4, classes=8, width=24, depth=1, heads=2)
             raises(UserError, lambda: sampling.build(name, **{**small, field: value}),
                    words=[f"{name} cannot be built", f"{field}={value!r}"])
-        assert sampling.build(name, channels=3, grid=4, classes=1, width=24, depth=1, heads=2, label_drop=1.0)
+        small = dict(channels=3, grid=4, classes=1, width=24, depth=1, heads=2)
+        for field in ["label_drop"] + ["dropout", "mask_least"] * (name == "mar-s"):
+            for value in 0.0, 1.0:
+                assert getattr(sampling.build(name, **small, **{field: value}).config, field) == value
+            for value in -0.01, 1.01:
+                raises(UserError, lambda: sampling.build(name, **small, **{field: value}), words=f"{field}={value}")
     raises(UserError, lambda: sampling.build("dit-s", channels=3, grid=4, width=12, heads=2), words="4 * heads")
     types_of = sampling.changes("dit-s", ["depth=3", "shift=2", "prediction=v=x"])
     assert types_of == {"depth": 3, "shift": 2.0, "prediction": "v=x"} and type(types_of["shift"]) is float
@@ -546,12 +553,14 @@ def test_a_score_against_ones_own_images_is_zero():
         one = score(own, "--images", 40, "--cfg", 2)["results"]
         assert [(row["cfg"], row["images"]) for row in one] == [(2, 40)] and one[0]["gfid"] > 1e-3 * far
         with patch.object(sampling, "images", lambda *args: notes.append(args[-1]) or images(*args)):
-            swept = score(own, "--images", 40, "--sweep", 24, "--cfg", 2, 5)
-        assert [(row["cfg"], row["images"]) for row in swept["results"]] == [(2, 24), (5, 24), (2, 40)]
-        assert swept["warning"].startswith("FID of 24 images") and notes == ["cfg 2", "cfg 5", "cfg 2"]
+            swept = score(own, "--images", 40, "--sweep", 24, "--cfg", 5, 2)
+        assert [(row["cfg"], row["images"]) for row in swept["results"]] == [(5, 24), (2, 24), (2, 40)]
+        assert swept["warning"].startswith("FID of 24 images") and notes == ["cfg 5", "cfg 2", "cfg 2"]
         assert printed[-1][-4:] == ["  cfg   images      gFID             IS"] + [
             f"{int(row['cfg']):5d}  {row['images']:7d}  {row['gfid']:8.3f}  {row['is']:6.2f} +- {row['is_std']:.2f}"
             for row in swept["results"]], printed[-1]
+        assert len(score(own, "--images", 24, "--sweep", 24, "--cfg", 5, 2)["results"]) == 2, "not once more"
+        assert len(score(own, "--images", 24, "--sweep", 8, "--cfg", 2)["results"]) == 1, "one needs no sweep"
         np.savez(report + ".npz", mu=np.zeros(63), sigma=np.eye(63))
         raises(UserError, score, report + ".npz", "--images", 8,
                words="has a covariance of (63, 63), these features one of (64, 64)")
@@ -559,6 +568,8 @@ def test_a_score_against_ones_own_images_is_zero():
             raises(UserError, score, own, words="gFID and IS need --inception")
         raises(MissingFile, score, os.path.join(tmp, "none"), words="none: no such folder, .zip or .npz; give the")
         asked = SimpleNamespace(crops=lambda *what: what)  # what it gives stands for statistics here
+        refused(MissingFile, sampling.reference_statistics, asked, [tmp, "gone"], 8, None, says=(
+            "gone: no such folder, .zip or .npz; give the training images with --reference"))
         for paths in [own, own], [tmp]:
             assert sampling.reference_statistics(asked, paths, 8, None) == (
                 (paths, 8), f"the statistics in {' '.join(paths)}"), "several archives of arrays are no one archive"
@@ -610,6 +621,12 @@ def test_defaults_of_generation():
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 raises(SystemExit, parse, command, "--run", "x", flag, value, words="2")
             assert f"argument {flag}: it is {value}; it must be at least {low}" in err.getvalue()
+    for flags in ["train", "--latents", "x", "--model"], ["train", "--latents", "x", "--recipe"], ["bench", "--model"]:
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            raises(SystemExit, parse, *flags, "mar-x", words="2")
+        assert f"argument {flags[-1]}: invalid choice: 'mar-x'" in err.getvalue()
+    demands(generate.parse_args, {"sample": ["--run", "x"], "score": ["--run", "x"], "bench": ["--model", "mar-s"]},
+            "--run", "--model")
     for cores, ranks, expected in (64, 1, 16), (64, 16, 4), (3, 1, 3):
         with patch.object(os, "sched_getaffinity", lambda pid: set(range(cores)), create=True), \
                 patch.dict(os.environ, LOCAL_WORLD_SIZE=str(ranks)):
@@ -878,6 +895,14 @@ def test_training_is_set_up_as_the_flags_say():
             s, _ = ready(tmp, "dit-s", "--epochs", 1, "--batch_size", 64)
         assert s.args.steps == 1, "at least one"
         assert s.autocast._enabled and s.autocast.fast_dtype == torch.bfloat16
+        given = []
+        for on_gpu in True, False:  # of two ranks
+            with patch.object(Run, "connect", lambda self: vars(self).update(ranks=2, on_gpu=on_gpu)), \
+                    patch.object(generate, "DistributedDataParallel", lambda *what, **how: given.append(
+                        (what, how)) or SimpleNamespace(require_forward_param_sync=True)):
+                s, said = ready(tmp, "dit-s", "--steps", 1)
+            assert given[-1] == ((s.model, [s.run.device] if on_gpu else None), dict(gradient_as_bucket_view=True))
+            assert not s.trained.require_forward_param_sync and " x 2 ranks on cpu; " in said[2]
         compiled, started = [], []
 
         def load(model, path):
@@ -916,6 +941,19 @@ def test_training_on_images_encodes_them():
                 close(z, Encoder.from_pretrained(weights).encode(img[None] / 255))
             assert z.dtype == torch.float32 and not z.requires_grad and z.shape == (1, 8, size // 4, size // 4)
             assert dec.config.latent_dim == 8
+        config, tensors = read_config(weights), load_file(weights)
+        for mean, std, known in (0.0, 1.0, False), (0.0, 2.0, True), (0.5, 1.0, True):  # one of both is enough
+            one = torch.zeros(8)
+            one[5] = 1.0
+            tensors.update(latent_mean=mean * one, latent_std=1 + (std - 1) * one)
+            write_model(weights, config, tensors)
+            args = parse("train", "--data", pictures, os.path.join(tmp, "more"), "--weights", weights)
+            if known:
+                generate.build_data(parse("train", "--data", pictures, "--weights", weights), torch.device("cpu"))
+            else:
+                refused(UserError, generate.build_data, args, torch.device("cpu"), says=(
+                    f"{weights} has no latent statistics yet: python -m tools.latents stats --data {pictures} "
+                    f"{tmp}/more --weights {weights}"))
 
 
 def test_logs_and_pictures_of_training():
@@ -990,7 +1028,9 @@ def test_the_command_line_of_training():
         "command model set size recipe batch_size lr warmup_part lr_decay decay_shape ema beta1 beta2 weight_decay "
         "clip seed".split())
     assert parse("train", "--latents", "a", "--epochs", 3).epochs == 3
-    assert parse("train", "--latents", "a", "--decay_shape", "cosine").decay_shape == "cosine"
+    assert parse("train", "--latents", "a", "--warmup", 0).warmup_part is None
+    for shape in "cosine", "linear":
+        assert parse("train", "--latents", "a", "--decay_shape", shape).decay_shape == shape
     mixed = parse("train", "--latents", "a", "--model", "dit-s", "--recipe", "paper", "--batch_size", 512)
     assert math.isclose(mixed.lr, 5e-6) and (mixed.ema, mixed.warmup_part) == (0.999, 0.25)
 

@@ -1,5 +1,5 @@
 """downstream/: generation, MAR and DiT as models."""
-from tests.helpers import close, raises  # first: it sets the environment that torch reads
+from tests.helpers import close, raises, refused  # first: it sets the environment that torch reads
 
 import argparse
 import math
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from decoder import patchify, unpatchify
 from downstream import dit, mar
-from encoder import UserError
+from encoder import MissingFile, UserError
 
 MICRO = dict(channels=3, grid=4, classes=8, width=32, depth=2, heads=2)
 MICRO_MAR = mar.MARConfig(**MICRO, head_width=48, head_depth=2, buffer=3)
@@ -48,7 +48,9 @@ def test_mask_ratio_is_the_truncated_normal_of_mar():
     u = np.linspace(0, 0.999999, 2001)
     ours = np.array([mar.mask_ratio(0.7, torch.tensor(x, dtype=torch.float64)) for x in u])
     theirs = scipy.stats.truncnorm((0.7 - 1) / 0.25, 0, loc=1, scale=0.25).ppf(u)
-    assert np.abs(ours - theirs).max() < 1e-6 and ours.min() == 0.7 and ours.max() <= 1
+    assert np.abs(ours - theirs).max() < 1e-9 and ours.min() == 0.7 and ours.max() <= 1
+    nothing = torch.tensor(0.0, dtype=torch.float64)
+    assert all(mar.mask_ratio(least, nothing) >= least for least in (0.02, 0.15, 0.58)), "not rounded down"
     density = lambda x: math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
     mean = 1 - 0.25 * (density(0) - density(1.2)) / (0.5 - 0.11506967)  # Phi(-1.2)
     assert abs(ours.mean() - mean) < 1e-3 and abs(mean - 0.867) < 5e-4, (ours.mean(), mean)
@@ -123,10 +125,10 @@ def mar_condition(model, x, label, visible):
 def test_mar_is_what_it_says():
     model, x = micro("mar"), torch.randn(2, 16, 3)
     order = torch.rand(2, 16).argsort(1)
-    for V in (0, 1, 5, 15):
+    for V, y in (0, 4), (1, 0), (5, 7), (15, 4):
         visible, wanted = order[:, :V], order[:, V:]
-        ours = model.condition(x, torch.tensor([4, -1]), visible, wanted)
-        for b, label in enumerate((4, None)):
+        ours = model.condition(x, torch.tensor([y, -1]), visible, wanted)
+        for b, label in enumerate((y, None)):
             close(ours[b], mar_condition(model, x[b], label, set(visible[b].tolist()))[wanted[b]], 1e-5)
     changed = x.clone()
     changed.scatter_(1, wanted[..., None].expand(-1, -1, 3), torch.randn(2, 1, 3))
@@ -265,6 +267,8 @@ def test_released_mar_initialises_the_blocks():
         assert all(torch.equal(own[mar.released_name(k)], theirs[k]) for k in taken)
         torch.save({"model_ema": {k: v for k, v in theirs.items() if "encoder_blocks.1" not in k}}, path)
         raises(UserError, mar.load_released, model, path, words="another size")
+        refused(MissingFile, mar.load_released, model, "no.pth", says=(
+            "no.pth: no such file; expected a released checkpoint-last.pth"))
         torch.save({"weights": theirs}, path)
         raises(UserError, mar.load_released, model, path, words="no checkpoint of MAR")
         open(path, "wb").write(b"no pickle")
@@ -342,6 +346,8 @@ def test_dit_is_what_it_says():
     close(model.net(x_t, t, labels), expected, 1e-5)
     v = torch.stack([(x_t[0] - expected[0]) / 0.3, (x_t[1] - expected[1]) / 0.05])
     close(model.velocity(x_t, t, labels), v, 1e-5)
+    model.class_embed.weight.data[0] = model.class_embed.weight.data[5]
+    close(model.net(x_t, t, torch.tensor([0, -1])), expected, 1e-5)  # the first class is one
     plain = micro("dit", dit.replace(MICRO_DIT, prediction="v"))
     assert torch.equal(plain.velocity(x_t, t, labels), plain.net(x_t, t, labels))
     raises(ValueError, model.loss, torch.randn(2, 3, 4, 5), labels, words="expected (B, 3, 4, 4)")

@@ -87,6 +87,10 @@ def test_batch_norm_is_torchs():
         x = torch.randn(7, 5) * torch.rand(5) + 100 * torch.rand(5)
         close(ours(x), theirs(x), 1e-4)
         close(ours.running_mean, theirs.running_mean), close(ours.running_var, theirs.running_var, 1e-4)
+    far = 1e4 + 0.1 * torch.randn(50, 5)  # in fp32 the squares would hide the variance
+    rows = far.double()
+    close(ours(far), ((rows - rows.mean(0)) / (rows.var(0, unbiased=False) + 1e-6).sqrt()).float(), 1e-5)
+    theirs.running_mean.copy_(ours.running_mean), theirs.running_var.copy_(ours.running_var)
     ours.eval(), theirs.eval()
     close(ours(x), theirs(x), 1e-5)
     ours.running_var.fill_(1e-6), theirs.running_var.fill_(1e-6)
@@ -162,6 +166,8 @@ def test_the_centre_is_224_of_256():
     assert linear_probe.centre(img, 64).size == (64, 64)
     resized = img.resize((73, 97), Image.Resampling.BICUBIC)
     assert np.array_equal(linear_probe.centre(img, 64), resized.crop((4, 16, 68, 80)))
+    resized = img.resize((23, 31), Image.Resampling.BICUBIC)  # 20 of 22.9, rounded
+    assert np.array_equal(linear_probe.centre(img, 20), resized.crop((1, 5, 21, 25)))
     assert linear_probe.centre(Image.new("RGB", (5000, 2)), 16).size == (16, 16)
 
 
@@ -318,6 +324,9 @@ def test_accuracies_and_predictions_do_what_they_are_told():
             [name, f"{expected[name]:.2f}", f"{expected[name + '_top5']:.2f}"] for name in ("pooled", "cls")]
         report, _ = quietly(*test, "--fp32")
         assert report["protocol"] == "the central 14 of 16 pixels, fp32 without TF32" and model.seen[0] is False
+        with unittest.mock.patch.dict(config, size=20), unittest.mock.patch.object(
+                linear_probe, "accuracy", lambda *given: expected):
+            assert quietly(*test)[0]["protocol"].startswith("the central 20 of 23 pixels, ")
         # two ranks: the shares of both are added, by the number of all images
         job = types.SimpleNamespace(images=lambda note, data: [(None, torch.rand(2, 3, 14, 14), torch.tensor([0, 1]))],
                                     autocast=contextlib.nullcontext(), gather=lambda x: [x, {"pooled": 3}, {}])
@@ -368,8 +377,10 @@ def test_training_and_bench_of_the_probe_hand_on_what_they_are_told():
         quietly(*base, "--batch_size", 64, "--epochs", 1)  # less than one batch: one step, not none
         (args, *_), _ = seen.pop()
         assert args.warmup == 0 and args.lr_decay == 1
-        quietly(*base, "--epochs", 9, "--warmup", 0, "--lr_decay", 0)  # 0 is a choice, too
-        (args, *_), _ = seen.pop()
+        linear_probe.main(list(map(str, [*base, "--epochs", 9, "--warmup", 0, "--lr_decay", 0])), "HANDLER")
+        assert rest["on_signal"] is None
+        (args, *_), rest = seen.pop()  # 0 is a choice, too
+        assert rest["on_signal"] == "HANDLER"
         assert args.warmup == 0 and args.lr_decay == 0
         for n in range(7):
             os.makedirs(f"{val}/new{n}")
@@ -379,6 +390,10 @@ def test_training_and_bench_of_the_probe_hand_on_what_they_are_told():
     with unittest.mock.patch.object(linear_probe, "measure_speed", lambda *given: seen.append(given)), \
             unittest.mock.patch.dict(TEACHERS, micro=MICRO_VIT):
         quietly("bench", "--teacher", "micro", "--batch_size", 30), quietly("bench", "--teacher", "micro", "--size", 24)
+        with unittest.mock.patch.object(linear_probe, "rank_and_device", lambda: (0, 1, torch.device("meta"))):
+            quietly("bench", "--teacher", "micro")
+    _, model, batch, *_ = seen.pop()
+    assert {x.device.type for x in (*model.parameters(), *batch)} == {"meta"}, "made where they are needed"
     for (name, model, (img, labels), predict, schedules), B, size in zip(seen, (30, 128), (16, 24)):
         assert name == "linear probe of micro" and model.backbone.vit.config == MICRO_VIT
         assert img.shape == (B, 3, size, size) and img.dtype == torch.uint8 and img.max() > 250
@@ -409,4 +424,5 @@ def test_flags_of_the_probe_by_hand():
             assert parse("test")["workers"] == workers
     gpu_takes_bf16(parse, "--fp32")
     bounds(parse, ("train", "size", 1, 0), ("test", "workers", 0, -1), ("test", "batch_size", 1, 0),
-           ("bench", "size", 1, 0), ("bench", "batch_size", 1, 0))
+           ("bench", "size", 1, 0), ("bench", "batch_size", 1, 0), ("train", "recipe", "paper", "x"),
+           ("bench", "teacher", "tiny", "none"))

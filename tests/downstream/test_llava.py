@@ -1,7 +1,7 @@
 """downstream/llava.py: prompts, AnyRes, the spliced sequence, training on one process and on two, answers, refusals."""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    HERE, MICRO_VIT, close, free_port, killed_in_step, log_lines, micro_models, picture, raises, refused, run,
-    run_ranks, tokenizer_file)
+    HERE, MICRO_VIT, close, demands, free_port, killed_in_step, log_lines, micro_models, picture, raises, refused,
+    run, run_ranks, tokenizer_file)
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from downstream import llava, llava_data, llava_model, llava_speed, llava_use
+from downstream import llava, llava_data, llava_model, llava_prompts, llava_speed, llava_use
 from downstream.llava_data import Looker
 from downstream.llava_model import IGNORE, IMAGE
 from downstream.llava_prompts import Prompter, picture_first
@@ -143,6 +143,10 @@ def test_ids_and_labels_of_vicunas_template():
         r"A _ chat . _ USER : _ IMAGE \n What _ is _ it ? _ ASSISTANT : =_ =cat =</s>"
         " USER : _ What ? _ ASSISTANT : =_ =dog =. =</s>"), "its answers get their space from the template"
     assert spelled(bytes_, [("What?", "")]).endswith("ASSISTANT : =</s>")
+    for first, answer in ("\u2581b", "x"), ("a", " x"):  # what a text begins with tells, however many tokens it has
+        parts = types.SimpleNamespace(convert_ids_to_tokens=lambda ids: [first, "a"], eos_token="E")
+        with unittest.mock.patch.object(llava_prompts, "encode", lambda tokenizer, text: [5, 6]):
+            assert llava_prompts.vicuna([("q", "x")], parts, "S") == ["S USER: q ASSISTANT:", answer, "E"]
     text = Prompter(tokenizer(), "vicuna").pieces([("q", "a")])[0]
     assert text == ("A chat between a curious user and an artificial intelligence assistant. The assistant gives "
                     "helpful, detailed, and polite answers to the user's questions. USER: q ASSISTANT:")
@@ -163,6 +167,8 @@ def test_ids_and_labels_of_vicunas_template():
     odd.add_tokens([AddedToken(name, special=name != "<tool>") for name in ("<tool>", "<x>", "<x>y", "<image>")])
     assert Prompter(odd, "chat").clean("a<tool><x></s>b<image>") == "a<tool>b<image>", "control tokens alone go"
     assert Prompter(odd, "chat").clean("a<x>yb<x>z") == "abz", "the longer of two goes whole"
+    with unittest.mock.patch.object(llava_prompts, "special_tokens", lambda tokenizer: ["<image>"]):
+        assert Prompter(odd, "plain").control is None and Prompter(odd, "plain").clean("a</s>") == "a</s>"
     odd._tokenizer.post_processor = processors.TemplateProcessing(
         "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     assert odd("").input_ids == [1, 2] and Prompter(odd, "chat").start == [1], "an end is not for the start"
@@ -231,13 +237,16 @@ def test_files_that_are_no_conversations():
         assert read(good) == [(["a.png"], [("<image>\nWhat?", "cat")]), ([], [("What?", "cat")])]
         # ShareGPT's odd ones: they begin in the middle, or end by a question
         assert read([dict(conversations=[gpt, text, gpt, text])]) == [([], [("What?", "cat")])]
+        assert read([dict(image="", conversations=[text, gpt])]) == [([], [("What?", "cat")])], "no picture"
         two = {"from": "human", "value": "<image> or <image>?"}
         assert read([dict(image=["a.png", "b.png"], conversations=[two, gpt])])[0][0] == ["a.png", "b.png"]
         for content, words in (
-                ("{", "is no JSON"), ({"a": 1}, "no list of samples"), ([], "no list of samples"),
+                ("{", "a.json is no JSON (Expecting property name"), ({"a": 1}, "no list of samples"),
+                ([], "no list of samples"),
                 ([*good, "text"], "sample 3 is not LLaVA's"), ([dict(image="a.png")], "sample 1 is not LLaVA's"),
                 ([dict(conversations=[{"role": "user", "content": "What?"}])], "sample 1 is not LLaVA's"),
                 ([dict(image=7, conversations=[human, gpt])], "sample 1 is not LLaVA's"),
+                ([dict(image=["a.png", 7], conversations=[two, gpt])], "image is no path, nor a list of paths"),
                 ([dict(conversations=[{"from": "human", "value": None}, gpt])], "sample 1 is not LLaVA's"),
                 ([dict(id="x", conversations=[human, gpt])], "(id x) has 0 pictures and 1 <image>"),
                 ([dict(image="a.png", conversations=[text, gpt])], "has 1 pictures and 0 <image>"),
@@ -249,6 +258,8 @@ def test_files_that_are_no_conversations():
         assert read([dict(conversations=[text, {**gpt, "value": "an <image>"}])]) == [([], [("What?", "an <image>")])]
         refused(UserError, read, [*good, dict(id="x", conversations=[human, gpt])], says=(
             f"--data {path}, sample 3 (id x) has 0 pictures and 1 <image> in its questions: one for each"))
+        refused(UserError, read, [*good, dict(id="y", conversations=[text])], says=(
+            f"--data {path}, sample 3 (id y): human and gpt do not take turns"))
         refused(UserError, read, [*good, {}], says=(
             f"--data {path}, sample 3 is not LLaVA's: "
             '{"image": .., "conversations": [{"from": .., "value": ..}, ..]} (KeyError: \'conversations\')'))
@@ -302,6 +313,18 @@ def test_anyres_grids_tiles_and_token_counts():
             for n, tile in enumerate(llava_data.cut_tiles(img, (3, 2) if turned else (2, 3), 16)):
                 y, x = divmod(n, 2 if turned else 3)
                 assert (np.array(tile) == whole[16 * y:16 * y + 16, 16 * x:16 * x + 16]).all(), (width, turned, n)
+    for turned in False, True:  # 26 x 20 in 48 x 32 is as high as the grid: 41.6 columns become 42, 3 from the edge
+        img = picture(26, 26, 20)
+        img = img.transpose(Image.Transpose.TRANSPOSE) if turned else img
+        small = np.array(img.resize((32, 42) if turned else (42, 32), Image.Resampling.BICUBIC))
+        tiles = [np.array(x) for x in llava_data.cut_tiles(img, (3, 2) if turned else (2, 3), 16)]
+        whole = np.concatenate([np.concatenate(tiles[k:k + 3 - turned], 1) for k in range(0, 6, 3 - turned)])
+        whole = whole.transpose(1, 0, 2) if turned else whole
+        assert (whole[:, 3:45] == (small.transpose(1, 0, 2) if turned else small)).all()
+        assert not whole[:, :3].any() and not whole[:, 45:].any()
+    img = picture(25, 25, 25)  # 25 * (14 / 25) is a little more than 14 in floating point
+    tile, = llava_data.cut_tiles(img, (1, 1), 14)
+    assert (np.array(tile) == np.array(img.resize((14, 14), Image.Resampling.BICUBIC))).all()
     looks = Looker(dict(aspect="anyres", size=16, cap=2, pool=1), MICRO_VIT)([picture(0, 40, 20)])[1]
     assert looks == [(7, (2, 3), (40, 20), 16 + 4 * 9)], "6 rows of 12 are 1.5 times too long for 2 tiles: 4 of 8"
 
@@ -332,6 +355,16 @@ def test_merge_lays_the_tiles_side_by_side():
         llava_model.count_tokens.cache_clear()
         assert llava_model.count_tokens(7, (2, 3), (40, 20), 4, 9) == 16 + 6 * 13 - 3
     llava_model.count_tokens.cache_clear()
+    # tiles that are no squares: 2 x 3 of them, each 2 x 4 tokens, fill the picture, and then half of the width
+    tiles = torch.arange(56.0).view(7, 2, 4, 1)
+    rows = [[8 * (1 + 3 * (y // 2) + x // 4) + 4 * (y % 2) + x % 4 for x in range(12)] for y in range(4)]
+    for size, columns in ((12, 4), range(12)), ((6, 4), range(3, 9)):
+        got = llava_model.merge(tiles, (2, 3), size, newline, 9)[:, 0].tolist()
+        assert got == [*range(8), *(n for row in rows for n in [*(row[x] for x in columns), -1])], got
+    assert len(llava_model.merge(tiles, (2, 3), (12, 4), newline, 1)) == 8 + 1 * 5, "48 tokens, sqrt(6) times too long"
+    # 11 x 11 are exactly 1.1 times too long for 100 tiles of one token, which is not shrunk yet
+    assert llava_model.count_tokens(122, (11, 11), (11, 11), 1, 100) == 1 + 11 * 12
+    assert llava_model.count_tokens(122, (11, 11), (11, 11), 1, 99) == 1 + 9 * 10
 
 
 def test_one_picture_is_cropped_padded_or_squashed():
@@ -463,6 +496,8 @@ def test_batches_are_of_one_kind_and_dealt_out_by_length():
         assert data.pictured.tolist() == 2 * [*[True] * 8, *[False] * 8]
         assert data.read(17) == data.read(1) == [["1.png"], [["<image>\nWhat?", "b"], ["is it?", "it is"]]]
         raises(UserError, llava_data.Conversations, [path], folder, None, None, 17, 0, 99, words="no batch of 17")
+        assert sorted(map(llava_data.Conversations([path], folder, None, None, 16, 0, 99).index, range(16))) == list(
+            range(16)), "one batch is enough"
 
 
 def test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place():
@@ -510,6 +545,8 @@ def test_a_picture_that_cannot_be_read_is_named_and_another_takes_its_place():
 
 
 def test_stages_have_the_published_settings():
+    assert llava_speed.SAMPLES == {("lv", 1): 558_000, ("lv", 2): 665_000, ("xl", 1): 558_000, ("xl", 2): 4_000_000,
+                                   ("xl", 3): 2_100_000} and llava_speed.A800 == 250e12
     parse = lambda variant, stage, *flags: llava.parse_args(
         ["train", "--variant", variant, "--stage", str(stage), "--llm", "x", "--weights", "y", "--data", "z", *flags])
     found = {(v, n): parse(v, n) for v, n in llava.STAGES}
@@ -938,6 +975,8 @@ def test_flags_have_their_defaults_and_their_ranges():
     assert talk == dict(command="chat", run="r", llm=None, bf16=False, inputs=[], max_new_tokens=512)
     with unittest.mock.patch("torch.cuda.is_available", lambda: True):
         assert parse("train")["checkpoint_activations"] and parse("answer")["bf16"] and parse("chat")["bf16"]
+    demands(llava.parse_args, {command: list(map(str, flags[1:])) for command, flags in need.items()}, "--variant",
+            "--stage", "--data", "--run", "--questions", "--answers")
     lowest = dict(size=1, tiles=1, max_length=2, batch_size=1, micro_batch=1, steps=1, epochs=1, lr=0.0, encoder_lr=0.0,
                   warmup=0, weight_decay=0.0, clip=0.0, seed=0, workers=0, log_every=1, save_every=0, keep_every=0)
     for command, ranges in (("train", lowest), ("answer", dict(batch_size=1, max_new_tokens=1, workers=0)),
@@ -951,6 +990,13 @@ def test_flags_have_their_defaults_and_their_ranges():
     for flags, words in ((["--pool", 3], "--pool"), (["--stage", 4], "--stage"), (["--template", "x"], "--template"),
                          (["--steps", 1, "--epochs", 2], "not allowed with"), (["--recipe", "x"], "--recipe")):
         assert words in refused_by(llava.parse_args, *need["train"], *flags), flags
+    for name, values in ("pool", (1, 2)), ("stage", (1, 2, 3)), ("variant", ("lv", "xl")):
+        for value in values:
+            assert vars(llava.parse_args(["bench", f"--{name}", str(value)]))[name] == value
+            assert name == "variant" or parse("train", f"--{name}", value)[name] == value
+    for flag in "--llm", "--encoder", "--variant", "--stage", "--pool":
+        assert f"argument {flag}: invalid choice: " in refused_by(llava.parse_args, "bench", flag, 4), flag
+    assert "argument --variant: invalid choice: " in refused_by(llava.parse_args, *need["train"], "--variant", "l")
     for names, words in ((["--weights"], "give the tokenizer's --weights, or for the control a --teacher, or --init\n"),
                          (["--llm"], "give a language model, --llm, or --init\n")):
         assert refused_by(llava.parse_args, *without(need["train"], *names)).endswith(words), words
@@ -1040,6 +1086,11 @@ def test_a_stage_is_built_as_the_command_line_says():
         raises(UserError, lambda: llava_model.build_stage(llava.parse_args(list(map(
             str, [*flags, "--teacher", path("teacher.safetensors")]))), "cpu"), words=(
             f"--init {out} was trained with the encoder {eye}, not with {path('teacher.safetensors')}"))
+        llm = built(tmp)[0].llm
+        with unittest.mock.patch.object(llava_model, "load_llm", lambda name: llm):
+            named = built(tmp, "--llm", "hub/name")[1]["llava"]
+            assert built(tmp, "--layer", 0)[1]["llava"]["layer"] == 0, "the first block is a choice, too"
+        assert named["llm"] == "hub/name", "a name is no path"
         for size, pool, near in ((18, 1, 16), (19, 1, 20), (1, 1, 4), (20, 2, 16), (23, 2, 24), (3, 2, 8)):
             refused(UserError, built, tmp, "--size", size, "--pool", pool, says=(
                 f"--size {size} is no multiple of {4 * pool}, the patch times --pool: try {near}"))
@@ -1162,6 +1213,88 @@ def test_a_run_says_and_logs_what_it_does():
                 says="R/state.pt was saved by one process: go on with one, or start from RUN as --init")
 
 
+def test_a_line_of_llavas_log_by_hand():
+    """Two steps of 8 samples and 900 tokens each; on a GPU with its memory; what was cut or skipped is told."""
+    wrote, said = [], []
+    run = types.SimpleNamespace(write=lambda **line: wrote.append(line), say=said.append, on_gpu=False)
+    args = types.SimpleNamespace(batch_size=8, steps=40, lr=0.5, warmup=10, lr_decay=0.75, decay_shape="cosine",
+                                 log_every=2, max_length=2048)
+    now = types.SimpleNamespace(step=6, cut=0, faults=torch.tensor([0.0, 1.0]))
+    s = types.SimpleNamespace(args=args, now=now, run=run)
+    sums, start = torch.tensor([3.0, 5.0, 1800.0, 2.0]).double(), "/40 | loss 1.5000 | grad 2.50 | lr 3.0e-01 | "
+    line = dict(step=6, loss=1.5, grad_norm=2.5, lr=0.3, tokens=900.0, cut=0, skipped=0, img_s=32.0, tokens_s=3600.0,
+                memory_gib=None)
+    for run.on_gpu, now.cut, now.faults[0], more, words in (
+            (False, 0, 0, {}, ""), (False, 1234, 0, dict(cut=1234), " | 1,234 cut at 2,048"),
+            (True, 0, 3, dict(skipped=3, memory_gib=1.25), " | 3 steps skipped | 1.2 GiB")):
+        now.sums = sums.clone()
+        with unittest.mock.patch.object(torch.cuda, "max_memory_allocated", lambda: 5 * 2 ** 28):
+            llava.log(s, 0.25)
+        assert wrote[-1] == {**line, **more} and not now.sums.any(), wrote
+        assert said[-1] == f"step      6{start}3,600 tokens/s{words} | eta 00:08", said
+
+
+def test_a_save_of_llava_in_its_order():
+    """The copy that is kept, the checkpoint, the model; of several ranks first the parts in a folder of their own, and
+    the folders before it go; a full disk is told."""
+    did = []
+
+    def write(path, work):
+        file = io.BytesIO()
+        work(file)
+        did.append((os.path.basename(path), torch.load(io.BytesIO(file.getvalue()))))
+
+    def write_parts(x, checkpoint_id, process_group):
+        did.append((os.path.basename(checkpoint_id), sorted(os.listdir(tmp)), process_group))
+        os.makedirs(checkpoint_id, exist_ok=True)
+    with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.multiple(
+            llava, tensors=lambda s: {"p": torch.ones(2)}, write_atomically=write,
+            export=lambda s, path: did.append(os.path.basename(path))), unittest.mock.patch.object(
+            llava.dist, "barrier", lambda group: did.append(group)), unittest.mock.patch(
+            "torch.distributed.checkpoint.save", write_parts):
+        run = types.SimpleNamespace(ranks=1, rank=0, out=tmp, control="C", path=lambda name: os.path.join(tmp, name))
+        s = types.SimpleNamespace(run=run, now=types.SimpleNamespace(step=6, id="i"), config={"c": 1},
+                                  args=types.SimpleNamespace(keep_every=3))
+        for s.now.step, s.args.keep_every in (6, 3), (7, 3), (6, 0), (6, None):
+            did.clear(), llava.save(s)
+            *kept, (name, state), last = did
+            assert kept == ["model_0000006.safetensors"] * (s.now.step == 6 and s.args.keep_every == 3)
+            assert (name, last) == ("state.pt", "model.safetensors") and torch.equal(
+                state.pop("tensors")["p"], torch.ones(2))
+            assert state == {"step": s.now.step, "id": "i", "config": {"c": 1}, "args": vars(s.args)}
+        for run.rank in 0, 1:
+            for name in "state_0000003", "state_0000006", "other":
+                os.makedirs(f"{tmp}/{name}", exist_ok=True)
+            open(f"{tmp}/state_file", "w").close()
+            run.ranks = 2
+            did.clear(), llava.save(s)
+            there = ["other", "state_0000003", *["state_0000006"] * run.rank, "state_file"]  # rank 0 removes a torn one
+            assert did[:2] == ["C", ("state_0000006", there, "C")] and did[-1] == "model.safetensors"
+            assert [x[1]["tensors"] for x in did[2:-1]] == ["state_0000006"] * (1 - run.rank)
+            assert sorted(os.listdir(tmp)) == ["other", *["state_0000003"] * run.rank, "state_0000006", "state_file"]
+        run.rank = 0
+        with unittest.mock.patch.object(llava, "write_atomically", side_effect=OSError(28, "No space")):
+            refused(UserError, llava.save, s, says=(
+                f"step 6 could not be saved ([Errno 28] No space); {tmp}/state.pt, if there is one, is of the last "
+                "save and whole: make room, and run the same command again"))
+
+
+def test_prompts_and_tiles_reach_the_model():
+    """Of several questions at once; a batch of text alone gets one black tile."""
+    given, speaker = [], object.__new__(llava_use.Speaker)
+    vars(speaker).update(limit=7, autocast=torch.autocast("cpu", torch.bfloat16),
+                         prompter=types.SimpleNamespace(stop=[2]), model=types.SimpleNamespace(
+        generate=lambda *what: given.append((torch.is_autocast_enabled("cpu"), *what)) or iter([5, 6])))
+    a, b = torch.ones(2, 3, 4, 4, dtype=torch.uint8), torch.full((1, 3, 4, 4), 7, dtype=torch.uint8)
+    none = torch.empty(0, 3, 4, 4, dtype=torch.uint8)
+    assert list(speaker.tokens([("ids1", a, [1, 2]), ("ids2", none, []), ("ids3", b, [3])])) == [5, 6]
+    assert list(speaker.tokens([("ids1", none, []), ("ids2", none, [])])) == [5, 6]
+    (bf16, prompts, tiles, *rest), (_, texts, black, *others) = given
+    assert bf16 and prompts == ("ids1", "ids2", "ids3") and torch.equal(tiles, torch.cat([a, b]))
+    assert rest == [[1, 2, 3], 7, [2]] and others == [[], 7, [2]] and texts == ("ids1", "ids2")
+    assert black.shape == (1, 3, 4, 4) and black.dtype == torch.uint8 and not black.any()
+
+
 def test_what_is_clipped_and_what_is_not_finite():
     with tempfile.TemporaryDirectory() as tmp:
         only_pictures(tmp)
@@ -1237,6 +1370,8 @@ def test_files_in_half_precision():
             quietly(*training(tmp, "--steps", 1, "--system", "A", "--out", path("two")))
             quietly(*training(tmp, "--steps", 1, "--template", "vicuna", "--system", "A", "--out", path("one"),
                               stage=1))
+        of = lambda s: {id(p) for group in s.optimizer.param_groups for p in group["params"]}
+        assert of(kept[1]) == {id(p) for p in kept[1].model.projector.parameters()}, "the rest has no moments"
         moved = dict(kept[0].model.named_parameters())
         assert {p.dtype for p in moved.values()} == {torch.float32}
         found = load_file(path("two/model.safetensors"))
@@ -1250,6 +1385,14 @@ def test_files_in_half_precision():
         assert {name.startswith("llm."): x.dtype for name, x in load_file(path("three/model.safetensors")).items()} == {
             True: torch.bfloat16, False: torch.float32}
         assert not any(name.startswith("llm.") for name in load_file(path("one/model.safetensors")))
+        names, load = [], llava_model.load_llm
+        with unittest.mock.patch.object(llava_model, "load_llm", lambda *given: names.append(given) or load(
+                path("moved"))):
+            for run, llm in ("one", None), ("one", "L"), ("two", None), ("two", "L"):
+                llava_model.load_run(path(run), "cpu", llm)
+        assert names == [(path("llm"),), ("L",), *2 * [(path("two/llm"), "cpu")]], "what was trained is in the run"
+        shape = load(path("two/llm"), "meta")
+        assert {(p.device.type, p.dtype) for p in shape.parameters()} == {("meta", torch.bfloat16)}, "of no tensors"
         args = lambda run, bf16: types.SimpleNamespace(run=path(run) + "/", llm=path("moved"), max_new_tokens=2,
                                                        bf16=bf16)
         for run in "one", "two":
@@ -1310,7 +1453,7 @@ def test_answers_are_written_as_they_come():
         conversations(tmp)
         path, out = lambda name: os.path.join(tmp, name), os.path.join(tmp, "new", "a[1].jsonl")
         lines = [dict(question_id=f"q{k}", text="What \u00e9?" + 40 * k * " is",
-                      **({"image": f"{k}.png"} if k % 2 else {}))
+                      **({"image": f"{k}.png"} if k % 2 else {"image": ""} if k == 2 else {}))
                  for k in range(7)]
 
         def questions(lines):
@@ -1354,11 +1497,14 @@ def test_answers_are_written_as_they_come():
             for number, change in ((0, dict(prompt="x")), (0, dict(model_id="other-1")), (7, {})):
                 old = {**expected[0], **change}
                 with open(out + ".part0", "w") as f:
-                    f.write(json.dumps([number, old]) + "\n")
+                    f.write(json.dumps([1, expected[1]]) + "\n" + json.dumps([number, old]) + "\n")
                 refused(UserError, quietly, *ask, says=(
                     f"{out}.part* are of other questions or of another model ({old['model_id']}, not run-0-7): remove "
                     "them to answer again"))
             os.remove(out + ".part0")
+        with contextlib.chdir(tmp):
+            assert quietly(*without(without(ask, "--answers"), "--workers"), "--workers", 0, "--answers",
+                           "here.jsonl") == "here.jsonl: 7 answers by run-0-7\n"
         form = f"--questions {path('q.jsonl')} is no file of JSON lines with question_id, text and image "
         for lines, says in (([], f"--questions {path('q.jsonl')} is empty"), (["7"], form + "(TypeError: "),
                             ([dict(question_id=1, text=2)], form + "(TypeError: "),
@@ -1383,9 +1529,9 @@ def test_answers_are_written_as_they_come():
 
 
 def test_a_chat_shows_pictures_and_prints_what_is_new():
-    spoken = {1: "A", 2: "\ufffd", 3: "\u00e9", 4: " b"}
+    spoken = {0: "A", 2: "\ufffd", 3: "\u00e9", 4: " b"}
     text = lambda ids: "".join(spoken[i] for i in ids).replace("\ufffd\u00e9", "\u00e9")
-    tokens = lambda asked: map(torch.tensor, ([1], [2], [3], [4], [-1]))
+    tokens = lambda asked: map(torch.tensor, ([0], [2], [3], [4], [-1]))  # 0 is a token
     pictures = []
     mute = types.SimpleNamespace(tokens=tokens, looker=lambda x: pictures.append(list(x)) or (torch.zeros(0), []),
                                  prompter=types.SimpleNamespace(text=text, prompt=lambda turns: [1]))
@@ -1393,7 +1539,7 @@ def test_a_chat_shows_pictures_and_prints_what_is_new():
     with unittest.mock.patch("builtins.print", lambda *a, end="\n", flush=False: printed.append("".join(a) + end)):
         assert llava_use.say(mute, [("q", "")], []) == "A\u00e9 b" and printed == ["A", "\u00e9", " b", "", "\n"]
         printed.clear()
-        mute.tokens = lambda asked: map(torch.tensor, ([1], [2]))
+        mute.tokens = lambda asked: map(torch.tensor, ([0], [2]))
         assert llava_use.say(mute, [("q", "")], []) == "A\ufffd" and printed == ["A", "\n"], "half of a character"
     with tempfile.TemporaryDirectory() as tmp:
         shown = [os.path.join(tmp, f"{k}.png") for k in range(3)]
@@ -1414,6 +1560,7 @@ def test_a_chat_shows_pictures_and_prints_what_is_new():
                 (shown[:2], "<image> or <image>?\n\nnever\n", [("<image> or <image>?", 2)]),
                 ([*shown[:2], "Both?"], "", [(2 * mark + "Both?", 2)]),
                 (["What?"], "Why?\n", [("What?", 0), ("Why?", 0)]),
+                (["What?"], f"Why?\n{shown[0]} How?\n", [("What?", 0), ("Why?", 0), (mark + "How?", 1)]),
                 ([], f"{shown[2]} What?\n", [(mark + "What?", 1)]), ([], "", [])):
             for kind, sign in (io.StringIO, ""), (Typed, "> "):
                 asked.clear()
@@ -1422,7 +1569,7 @@ def test_a_chat_shows_pictures_and_prints_what_is_new():
                     out = quietly("chat", "--run", "r", *given)
                 assert [(turns[-1][0], len(widths)) for turns, widths in asked] == expected, (given, asked)
                 assert all(widths == [16 + k for k in range(3)][:len(widths)] or widths == [18] for _, widths in asked)
-                assert all([answer for _, answer in turns] == [f"a{k + 1}" for k in range(n)] + [""]
+                assert all(turns == [(expected[k][0], f"a{k + 1}" * (k < n)) for k in range(n + 1)]
                            for n, (turns, _) in enumerate(asked)), asked
                 lines = len(expected) - (bool(given) and not os.path.isfile(given[-1])) + 1
                 assert out == sign * lines, (given, out)

@@ -120,6 +120,10 @@ def test_masks_are_read_as_the_numbers_that_they_store():
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, 2, 0, 0, 0, 0)) + chunk(
         b"IDAT", zlib.compress(b"\0" + bytes([0b00011011]))) + chunk(b"IEND", b"")
     assert read_numbers(png).tolist() == [[0, 1, 2, 3]]
+    for error in OSError, ValueError, SyntaxError, KeyError, IndexError:  # what PIL raises of a damaged file
+        with unittest.mock.patch("downstream.pairs.open_image", side_effect=error("a\n b")):
+            words = "'a\\n b'" if error is KeyError else "a b"
+            refused(DataError, read_numbers, png, says=f"it cannot be read as labels or depth ({words})")
 
 
 def test_labels_become_classes_as_the_data_set_means_them():
@@ -180,6 +184,7 @@ def test_windows_cover_the_picture_and_overlaps_average():
         mean = sum(model.logits(img[None, :, a:a + 12, b:b + 12])[0, :, y - a, x - b] for a, b in seen) / len(seen)
         assert len(seen) == 9
         close(some[:, y, x], mean, 1e-5)
+    assert not slide(model.logits, img, 12, 5).requires_grad, "no gradients are kept"
     asked, numbered = [], iter(range(1, 100))
 
     def number(part):
@@ -196,8 +201,11 @@ def test_windows_cover_the_picture_and_overlaps_average():
     for short, expected in (0, (20, 30)), (40, (40, 60)), (10, (10, 15)):
         classes = segment.predict_classes(model, torch.full((3, 20, 30), 60, dtype=torch.uint8), given(short))
         assert classes.shape == (20, 30) and (classes == 3).all() and sizes[-1] == expected
-    segment.predict_classes(model, torch.zeros(3, 10, 100, dtype=torch.uint8), given(20))
-    assert sizes[-1] == (8, 80)  # the longer side is at most 4 * short
+    for side, short, expected in (10, 20, (8, 80)), (1, 10, (1, 40)), (50, 20, (20, 40)):
+        for turned in 1, -1:  # the shorter side becomes `short`, the longer at most 4 times that, and none 0
+            img = torch.zeros(3, *(side, 100)[::turned], dtype=torch.uint8)
+            segment.predict_classes(model, img, given(short))
+            assert sizes[-1] == expected[::turned]
 
 
 def test_heads_have_the_parameters_that_one_counts():
@@ -211,6 +219,7 @@ def test_heads_have_the_parameters_that_one_counts():
         assert sum(p.numel() for p in model.head.parameters()) == expected, patch
     assert sum(p.numel() for p in Segmenter(backbone(), C, "linear").head.parameters()) == D * C + C
     assert Segmenter(backbone(depth=12), C, width=w).head.layers == [3, 5, 7, None]
+    assert Segmenter(backbone(depth=1), C, width=w).head.layers == [0, 0, 0, None]
     with torch.device("meta"):  # ViT-L/14 and ADE20K
         large = upernet.UperHead(1024, 150, 24, 14, 512)
     assert large.layers == [7, 11, 15, None]
@@ -324,6 +333,11 @@ def test_image_and_mask_are_cropped_and_mirrored_together():
     small = segment.augment(torch.zeros(3, 30, 60, dtype=torch.uint8), plain, 400, 90, np.random.default_rng(1))[1]
     height, width = (int((small != IGNORED).any(axis).sum()) for axis in (1, 0))
     assert 45 <= height <= 180 and abs(width - 2 * height) <= 1  # --short 90, times 0.5 to 2
+    for shape in (1, 60), (60, 1):  # no side becomes 0
+        for seed in range(6):
+            x, y = segment.augment(torch.zeros(3, *shape, dtype=torch.uint8), np.zeros(shape, np.uint8), 8, 4,
+                                   np.random.default_rng(seed))
+            assert x.shape == (3, 8, 8) and 0 < (y != IGNORED).sum() <= 16
 
 
 def test_no_class_fills_a_crop_where_another_draw_avoids_it():
@@ -345,6 +359,19 @@ def test_no_class_fills_a_crop_where_another_draw_avoids_it():
     assert first < 35 and good > first + 20, (first, good)
 
 
+def test_another_draw_where_a_class_fills_a_crop():
+    """Ten draws at most, each of two numbers: of 3 pixels of 4 a class has too many, of 2 of 3 it has not."""
+    calls = []
+    rng = types.SimpleNamespace(uniform=lambda low, high: 1.0, random=lambda: 0.5,
+                                integers=lambda n: calls.append(n) or 0)
+    for numbers, draws in ([0, 0, 0, 1], 10), ([0, 1, 1, IGNORED], 1), ([2, 2, 2, 2], 10), ([IGNORED] * 4, 10):
+        calls.clear()
+        img, classes = segment.augment(torch.full((3, 2, 2), 99, dtype=torch.uint8), np.uint8([numbers[:2],
+                                       numbers[2:]]), 3, 0, rng)
+        assert calls == 2 * draws * [1] and classes[:2, :2].flatten().tolist() == numbers
+        assert (img[:, :2, :2] == 99).all() and (classes[2] == IGNORED).all() and (classes[:, 2] == IGNORED).all()
+
+
 def test_colours_are_distorted_as_drawn():
     class Draws:
         """A generator that gives these numbers in turn: 0 for yes and 1 for no, then what is drawn."""
@@ -359,7 +386,7 @@ def test_colours_are_distorted_as_drawn():
             assert low <= x <= high, (low, x, high)
             return x
     img = np.random.default_rng(0).integers(0, 200, (8, 8, 3), dtype=np.uint8)
-    same = segment.distort(img, Draws(1, 1, 1, 1))
+    same = segment.distort(img, Draws(1, 0.5, 1, 0.5))
     assert np.abs(same.astype(int) - img).max() <= 4  # rounded on the way to HSV and back
     lighter = segment.distort(img, Draws(0, 20, 1, 1, 1)).astype(int)
     assert np.abs(lighter - (img.astype(int) + 20)).max() <= 4
@@ -466,6 +493,8 @@ def test_prediction_draws_a_legend_and_writes_the_masks_own_numbers():
             assert np.abs(drawn[10, column] - expected).max() <= 1
             assert (drawn[30, 150 * k + 8] == segment.colour(k)).all()  # the larger class first
         assert np.abs(drawn[5, 5] - 45).max() <= 1
+        many = segment.overlay(img, 0 * classes + IGNORED, [str(k) for k in range(255)])  # 255 is no class even here
+        assert many.size == (300, 24) and (np.asarray(many)[20:] == 255).all()
         assert len({segment.colour(k) for k in range(150)}) == 150
         config = {**labels_of(tmp, classes=3, reduce_zero_label=True), "head": "linear", "width": 16, "crop": 16,
                   "short": 0}
@@ -526,7 +555,10 @@ def test_bench_counts_what_a_step_costs():
         took = lambda f, repeats=10: (f(), 2e-12)[1]
         with contextlib.redirect_stdout(io.StringIO()) as said, unittest.mock.patch.object(bench, "seconds", took), \
                 unittest.mock.patch.object(tools.speed, "seconds", took):
-            bench.measure_speed("stub", model, (img,), lambda: model(img), {"some": 3.6e15})
+            grads = []
+            predict = lambda: grads.append(torch.is_grad_enabled()) or model(img)
+            bench.measure_speed("stub", model, (img,), predict, {"some": 3.6e15})
+        assert grads == [False]
         training, hours, prediction = said.getvalue().splitlines()[1:]
         ceiling = 2 * 1024 ** 3 / 2e-12
         for line, rate in (training, share * 240 / 2e-12), (prediction, 240 / 2e-12):
@@ -666,7 +698,7 @@ def test_a_prediction_is_the_literal_one():
 
 def test_tests_and_predictions_do_what_they_are_told():
     """What the flags of test and predict become, and every word of the report."""
-    config = dict(names=["sea", "red", "grass", "none"], labels=[0, 1, 2, 300], ignore=[7, 255], crop=16, short=20,
+    config = dict(names=["sea", "red", "grass", "none"], labels=[0, 1, 2, 256], ignore=[7, 255], crop=16, short=20,
                   step=5, head="linear", width=16)
     seen, model = [], types.SimpleNamespace()
 
@@ -709,7 +741,7 @@ def test_tests_and_predictions_do_what_they_are_told():
         overlays, masks = ([np.array(Image.open(f"{stem}_{kind}.png")).tolist() for stem in stems]
                            for kind in ("overlay", "mask"))
         assert overlays == [[[4, 200, 3]], [[4, 250, 3]], [[4, 99, 0]]]
-        assert masks == [[[0, 0, 0, 300]], [[0, 0, 300]], [[0] * 9] * 9]  # in 16 bits, as a label is above 255
+        assert masks == [[[0, 0, 0, 256]], [[0, 0, 256]], [[0] * 9] * 9]  # in 16 bits, as a label is above 255
         assert seen == 3 * [(16, 10, 7, 8, True, False)]
         seen.clear(), quietly(*predict, "--fp32", "--stride", 4, "--batch_size", 3)
         assert seen == 3 * [(16, 4, 20, 3, False, False)]
@@ -728,7 +760,7 @@ def test_training_and_bench_hand_on_what_they_are_told():
         assert config == dict(names=["sea", "red"], labels=[0, 1], ignore=[2, 9], head="upernet", width=16, crop=16,
                               short=20)
         assert (data.crop, data.short, data.train, data.seed) == (16, 20, True, 3) and "/train/images/" in data.path(0)
-        assert (args.lr, args.stride, model.backbone.vit.drop_path) == (0, 10, 0.25)
+        assert (args.lr, args.stride, model.backbone.vit.drop_path, args.warmup) == (0, 10, 0.25, 0)
         assert model.head.join[0].out_channels == 16 and model.head.classifier[1].out_channels == 2
         val, calls = [], []
 
@@ -747,17 +779,29 @@ def test_training_and_bench_hand_on_what_they_are_told():
         assert np.array_equal(picture[:len(truth), :150], truth) and np.array_equal(picture[:len(wrong), 150:], wrong)
         assert picture.shape == (max(len(truth), len(wrong)), 300, 3) and len(truth) > len(wrong)
         assert (picture[len(wrong):, 150:] == 255).all()
+        part = torch.arange(32 * 40).view(32, 40) % 2  # two lines of the legend, where the truth has one
+        with unittest.mock.patch.object(segment, "predict_classes", lambda model, img, args: part), \
+                unittest.mock.patch.object(segment.Masks, "load", lambda self, i: (img, 0 * classes)):
+            picture, found = np.array(rest["picture"]()), np.array(segment.overlay(img, part, ["sea", "red"]))
+        assert np.array_equal(picture[:, 150:], found) and (picture[len(found) - 18:, :150] == 255).all()
         # two pictures at a time are what a batch norm needs, on one rank; a linear head has none
         for more in ["--micro_batch", 1], ["--batch_size", 1]:
             raises(UserError, quietly, *base, *more, words="needs two pictures at a time")
-        quietly(*base, *more, "--head", "linear")
-        (args, model, *_), _ = seen.pop()
+        with contextlib.redirect_stdout(io.StringIO()):
+            segment.main(list(map(str, [*base, *more, "--head", "linear"])), "HANDLER")
+        assert rest["on_signal"] is None
+        (args, model, *_), rest = seen.pop()
+        assert rest["on_signal"] == "HANDLER"
         assert type(model.head) is upernet.LinearHead and args.ignore == [255]
     measured = []
     with unittest.mock.patch.object(segment, "measure_speed", lambda *given: measured.append(given)), \
             unittest.mock.patch.dict(TEACHERS, micro=MICRO_VIT):
         small = ["--teacher", "micro", "--crop", 16, "--width", 12, "--batch_size", 3]
         quietly("bench", *small), quietly("bench", *small, "--head", "linear")
+        with unittest.mock.patch.object(segment, "rank_and_device", lambda: (0, 1, torch.device("meta"))):
+            quietly("bench", *small)
+    _, model, batch, *_ = measured[2]
+    assert {x.device.type for x in (*model.parameters(), *batch)} == {"meta"}, "made where they are needed"
     for (name, model, (img, labels), predict, schedules), head in zip(measured, ("upernet", "linear")):
         assert name == f"micro with {head}" and model.backbone.vit.config == MICRO_VIT
         assert type(model.head) is {"upernet": upernet.UperHead, "linear": upernet.LinearHead}[head]
@@ -792,7 +836,9 @@ def test_flags_of_the_segmenter_by_hand():
     bounds(parse, ("train", "classes", 1, 0), ("train", "classes", 254, 255), ("train", "short", 0, -1),
            ("train", "width", 1, 0), ("train", "crop", 1, 0), ("test", "stride", 1, 0), ("test", "short", 0, -1),
            ("predict", "batch_size", 1, 0), ("test", "workers", 0, -1), ("bench", "width", 1, 0),
-           ("bench", "batch_size", 2, 1), ("bench", "crop", 1, 0))
+           ("bench", "batch_size", 2, 1), ("bench", "crop", 1, 0), ("train", "head", "linear", "dpt"),
+           ("train", "head", "upernet", "dpt"), ("bench", "head", "linear", "dpt"),
+           ("bench", "teacher", "tiny", "none"))
 
 
 def test_colours_and_legends_by_hand():
@@ -896,6 +942,7 @@ def test_pairs_go_on_reading_after_a_fault():
     with tempfile.TemporaryDirectory() as tmp:
         pairs = Pairs(shapes(tmp, 6, ["val"]), "val", "masks")
         assert list(pairs.every(use, [5, 0, 3])) == [50, 0, 30]
+        assert list(pairs.every(use, [])) == [], "a rank may have no share"
         found, read[:] = [], []
 
         def run():

@@ -106,6 +106,7 @@ def test_textvqa_by_hand():
                         labelled([ten("nokia", "Nokia", "NOKIA "), ten("three", "3"), ten("stop!"), ten("x")]))
     same(found, {"accuracy": 100 * (0.9 + 0.6 + 0.3 + 0) / 4})
     raises(UserError, vqa.textvqa, ["x"], labelled([["x"] * 9]), words=["10 annotators"])
+    raises(UserError, vqa.textvqa, ["x"] * 2, labelled([["x"] * 10, ["x"] * 11]), words=["10 annotators"])
 
 
 def test_vqav2_by_hand():
@@ -141,6 +142,8 @@ def test_pope_by_hand():
         **{f"b_{k}": v for k, v in dict(accuracy=1, precision=0, recall=0, f1=0, yes_ratio=0).items()}, "mean_f1": 0})
     refused(UserError, vqa.pope, ["no"], labelled(["No"]), says=(
         "question 0 has the label No; expected yes or no"))
+    refused(UserError, vqa.pope, ["no", "no"], labelled(["yes", "maybe"]), says=(
+        "question 1 has the label maybe; expected yes or no"))
 
 
 def mme_set(**wrong):
@@ -185,6 +188,7 @@ def test_mme_by_hand():
         "MME's task existence has 3 questions on existence/0.jpg; expected two"))
     raises(UserError, vqa.mme, texts[4:], asked[4:], words=["perception", "existence"])
     raises(UserError, vqa.mme, texts[1:], asked[1:], words=["1 questions", "existence/0.jpg", "two"])
+    raises(UserError, vqa.mme, texts[:3] + texts[4:], asked[:3] + asked[4:], words=["1 questions", "existence/1.jpg"])
     odd = [{**asked[0], "label": "Yes"}, *asked[1:]]
     raises(UserError, vqa.mme, texts, odd, words=["existence0", "label Yes"])
 
@@ -201,9 +205,11 @@ def test_gqa_mmbench_and_exact_by_hand():
                          "So: The answer is D, I think": "D", "The answer is A. The answer is B.": None,
                          "the answer is A.": None, "The answer is Z.": "Z", "": None, "A. or B": "A"}.items():
         assert vqa.read_letter(text) == letter, (text, vqa.read_letter(text))
+    assert all(vqa.read_letter(x) == vqa.read_letter(x + ". x") == x for x in "ABCDE")
     same(vqa.mmbench(["A", "B. x", "C", "d"], labelled("ABDD")), {"vanilla_accuracy": 50, "unread": 25})
     same(vqa.exact(["Yes.", " RED ", "no", "blue green"], labelled(["yes", "red", "yes", "blue"])),
          {"accuracy": 50, "other": 50, "yes_no": 50})
+    same(vqa.exact(["x", "y"], labelled(["No.", "yes"])), {"accuracy": 0, "yes_no": 0})
 
 
 def published(folder):
@@ -242,7 +248,8 @@ def published(folder):
     conversations = [{"id": "9", "image": "val/9.png", "conversations": [
         {"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "circle"}]},
         {"id": "10", "conversations": [{"from": "human", "value": "is it?"}, {"value": "yes", "from": "gpt"}]}]
-    mmvet = {"v1_0": {"imagename": "v1_0.png", "question": "Why?", "answer": "so"}}
+    mmvet = {"v1_0": {"imagename": "v1_0.png", "question": "Why?", "answer": "so"},
+             "v1_1": {"imagename": "b.png", "question": "How?", "answer": "x"}}
     return {
         "pope": [write(folder, "coco_pope_random.json", lines), write(folder, "coco_pope_popular.json", lines)],
         "mme": [mme], "gqa": [write(folder, "testdev_balanced_questions.json", gqa)],
@@ -270,6 +277,10 @@ def test_questions_are_those_of_the_published_files():
              "label": "yes", "category": "count"},
             {"question_id": "count/000.jpg#2", "image": "count/000.jpg", "text": f"Are there two?{SHORT}",
              "label": "no", "category": "count"}]
+        listed, found = os.listdir, read("mme")
+        for order in 1, -1:  # a text beside its picture, of the same name, is never taken for it
+            with unittest.mock.patch.object(os, "listdir", lambda folder: sorted(listed(folder))[::order]):
+                assert read("mme") == found
         assert read("gqa") == [
             {"question_id": "05", "image": "n1.jpg", "text": f"Is it red?{SHORT}", "label": "no", "category": "binary"},
             {"question_id": "07", "image": "n2.jpg", "text": f"What is it?{SHORT}", "label": "cat", "category": "open"}]
@@ -294,7 +305,8 @@ def test_questions_are_those_of_the_published_files():
         assert open(os.path.join(images, "8.jpg"), "rb").read() == b"a picture"
         assert read("exact") == [{"question_id": "9", "text": "what is it?", "label": "circle", "image": "val/9.png"},
                                  {"question_id": "10", "text": "is it?", "label": "yes"}]
-        assert read("mmvet") == [{"question_id": "v1_0", "image": "v1_0.png", "text": "Why?"}]
+        assert read("mmvet") == [{"question_id": "v1_0", "image": "v1_0.png", "text": "Why?"},
+                                 {"question_id": "v1_1", "image": "b.png", "text": "How?"}]
         rows = [f"{n}\tQ\tNaN\tup\t\t\t\t{answer}\tx\t\ts\n"
                 for n, answer in ((3, "NAN"), (10 ** 6, "A"), (999_999, "C"))]
         table = write(tmp, "more.tsv", open(files["mmbench"][0]).readline() + "".join(rows))
@@ -304,6 +316,9 @@ def test_questions_are_those_of_the_published_files():
             "structural": kind}} for n, kind in enumerate("query verify choose logical compare".split())}
         assert [(x["label"], x["category"]) for x in read("gqa", write(tmp, "kinds.json", kinds))] == [
             ("Red", "open")] + [("Red", "binary")] * 4
+        published_lines = write(tmp, "mine.jsonl", [{"question_id": 1, "image": "a", "text": "Q?"}])
+        assert read("pope", published_lines)[0]["text"] == "Q?" + SHORT, "POPE's own files are JSON lines, too"
+        assert read("gqa", published_lines)[0]["text"] == "Q?"
         asked = {"data": [{"question_id": 1, "image_id": "b", "question": "Q"}]}  # of the test set
         assert read("textvqa", write(tmp, "test2.json", asked)) == [
             {"question_id": 1, "image": "b.jpg", "text": "Q" + SHORT}]
@@ -316,6 +331,9 @@ def test_questions_are_those_of_the_published_files():
         empty = write(tmp, "empty.json", [])
         refused(UserError, questions.read_questions, "exact", [empty], says=(
             f"{empty}: no questions, or one without a question_id"))
+        half = write(tmp, "half.jsonl", [{"question_id": 1}, {"text": "Q"}])
+        refused(UserError, questions.read_questions, "gqa", [half], says=(
+            f"{half}: no questions, or one without a question_id"))
         bad = write(tmp, "bad.json", "{")
         refused(UserError, questions.read_questions, "gqa", [bad], says=(
             f"{bad} is no JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"))
@@ -381,6 +399,22 @@ def test_scores_on_the_command_line():
                words=["m2.jsonl", "question 0?", "2 times"])
 
 
+def test_what_each_command_needs():
+    """Left out alone, each argument that a command needs is asked for by its name."""
+    def asks(*flags):
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            raises(SystemExit, vqa.main, list(flags), words="2")
+        return err.getvalue().splitlines()[-1].split(": ")[-1]
+    for name in "pope mme gqa textvqa vqav2 mmbench exact".split():
+        assert asks(name) == "ANSWERS, LABELS" and asks(name, "a.jsonl") == "LABELS", name
+    for name in "mmvet", "pope":
+        assert asks("questions", name, "--out", "o") == "FILE" and asks("questions", name, "f") == "--out"
+    assert asks("questions") == "benchmark, FILE, --out" and asks() == "BENCHMARK | questions | submit"
+    for name in "mmvet", "vqav2":
+        assert asks("submit", name, "--out", "o") == "ANSWERS" and asks("submit", name, "a") == "--out"
+    assert asks("submit", "--out", "o") == "benchmark, ANSWERS"
+
+
 def test_files_for_servers():
     with tempfile.TemporaryDirectory() as tmp:
         out = os.path.join(tmp, "new", "out.json")
@@ -397,6 +431,8 @@ def test_files_for_servers():
                                         {"question_id": 7, "answer": "2 cats"}]
         assert said == f"{out}: 2 answers, for VQA's challenge on EvalAI, test-dev. Nothing was scored here.\n"
         raises(UserError, quietly, "submit", "vqav2", answers, "--out", out, words=["every question of the test set"])
+        twice = write(tmp, "twice.jsonl", [{"question_id": 5}, {"question_id": 7}, {"question_id": 5}])
+        raises(UserError, quietly, "submit", "vqav2", answers, twice, "--out", out, words="twice.jsonl has question 5")
         surplus = write(tmp, "s.jsonl", answers_of({8: "x"}))
         raises(UserError, quietly, "submit", "vqav2", surplus, asked, "--out", out, words=["s.jsonl", "question 8"])
 
@@ -414,14 +450,20 @@ def test_bad_answers_and_labels_are_one_line():
                 (pope("c.jsonl", good + good[1:]), ["c.jsonl has question 2 2 times"]),
                 (pope("d.jsonl", [*good[:1], {"question_id": "1", "text": "x"}]), ["d.jsonl", "question 1 2 times"]),
                 (pope("e.jsonl", [{"question_id": 1}]), ["e.jsonl", "answer 1", "no text"]),
+                (pope("e2.jsonl", [{}]), ["e2.jsonl: answer 1 has no question_id"]),
                 (pope("f.jsonl", [{"text": "x"}]), ["f.jsonl", "answer 1", "question_id"]),
                 (pope("g.jsonl", [{"question_id": 1, "text": 3}]), ["g.jsonl", "answer 1"]),
+                (pope("g2.jsonl", [good[0], {"question_id": 2}]), ["g2.jsonl: answer 2 has"]),
+                (["exact", plain, write(tmp, "some.jsonl", [{"question_id": 1, "label": "x"}, {"question_id": 2}])],
+                 ["some.jsonl has no label for question 2: give"]),
                 (pope("h.jsonl", '{"question_id": 1, "text": "x"}\nno JSON'), ["h.jsonl, line 2", "no JSON"]),
                 (pope("i.jsonl", "[1]\n"), ["i.jsonl, line 1", "object"]),
+                (pope("i2.jsonl", json.dumps(good[0]) + "\n\n[]\n"), ["i2.jsonl, line 3, is no JSON object"]),
                 (pope("j.jsonl", "\n"), ["j.jsonl is empty"]),
                 (["pope", os.path.join(tmp, "gone.jsonl"), labels], ["gone.jsonl: no such file"]),
                 (["pope", tmp, labels], [tmp, "directory"]),
                 (["pope", files["mme"][0], labels], [files["mme"][0], "directory"]),
+                (["pope", plain + "/x.jsonl", labels], ["k.jsonl/x.jsonl: not a directory"]),
                 (["pope", plain, gqa], [gqa, "no questions, or one without a question_id"]),
                 (["exact", plain, gqa], [gqa, "not in the format of exact"]),
                 (["mmbench", plain, files["exact"][0]], ["no questions"]),
@@ -431,6 +473,10 @@ def test_bad_answers_and_labels_are_one_line():
                 (["gqa", plain, labels], ["is no JSON"]),
                 (["gqa", plain, files["textvqa"][0]], ["not in the format of gqa"]),
                 (["textvqa", plain, gqa], ["not in the format of textvqa"]),
+                (["textvqa", plain, write(tmp, "bare.jsonl", [{"question_id": 5, "label": ["x"] * 10}])],
+                 ["k.jsonl lacks 1 of the 1 questions of", "bare.jsonl"]),
+                (["textvqa", write(tmp, "k2.jsonl", [{"question_id": 9, "text": "x"}]), files["textvqa"][0]],
+                 ["k2.jsonl lacks 2 of the 2 questions of"]),
                 (["vqav2", plain, files["vqav2"][0]], ["has no label for question 42000"]),
                 (["questions", "vqav2", files["vqav2"][1], "--out", "x"], ["labels, but no questions"]),
                 (["questions", "gqa", gqa, "--ocr", "x", "--out", "x"], ["--ocr is for textvqa"]),
