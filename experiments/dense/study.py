@@ -1,14 +1,16 @@
 """Do a tokenizer's features serve dense tasks as well as its teacher's? CamVid and two indoor sequences, one GPU.
 
+    T="train.py --teacher tiny --recipe fast --size 64 --steps 6000 --data tiny-imagenet-100-train-*.zip"
+    python $T --out out/distilled && python $T --lambda_d 0 --out out/pixels
     python -m experiments.dense.study all --camvid camvid_seg.zip --indoor indoor_depth.zip \
-        --images tiny-imagenet-100-train-*.zip --val tiny-imagenet-100-val.zip
-    python -m experiments.dense.study seg --camvid camvid_seg.zip --images tiny-imagenet-100-train-0.zip
+        --images tiny-imagenet-100-train-*.zip --val tiny-imagenet-100-val.zip \
+        --distilled out/distilled/model.safetensors --pixels out/pixels/model.safetensors
     python -m experiments.dense.study seg:student:linear@0 seg:teacher:linear@0 --camvid camvid_seg.zip
     python -m experiments.dense.study quick:student quick:teacher --camvid camvid_seg.zip --thin 8 4     # on a CPU
 
 Rows are TASK:CODE:HEAD@SEED; a part alone, like seg or seg:student, stands for all rows that begin with it.
   CODE   student, the shipped tokenizer's encoder; teacher, what it was distilled from; random, that network untrained;
-         pixels and distilled, two tokenizers of the same short training with --lambda_d 0 and with distillation
+         distilled and pixels, two tokenizers of the same short training, with distillation and with --lambda_d 0
   HEAD   linear, a linear layer on the frozen encoder; frozen, UperNet or DPT on it; finetuned, both trained together
   TASK   seg, CamVid: trained on train, mIoU of test; depth, indoor_depth: trained on train, errors on val;
          harder, trained on the office's pictures, errors on the kitchen's; probe, MAE's linear probe on --images, its
@@ -39,8 +41,7 @@ from tools.script import SHIPPED, commit
 
 RESULTS = os.path.join(os.path.dirname(os.path.relpath(__file__)), "results.jsonl")
 CODES = {"student": ["--weights", SHIPPED], "teacher": ["--teacher", "tiny"],
-         "random": ["--teacher", "tiny", "--teacher_weights", "random"], "pixels": None, "distilled": None}
-TOKENIZER = "train --teacher tiny --recipe fast --size 64 --eval_every 0"  # of pixels and distilled
+         "random": ["--teacher", "tiny", "--teacher_weights", "random"], "distilled": None, "pixels": None}
 LOOP = "--eval_every 0 --save_every 100000"
 # by task and head: the flags of training, then those of test
 SEG = "--crop 352 --batch_size 16 --width 256 --lr_decay 1"
@@ -72,13 +73,7 @@ def script(args, *command):
 
 def backbone_flags(args, code):
     """How train is told which encoder to take."""
-    return CODES[code] or ["--weights", os.path.join(args.work, code, "model.safetensors")]
-
-
-def train_tokenizer(args, code):
-    """Train pixels or distilled, if it is not there."""
-    script(args, *TOKENIZER.split(), "--lambda_d", int(code == "distilled"), "--steps", args.tokenizer_steps,
-           "--data", *args.images, "--workers", args.workers, "--out", os.path.join(args.work, code))
+    return CODES[code] or ["--weights", getattr(args, code)]
 
 
 def split_by_sequence(args):
@@ -177,11 +172,12 @@ def main(argv=None, on_signal=None):
     add("rows", nargs="+", metavar="ROW", help="all, or rows, or what they begin with")
     add("--camvid", metavar="ZIP", help="for seg and quick")
     add("--indoor", metavar="ZIP", help="for depth and harder")
-    add("--images", nargs="+", metavar="PATH", help="on which pixels and distilled are trained, at 64 px, and probes")
+    add("--distilled", metavar="FILE", help="a tokenizer trained with distillation")
+    add("--pixels", metavar="FILE", help="the same without, by --lambda_d 0")
+    add("--images", nargs="+", metavar="PATH", help="to train probes on, at 64 px")
     add("--val", nargs="+", metavar="PATH", help="images to measure probes on")
     add("--work", default="out/dense", metavar="FOLDER", help="[%(default)s]")
     add("--results", default=RESULTS, metavar="FILE", help="[%(default)s]")
-    add("--tokenizer_steps", type=int, default=6000, help="of 128 images [%(default)s]")
     add("--thin", type=int, nargs=2, default=[1, 1], metavar=("TRAIN", "TEST"), help="pictures of quick [%(default)s]")
     add("--workers", type=int, default=4, help="of each training [%(default)s]")
     add("--parallel", type=int, default=3, help="rows side by side on the GPU [%(default)s]")
@@ -195,8 +191,8 @@ def main(argv=None, on_signal=None):
     rows = [row for row in ROWS if any(begins(row, given) for given in args.rows)]
     rows = [row for row in rows if row not in {x["row"] for x in lines}]
     tasks, codes = ({row.split(":")[k].partition("@")[0] for row in rows} for k in (0, 1))
-    needed = {"camvid": tasks & {"seg", "quick"}, "indoor": tasks & {"depth", "harder"},
-              "images": codes & {"pixels", "distilled"} | tasks & {"probe"}, "val": tasks & {"probe"}}
+    needed = {"camvid": tasks & {"seg", "quick"}, "indoor": tasks & {"depth", "harder"}, "images": tasks & {"probe"},
+              "val": tasks & {"probe"}, "distilled": codes & {"distilled"}, "pixels": codes & {"pixels"}}
     for name, why in needed.items():
         if why and not getattr(args, name):
             ap.error(f"--{name} is missing, for the rows of {' '.join(sorted(why))}")
@@ -212,7 +208,6 @@ def main(argv=None, on_signal=None):
             f.write(json.dumps(finite(line), allow_nan=False) + "\n")
         print(f"{row:28s} " + "  ".join(f"{k} {line[k]:.4g}" for k in FIGURES if k in line), flush=True)
     with ThreadPoolExecutor(args.parallel) as pool:
-        list(pool.map(lambda code: train_tokenizer(args, code), sorted(codes & {"pixels", "distilled"})))
         for row in filter(lambda row: row.startswith("quick"), rows):
             write(row, quick_row(args, row, device))
         list(pool.map(lambda row: write(row, run_row(args, row)), [row for row in rows if not row.startswith("quick")]))

@@ -1,11 +1,11 @@
 """Does the student detect as well as its teacher, and what does a tokenizer without distillation lose? One small GPU.
 
-    python -m experiments.detection.study all --data DATA --work out/detection
+    python -m experiments.detection.study all --data DATA --pixels out/pixels/model.safetensors
     python -m experiments.detection.study student teacher --more "--epochs 120" --results mine.jsonl ...
 
-DATA holds fruit_det.zip, coco_mini.zip and tiny-imagenet-100-train-0.zip. Rows, all at one setting (TRAINING):
+DATA holds fruit_det.zip and coco_mini.zip. Rows, all at one setting (TRAINING):
   student     the shipped tokenizer's encoder (ViT-Ti/8)        teacher    its teacher
-  plain       a tokenizer trained with --lambda_d 0 for --tokenizer_steps, of that teacher
+  pixels      a tokenizer trained without distillation: train.py --teacher tiny --recipe fast --lambda_d 0
   random      the same ViT with random weights
   overfit     eight pictures of coco_mini.zip with their masks, learned by heart: trained and tested on the same ones
   format      the AP of what `overfit` finds on coco_mini's val part, by downstream.detect test and by pycocotools from
@@ -37,8 +37,7 @@ TRAINING = ("--size 384 --channels 128 --batch_size 16 --epochs 60 --lr 5e-4 --w
             "--drop_path 0.1 --warmup 100 --lr_decay 0.5 --jitter 0.5 1.5 --eval_every 150 --save_every 100000")
 OVERFIT = ("--size 512 --channels 128 --batch_size 8 --steps 600 --lr 5e-4 --weight_decay 0 --layer_decay 1 "
            "--drop_path 0 --warmup 50 --lr_decay 0.5 --jitter 1 1 --eval_every 200 --save_every 100000")
-TOKENIZER = "--teacher tiny --recipe fast --size 64 --lambda_d 0 --eval_every 0"
-ROWS = "student teacher plain random overfit format bench".split()
+ROWS = "student teacher pixels random overfit format bench".split()
 RESULTS = os.path.join(os.path.dirname(os.path.relpath(__file__)), "results.jsonl")
 
 
@@ -66,13 +65,8 @@ def merge(*texts):
 
 def backbone(args, row):
     """Flags of downstream.detect train that name a row's encoder."""
-    if row != "plain":
-        return {"student": ["--weights", SHIPPED], "teacher": ["--teacher", "tiny"], "overfit": ["--weights", SHIPPED],
-                "random": ["--teacher", "tiny", "--teacher_weights", "random"]}[row]
-    out = os.path.join(args.work, "plain-tokenizer")
-    script(args, "train", *TOKENIZER.split(), "--steps", args.tokenizer_steps, "--data",
-           os.path.join(args.data, "tiny-imagenet-100-train-0.zip"), "--workers", args.workers, "--out", out)
-    return ["--weights", os.path.join(out, "model.safetensors")]
+    return {"student": ["--weights", SHIPPED], "teacher": ["--teacher", "tiny"], "overfit": ["--weights", SHIPPED],
+            "pixels": ["--weights", args.pixels], "random": ["--teacher", "tiny", "--teacher_weights", "random"]}[row]
 
 
 def train(args, row, seed, data, flags):
@@ -143,16 +137,18 @@ def main(argv=None, on_signal=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = ap.add_argument
     add("rows", nargs="+", metavar="ROW", help=f"all, or some of {' '.join(ROWS)}")
-    add("--data", required=True, metavar="FOLDER", help="of the three archives")
+    add("--data", required=True, metavar="FOLDER", help="of the two archives")
     add("--work", default="out/detection", metavar="FOLDER", help="[%(default)s]")
     add("--results", default=RESULTS, metavar="FILE", help="[%(default)s]")
-    add("--tokenizer_steps", type=int, default=5000, help="of the row plain [%(default)s]")
+    add("--pixels", metavar="FILE", help="the tokenizer of the row pixels")
     add("--workers", type=int, default=8, help="of each training [%(default)s]")
     add("--more", default="", metavar="FLAGS", help="more flags of downstream.detect train")
     args = ap.parse_args(argv)
     rows = [row if "@" in row else row + "@0" for row in (ROWS if "all" in args.rows else args.rows)]
     if unknown := [row for row in rows if row.split("@")[0] not in ROWS]:
         ap.error(f"unknown rows: {' '.join(unknown)}; there are {' '.join(ROWS)}")
+    if any(row.startswith("pixels") for row in rows) and not args.pixels:
+        ap.error("--pixels FILE is missing, for the row pixels")
     os.makedirs(args.work, exist_ok=True)
     done = set()
     if os.path.exists(args.results):

@@ -16,7 +16,9 @@ Each line of results.jsonl is one evaluation of one row: images with as many of 
 images. `distance` is the Frechet distance of the shipped teacher's features, NOT an FID; `accuracy` the part of the
 images that a linear classifier on those features, fitted to the training images, takes for their class. judge_distance
 and judge_accuracy are the same by a network that is not our teacher: EfficientNet-Lite0, images enlarged to 224 px, the
-best of the 100 classes. Rows "floor:CODE" are reconstructions of training images, "real" the validation images.
+best of the 100 classes. `nearest` is the mean cosine of the teacher's features of an image and of the training image
+that is closest: near the floor's it tells of copies. Rows "floor:CODE" are reconstructions of training images, "real"
+the validation images.
 Rows that stand in results.jsonl are not trained or measured again.
 """
 import argparse
@@ -139,7 +141,10 @@ class Ruler:
         x, judged, logits = self.features(images)
         labels = labels.to(self.device)
         accuracy, _ = linear_probe(self.x, self.labels, x, labels)
+        train = F.normalize(self.x, dim=1).T
+        nearest = torch.cat([(part @ train).amax(1) for part in F.normalize(x, dim=1).split(1000)])
         return {"distance": frechet_distance(*self.reference[0], *self.moments(x)), "accuracy": accuracy,
+                "nearest": nearest.mean().item(),
                 "judge_distance": frechet_distance(*self.reference[1], *self.moments(judged)),
                 "judge_accuracy": 100 * (logits.argmax(1) == labels).double().mean().item(), "images": len(images)}
 
@@ -237,11 +242,14 @@ def generated(args, out, coder, options, device, classes):
 
 
 def picture(args, out, coder, images, labels, names, options, device):
-    """WORK/classes.png: a row for each of ten classes, four training images beside six generated ones."""
+    """WORK/classes.png: a row for each of ten classes, four training images as the tokenizer gives them back, which is
+    the best that a generator could do, beside the first six generated ones."""
     classes, rows = range(0, len(names), max(1, len(names) // 10)), []
     fake, fake_labels = generated(args, out, coder, options, device, len(names))
     for c in classes:
-        rows += [*images[labels == c][:4], *fake[fake_labels == c][:6]]
+        with torch.no_grad():
+            real = coder.decode(coder.encode(images[labels == c][:4].to(device) / 255))
+        rows += [*(255 * real).round().to(torch.uint8).cpu(), *fake[fake_labels == c][:6]]
     shown = torch.stack(rows).permute(0, 2, 3, 1).numpy()
     sampling.labelled_grid(shown, [names[c] for c in classes]).save(os.path.join(args.work, "classes.png"))
 

@@ -125,7 +125,7 @@ def main(argv=None, on_signal=None):
     add("--pixels", metavar="FILE", help="a tokenizer trained with --lambda_d 0")
     add("--sizes", type=int, nargs="+", default=[64, 256], help="pixels [64 256]")
     add("--seeds", type=int, nargs="+", default=[0, 1], help="[0 1]")
-    add("--epochs", type=int, nargs=2, default=[2, 4], help="of both stages [2 4]")
+    add("--epochs", type=int, nargs=2, default=[1, 2], help="of both stages [1 2]")
     add("--steps", type=int, nargs=2, help="of both stages, instead of --epochs")
     add("--lr", type=float, nargs=2, default=[1e-3, 1e-4], help="of both stages [1e-3 1e-4]")
     add("--batch_size", type=int, default=128, help="[%(default)s]")

@@ -929,7 +929,7 @@ def test_the_study_gives_each_row_its_encoder_its_questions_and_its_line():
             data = "coco_mini/train/llava_train.json" if k == 6 else f"easy_vqa/train/llava{control}.json"
             assert one.data == two.data == [os.path.join(tmp, data)] and two.init == one.out and one.init is None
             assert (one.stage, two.stage, one.template, two.template) == (1, 2, "chat", "chat")
-            assert (one.lr, two.lr, one.epochs, two.epochs, one.seed, two.size) == (1e-3, 1e-4, 2, 4, 3, 32)
+            assert (one.lr, two.lr, one.epochs, two.epochs, one.seed, two.size) == (1e-3, 1e-4, 1, 2, 3, 32)
         asked = [llava.parse_args(x[1:]).questions for x in commands if x[1] == "answer"]
         assert [os.path.relpath(x, tmp) for x in asked] == [f"easy_vqa/questions{x}.jsonl" for x in (
             "", "_shuffled", "", "", "", "_no_picture", "_shuffled")] + ["coco_mini/questions.jsonl"]
