@@ -111,8 +111,9 @@ def start_script(*args):
 
 
 def exit_status(process):
-    """That of a process of start_script, once it has ended."""
-    multiprocessing.connection.wait([process.sentinel])
+    """That of a process of start_script, once it has ended. One that hangs is killed after five minutes."""
+    if not multiprocessing.connection.wait([process.sentinel], 300):
+        process.kill()
     with STARTING:
         process.join()
     return process.exitcode

@@ -469,6 +469,21 @@ if __name__ == "__main__":
         assert data.cores() == 3, "the affinity, not the machine"
 
 
+def test_a_damaged_tiff_costs_one_line():
+    """PIL logs what it finds in a TIFF of 50 samples a pixel; the script says it once, in its own words."""
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "a.tif")
+        Image.new("RGB", (8, 8)).save(path)
+        with open(path, "rb") as f:
+            tiff = f.read()
+        entry = struct.pack("<HHIH", 277, 3, 1, 3)  # SamplesPerPixel, one short: 3
+        assert tiff.count(entry) == 1
+        with open(path, "wb") as f:
+            f.write(tiff.replace(entry, struct.pack("<HHIH", 277, 3, 1, 50)))
+        done = run("python", "sample.py", path, "--out", tmp)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and path in done.stderr, done.stderr
+
+
 def test_data_py_ends_as_it_should():
     with tempfile.TemporaryDirectory() as tmp:
         folder, archive = picture_folder(tmp)

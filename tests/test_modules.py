@@ -447,6 +447,7 @@ def test_parameter_groups_with_layer_decay():
         assert sum(len(g["params"]) for g in groups) == len(rate) == len([*vit.parameters(), *head.parameters()])
         assert {p: rate[p] for p in by_hand} == by_hand
     assert len(encoder.parameter_groups(head, 1.0)) == 2, "a module alone, too"
+    assert len(encoder.parameter_groups(iter([frozen, head]), 1.0)) == 2, "and what can be read but once"
     other = torch.nn.ModuleDict({"mha": torch.nn.MultiheadAttention(4, 2), "conv": torch.nn.Conv1d(2, 3, 1),
                                  "classes": torch.nn.Embedding(5, 4)})
     other.queries = torch.nn.Parameter(torch.zeros(7, 4))

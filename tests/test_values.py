@@ -20,7 +20,7 @@ import zlib
 from dataclasses import asdict, replace
 
 from tests.helpers import (
-    HERE, MICRO_DECODER, MICRO_VIT, clip, close, picture, picture_folder, refused, tokenizer_file)
+    HERE, MICRO_DECODER, MICRO_VIT, clip, close, picture, picture_folder, raises, refused, tokenizer_file)
 
 import numpy as np
 import torch
@@ -691,6 +691,11 @@ def test_what_is_said_of_pictures_that_cannot_be_read():
                         says=f"{os.path.join(tmp, names[last])}: is number {last}")
                 assert tried == [(last, None)]
         path, archive = os.path.join(tmp, "x.png"), os.path.join(tmp, "x.zip")
+        picture(0, 9, 6).save(path, "JPEG")
+        with open(path, "rb") as f:
+            whole = f.read()
+        for length, says in (2, "none of JPEG, PNG"), (6, "Truncated File Read"), (177, "annot load this image"):
+            raises(data.UserError, data.load_image, io.BytesIO(whole[:length]), words=says)  # in PIL's words
         picture(0, 9, 6).save(path)
         with patch.object(data, "MAX_PIXELS", 54):
             assert data.load_image(path).size == (9, 6)

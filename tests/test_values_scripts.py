@@ -1153,6 +1153,9 @@ def test_sizes_of_pictures_and_animations():
         turned = np.stack([np.array(f).transpose(1, 0, 2)[:, ::-1] for f in frames])
         assert (H, W) == (9, 6) and np.array_equal(x.permute(0, 2, 3, 1), turned), "every frame is turned"
         assert options == {"format": "WEBP", "duration": [10, 20, 30], "loop": 0}
+        Image.new("RGB", (1, 1)).save(path + ".png")
+        refused(encoder.UserError, pictures.load_frames, path + ".png", 11_600, says="has 11600x11600 pixels at this "
+                "--size, more than 134,217,728: give a smaller one, or crop it")
         for limit, fits in (81, True), (80, False):
             with patch.object(pictures, "MAX_PIXELS", limit):
                 if fits:

@@ -6,6 +6,7 @@
     run_command(main, "sample.py")          # main() as a script: such a line and status 2, or a bug's traceback
 """
 import errno
+import logging
 import multiprocessing
 import os
 import re
@@ -104,7 +105,9 @@ def print_user_message(error, name):
 
 def open_streams():
     """Make print work for a script. What cannot be encoded (a file's name may be any bytes) is printed with
-    backslashes. If standard output was closed (>&-), the text goes to standard error."""
+    backslashes. If standard output was closed (>&-), the text goes to standard error. What PIL logs of a damaged file
+    is left out: our own line says it."""
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
     sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.stdout = sys.stdout or sys.stderr
     sys.stdout.reconfigure(errors="backslashreplace")  # stderr does so by itself

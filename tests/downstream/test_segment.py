@@ -915,6 +915,8 @@ def test_pairs_have_their_names_and_say_which_do_not():
         assert both.names == [f"{tmp}/a/top/city/0", f"{tmp}/b/top/city/0"]
         assert both.path(1) == f"{tmp}/b/top/val/images/city/0.jpg"
         assert both.path(1, True) == f"{tmp}/b/top/val/masks/city/0.png"
+        swapped = Pairs([f"{tmp}/b", f"{tmp}/a"], "val", "masks")
+        assert swapped.names == both.names and swapped.path(1) == both.path(1), "by name, not as --data lists them"
         assert Pairs(f"{tmp}/a", "v.l", "masks").names == ["top/1"]
         assert Pairs(f"{tmp}/a", "val", "masks").numbers.tolist() == [[2, 3]]  # v.l sorts before val
         refused(DataError, Pairs, [f"{tmp}/a", f"{tmp}/b"], "val", "depth", says=f"{tmp}/a, {tmp}/b, split val: there "

@@ -478,6 +478,7 @@ def test_bad_answers_and_labels_are_one_line():
                 (["textvqa", write(tmp, "k2.jsonl", [{"question_id": 9, "text": "x"}]), files["textvqa"][0]],
                  ["k2.jsonl lacks 2 of the 2 questions of"]),
                 (["vqav2", plain, files["vqav2"][0]], ["has no label for question 42000"]),
+                (["vqav2", plain, *files["vqav2"]], [f"questions of {files['vqav2'][0]}, the first is 42000"]),
                 (["questions", "vqav2", files["vqav2"][1], "--out", "x"], ["labels, but no questions"]),
                 (["questions", "gqa", gqa, "--ocr", "x", "--out", "x"], ["--ocr is for textvqa"]),
                 (["questions", "gqa", gqa, "--images", "x", "--out", "x"], ["--images is for mmbench"])]:
