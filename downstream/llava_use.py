@@ -83,6 +83,8 @@ def ask(prompter, looker, turns, pictures):
     if marks != len(pictures):
         raise UserError(f"{len(pictures)} pictures, but {marks} {MARK} in the questions: one for each, or none")
     ids = prompter.prompt(turns)
+    if not ids:  # the plain template shows no words of a question, and not every tokenizer has a token that begins
+        raise UserError("nothing is left to ask: a model of --template plain is shown a picture, and no words")
     return expand(ids, ids, layouts, NO_LIMIT)[0], tiles, layouts
 
 

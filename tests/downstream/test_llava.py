@@ -1309,6 +1309,12 @@ def test_prompts_and_tiles_reach_the_model():
     assert bf16 and prompts == ("ids1", "ids2", "ids3") and torch.equal(tiles, torch.cat([a, b]))
     assert rest == [[1, 2, 3], 7, [2]] and others == [[], 7, [2]] and texts == ("ids1", "ids2")
     assert black.shape == (1, 3, 4, 4) and black.dtype == torch.uint8 and not black.any()
+    for llama, pictures in ((False, 1), (True, 0)):  # one of two tokenizers begins by <s>, which is enough
+        ids, *_ = llava_use.ask(Prompter(tokenizer(llama), "plain"), lambda x: ([], [(1, None, (4, 4), 2)] * len(x)),
+                                [(pictures * "<image>" + "What?", "")], pictures * ["a picture"])
+        assert ids.tolist() == [1] * llama + pictures * 2 * [IMAGE]
+    refused(UserError, llava_use.ask, Prompter(tokenizer(False), "plain"), lambda pictures: ([], []), [("What?", "")],
+            [], says="nothing is left to ask: a model of --template plain is shown a picture, and no words")
 
 
 def test_what_is_clipped_and_what_is_not_finite():
