@@ -1996,6 +1996,8 @@ TABLE = [
      "else [parts[-1]]", "test_visual_tokens_take_their_places_and_the_loss_is_of_the_targets"),
     ("answers turn by frequencies in bf16", "downstream/llava_use.py", "p.data = p.data.to(", "self.model.llm.to(",
      "test_files_in_half_precision"),
+    ("one of two rows is there", "experiments/understanding/study.py", "    if unknown:", "    if not rows:",
+     "test_the_study_gives_each_row_its_encoder_its_questions_and_its_line"),
     ("an empty prompt", "downstream/llava_use.py", "    if not ids:", "    if False:",
      "test_prompts_and_tiles_reach_the_model"),
     ("a run goes on with another encoder", "downstream/llava.py",

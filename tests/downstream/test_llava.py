@@ -932,6 +932,8 @@ def test_the_study_gives_each_row_its_encoder_its_questions_and_its_line():
             study.main(["easy_vqa", "coco_mini@32:random", *flags])
             lines, first = [json.loads(x) for x in open(results)], len(commands)
             study.main(["easy_vqa", "coco_mini@32:random", *flags])
+            said = refused_by(study.main, "easy_vqa", "student:4", *flags)
+        assert "no such rows: student:4; there are easy_vqa@32:student:3 easy_vqa@32:teacher:3 " in said, said
         assert len(commands) == first, "rows that stand there are not run again"
         assert [x["row"] for x in lines] == [f"easy_vqa@32:{eye}:3" for eye in study.EYES] + ["coco_mini@32:random:3"]
         assert lines[0]["accuracy"] == 91.5 and lines[0]["steps"] == 7 and lines[0]["asked_shuffled_accuracy"] == 91.5
