@@ -100,6 +100,8 @@ def parse_args(argv=None):
         return args
     if bool(args.latents) == bool(args.data):
         train.error("give --latents FOLDER, or --data IMAGES and the tokenizer's --weights")
+    if args.latents and args.size:
+        train.error(f"--size {args.size} is for --data: latents are of the size at which they were saved")
     if {x.partition("=")[0] for x in args.set} & {"channels", "grid", "classes"}:
         train.error("--set: channels, grid and classes are those of the latents")
     if args.init and not args.model.startswith("mar"):

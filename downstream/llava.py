@@ -108,6 +108,8 @@ def parse_args(argv=None):
             setattr(args, name, value)
     if bool(args.weights) + bool(args.teacher) > 1 or not (args.weights or args.teacher or args.init):
         train.error("give the tokenizer's --weights, or for the control a --teacher, or --init")
+    if args.teacher_weights and not args.teacher:
+        train.error(f"--teacher_weights {args.teacher_weights} is of a --teacher, and there is none")
     if not (args.llm or args.init):
         train.error("give a language model, --llm, or --init")
     args.lr_decay, args.decay_shape, args.eval_every = 1.0, "cosine", 0
@@ -142,10 +144,13 @@ def setup(args, run):
     args.lr_decay = 1 - args.warmup / args.steps
     s.now = run.counts(4)  # loss, gradient norm, tokens, steps
     s.now.cut = 0  # samples that were too long
-    args.samples = f"{len(s.data):,} conversations, {s.data.pictured.sum():,} with pictures"  # a resume compares it
+    # a resume compares both: --llm and --weights may name other places, but frozen parts are not in state.pt
+    args.samples = f"{len(s.data):,} conversations, {s.data.pictured.sum():,} with pictures"
+    args.parts = f"{os.path.basename(c['llm'])} seeing by {os.path.basename(c['eye'].split()[-1])}"
     run.say(f"data: {args.samples}; template {args.template}, pictures: {args.aspect}, at most {args.max_length:,} "
             "tokens")
-    run.say(f"model: {c['llm']} seeing by {c['eye']}; trains {', '.join(args.trains)}: "
+    run.say(f"model: {c['llm']} seeing by {c['eye']}, " + (f"from {args.init}" if args.init else "a new projector")
+            + f"; trains {', '.join(args.trains)}: "
             f"{sum(p.numel() for p in rest + encoder) / 1e6:.1f}M of "
             f"{sum(p.numel() for p in s.model.parameters()) / 1e6:.1f}M parameters")
     run.say(f"run: {args.steps:,} steps of {args.batch_size} = micro-batch {s.micro_batch} x accumulation "

@@ -69,8 +69,10 @@ class LLaVA(nn.Module):
                   zip(parts, layouts)]
         if any(len(v) != layout[3] for v, layout in zip(tokens, layouts)):
             raise ValueError(f"a picture has {[len(v) for v in tokens]} tokens, ids expect {[x[3] for x in layouts]}")
-        # A batch of text alone brings a black tile that nothing reads: with several ranks all must run all parts.
-        x = x + 0 * parts[-1].sum().to(x.dtype)
+        # A batch of text alone brings a black tile that nothing reads, and has no newline: with several ranks all must
+        # run all parts, and each parameter must have a gradient on all ranks or on none.
+        unread = [parts[-1]] if self.newline is None else [parts[-1], self.newline]
+        x = x + 0 * sum(part.sum() for part in unread).to(x.dtype)
         if tokens:
             x = x.masked_scatter((ids == IMAGE)[:, :, None], torch.cat(tokens).to(x.dtype))
         return x
@@ -101,8 +103,9 @@ class LLaVA(nn.Module):
             logits = self.llm(inputs_embeds=x, attention_mask=seen, position_ids=positions, use_cache=True,
                               logits_to_keep=1, **cache).logits
             token = logits[:, -1].argmax(1)  # (B,)
-            ended |= torch.isin(token.cpu(), torch.tensor(stop))
-            yield torch.where(ended, -1, token.cpu())
+            said = token.cpu()  # here Python waits for the GPU, once a token
+            ended |= torch.isin(said, torch.tensor(stop))
+            yield torch.where(ended, -1, said)
             if ended.all():
                 return
             x = self.llm.get_input_embeddings()(token[:, None])

@@ -62,7 +62,8 @@ class Speaker:
         self.limit = args.max_new_tokens
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
         self.name = f"{os.path.basename(os.path.abspath(args.run))}-{self.config['id']}-{self.config['step']}"
-        self.model.llm.to(torch.bfloat16 if args.bf16 else torch.float32)
+        for p in self.model.llm.parameters():  # not the buffers: rotary frequencies need fp32
+            p.data = p.data.to(torch.bfloat16 if args.bf16 else torch.float32)
 
     def tokens(self, asked):
         """Yields the next token of each of several prompts of `ask`, (B,); -1 after the end of an answer."""
@@ -82,6 +83,8 @@ def ask(prompter, looker, turns, pictures):
     if marks != len(pictures):
         raise UserError(f"{len(pictures)} pictures, but {marks} {MARK} in the questions: one for each, or none")
     ids = prompter.prompt(turns)
+    if not ids:  # the plain template shows no words of a question, and not every tokenizer has a token that begins
+        raise UserError("nothing is left to ask: a model of --template plain is shown a picture, and no words")
     return expand(ids, ids, layouts, NO_LIMIT)[0], tiles, layouts
 
 

@@ -298,8 +298,8 @@ def score(args):
         f"{args.steps} Heun steps"
     protocol = (f"image i of class i mod {C}, noise and order from (seed {args.seed}, class, number); {steps}, "
                 f"temperature {args.temperature:g}, {job.precision}; made at {info['size']} px, resized to "
-                f"{args.resolution} (bicubic, antialiased), then rounded to uint8; against {against}; IS in 10 splits "
-                f"by a fixed permutation; {name}")
+                f"{args.resolution} (bicubic, antialiased), then rounded to uint8; against {against}; IS in "
+                f"{min(10, args.images)} splits by a fixed permutation; {name}")
     table = [f"{'cfg':>5s}   images      gFID             IS"]
     table += [f"{r['cfg']:5g}  {r['images']:7,}  {r['gfid']:8.3f}  {r['is']:6.2f} +- {r['is_std']:.2f}" for r in rows]
     return job.finish({"generator": info["generator"], "run": args.run, "step": info["step"], "weights": args.weights,

@@ -142,8 +142,9 @@ def main(argv=None, on_signal=None):
     every = [f"{name}@{size}:{eye}:{seed}" for size in args.sizes for name in SETS for seed in args.seeds
              for eye in EYES]
     rows = [row for row in every if any(part == "all" or part in row for part in args.rows)]
-    if not rows:
-        ap.error(f"no such row; there are {' '.join(every)}")
+    unknown = [part for part in args.rows if part != "all" and not any(part in row for row in every)]
+    if unknown:
+        ap.error(f"no such rows: {' '.join(unknown)}; there are {' '.join(every)}")
     done = {json.loads(x)["row"] for x in open(args.results)} if os.path.exists(args.results) else set()
     rows = [row for row in rows if row not in done]
     check(args, rows)

@@ -214,6 +214,9 @@ def test_score_is_the_distance_of_its_own_images():
             assert math.isclose(row["is"], evaluation.inception_score(logits)[0], rel_tol=1e-4)
         assert "image i of class i mod 2" in said and "temperature 1" in said and json.load(open(report))["step"] == 2
         pictures, _ = picture_folder(tmp)
+        assert "; IS in 10 splits by a fixed permutation" in result["protocol"]
+        few = quietly(*score, "--reference", statistics, "--images", 7)[0]["protocol"]
+        assert "; IS in 7 splits by a fixed permutation" in few, few
         result, _ = quietly(*score, "--reference", pictures, "--images", 12)
         assert len(result["results"]) == 1 and "10 images" in result["protocol"] and result["results"][0]["gfid"] > 0
 

@@ -1017,6 +1017,7 @@ def test_the_command_line_of_training():
     for field in "channels=3", "grid=4", "classes=8":
         assert "are those of the latents" in refused("--latents", "a", "--set", "depth=3", field)
     assert "--init starts a MAR from a released one, and --model is dit-b" in refused("--latents", "a", "--init", "x")
+    assert "--size 64 is for --data: latents are of the size" in refused("--latents", "a", "--size", 64)
     for flag, low, high in ("--beta1", -0.1, 1), ("--beta2", -0.1, 1), ("--ema", -0.1, 1), ("--lr_decay", -0.1, 1.1), (
             "--clip", -1, None), ("--weight_decay", -1, None), ("--warmup", -1, None), ("--lr", -1, None), (
             "--batch_size", 0, None), ("--steps", 0, None), ("--epochs", 0, None), ("--log_every", 0, None), (
@@ -1027,7 +1028,7 @@ def test_the_command_line_of_training():
         good = 0 if flag in ("--beta1", "--clip", "--lr", "--warmup", "--seed", "--ema", "--weight_decay", "--workers",
                              "--eval_every", "--save_every", "--keep_every") else 1
         good = 0.5 if flag == "--beta2" else good
-        args = parse("train", "--latents", "a", flag, good)
+        args = parse("train", "--data" if flag == "--size" else "--latents", "a", flag, good)
         assert getattr(args, flag[2:]) == good, "the recipe does not replace what is given, be it 0"
     args = parse("train", "--latents", "a")
     assert (args.model, args.recipe, args.epochs, args.out, args.micro_batch, args.seed) == ("dit-b", "dit", 80, "gen",

@@ -445,6 +445,7 @@ def test_visual_tokens_take_their_places_and_the_loss_is_of_the_targets():
                                          tiles=tiles[:0]) for ids, labels, *_ in samples[2:]])
         model(**{k: alone[k] for k in ("ids", "places", "targets", "tiles", "layouts")}).backward()
         assert alone["tiles"].shape == (1, 3, 16, 16) and not model.projector[0].weight.grad.any()
+        assert not cap or model.newline.grad is not None and not model.newline.grad.any()
         assert model.projector[0].weight.grad is not None and all(
             p.grad is not None for p in model.encoder.vit.blocks[0].parameters())
         assert torch.equal(model.projector[1](tiles[0] / 99), torch.nn.functional.gelu(tiles[0] / 99))
@@ -634,8 +635,8 @@ def test_rates_warm_up_and_fall_as_a_cosine():
             s = llava.setup(llava.parse_args(list(map(str, flags))), llava.Run(out))
         learns, everything = (sum(p.numel() for p in s.model.parameters() if p.requires_grad >= least) / 1e6
                               for least in (True, False))
-        assert 5 < learns < everything and (f"seeing by tiny random; trains encoder, projector, llm: {learns:.1f}M of "
-                                            f"{everything:.1f}M parameters") in said.getvalue()
+        assert 5 < learns < everything and (f"seeing by tiny random, a new projector; trains encoder, projector, llm: "
+                                            f"{learns:.1f}M of {everything:.1f}M parameters") in said.getvalue()
         # two ranks share a batch; bf16 is autocast's on one GPU alone
         for ranks, on_gpu in (2, True), (1, True), (1, False):
             rank = llava.Run(out)
@@ -733,6 +734,20 @@ def test_llava_resumes_exactly():
             "model_0000003.safetensors", "model.safetensors")] == [3, 6]
         assert "finished" in quietly(*flags, "--out", whole)
         raises(UserError, quietly, *flags, "--lr", 1e-2, "--out", whole, words="lr was 0.001, is now 0.01")
+        # what is frozen is not in the checkpoint: the same file may lie elsewhere, another one is refused
+        path = lambda name: os.path.join(tmp, name)
+        shutil.copy(path("tokenizer.safetensors"), path("moved.safetensors"))
+        shutil.copytree(path("llm"), path("elsewhere/llm"))
+        moved = [*flags, "--weights", path("moved.safetensors"), "--llm", path("elsewhere/llm")]
+        assert "finished" in quietly(*moved, "--out", whole)
+        llava.write_model(path("other.safetensors"), read_config(path("moved.safetensors")),
+                          {k: 2 * x for k, x in load_file(path("moved.safetensors")).items()})
+        one, two = (sha256(path(f"{name}.safetensors"))[:12] for name in ("moved", "other"))
+        raises(UserError, quietly, *flags, "--weights", path("other.safetensors"), "--out", whole, words=(
+            f"parts was llm seeing by {one}, is now llm seeing by {two}"))
+        raises(UserError, quietly, *flags, "--llm", llm_folder(tmp, "other", seed=1), "--out", whole, words=(
+            f"parts was llm seeing by {one}, is now other seeing by {one}"))
+        assert "finished" in quietly(*flags, "--weights", path("other.safetensors"), "--out", whole, "--resume_anyway")
 
 
 def answered(path):
@@ -857,6 +872,7 @@ def test_what_does_not_fit_is_said_in_one_line():
         done = run("python", "-m", "downstream.llava", *map(str, training(tmp, "--images", out, "--data", "no.json")))
         assert done.returncode == 2 and done.stderr.strip().count("\n") == 0 and "no.json" in done.stderr, done.stderr
         for flags, words in ((["--stage", 3], "stages 1 and 2"), (["--teacher", "tiny"], "--weights"),
+                             (["--teacher_weights", "random"], "random is of a --teacher, and there is none"),
                              (["--data"], "expected at least one")):
             with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.suppress(SystemExit):
                 llava.parse_args(list(map(str, training(tmp, *flags))))
@@ -916,6 +932,8 @@ def test_the_study_gives_each_row_its_encoder_its_questions_and_its_line():
             study.main(["easy_vqa", "coco_mini@32:random", *flags])
             lines, first = [json.loads(x) for x in open(results)], len(commands)
             study.main(["easy_vqa", "coco_mini@32:random", *flags])
+            said = refused_by(study.main, "easy_vqa", "student:4", *flags)
+        assert "no such rows: student:4; there are easy_vqa@32:student:3 easy_vqa@32:teacher:3 " in said, said
         assert len(commands) == first, "rows that stand there are not run again"
         assert [x["row"] for x in lines] == [f"easy_vqa@32:{eye}:3" for eye in study.EYES] + ["coco_mini@32:random:3"]
         assert lines[0]["accuracy"] == 91.5 and lines[0]["steps"] == 7 and lines[0]["asked_shuffled_accuracy"] == 91.5
@@ -1173,8 +1191,8 @@ def test_a_run_says_and_logs_what_it_does():
         eye = config["llava"]["eye"]
         expected = [
             "data: 16 conversations, 8 with pictures; template vicuna, pictures: pad, at most 29 tokens",
-            f"model: {os.path.join(tmp, 'llm')} seeing by {eye}; trains projector, llm: {learns / 1e6:.1f}M of "
-            f"{everything / 1e6:.1f}M parameters",
+            f"model: {os.path.join(tmp, 'llm')} seeing by {eye}, a new projector; trains projector, llm: "
+            f"{learns / 1e6:.1f}M of {everything / 1e6:.1f}M parameters",
             "run: 3 steps of 4 = micro-batch 2 x accumulation 2 x 1 rank on cpu; rate 1.00e-03 after 2 steps of "
             "warm-up, then a cosine; --recipe paper: AdamW's betas (0.5, 0.95)"]
         for k, (line, eta) in enumerate(zip(lines, ("00:04", "00:02", "00:00"))):
@@ -1293,6 +1311,12 @@ def test_prompts_and_tiles_reach_the_model():
     assert bf16 and prompts == ("ids1", "ids2", "ids3") and torch.equal(tiles, torch.cat([a, b]))
     assert rest == [[1, 2, 3], 7, [2]] and others == [[], 7, [2]] and texts == ("ids1", "ids2")
     assert black.shape == (1, 3, 4, 4) and black.dtype == torch.uint8 and not black.any()
+    for llama, pictures in ((False, 1), (True, 0)):  # one of two tokenizers begins by <s>, which is enough
+        ids, *_ = llava_use.ask(Prompter(tokenizer(llama), "plain"), lambda x: ([], [(1, None, (4, 4), 2)] * len(x)),
+                                [(pictures * "<image>" + "What?", "")], pictures * ["a picture"])
+        assert ids.tolist() == [1] * llama + pictures * 2 * [IMAGE]
+    refused(UserError, llava_use.ask, Prompter(tokenizer(False), "plain"), lambda pictures: ([], []), [("What?", "")],
+            [], says="nothing is left to ask: a model of --template plain is shown a picture, and no words")
 
 
 def test_what_is_clipped_and_what_is_not_finite():
@@ -1400,6 +1424,9 @@ def test_files_in_half_precision():
                 speaker, modes = llava_use.Speaker(args(run, bf16), torch.device("cpu")), []
                 assert {p.dtype for p in speaker.model.llm.parameters()} == {torch.bfloat16 if bf16 else torch.float32}
                 assert {p.dtype for p in speaker.model.projector.parameters()} == {torch.float32}
+                # in bf16 they would turn the 1,000th token by 0.18 radians too far; Qwen's by 1.2
+                turns = torch.tensor([10000 ** (-k / 8) for k in range(8)])
+                assert torch.allclose(speaker.model.llm.model.rotary_emb.inv_freq, turns, rtol=1e-6, atol=0)
                 assert not speaker.model.training and not any(p.requires_grad for p in speaker.model.parameters())
                 assert speaker.prompter.system == "A" and speaker.name.startswith(f"{run}-{speaker.config['id']}-1")
                 see = speaker.model.see
