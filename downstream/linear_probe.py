@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from data import ImageDataset, cores, limit_aspect, load_image, to_tensor
+from data import ImageDataset, cores, limit_aspect, to_tensor
 from downstream import finetune
 from downstream.bench import measure_speed
 from downstream.lars import LARS, BatchNorm
+from downstream.pairs import load_picture
 from encoder import TEACHERS, Encoder, UserError, ViT
 from tools.job import Job
 from tools.pictures import find_pictures
@@ -216,7 +217,7 @@ def predict(args):
     job = Job(args)
     model, config = finetune.load_model(args.run, build, job.device)
     for path, _ in find_pictures(args.files):
-        img = to_tensor(centre(load_image(path), config["size"]))[None].to(job.device) / 255
+        img = to_tensor(centre(load_picture(path), config["size"]))[None].to(job.device) / 255
         with torch.no_grad(), job.autocast:
             logits = model.logits(img)
         for name, x in logits.items():

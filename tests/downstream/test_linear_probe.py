@@ -340,6 +340,9 @@ def test_accuracies_and_predictions_do_what_they_are_told():
         assert said.splitlines()[0] == f"{tmp}/x.png  pooled:  " + "  ".join(f"{k} {chances[k]:.0f}%" for k in "fedcb")
         assert said.splitlines()[1].startswith(f"{tmp}/x.png  cls:  a 100%  ") and len(said.splitlines()) == 2 + 2 * 4
         assert model.seen == (False, False, (1, 3, 14, 14), model.seen[3]) and model.seen[3] <= 1
+        open(f"{tmp}/damaged.png", "w").write("no picture")
+        raises(USER_ERRORS, quietly, "predict", "--run", "RUN", f"{tmp}/damaged.png",
+               words=f"{tmp}/damaged.png cannot be read as an image")
         quietly("predict", "--run", "RUN", f"{tmp}/x.png", "--bf16")
         assert model.seen[0] is True and model.seen[3] == 1
     small = Probe(backbone(), 3).eval()
