@@ -479,6 +479,7 @@ def test_targets_belong_to_their_pictures():
 def test_masks_are_taught_where_they_lie():
     """What torchvision cuts from a batch's masks to learn, pasted on the same boxes, is these masks again: round and
     straight ones, also at the edges. Of masks as they are it would be shifted by half a pixel."""
+    assert at_corners(torch.tensor([[[1, 0], [0, 0]]], dtype=torch.uint8)).tolist() == [[[1, 0.5], [0.5, 0.25]]]
     x, y = torch.arange(64) + 0.5, torch.arange(64)[:, None] + 0.5
     masks = torch.stack([(x - 30) ** 2 + (y - 26) ** 2 < 144, (x > 20) & (x < 45) & (y > 10) & (y < 30),
                          (x < 9) & (y < 20), (x > 50) & (y > 40)])
