@@ -164,7 +164,7 @@ def parse_args(argv=None):
     add("--head_width", type=number(int, 2), help="channels of its fused maps [a quarter of the ViT's, at most 256]")
     add("--crop", choices=CROPS, default="none", help="the part of val that is measured [%(default)s]")
     add("--init", metavar="RUN", help="start from encoder and head of this run, whose target may be another")
-    finetune.add_flags(part, epochs=None, batch_size=32, lr=1e-4, weight_decay=0.01, out="depth")
+    finetune.add_flags(part, epochs=None, batch_size=32, lr=1e-4, weight_decay=0.01, eval_every=5000, out="depth")
 
     part = commands.add_parser("test", help="errors on a data set, each of one picture, then averaged")
     add = part.add_argument

@@ -298,7 +298,7 @@ def parse_args(argv=None):
     add("--jitter", nargs=2, type=number(float, 0.01, 10), default=[0.1, 2.0], metavar=("LOW", "HIGH"),
         help="how large pictures are, as a part of the size that fits [0.1 2.0]")
     finetune.add_flags(part, epochs=100, batch_size=64, micro_batch=8, lr=1e-4, weight_decay=0.1, layer_decay=0.8,
-                       drop_path=0.4, warmup=250, lr_decay=0.11, out="out/detect")
+                       drop_path=0.4, warmup=250, lr_decay=0.11, eval_every=10_000, out="out/detect")
 
     part = commands.add_parser("test", help="the AP of a run")
     add = part.add_argument

@@ -3119,6 +3119,8 @@ TABLE = [
      "test_training_and_bench_of_the_probe_hand_on_what_they_are_told"),
     ("probe: ImageNet's pictures", "downstream/linear_probe.py", '"90 epochs of ImageNet": 90 * 1_281_167',
      '"90 epochs of ImageNet": 90 * 1_218_167', "test_training_and_bench_of_the_probe_hand_on_what_they_are_told"),
+    ("probe: evaluates a thousand times", "downstream/linear_probe.py", "(epoch if x is None else x for x in",
+     "(1000 if x is None else x for x in", "test_training_and_bench_of_the_probe_hand_on_what_they_are_told"),
     ("probe: bench of ten classes", "downstream/linear_probe.py", "Probe(Encoder(ViT(config)), 1000)",
      "Probe(Encoder(ViT(config)), 10)", "test_training_and_bench_of_the_probe_hand_on_what_they_are_told"),
     ("probe: all unknown classes", "downstream/linear_probe.py", "' '.join(unknown[:5])", "' '.join(unknown)",

@@ -644,7 +644,7 @@ def test_defaults_and_refusals():
     args = detect.parse_args(["train", "--data", "coco", "--teacher", "internvit"])
     expected = dict(size=1024, neck="fpn", window=0, channels=256, jitter=[0.1, 2.0], epochs=100, batch_size=64,
                     lr=1e-4, weight_decay=0.1, layer_decay=0.8, drop_path=0.4, warmup=250, lr_decay=0.11, frozen=False,
-                    seed=0)
+                    eval_every=10_000, seed=0)
     assert {k: getattr(args, k) for k in expected} == expected
     args = detect.parse_args(["test", "--run", "x", "--data", "y"])
     assert (args.split, args.bf16, args.results, args.out, args.batch_size) == ("val", False, None, None, 8)

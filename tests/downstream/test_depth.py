@@ -536,6 +536,7 @@ def test_depth_says_what_is_wrong():
         plain = parsed()
         assert (plain.epochs, plain.lr, plain.batch_size, plain.size, plain.lr_decay, plain.warmup) == (
             20, 1e-4, 32, 448, 0, 0)
+        assert plain.eval_every == 5000
         assert parsed("--target", "relative").epochs == 60 and parsed("--steps", "5").epochs is None
 
 

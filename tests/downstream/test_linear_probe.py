@@ -377,14 +377,16 @@ def test_training_and_bench_of_the_probe_hand_on_what_they_are_told():
         quietly(*base, "--size", 24, "--epochs", 9)  # 15 pictures: 33 steps
         (args, _, images, *_), _ = seen.pop()
         assert images.size == 24 and args.warmup == 4 and args.lr_decay == 1 - 4 / 33  # 33 * 10 / 90 = 3.7
+        assert args.eval_every == args.save_every == 3, "an epoch"
         quietly(*base, "--batch_size", 64, "--epochs", 1)  # less than one batch: one step, not none
         (args, *_), _ = seen.pop()
-        assert args.warmup == 0 and args.lr_decay == 1
-        linear_probe.main(list(map(str, [*base, "--epochs", 9, "--warmup", 0, "--lr_decay", 0])), "HANDLER")
+        assert args.warmup == 0 and args.lr_decay == 1 and args.eval_every == args.save_every == 1
+        linear_probe.main(list(map(str, [*base, "--epochs", 9, "--warmup", 0, "--lr_decay", 0, "--eval_every", 0,
+                                         "--save_every", 7])), "HANDLER")
         assert rest["on_signal"] is None
         (args, *_), rest = seen.pop()  # 0 is a choice, too
         assert rest["on_signal"] == "HANDLER"
-        assert args.warmup == 0 and args.lr_decay == 0
+        assert args.warmup == 0 and args.lr_decay == 0 and (args.eval_every, args.save_every) == (0, 7)
         for n in range(7):
             os.makedirs(f"{val}/new{n}")
             picture(n).save(f"{val}/new{n}/x.png")
