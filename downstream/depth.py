@@ -181,7 +181,7 @@ def parse_args(argv=None):
     add("files", nargs="+", metavar="FILE")
     add("--run", required=True, metavar="FOLDER")
     add("--raw", choices=["npy", "png"], default="npy", help="values: float32, or 16 bits in millimetres [%(default)s]")
-    add("--out", metavar="FOLDER", help="[beside the photo]")
+    add("--out", metavar="FOLDER", help="[beside a photo; of a folder NAME: NAME_recon]")
     add_precision(part, on_gpu)
 
     part = commands.add_parser("bench", help="speed of training and of estimates, with random weights")

@@ -316,7 +316,7 @@ def parse_args(argv=None):
     add("files", nargs="+", metavar="FILES", help="pictures, or folders of them")
     add("--run", required=True, metavar="FOLDER", help="what train has written")
     add("--score", type=number(float, 0, 1), default=0.5, help="the least that is drawn [%(default)s]")
-    add("--out", metavar="FOLDER", help="for the results [beside the pictures]")
+    add("--out", metavar="FOLDER", help="for the results [beside a picture; of a folder NAME: NAME_recon]")
 
     part = commands.add_parser("bench", help="speed and memory of training, with random weights")
     add_model(part)
