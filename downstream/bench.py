@@ -45,9 +45,10 @@ def measure_speed(name, model, batch, predict, schedules):
     if on_gpu:
         for block in model.backbone.vit.blocks:
             block.compile(dynamic=False)
-        torch.cuda.reset_peak_memory_stats()
     for what, step, share in ("training", train, 1 if frozen else 3), ("prediction", use, 1):
         model.train(what == "training")
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         took = seconds(step)
         done = share * flops / took
         print(f"{what:10s} | {B / took:8.4g} img/s | {done / 1e12:6.4g} TFLOP/s | {done / ceiling:.3f} of the ceiling"

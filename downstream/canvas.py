@@ -47,10 +47,13 @@ class View:
             boxes[:, :, 0] = self.shown[0] - boxes[:, ::-1, 0]
         return boxes.reshape(-1, 4)
 
+    def scale(self, boxes):
+        """Boxes, a tensor (k, 4), on the canvas of a whole picture -> in the picture, and beyond its edges."""
+        return boxes * boxes.new_tensor(self.size * 2) / boxes.new_tensor(self.resized * 2)
+
     def back(self, boxes):
-        """Boxes, a tensor (k, 4), on the canvas of a whole picture -> in the picture, cut off at its edges."""
-        size = boxes.new_tensor(self.size * 2)
-        return torch.minimum((boxes * size / boxes.new_tensor(self.resized * 2)).clamp(min=0), size)
+        """The same, cut off at the picture's edges."""
+        return torch.minimum(self.scale(boxes).clamp(min=0), boxes.new_tensor(self.size * 2))
 
 
 def place(size, side, jitter=(1.0, 1.0), rng=None):
@@ -69,14 +72,22 @@ def to_canvas(img, view, side):
     return to_tensor(canvas)
 
 
+def at_corners(masks):
+    """Masks uint8 (M, S, S) -> their values (M, S, S) at the upper left corners of the pixels: the mean of the four
+    pixels around. torchvision cuts from such values what a mask head learns; from pixels it is half a pixel off."""
+    masks = F.pad(masks[:, None].half(), (1, 0, 1, 0), mode="replicate")
+    return F.avg_pool2d(masks, 2, 1)[:, 0]
+
+
 def paste_masks(masks, boxes, size):
     """Probabilities (k, m, m) on boxes (k, 4) of a picture -> bool (k, H, W), size = (W, H): at least 1/2 at a pixel's
-    centre, interpolated between the centres of the mask's cells; outside of the mask is 0."""
+    centre, interpolated between the centres of the mask's cells; outside of the mask is 0. Boxes may leave the picture.
+    """
     out = torch.zeros(len(boxes), size[1], size[0], dtype=torch.bool, device=boxes.device)
     for k, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-        left, top = math.floor(x1), math.floor(y1)
+        left, top = max(0, math.floor(x1)), max(0, math.floor(y1))
         right, bottom = min(math.ceil(x2), size[0]), min(math.ceil(y2), size[1])
-        if x1 < x2 and y1 < y2:
+        if x1 < x2 and y1 < y2 and left < right and top < bottom:
             x = (torch.arange(left, right, device=boxes.device) + 0.5 - x1) / (x2 - x1) * 2 - 1
             y = (torch.arange(top, bottom, device=boxes.device) + 0.5 - y1) / (y2 - y1) * 2 - 1
             grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None]  # (1, h, w, 2)

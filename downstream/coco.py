@@ -90,6 +90,8 @@ class CocoDetection(Samples):
             for key, known in ("image_id", pictures), ("category_id", label):
                 if a[key] not in known:
                     raise UserError(f"annotation {a['id']} has the {key} {a[key]}, which the file does not list")
+            if not self.train and not {"area", "iscrowd"} <= a.keys():
+                raise UserError(f"annotation {a['id']} lacks area or iscrowd, by which AP is measured")
             box = check_annotation(a, sizes[a["image_id"]], self.has_masks)
             if not a.get("iscrowd") and box[2] > box[0] and box[3] > box[1]:
                 found[a["image_id"]].append((box, label[a["category_id"]], json.dumps(a.get("segmentation")).encode()))

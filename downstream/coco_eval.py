@@ -42,7 +42,8 @@ def average_precision(content, results, kind):
     results = [{k: v for k, v in x.items() if kind == "bbox" or k != "bbox"} for x in results]
     with contextlib.redirect_stdout(io.StringIO()):
         truth, found = COCO(), COCO()
-        truth.dataset = dict(content, annotations=[dict(a) for a in content["annotations"]])  # COCOeval changes them
+        # COCOeval changes what it is given, and does not count an object whose id is 0 as found
+        truth.dataset = dict(content, annotations=[dict(a, id=k) for k, a in enumerate(content["annotations"], 1)])
         found.dataset = dict(content, annotations=[])
         truth.createIndex(), found.createIndex()
         scored = COCOeval(truth, truth.loadRes(results) if results else found, kind)

@@ -27,11 +27,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from data import cores, load_image, to_tensor
+from data import cores, to_tensor
 from downstream import finetune
 from downstream.bench import measure_speed
 from downstream.depth_sets import LEAST, DepthPairs, Mixed, check, convert
 from downstream.dpt import HEADS, DepthModel, align
+from downstream.pairs import load_picture
 from encoder import TEACHERS, Encoder, UserError, ViT, load_exactly, write_atomically
 from tools.job import Job
 from tools.pictures import find_pictures, free_path
@@ -83,7 +84,8 @@ def estimate(model, img, size):
 def measure(job, model, data, size, crop=None):
     """{figure: its mean over the pictures of a set, images: how many}; the same on any number of ranks."""
     rows, numbers = [], range(job.rank, len(data), job.ranks)
-    for i, (img, truth) in zip(numbers, data.every(data.measured, numbers, job.args.workers, job.gather)):
+    pairs = data.every(data.measured, numbers, job.args.workers, job.gather)
+    for (img, truth), i in zip(pairs, numbers):  # in this order: zip ends with its first, and `pairs` must be used up
         if crop and truth.shape != (480, 640):
             raise UserError(f"{data.path(i)} is {truth.shape[1]}x{truth.shape[0]}; --crop eigen is of NYUv2's 640x480")
         with job.autocast:
@@ -151,7 +153,8 @@ def parse_args(argv=None):
     add("--data", nargs="+", required=True, metavar="PATH", help="data sets; a batch has as many pairs of each")
     add("--unit", nargs="+", type=unit, default=[0.001], help="metres of one count of the PNGs, or disparity; one for "
         "all data sets or one for each [%(default)s]")
-    add("--val", nargs="+", metavar="PATH", help="a data set to measure on, in metres [the first of --data that is]")
+    add("--val", nargs="+", metavar="PATH", help="a data set to measure on, in the unit of the first of --data that is "
+        "in metres [that one]")
     add("--val_split", default="val", metavar="NAME", help="its split [%(default)s]")
     add("--target", choices=EPOCHS, default="metric", help="metric trains for 20 epochs, relative for 60, as in the "
         "paper [%(default)s]")
@@ -161,7 +164,7 @@ def parse_args(argv=None):
     add("--head_width", type=number(int, 2), help="channels of its fused maps [a quarter of the ViT's, at most 256]")
     add("--crop", choices=CROPS, default="none", help="the part of val that is measured [%(default)s]")
     add("--init", metavar="RUN", help="start from encoder and head of this run, whose target may be another")
-    finetune.add_flags(part, epochs=None, batch_size=32, lr=1e-4, weight_decay=0.01, out="depth")
+    finetune.add_flags(part, epochs=None, batch_size=32, lr=1e-4, weight_decay=0.01, eval_every=5000, out="depth")
 
     part = commands.add_parser("test", help="errors on a data set, each of one picture, then averaged")
     add = part.add_argument
@@ -178,7 +181,7 @@ def parse_args(argv=None):
     add("files", nargs="+", metavar="FILE")
     add("--run", required=True, metavar="FOLDER")
     add("--raw", choices=["npy", "png"], default="npy", help="values: float32, or 16 bits in millimetres [%(default)s]")
-    add("--out", metavar="FOLDER", help="[beside the photo]")
+    add("--out", metavar="FOLDER", help="[beside a photo; of a folder NAME: NAME_recon]")
     add_precision(part, on_gpu)
 
     part = commands.add_parser("bench", help="speed of training and of estimates, with random weights")
@@ -228,8 +231,11 @@ def train(args, on_signal=None):
     if args.val:
         metric = [(args.val, metric[0][1] if metric else 0.001)]
     val = DepthPairs(metric[0][0], args.val_split, metric[0][1]) if metric else None
-    for data in sets if rank_and_device()[0] == 0 else []:
+    rank = rank_and_device()[0]
+    for data in sets if rank == 0 else []:
         print(check(data, args.max_depth if args.target == "metric" else None, args.workers), flush=True)
+    if val and rank == 0:  # its unit may be another one, and a fault should not wait for the first evaluation
+        print(check(val, args.max_depth, args.workers, most=100), flush=True)
     config = {k: getattr(args, k) for k in ("head", "head_width", "target", "max_depth", "size")}
     model = build(config, finetune.load_backbone(args))
     if args.init:
@@ -278,7 +284,7 @@ def predict(args):
     taken = set()
     for path, folder in find_pictures(args.files, args.out):
         with job.autocast:
-            x = estimate(model, to_tensor(load_image(path)), config["size"]).numpy()
+            x = estimate(model, to_tensor(load_picture(path)), config["size"]).numpy()
         os.makedirs(folder or ".", exist_ok=True)
         name = os.path.splitext(os.path.basename(path))[0]
         result = free_path(folder, name, "_depth_mm.png", taken)

@@ -18,11 +18,12 @@ RPN, heads, RoIAlign and NMS are torchvision's, AP is pycocotools'. Ours is what
     --window w      attention inside of windows of w x w tokens, but in the last block of each quarter: ViTDet's way to
                     afford large pictures. A window as large as the canvas is plain attention.
 
-Four things go wrong in silence where these are joined:
+Five things go wrong in silence where these are joined:
 - pixels: torchvision's transform normalises, and so does the encoder. Here only the encoder does.
 - strides: torchvision takes a map's stride from the first batch, rounded to a power of two, and patch 14 gives none.
   Here such a ViT sees the canvas resized, 1024 to 896, so that its map has S / 16, and RoIAlign is told the strides.
 - half pixels: a map's first value is the mean of x = 0 .. s and lies at x = s / 2, so RoIAlign is `aligned`.
+- masks: torchvision cuts those to learn by a RoIAlign that is not, so it gets their values at the pixels' corners.
 - bf16: torchvision computes boxes in the type that the heads give, and bf16 is up to 4 pixels off at 1024.
 
 Rates and schedule are ViTDet's for ViT-L (Li et al. 2022), but that the rate falls linearly over the last 11%, not in
@@ -47,18 +48,17 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import FeaturePyramidNetwork, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from data import load_image
 from downstream import finetune
 from downstream.backbone import build_backbone, load_backbone, load_model
 from downstream.bench import bench_detector
-from downstream.canvas import draw, paste_masks, place, to_canvas
+from downstream.canvas import at_corners, draw, paste_masks, place, to_canvas
 from downstream.coco import CocoDetection, collate
 from downstream.coco_eval import FIGURES, find_all, show
+from downstream.pairs import load_picture
 from encoder import TEACHERS, Encoder, UserError, ViT, write_atomically
 from tools.job import Job
 from tools.pictures import find_pictures, free_path
 from tools.run import command_line, number
-from tools.script import USER_ERRORS
 
 STRIDES = (4, 8, 16, 32)  # of the levels from which boxes are read; the RPN has one more, 64
 
@@ -201,7 +201,7 @@ class Detector(nn.Module):
         """A batch of coco.collate -> a dict of losses."""
         counts = counts.tolist()
         targets = [dict(boxes=b, labels=l) for b, l in zip(boxes.split(counts), labels.split(counts))]
-        for target, m in zip(targets, masks.split(counts) if masks is not None else ()):
+        for target, m in zip(targets, at_corners(masks).split(counts) if masks is not None else ()):
             target["masks"] = m
         return self.detect(img, targets)[1]
 
@@ -212,9 +212,9 @@ class Detector(nn.Module):
         and masks, bool (k, H, W)."""
         found = [{k: v[x["scores"] >= least] for k, v in x.items()} for x in self.detect(img)[0]]
         for x, view in zip(found, views):
+            if "masks" in x:  # on the whole box, of which a part may lie beside the picture
+                x["masks"] = paste_masks(x["masks"][:, 0], view.scale(x["boxes"]), view.size)
             x["boxes"] = view.back(x["boxes"])
-            if "masks" in x:
-                x["masks"] = paste_masks(x["masks"][:, 0], x["boxes"], view.size)
             x.update({k: v.cpu() for k, v in x.items()})
         return found
 
@@ -267,10 +267,7 @@ def predict(args):
     model, config = load_model(args.run, build, device)
     names, taken = config["categories"], set()
     for path, folder in find_pictures(args.files, args.out):
-        try:
-            img = load_image(path)
-        except USER_ERRORS as e:
-            raise UserError(f"{path} {e}") from None
+        img = load_picture(path)
         view = place(img.size, model.size)
         found, = model.find(to_canvas(img, view, model.size)[None].to(device), [view], args.score)
         name = os.path.splitext(os.path.basename(path))[0]
@@ -301,7 +298,7 @@ def parse_args(argv=None):
     add("--jitter", nargs=2, type=number(float, 0.01, 10), default=[0.1, 2.0], metavar=("LOW", "HIGH"),
         help="how large pictures are, as a part of the size that fits [0.1 2.0]")
     finetune.add_flags(part, epochs=100, batch_size=64, micro_batch=8, lr=1e-4, weight_decay=0.1, layer_decay=0.8,
-                       drop_path=0.4, warmup=250, lr_decay=0.11, out="out/detect")
+                       drop_path=0.4, warmup=250, lr_decay=0.11, eval_every=10_000, out="out/detect")
 
     part = commands.add_parser("test", help="the AP of a run")
     add = part.add_argument
@@ -319,7 +316,7 @@ def parse_args(argv=None):
     add("files", nargs="+", metavar="FILES", help="pictures, or folders of them")
     add("--run", required=True, metavar="FOLDER", help="what train has written")
     add("--score", type=number(float, 0, 1), default=0.5, help="the least that is drawn [%(default)s]")
-    add("--out", metavar="FOLDER", help="for the results [beside the pictures]")
+    add("--out", metavar="FOLDER", help="for the results [beside a picture; of a folder NAME: NAME_recon]")
 
     part = commands.add_parser("bench", help="speed and memory of training, with random weights")
     add_model(part)

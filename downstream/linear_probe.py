@@ -10,7 +10,8 @@
 Protocol (He et al. 2022): batch norm without gain and bias, then a linear layer; LARS without weight decay, 90 epochs
 of 16,384, rate 0.1 * batch / 256, which rises over 10 epochs and then falls by half a cosine to 0; random resized crops
 and mirroring, no other augmentation; the central 224 of 256 pixels, or their like at another --size, are classified.
-The accuracy is that after the last epoch, not the best one.
+The accuracy is that after the last epoch, not the best one. Without --eval_every and --save_every each comes once an
+epoch.
 
 Two classifiers learn from the same pass, each as if alone: of the mean of the spatial tokens ("pooled"), and, where the
 model has one, of the CLS token ("cls"), both after the final norm. MAE's figure is that of CLS; the paper says neither
@@ -25,10 +26,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from data import ImageDataset, cores, limit_aspect, load_image, to_tensor
+from data import ImageDataset, cores, limit_aspect, to_tensor
 from downstream import finetune
 from downstream.bench import measure_speed
 from downstream.lars import LARS, BatchNorm
+from downstream.pairs import load_picture
 from encoder import TEACHERS, Encoder, UserError, ViT
 from tools.job import Job
 from tools.pictures import find_pictures
@@ -126,7 +128,8 @@ def parse_args(argv=None):
     for part in train, bench:
         part.add_argument("--size", type=count, help="pixels [the encoder's native size]")
     finetune.add_flags(train, lr=None, epochs=None, batch_size=None, micro_batch=128, weight_decay=0.0, warmup=None,
-                       lr_decay=None, decay_shape="cosine", clip=0.0, frozen=True, out="probe")
+                       lr_decay=None, decay_shape="cosine", clip=0.0, frozen=True, eval_every=None, save_every=None,
+                       out="probe")
     for part in test, predict:
         part.add_argument("--run", required=True, metavar="FOLDER", help="of training, or the file in it")
     for part in test, predict:
@@ -164,6 +167,8 @@ def train(args, on_signal=None):
         args.warmup = round(steps * RECIPES[args.recipe]["warmup"] / RECIPES[args.recipe]["epochs"])
     if args.lr_decay is None:  # from the end of the warm-up
         args.lr_decay = 1 - args.warmup / steps
+    epoch = max(1, len(data) // args.batch_size)
+    args.eval_every, args.save_every = (epoch if x is None else x for x in (args.eval_every, args.save_every))
     args.size, config = size, {"size": size, "classes": data.classes}
     model = build(config, backbone)
     optimizer = LARS(model.heads.parameters(), args.lr, weight_decay=args.weight_decay)
@@ -216,7 +221,7 @@ def predict(args):
     job = Job(args)
     model, config = finetune.load_model(args.run, build, job.device)
     for path, _ in find_pictures(args.files):
-        img = to_tensor(centre(load_image(path), config["size"]))[None].to(job.device) / 255
+        img = to_tensor(centre(load_picture(path), config["size"]))[None].to(job.device) / 255
         with torch.no_grad(), job.autocast:
             logits = model.logits(img)
         for name, x in logits.items():

@@ -10,11 +10,12 @@ are those of data.py: a subclass gives samples by __getitem__(n), with self.inde
 import io
 import os
 import re
+import zipfile
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from data import TURNS, ImageDataset, Samples, UserError, open_image, to_tensor
+from data import TURNS, ImageDataset, MissingFile, Samples, UserError, load_image, open_image, to_tensor
 from tools.script import USER_ERRORS, check_locks, ignore_signals
 
 ADE20K = {"train": "training", "val": "validation", "masks": "annotations"}  # its names of splits and targets
@@ -113,6 +114,28 @@ def read_numbers(blob):
     except (OSError, ValueError, SyntaxError, LookupError) as e:
         raise UserError(f"it cannot be read as labels or depth ({' '.join(str(e).split())[:200]})") from None
     return numbers.astype(np.uint8) if numbers.dtype == bool else numbers // step  # PIL stretches 2 and 4 bits to 8
+
+
+def read_beside(root, name):
+    """The bytes of a file at the top of a data set, a folder or an archive; None if it is not there."""
+    if os.path.isfile(os.path.join(root, name)):
+        with open(os.path.join(root, name), "rb") as f:
+            return f.read()
+    if not os.path.exists(root):
+        raise MissingFile(f"{root}: no such folder or archive")
+    if not zipfile.is_zipfile(root):
+        return None
+    with zipfile.ZipFile(root) as z:
+        found = [n for n in z.namelist() if n.split("/")[-1] == name]
+        return z.read(min(found, key=len)) if found else None
+
+
+def load_picture(path):
+    """A picture that the user names, as a PIL image in RGB. UserError, with its path, if it cannot be read."""
+    try:
+        return load_image(path)
+    except USER_ERRORS as e:
+        raise UserError(f"{path} {e}") from None
 
 
 def list_some(names, between=", "):

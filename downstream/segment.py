@@ -17,7 +17,6 @@ import argparse
 import colorsys
 import json
 import os
-import zipfile
 
 import numpy as np
 import torch
@@ -25,12 +24,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from data import load_image, to_tensor
+from data import to_tensor
 from downstream import finetune
 from downstream.bench import measure_speed
-from downstream.pairs import Pairs, list_some
+from downstream.pairs import Pairs, list_some, load_picture, read_beside
 from downstream.upernet import IGNORED, Segmenter, resize, slide
-from encoder import TEACHERS, Encoder, MissingFile, UserError, ViT, write_atomically
+from encoder import TEACHERS, Encoder, UserError, ViT, write_atomically
+from tools.batches import split_batch
 from tools.job import Job
 from tools.pictures import find_pictures, free_path
 from tools.run import command_line, number
@@ -55,7 +55,8 @@ def parse_args(argv=None):
     for part in train, bench:
         part.add_argument("--head", choices=["upernet", "linear"], default="upernet", help="[%(default)s]")
         part.add_argument("--width", type=count, default=512, help="of UperNet's maps [%(default)s]")
-        part.add_argument("--crop", type=count, default=512, help="side in training, of a window later [%(default)s]")
+        part.add_argument("--crop", type=number(int, 2), default=512,
+                          help="side in training, of a window later [%(default)s]")
     add = train.add_argument
     add("--split", default="train", help="to train on [%(default)s]")
     add("--val_split", default="val", help="for --eval_every and the end [%(default)s]")
@@ -149,20 +150,6 @@ def distort(picture, rng):
     return np.array(Image.merge("HSV", (h, s, v)).convert("RGB"))
 
 
-def read_beside(root, name):
-    """The bytes of a file at the top of a data set, a folder or an archive; None if it is not there."""
-    if os.path.isfile(os.path.join(root, name)):
-        with open(os.path.join(root, name), "rb") as f:
-            return f.read()
-    if not os.path.exists(root):
-        raise MissingFile(f"{root}: no such folder or archive")
-    if not zipfile.is_zipfile(root):
-        return None
-    with zipfile.ZipFile(root) as z:
-        found = [n for n in z.namelist() if n.split("/")[-1] == name]
-        return z.read(min(found, key=len)) if found else None
-
-
 def describe_labels(args):
     """What the masks' numbers mean: {names, labels (the number in a mask of each class), ignore}."""
     root, names = args.data[0], [str(k) for k in range(args.classes or 0)]
@@ -197,7 +184,12 @@ def predict_classes(model, img, args):
         size = [max(1, round(side * factor(H, W, args.short))) for side in (H, W)]
         img = F.interpolate(img, size, mode="bilinear", antialias=True)
     logits = slide(model.logits, img[0], args.crop, args.stride, args.batch_size)
-    return resize(logits[None], (H, W))[0].argmax(0)
+    best, classes = img.new_full((H, W), -torch.inf), torch.zeros(H, W, dtype=torch.long, device=img.device)
+    for k, x in enumerate(logits):  # one at a time, as all 150 of a photo of 12 megapixels would take 7 GB
+        x = resize(x[None, None], (H, W))[0, 0]
+        classes.masked_fill_(x > best, k)
+        best = torch.maximum(best, x)
+    return classes
 
 
 def gather(x):
@@ -258,7 +250,12 @@ def overlay(img, classes, names):
 
 
 def train(args, on_signal=None):
-    labels, (rank, ranks, _) = describe_labels(args), rank_and_device()
+    labels, (rank, ranks, device) = describe_labels(args), rank_and_device()
+    together, _ = split_batch(args.batch_size, args.micro_batch or args.batch_size, ranks)
+    together *= ranks if device.type == "cuda" else 1  # see finetune.py
+    if args.head == "upernet" and together == 1:
+        raise UserError("UperNet's batch normalisation needs two pictures at a time, and here it gets one: give a "
+                        "larger --micro_batch or --batch_size")
     data = Masks(args.data, args.split, labels, args.crop, args.short, train=True, seed=args.seed)
     val = Masks(args.data, args.val_split, labels)
     if rank == 0:
@@ -266,8 +263,6 @@ def train(args, on_signal=None):
               f"for {' '.join(map(str, labels['ignore']))}; each pair is read before the first step", flush=True)
         for _ in data.every(data.load, workers=args.workers):  # so that all faults are named
             pass
-    if args.head == "upernet" and ranks == 1 and 1 in (args.batch_size, args.micro_batch):
-        raise UserError("UperNet's batch normalisation needs two pictures at a time: give a larger --micro_batch")
     steps = args.steps or args.epochs * len(data) // args.batch_size
     args.warmup = min(1500, steps // 100) if args.warmup is None else args.warmup
     args.lr = args.lr if args.lr is not None else 1e-3 if args.frozen else 2e-5
@@ -293,6 +288,9 @@ def load(args, device):
     model, config = finetune.load_model(args.run, build, device)
     args.crop, args.short = config["crop"], config["short"] if args.short is None else args.short
     args.stride = args.stride or args.crop * 2 // 3
+    if args.stride > args.crop:
+        raise UserError(f"--stride {args.stride} leaves pixels that no window sees: windows are {args.crop} px wide, "
+                        "the --crop of training")
     return model, config
 
 
@@ -319,7 +317,7 @@ def predict(args):
     model, config = load(args, job.device)
     numbers = np.array(config["labels"])
     for path, _ in find_pictures(args.files):
-        img = to_tensor(load_image(path))
+        img = to_tensor(load_picture(path))
         with torch.no_grad(), job.autocast:
             classes = predict_classes(model, img, args).cpu().numpy()
         os.makedirs(args.out, exist_ok=True)

@@ -96,7 +96,7 @@ class Segmenter(nn.Module):
         backbone.latent_down.requires_grad_(False)  # no gradient reaches it
         self.head = {"upernet": UperHead, "linear": LinearHead}[head](c.width, classes, c.depth, c.patch, width)
         for m in self.head.modules():
-            if isinstance(m, nn.Conv2d) and m.out_channels == classes:
+            if isinstance(m, nn.Conv2d) and m.bias is not None:  # the classifiers: all others have a norm instead
                 nn.init.normal_(m.weight, std=0.01)
                 nn.init.zeros_(m.bias)
 
@@ -129,6 +129,8 @@ def slide(predict, img, crop, stride, batch=8):
 
     Windows are crop x crop, or what the picture has of it, and start every `stride` pixels; the last ends at the edge.
     """
+    if not 0 < stride <= crop:
+        raise ValueError(f"stride is {stride}, expected 1 to {crop}: windows of that side would leave gaps")
     H, W = img.shape[1:]
     h, w = min(H, crop), min(W, crop)
     starts = lambda side, length: sorted({min(k, side - length) for k in range(0, side - length + stride, stride)})

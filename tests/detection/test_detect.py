@@ -19,10 +19,11 @@ from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
 from data import UserError as BadData
 from downstream import detect
-from downstream.canvas import paste_masks, place, to_canvas
+from downstream.canvas import at_corners, paste_masks, place, to_canvas
 from downstream.coco import CocoDetection, collate
 from downstream.coco_eval import FIGURES, average_precision, to_results
 from encoder import Encoder, UserError, ViT
@@ -229,6 +230,7 @@ def test_canvas_and_back():
     close(torch.tensor(view.boxes(np.array([[10.0, 20, 40, 30]]))), torch.tensor([[8.0, 16, 32, 24]]).double())
     back = view.back(torch.tensor([[8.0, 16, 32, 24], [-3, 8, 70, 40]]))
     close(back, torch.tensor([[10.0, 20, 40, 30], [0, 10, 80, 40]]))
+    close(view.scale(torch.tensor([[-3.0, 8, 70, 40]])), torch.tensor([[-3.75, 10, 87.5, 50]]))
     assert place((3000, 1), 64).resized == (64, 1)
     img = Image.new("RGB", (80, 40), RED)
     canvas = to_canvas(img, view, 64)
@@ -255,6 +257,9 @@ def test_pasted_masks():
     two = torch.tensor([[[0.9, 0.3], [0.9, 0.3]]])  # at x = 2 and 6 of 0 .. 8, so 0.5 is at x = 4.67
     inside = paste_masks(two, torch.tensor([[0.0, 0, 8, 8]]), (8, 8))[0, 4]
     assert inside.tolist() == [x + 0.5 < 4.67 and 0.9 * min(1, (x + 2.5) / 4) >= 0.5 for x in range(8)]
+    beside = torch.tensor([[-4.0, -4, 4, 4], [20, 2, 30, 6], [2, 9, 6, 14]])  # boxes of the canvas may lie there
+    found = paste_masks(torch.ones(3, 28, 28), beside, (12, 8))
+    assert torch.equal(found[0], (x < 4) & (y < 4)) and not found[1:].any()
     assert found.shape == (3, 8, 12) and paste_masks(torch.rand(0, 28, 28), boxes[:0], (12, 8)).shape == (0, 8, 12)
 
 
@@ -366,6 +371,8 @@ def test_annotations_that_do_not_fit():
     refuses(["two categories or two pictures have one id"], lambda content, tmp: content["categories"][1].update(id=3))
     refuses(["is not in COCO's format (KeyError: 'bbox')"], lambda content, tmp: content["annotations"][0].pop("bbox"))
     refuses(["is not in COCO's format (ValueError"], at(0, bbox=[1, 2, 3]))
+    for key in "area", "iscrowd":  # pycocotools would fail at the first evaluation
+        refuses(["annotation 2 lacks area or iscrowd"], lambda content, tmp: content["annotations"][1].pop(key), "val")
     refuses(["is not in COCO's format"], at(0, segmentation=[5, 6, 7]))
     refuses(["no box to train on"], lambda content, tmp: content["annotations"].clear())
     with tempfile.TemporaryDirectory() as tmp:
@@ -422,6 +429,8 @@ def test_average_precision_by_hand():
         expected = dict(AP=(7 * both + 3 * one) / 10, AP50=both, AP75=both, APl=(7 * both + 3 * one) / 10)
         assert all(abs(found[k] - x) < 1e-9 for k, x in expected.items()), (kind, found, expected)
     assert average_precision(content, [], "bbox")["AP"] == 0, "nothing is found"
+    from_zero = dict(content, annotations=[dict(a, id=a["id"] - 1) for a in content["annotations"]])
+    assert average_precision(from_zero, results, "bbox") == average_precision(content, results, "bbox")
 
 
 def test_masks_are_small_by_their_own_area():
@@ -462,21 +471,40 @@ def test_targets_belong_to_their_pictures():
     boxes, masks = torch.rand(3, 4), torch.randint(0, 2, (3, 64, 64), dtype=torch.uint8)
     model(torch.zeros(3, 3, 64, 64, dtype=torch.uint8), boxes, torch.tensor([1, 2, 3]), torch.tensor([1, 0, 2]), masks)
     assert [t["labels"].tolist() for t in seen[0]] == [[1], [], [2, 3]]
-    assert torch.equal(seen[0][2]["boxes"], boxes[1:]) and torch.equal(seen[0][2]["masks"], masks[1:])
+    assert torch.equal(seen[0][2]["boxes"], boxes[1:]) and torch.equal(seen[0][2]["masks"], at_corners(masks)[1:])
     model(torch.zeros(3, 3, 64, 64, dtype=torch.uint8), boxes, torch.tensor([1, 2, 3]), torch.tensor([1, 0, 2]))
     assert "masks" not in seen[1][0]
+
+
+def test_masks_are_taught_where_they_lie():
+    """What torchvision cuts from a batch's masks to learn, pasted on the same boxes, is these masks again: round and
+    straight ones, also at the edges. Of masks as they are it would be shifted by half a pixel."""
+    assert at_corners(torch.tensor([[[1, 0], [0, 0]]], dtype=torch.uint8)).tolist() == [[[1, 0.5], [0.5, 0.25]]]
+    x, y = torch.arange(64) + 0.5, torch.arange(64)[:, None] + 0.5
+    masks = torch.stack([(x - 30) ** 2 + (y - 26) ** 2 < 144, (x > 20) & (x < 45) & (y > 10) & (y < 30),
+                         (x < 9) & (y < 20), (x > 50) & (y > 40)])
+    boxes = torch.tensor([[18.0, 14, 42, 38], [20, 10, 45, 30], [0, 0, 9, 20], [50, 40, 64, 64]])
+    model, seen = micro_detector(masks=True).train(), []
+    model.detect = lambda img, targets: seen.append(targets) or (None, {})
+    model(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), boxes, torch.ones(4).long(), torch.tensor([1, 3]), masks.byte())
+    for target, expected in zip(seen[0], masks.split([1, 3])):
+        taught = project_masks_on_boxes(target["masks"], target["boxes"], torch.arange(len(expected)), 28)
+        assert taught.dtype == torch.float32 and torch.equal(paste_masks(taught, target["boxes"], (64, 64)), expected)
 
 
 def test_objects_are_in_the_pictures_own_pixels():
     """What the heads find on the canvas comes back scaled to each picture, cut off at its edges, from `least` on."""
     model = micro_detector(masks=True)
-    found = {"boxes": torch.tensor([[8.0, 16, 32, 24], [0, 0, 80, 80]]), "labels": torch.tensor([2, 1]),
+    found = {"boxes": torch.tensor([[8.0, 16, 32, 24], [0, 0, 64, 64]]), "labels": torch.tensor([2, 1]),
              "scores": torch.tensor([0.9, 0.3]), "masks": torch.ones(2, 1, 28, 28)}
     model.detect = lambda img: ([{k: v.clone() for k, v in found.items()} for _ in img], {})
     one, two = model.find(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), [place((80, 40), 64), place((32, 64), 64)])
     assert one["boxes"].tolist() == [[10, 20, 40, 30], [0, 0, 80, 40]] and one["masks"].shape == (2, 40, 80)
     assert two["boxes"].tolist() == [[8, 16, 32, 24], [0, 0, 32, 64]] and two["masks"][1].all()
     assert one["masks"][0].sum() == 300 and one["labels"].tolist() == [2, 1]
+    found["masks"][1, :, 14:] = 0  # the upper half of a box, of which the lower half lies beside the first picture
+    one, two = model.find(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), [place((80, 40), 64), place((32, 64), 64)])
+    assert one["masks"][1, 5:, 5:75].all() and two["masks"][1, 5:30, 5:].all() and not two["masks"][1, 34:].any()
     best, = model.find(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [place((80, 40), 64)], 0.5)
     assert best["labels"].tolist() == [2] and len(best["masks"]) == len(best["boxes"]) == 1
 
@@ -616,7 +644,7 @@ def test_defaults_and_refusals():
     args = detect.parse_args(["train", "--data", "coco", "--teacher", "internvit"])
     expected = dict(size=1024, neck="fpn", window=0, channels=256, jitter=[0.1, 2.0], epochs=100, batch_size=64,
                     lr=1e-4, weight_decay=0.1, layer_decay=0.8, drop_path=0.4, warmup=250, lr_decay=0.11, frozen=False,
-                    seed=0)
+                    eval_every=10_000, seed=0)
     assert {k: getattr(args, k) for k in expected} == expected
     args = detect.parse_args(["test", "--run", "x", "--data", "y"])
     assert (args.split, args.bf16, args.results, args.out, args.batch_size) == ("val", False, None, None, 8)

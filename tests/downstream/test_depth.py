@@ -536,6 +536,7 @@ def test_depth_says_what_is_wrong():
         plain = parsed()
         assert (plain.epochs, plain.lr, plain.batch_size, plain.size, plain.lr_decay, plain.warmup) == (
             20, 1e-4, 32, 448, 0, 0)
+        assert plain.eval_every == 5000
         assert parsed("--target", "relative").epochs == 60 and parsed("--steps", "5").epochs is None
 
 
@@ -605,6 +606,9 @@ def test_estimates_and_their_means_are_the_literal_ones():
             assert (found["images"], found["unmeasured"]) == (len(counted), 3 - len(counted))
         both = types.SimpleNamespace(**{**vars(JOB), "rank": 1, "ranks": 2, "gather": lambda x: [[], x]})
         assert depth.measure(both, model, data, 32, None)["unmeasured"] == 2, "rank 1 of 2 sees the second picture"
+        fault = types.SimpleNamespace(**{**vars(JOB), "gather": lambda x: [x, ["7.png is damaged"]]})
+        raises(USER_ERRORS, depth.measure, fault, model, data, 32, None,  # what another rank cannot read stops all
+               words="1 of 3 pairs cannot be used: 7.png is damaged")
         model.max_depth = 0.1
         raises(UserError, depth.measure, JOB, model, data, 32, None,
                words=f"nothing in {tmp} is measured from 0.001 to 0.1 m")
@@ -728,6 +732,8 @@ def test_tests_and_predictions_of_depth_do_what_they_are_told():
         model.predict = lambda img: 70 + 0 * img[:, 0]  # 70 m are more than 16 bits of millimetres
         quietly(*predict, "--raw", "png")
         assert (np.array(Image.open(f"{tmp}/p/x.1_depth_mm.png")) == 65535).all()
+        open(f"{tmp}/damaged.png", "w").write("no picture")
+        raises(USER_ERRORS, quietly, *predict, f"{tmp}/damaged.png", words=f"{tmp}/damaged.png cannot be read as an")
 
 
 def test_training_and_bench_of_depth_hand_on_what_they_are_told():
@@ -736,7 +742,10 @@ def test_training_and_bench_of_depth_hand_on_what_they_are_told():
         a, b = scenes(f"{tmp}/a", 2, ["train", "dusk"]), scenes(f"{tmp}/b", 3, ["train", "dusk"])
         base = ["train", "--data", a, b, "--weights", tokenizer_file(tmp), *SMALL, "--val_split", "dusk"]
         checks, line = [], depth_sets.check
-        watch = lambda data, most, workers: checks.append((most, workers)) or line(data, most, workers)
+
+        def watch(data, limit, workers, **most):
+            checks.append((limit, workers, *most.values()))
+            return line(data, limit, workers, **most)
         with unittest.mock.patch.object(finetune, "train", lambda *args, **rest: seen.append((args, rest))), \
                 unittest.mock.patch.object(depth, "check", watch):
             _, said = quietly(*base, "--seed", 3, "--unit", 0.002, 0.001, "--max_depth", 12, "--head", "linear",
@@ -744,12 +753,12 @@ def test_training_and_bench_of_depth_hand_on_what_they_are_told():
             with contextlib.redirect_stdout(io.StringIO()):
                 depth.main(list(map(str, [*base, "--target", "relative", "--unit", "disparity"])), "HANDLER")
         assert [rest["on_signal"] for _, rest in seen] == [None, "HANDLER"]
-        for line, (root, n, unit) in zip(said.splitlines(), ((a, 2, 0.002), (b, 3, 0.001)), strict=True):
+        rows = (a, 2, 0.002, "train"), (b, 3, 0.001, "train"), (a, 2, 0.002, "dusk")
+        for line, (root, n, unit, split) in zip(said.splitlines(), rows, strict=True):
             low, middle, high = np.median([np.percentile(unit * z[z > 0], (1, 50, 99))
                                            for z in (scene(i)[1] for i in range(n))], 0)
-            assert line == f"{root}: {n} pairs in train, depths from {low:.3g} to {high:.3g}, median {middle:.3g}"
-        assert checks == [(12, 0)] * 2 + [
-            (None, 0)] * 2
+            assert line == f"{root}: {n} pairs in {split}, depths from {low:.3g} to {high:.3g}, median {middle:.3g}"
+        assert checks == [(12, 0)] * 2 + [(12, 0, 100)] + [(None, 0)] * 2
         (args, model, mixed, evaluate, config), rest = seen[0]
         assert config == dict(head="linear", head_width=8, target="metric", max_depth=12, size=16)
         assert [(x.files.roots, x.split, x.unit, x.size, x.train, x.seed) for x in mixed.sets] == [

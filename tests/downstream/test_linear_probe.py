@@ -340,6 +340,9 @@ def test_accuracies_and_predictions_do_what_they_are_told():
         assert said.splitlines()[0] == f"{tmp}/x.png  pooled:  " + "  ".join(f"{k} {chances[k]:.0f}%" for k in "fedcb")
         assert said.splitlines()[1].startswith(f"{tmp}/x.png  cls:  a 100%  ") and len(said.splitlines()) == 2 + 2 * 4
         assert model.seen == (False, False, (1, 3, 14, 14), model.seen[3]) and model.seen[3] <= 1
+        open(f"{tmp}/damaged.png", "w").write("no picture")
+        raises(USER_ERRORS, quietly, "predict", "--run", "RUN", f"{tmp}/damaged.png",
+               words=f"{tmp}/damaged.png cannot be read as an image")
         quietly("predict", "--run", "RUN", f"{tmp}/x.png", "--bf16")
         assert model.seen[0] is True and model.seen[3] == 1
     small = Probe(backbone(), 3).eval()
@@ -374,14 +377,16 @@ def test_training_and_bench_of_the_probe_hand_on_what_they_are_told():
         quietly(*base, "--size", 24, "--epochs", 9)  # 15 pictures: 33 steps
         (args, _, images, *_), _ = seen.pop()
         assert images.size == 24 and args.warmup == 4 and args.lr_decay == 1 - 4 / 33  # 33 * 10 / 90 = 3.7
+        assert args.eval_every == args.save_every == 3, "an epoch"
         quietly(*base, "--batch_size", 64, "--epochs", 1)  # less than one batch: one step, not none
         (args, *_), _ = seen.pop()
-        assert args.warmup == 0 and args.lr_decay == 1
-        linear_probe.main(list(map(str, [*base, "--epochs", 9, "--warmup", 0, "--lr_decay", 0])), "HANDLER")
+        assert args.warmup == 0 and args.lr_decay == 1 and args.eval_every == args.save_every == 1
+        linear_probe.main(list(map(str, [*base, "--epochs", 9, "--warmup", 0, "--lr_decay", 0, "--eval_every", 0,
+                                         "--save_every", 7])), "HANDLER")
         assert rest["on_signal"] is None
         (args, *_), rest = seen.pop()  # 0 is a choice, too
         assert rest["on_signal"] == "HANDLER"
-        assert args.warmup == 0 and args.lr_decay == 0
+        assert args.warmup == 0 and args.lr_decay == 0 and (args.eval_every, args.save_every) == (0, 7)
         for n in range(7):
             os.makedirs(f"{val}/new{n}")
             picture(n).save(f"{val}/new{n}/x.png")

@@ -195,6 +195,10 @@ def test_windows_cover_the_picture_and_overlaps_average():
     assert slide(number, ramp, 4, 3)[0, 0].tolist() == [1, 1, 1, 1.5, 2, 2, 2.5, 3, 3, 3] and asked == [0, 3, 6]
     asked.clear()
     assert slide(number, ramp[:, :, :9], 4, 3).shape == (1, 4, 9) and asked == [0, 3, 5]  # the last ends at the edge
+    asked.clear()
+    assert slide(number, ramp, 4, 4).isfinite().all() and asked == [0, 4, 6]
+    for stride in 0, 5:
+        raises(ValueError, slide, number, ramp, 4, stride, words="expected 1 to 4")
     given = lambda short: types.SimpleNamespace(crop=99, stride=9, short=short, batch_size=1)
     sizes, model = [], ByRed()
     model.logits = lambda x: sizes.append(tuple(x.shape[2:])) or ByRed().logits(x)
@@ -218,6 +222,9 @@ def test_heads_have_the_parameters_that_one_counts():
                     + block(4 * w, w, 3) + w * C + C + block(D, 256, 3) + 256 * C + C)
         assert sum(p.numel() for p in model.head.parameters()) == expected, patch
     assert sum(p.numel() for p in Segmenter(backbone(), C, "linear").head.parameters()) == D * C + C
+    head = Segmenter(backbone(), 16, width=16).head  # as many classes as channels: the classifiers alone begin small
+    assert [round(m.weight.std().item(), 2) for m in (head.classifier[1], head.auxiliary[2], head.join[0])] == [
+        0.01, 0.01, round((1 / 3 / (4 * 16 * 9)) ** 0.5, 2)]
     assert Segmenter(backbone(depth=12), C, width=w).head.layers == [3, 5, 7, None]
     assert Segmenter(backbone(depth=1), C, width=w).head.layers == [0, 0, 0, None]
     with torch.device("meta"):  # ViT-L/14 and ADE20K
@@ -566,6 +573,24 @@ def test_bench_counts_what_a_step_costs():
         assert f"{3.6e15 / 4 * 2e-12 / 3600:,.1f} hours for some" in hours  # 0.5
     small = ["--teacher", "tiny", "--crop", "16", "--width", "16", "--batch_size", "2"]
     assert "prediction" in quietly("bench", *small)[1]
+    # the memory of each is its own: training's 5 GiB are not prediction's
+    peaks, last = iter([5, 2]), [0]
+
+    class OnGPU(list):
+        device, shape = torch.device("cuda"), (4, 3, 1, 2)
+
+    def took(f, repeats=10):
+        last[0] = max(last[0], next(peaks))
+        return 1.0
+    model = Stub()
+    model.forward = lambda img: {"loss": model.linear.weight.sum()}
+    with contextlib.redirect_stdout(io.StringIO()) as said, unittest.mock.patch.object(
+            torch, "autocast", lambda *how, **more: contextlib.nullcontext()), unittest.mock.patch.multiple(
+            bench, seconds=took, matrix_ceiling=lambda device: (1, 1.0)), unittest.mock.patch.multiple(
+            torch.cuda, get_device_name=lambda: "some GPU", reset_peak_memory_stats=lambda: last.__setitem__(0, 0),
+            max_memory_allocated=lambda: last[0] * 2 ** 30):
+        bench.measure_speed("stub", model, (OnGPU([0] * 4),), None, {})
+    assert [line.split("| ")[-1] for line in said.getvalue().splitlines()[1:]] == ["5.0 GiB", "2.0 GiB"]
 
 
 def test_the_study_fits_and_names_what_the_scripts_know():
@@ -676,7 +701,9 @@ def test_a_prediction_is_the_literal_one():
     def windows(predict, img, *rest):
         asked.append(rest)
         return slide(predict, img, *rest)
-    with unittest.mock.patch.object(segment, "slide", windows):
+    enlarged, resize = [], upernet.resize
+    with unittest.mock.patch.object(segment, "slide", windows), unittest.mock.patch.object(
+            segment, "resize", lambda x, size: enlarged.append(x.shape[:2]) or resize(x, size)):
         for short, size in (0, (20, 30)), (8, (8, 12)), (33, (33, 50)):  # 49.5 is rounded to the even 50
             x = F.interpolate(img[None] / 255, size, mode="bilinear", antialias=True) if short else img[None] / 255
             logits = F.interpolate(F.conv2d(x, weight), (20, 30), mode="bilinear", align_corners=False)
@@ -684,6 +711,9 @@ def test_a_prediction_is_the_literal_one():
             found = segment.predict_classes(model, img, args)
             assert torch.equal(found, logits[0].argmax(0)) and len(found.unique()) > 1
     assert asked == [(7, 5, 4)] * 3
+    assert {*enlarged} == {(1, 1)}, "of a large photo not all classes at a time"
+    model.logits = lambda x: x.new_zeros(len(x), 5, *x.shape[2:])
+    assert not segment.predict_classes(model, img, args).any(), "of equal ones the first, as argmax takes"
     with tempfile.TemporaryDirectory() as tmp:  # each second picture alone
         for i in range(5):
             save(f"{tmp}/val/images/{i}.png", np.full((1, 1 + i, 3), 20, np.uint8))
@@ -743,8 +773,13 @@ def test_tests_and_predictions_do_what_they_are_told():
         assert overlays == [[[4, 200, 3]], [[4, 250, 3]], [[4, 99, 0]]]
         assert masks == [[[0, 0, 0, 256]], [[0, 0, 256]], [[0] * 9] * 9]  # in 16 bits, as a label is above 255
         assert seen == 3 * [(16, 10, 7, 8, True, False)]
-        seen.clear(), quietly(*predict, "--fp32", "--stride", 4, "--batch_size", 3)
-        assert seen == 3 * [(16, 4, 20, 3, False, False)]
+        seen.clear(), quietly(*predict, "--fp32", "--stride", 16, "--batch_size", 3)
+        assert seen == 3 * [(16, 16, 20, 3, False, False)]
+        for command in test, predict:
+            raises(UserError, quietly, *command, "--stride", 17,
+                   words="--stride 17 leaves pixels that no window sees: windows are 16 px wide")
+        open(f"{tmp}/damaged.png", "w").write("no picture")
+        raises(USER_ERRORS, quietly, *predict[:3], f"{tmp}/damaged.png", words=f"{tmp}/damaged.png cannot be read")
 
 
 def test_training_and_bench_hand_on_what_they_are_told():
@@ -785,8 +820,13 @@ def test_training_and_bench_hand_on_what_they_are_told():
             picture, found = np.array(rest["picture"]()), np.array(segment.overlay(img, part, ["sea", "red"]))
         assert np.array_equal(picture[:, 150:], found) and (picture[len(found) - 18:, :150] == 255).all()
         # two pictures at a time are what a batch norm needs, on one rank; a linear head has none
-        for more in ["--micro_batch", 1], ["--batch_size", 1]:
+        for more in ["--batch_size", 3, "--micro_batch", 2], ["--micro_batch", 1], ["--batch_size", 1]:
             raises(UserError, quietly, *base, *more, words="needs two pictures at a time")
+        two = ["--batch_size", 2]  # one a rank: on GPUs the norm sees both
+        with unittest.mock.patch.object(segment, "rank_and_device", lambda: (0, 2, torch.device("cpu"))):
+            raises(UserError, quietly, *base, *two, words="needs two pictures at a time")
+        with unittest.mock.patch.object(segment, "rank_and_device", lambda: (0, 2, torch.device("cuda"))):
+            quietly(*base, *two), seen.pop()
         with contextlib.redirect_stdout(io.StringIO()):
             segment.main(list(map(str, [*base, *more, "--head", "linear"])), "HANDLER")
         assert rest["on_signal"] is None
@@ -834,9 +874,9 @@ def test_flags_of_the_segmenter_by_hand():
     assert parse("train", "--ignore")["ignore"] == [] and parse("train", "--ignore", 3, 0)["ignore"] == [3, 0]
     gpu_takes_bf16(parse, "--fp32")
     bounds(parse, ("train", "classes", 1, 0), ("train", "classes", 254, 255), ("train", "short", 0, -1),
-           ("train", "width", 1, 0), ("train", "crop", 1, 0), ("test", "stride", 1, 0), ("test", "short", 0, -1),
+           ("train", "width", 1, 0), ("train", "crop", 2, 1), ("test", "stride", 1, 0), ("test", "short", 0, -1),
            ("predict", "batch_size", 1, 0), ("test", "workers", 0, -1), ("bench", "width", 1, 0),
-           ("bench", "batch_size", 2, 1), ("bench", "crop", 1, 0), ("train", "head", "linear", "dpt"),
+           ("bench", "batch_size", 2, 1), ("bench", "crop", 2, 1), ("train", "head", "linear", "dpt"),
            ("train", "head", "upernet", "dpt"), ("bench", "head", "linear", "dpt"),
            ("bench", "teacher", "tiny", "none"))
 
