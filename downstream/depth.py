@@ -32,10 +32,9 @@ from downstream import finetune
 from downstream.bench import measure_speed
 from downstream.depth_sets import LEAST, DepthPairs, Mixed, check, convert
 from downstream.dpt import HEADS, DepthModel, align
-from downstream.pairs import load_picture
 from encoder import TEACHERS, Encoder, UserError, ViT, load_exactly, write_atomically
 from tools.job import Job
-from tools.pictures import find_pictures, free_path
+from tools.pictures import find_pictures, free_path, load_picture
 from tools.run import command_line, number
 from tools.script import rank_and_device
 

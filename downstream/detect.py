@@ -54,10 +54,9 @@ from downstream.bench import bench_detector
 from downstream.canvas import at_corners, draw, paste_masks, place, to_canvas
 from downstream.coco import CocoDetection, collate
 from downstream.coco_eval import FIGURES, find_all, show
-from downstream.pairs import load_picture
 from encoder import TEACHERS, Encoder, UserError, ViT, write_atomically
 from tools.job import Job
-from tools.pictures import find_pictures, free_path
+from tools.pictures import find_pictures, free_path, load_picture
 from tools.run import command_line, number
 
 STRIDES = (4, 8, 16, 32)  # of the levels from which boxes are read; the RPN has one more, 64

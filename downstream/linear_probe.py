@@ -30,10 +30,9 @@ from data import ImageDataset, cores, limit_aspect, to_tensor
 from downstream import finetune
 from downstream.bench import measure_speed
 from downstream.lars import LARS, BatchNorm
-from downstream.pairs import load_picture
 from encoder import TEACHERS, Encoder, UserError, ViT
 from tools.job import Job
-from tools.pictures import find_pictures
+from tools.pictures import find_pictures, load_picture
 from tools.run import command_line, number
 from tools.script import rank_and_device
 

@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from data import TURNS, ImageDataset, MissingFile, Samples, UserError, load_image, open_image, to_tensor
+from data import TURNS, ImageDataset, MissingFile, Samples, UserError, open_image, to_tensor
 from tools.script import USER_ERRORS, check_locks, ignore_signals
 
 ADE20K = {"train": "training", "val": "validation", "masks": "annotations"}  # its names of splits and targets
@@ -128,14 +128,6 @@ def read_beside(root, name):
     with zipfile.ZipFile(root) as z:
         found = [n for n in z.namelist() if n.split("/")[-1] == name]
         return z.read(min(found, key=len)) if found else None
-
-
-def load_picture(path):
-    """A picture that the user names, as a PIL image in RGB. UserError, with its path, if it cannot be read."""
-    try:
-        return load_image(path)
-    except USER_ERRORS as e:
-        raise UserError(f"{path} {e}") from None
 
 
 def list_some(names, between=", "):

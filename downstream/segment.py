@@ -27,12 +27,12 @@ from PIL import Image, ImageDraw, ImageFont
 from data import to_tensor
 from downstream import finetune
 from downstream.bench import measure_speed
-from downstream.pairs import Pairs, list_some, load_picture, read_beside
+from downstream.pairs import Pairs, list_some, read_beside
 from downstream.upernet import IGNORED, Segmenter, resize, slide
 from encoder import TEACHERS, Encoder, UserError, ViT, write_atomically
 from tools.batches import split_batch
 from tools.job import Job
-from tools.pictures import find_pictures, free_path
+from tools.pictures import find_pictures, free_path, load_picture
 from tools.run import command_line, number
 from tools.script import rank_and_device
 

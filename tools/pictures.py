@@ -88,6 +88,14 @@ def resize_short_side(img, short, max_pixels=MAX_PIXELS):
     return img.resize((W, H), Image.Resampling.BICUBIC)
 
 
+def load_picture(path):
+    """A picture that the user names, as a PIL image in RGB. UserError, with its path, if it cannot be read."""
+    try:
+        return load_image(path)
+    except USER_ERRORS as e:
+        raise UserError(f"{path} {e}") from None
+
+
 def load_frames(file, size, max_pixels=MAX_PIXELS):
     """A path, or - for standard input -> frames uint8 (T, 3, H, W), (H, W), options. A still has T = 1.
 

@@ -118,6 +118,7 @@ class Ruler:
         self.judge = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).to(device).eval()
         self.labels = labels.to(device)
         self.x, judged, _ = self.features(img)
+        self.directions = F.normalize(self.x, dim=1).T
         self.reference = self.moments(self.x), self.moments(judged)
 
     @torch.no_grad()
@@ -141,8 +142,7 @@ class Ruler:
         x, judged, logits = self.features(images)
         labels = labels.to(self.device)
         accuracy, _ = linear_probe(self.x, self.labels, x, labels)
-        train = F.normalize(self.x, dim=1).T
-        nearest = torch.cat([(part @ train).amax(1) for part in F.normalize(x, dim=1).split(1000)])
+        nearest = torch.cat([(part @ self.directions).amax(1) for part in F.normalize(x, dim=1).split(1000)])
         return {"distance": frechet_distance(*self.reference[0], *self.moments(x)), "accuracy": accuracy,
                 "nearest": nearest.mean().item(),
                 "judge_distance": frechet_distance(*self.reference[1], *self.moments(judged)),
@@ -158,6 +158,17 @@ def load_images(paths):
 
 def batches_of(images, device):
     return [part.to(device).float() / 255 for part in images.split(1000)]
+
+
+def to_uint8(img):
+    """Images in [0, 1] -> uint8, rounded, on the CPU."""
+    return (255 * img).round().to(torch.uint8).cpu()
+
+
+@torch.no_grad()
+def reconstructed(coder, images, device):
+    """uint8 images (n, 3, 64, 64) as a tokenizer gives them back, uint8, on the CPU."""
+    return torch.cat([to_uint8(coder.decode(coder.encode(x))) for x in batches_of(images, device)])
 
 
 def save_pca(coder, folder, images, labels, classes, device):
@@ -237,7 +248,7 @@ def generated(args, out, coder, options, device, classes):
     for i in tqdm(range(0, len(pairs), 1000), desc=f"{out} {options}", leave=False):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             img = sampling.generate(model, decoder, pairs[i:i + 1000], given)
-        found.append((255 * img).round().to(torch.uint8).cpu())
+        found.append(to_uint8(img))
     return torch.cat(found), torch.tensor([c for c, _ in pairs])
 
 
@@ -247,9 +258,7 @@ def picture(args, out, coder, images, labels, names, options, device):
     classes, rows = range(0, len(names), max(1, len(names) // 10)), []
     fake, fake_labels = generated(args, out, coder, options, device, len(names))
     for c in classes:
-        with torch.no_grad():
-            real = coder.decode(coder.encode(images[labels == c][:4].to(device) / 255))
-        rows += [*(255 * real).round().to(torch.uint8).cpu(), *fake[fake_labels == c][:6]]
+        rows += [*reconstructed(coder, images[labels == c][:4], device), *fake[fake_labels == c][:6]]
     shown = torch.stack(rows).permute(0, 2, 3, 1).numpy()
     sampling.labelled_grid(shown, [names[c] for c in classes]).save(os.path.join(args.work, "classes.png"))
 
@@ -308,9 +317,7 @@ def main(argv=None, on_signal=None):
         for code in codes:
             if (f"floor:{code}", "{}") not in done:
                 some = range(0, len(images), max(1, len(images) // args.images))
-                with torch.no_grad():
-                    back = [coders[code].decode(coders[code].encode(x)) for x in batches_of(images[some], device)]
-                back = (255 * torch.cat(back)).round().to(torch.uint8).cpu()
+                back = reconstructed(coders[code], images[some], device)
                 write(f"floor:{code}", {}, ruler.measure(back, labels[some]))
 
         def measure(row, about):
@@ -319,10 +326,10 @@ def main(argv=None, on_signal=None):
                 if (row, json.dumps(options)) not in done:
                     found = generated(args, folder_of(args, row), coders[code_of[row]], options, device, len(names))
                     write(row, options, ruler.measure(*found), about)
-        for row in rows:
-            if row.startswith("a:"):
-                measure(row, train_row(args, row, speeds))  # alone on the GPU
-        others = [row for row in rows if not row.startswith("a:")]
+        alone = [row for row in rows if row.startswith("a:")]
+        for row in alone:  # on the GPU, since they claim a time
+            measure(row, train_row(args, row, speeds))
+        others = [row for row in rows if row not in alone]
         for row, about in zip(others, pool.map(lambda row: train_row(args, row, speeds), others)):
             measure(row, about)  # while the next rows train
     best = min((x for x in lines if x["row"].startswith("a:")), key=lambda x: x["distance"], default=None)

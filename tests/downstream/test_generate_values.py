@@ -826,6 +826,12 @@ def test_the_study_judges_images_by_its_two_networks():
     assert math.isclose(other["judge_distance"], by_hand, rel_tol=1e-3), (other, by_hand)
     assert abs(same["distance"]) < 1e-3 * other["distance"] and abs(same["judge_distance"]) < 1e-3 * other[
         "judge_distance"] and other["judge_accuracy"] < 100
+    units = [x / x.norm(dim=1, keepdim=True) for x in (ruler.teacher.features(part / 255).mean(1)
+                                                       for part in (img.float(), 255 - img.float()))]
+    assert math.isclose(other["nearest"], (units[1] @ units[0].T).max(1)[0].mean().item(), abs_tol=1e-5)
+    assert abs(same["nearest"] - 1) < 1e-5 and other["nearest"] < 0.999
+    itself = SimpleNamespace(encode=lambda x: 1 - x, decode=lambda latent: 1 - latent)
+    assert torch.equal(study.reconstructed(itself, img, torch.device("cpu")), img)
     # the judge's distance by hand: its features are three numbers
     close(ruler.reference[1][0], (img.float().mean((0, 2, 3)) - 127).double() / 128, 1e-3)
     close(ruler.reference[0][0], ruler.teacher.features(img / 255).mean((0, 1)).double(), 1e-3)
