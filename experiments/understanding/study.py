@@ -24,7 +24,6 @@ import argparse
 import glob
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
