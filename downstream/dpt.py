@@ -20,6 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def in_fp32(layer, x):
+    """layer(x) in fp32 where autocast would use bf16, whose three digits are too few for a depth."""
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.float())
+
+
 class Residual(nn.Module):
     """Two convolutions beside the identity."""
 
@@ -70,7 +76,7 @@ class DPTHead(nn.Module):
             x = self.fuse[i](x, maps[i], maps[i - 1].shape[2:])
         x = self.fuse[0](x, maps[0], [2 * side for side in maps[0].shape[2:]])  # (B, w, 8h, 8w)
         x = F.interpolate(self.conv(x), size, mode="bilinear", align_corners=True)
-        return self.out(F.relu(self.refine(x)))  # (B, 1, H, W)
+        return in_fp32(self.out, F.relu(self.refine(x)))  # (B, 1, H, W)
 
 
 class LinearHead(nn.Module):
@@ -81,7 +87,7 @@ class LinearHead(nn.Module):
         self.out = nn.Conv2d(D, 1, 1)
 
     def forward(self, maps, size):
-        return F.interpolate(self.out(maps[-1]), size, mode="bilinear", align_corners=False)
+        return F.interpolate(in_fp32(self.out, maps[-1]), size, mode="bilinear", align_corners=False)
 
 
 HEADS = {"dpt": DPTHead, "linear": LinearHead}
@@ -111,7 +117,7 @@ class DepthModel(nn.Module):
             img = F.interpolate(img, size, mode="bicubic", antialias=True).clamp(0, 1)
         maps = self.backbone.features(img, self.blocks, grid=True)  # 4 x (B, D, h, w)
         maps = [F.layer_norm(x.movedim(1, 3), x.shape[1:2]).movedim(3, 1) for x in maps]
-        x = self.head(maps, size).float()
+        x = self.head(maps, size)
         if size != [H, W]:
             x = F.interpolate(x, (H, W), mode="bilinear", align_corners=False)
         return self.max_depth * x[:, 0].sigmoid() if self.target == "metric" else x[:, 0]

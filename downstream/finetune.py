@@ -243,6 +243,7 @@ def measure(s):
         save(s)
         raise
     set_training(s.model, args)
+    run.allow_tf32()
     if figures:
         run.write(kind="eval", step=now.step, **figures)
         shown = [f"{k} {x:.4g}" for k, x in figures.items() if isinstance(x, (int, float))]

@@ -58,16 +58,17 @@ class Probe(nn.Module):
             nn.init.zeros_(head[1].bias)
 
     def logits(self, img):
-        """img (B, 3, S, S) in [0, 1] -> {name of the features: (B, classes)}."""
+        """img (B, 3, S, S) in [0, 1] -> {name of the features: (B, classes)}, the classifiers in fp32."""
         vit = self.backbone.vit
         with torch.no_grad():
             tokens = vit.norm(vit(img)[-1]).float()  # (B, P+N, D)
         features = {"pooled": tokens[:, vit.num_prefix:].mean(1), "cls": tokens[:, 0]}
-        return {name: head(features[name]) for name, head in self.heads.items()}
+        with torch.autocast(img.device.type, enabled=False):  # bf16's three digits would make ties of close classes
+            return {name: head(features[name]) for name, head in self.heads.items()}
 
     def forward(self, img, labels):
         """{name: cross-entropy} of uint8 images (B, 3, S, S)."""
-        return {name: F.cross_entropy(x.float(), labels) for name, x in self.logits(img / 255).items()}
+        return {name: F.cross_entropy(x, labels) for name, x in self.logits(img / 255).items()}
 
 
 # ---- data ----
@@ -194,7 +195,7 @@ def accuracy(job, model, data):
         with torch.no_grad(), job.autocast:
             logits = model.logits(img)
         for name, x in logits.items():
-            right = x.float().cpu().topk(min(5, x.shape[1])).indices == labels[:, None]  # (b, 5)
+            right = x.cpu().topk(min(5, x.shape[1])).indices == labels[:, None]  # (b, 5)
             for key, n in (name, 1), (f"{name}_top5", 5):
                 hits[key] = hits.get(key, 0) + right[:, :n].sum().item()
     parts = job.gather(hits)
@@ -224,7 +225,7 @@ def predict(args):
         with torch.no_grad(), job.autocast:
             logits = model.logits(img)
         for name, x in logits.items():
-            chance, best = x[0].float().softmax(0).topk(min(5, len(config["classes"])))
+            chance, best = x[0].softmax(0).topk(min(5, len(config["classes"])))
             print(f"{path}  {name}:  " + "  ".join(f"{config['classes'][k]} {100 * p:.0f}%"
                                                   for p, k in zip(chance.tolist(), best.tolist())))
 

@@ -190,7 +190,10 @@ def killed_in_step(trainer, n):
 
 
 def demands(parse, commands, *flags):
-    """Each of the flags, {command: its arguments} with values, is required wherever it stands."""
+    """A command, and each of the flags, {command: its arguments} with values, is required wherever it stands."""
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        raises(SystemExit, parse, [])
+    assert "arguments are required: " in err.getvalue(), err.getvalue()
     for command, given in commands.items():
         for flag in set(flags) & set(given):
             left = [x for before, x in zip(["", *given], given) if flag not in (before, x)]

@@ -110,6 +110,8 @@ def test_odd_metadata_cost_no_picture():
                 (0xE2, b"ICC_PROFILE\0\x01\x09abc"), (0xE1, b"http://ns.adobe.com/xap/1.0/\0<x")]
     for some in (*([s] for s in segments), segments):
         assert np.array_equal(shown(jpeg_with(plain, *some)), stored), some
+        exif = 0xE1, b"Exif\0\0" + tiff("<", (274, 3, 1, 6))  # behind them it still turns the picture
+        assert np.array_equal(shown(jpeg_with(plain, *some, exif)), turned(stored, 6)), some
     large = picture(2, 640, 480)
     for kind in "RGB", "CMYK":  # Adobe's segment stays: without it the colours would be others
         large.convert(kind).save(f := io.BytesIO(), "JPEG")

@@ -1180,6 +1180,8 @@ def test_sizes_of_pictures_and_animations():
                                            (d, False, tmp, tmp + "/"), (inner, False, d, d)):
             assert pictures.find_pictures([given], to, alone) == [(inner, expected)], (given, alone, to)
         assert pictures.find_pictures(["-"], out) == [("-", out)] and pictures.find_pictures(["-"]) == [("-", None)]
+        given = ["-", inner, "-", inner]  # in the order given, which is not the alphabet's
+        assert [path for path, _ in pictures.find_pictures(given)] == given
         for given, to in (d, d), (d, tmp), (d, d + "/sub"), (inner, d), (inner, d + "/sub"):
             refused(encoder.UserError, pictures.find_pictures, [given], to, True,
                     says=f"--reconstruction would overwrite pictures, because --out {to} overlaps with {given}: give "

@@ -71,7 +71,12 @@ class Run:
         self.control = self.log = self.lock = None
         if self.on_gpu:
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
+        self.allow_tf32()
+
+    def allow_tf32(self):
+        """Let a GPU round the factors of fp32 products to TF32; a Job forbids it, and a run may evaluate by one."""
+        if self.on_gpu:
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
 
     def path(self, *names):
         """The path of a file in the folder."""

@@ -265,6 +265,13 @@ def test_dpt_is_what_its_parts_give():
     linear = DepthModel(backbone(depth=12), "linear", target="relative")
     x = F.conv2d(tokens[3], linear.head.out.weight, linear.head.out.bias)
     close(linear.predict(img), F.interpolate(x, (20, 28), mode="bilinear", align_corners=False)[:, 0], 1e-5)
+    for head in model.head, linear.head:  # the last layer in fp32 under autocast: of its input, to fp32's digits
+        head.out.register_forward_hook(lambda layer, given, x: seen.append((given[0], x)))
+        seen, layer = [], head.out
+        with torch.autocast("cpu", torch.bfloat16):
+            x = head([x.bfloat16() for x in tokens], (20, 28))
+        assert x.dtype == torch.float32
+        close(seen[0][1], torch.einsum("bdhw,kdij->bkhw", seen[0][0].float(), layer.weight) + layer.bias[0], 1e-6)
 
 
 def test_depth_is_trained_below_its_maximum():

@@ -23,7 +23,7 @@ from torch import nn
 import encoder
 from data import Samples
 from downstream import backbone as backbone_file, finetune
-from encoder import UserError
+from encoder import UserError, read_config
 from tools.run import command_line
 
 CALLS = []  # of Toy, whose fifth or so a test lets fail
@@ -158,6 +158,9 @@ def test_finetuning_resumes_bit_for_bit_after_a_signal_and_a_kill():
                                                                                   (9, "the head")]
         for name in "model.safetensors", "model_0000004.safetensors", "model_0000008.safetensors":
             assert same_weights(os.path.join(a, name), os.path.join(b, name)), name
+        steps = [read_config(os.path.join(b, f"model{name}.safetensors"))["step"]
+                 for name in ("_0000004", "_0000008", "")]
+        assert steps == [4, 8, 9], "a copy says of which step it is"
         assert sorted(os.listdir(os.path.join(b, "samples"))) == [f"step_000000{k}.png" for k in (3, 6, 9)]
         assert "the run is finished" in trained(b, *flags)[1]
 

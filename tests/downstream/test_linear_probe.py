@@ -22,7 +22,7 @@ from torch import nn
 from downstream import finetune, linear_probe
 from downstream.lars import LARS, BatchNorm
 from downstream.linear_probe import Probe, ProbeImages
-from encoder import TEACHERS, Encoder, UserError, ViT
+from encoder import TEACHERS, Encoder, UserError, ViT, read_config, write_model
 from tools.optimizer import rate_factor
 from tools.script import USER_ERRORS
 
@@ -188,6 +188,11 @@ def test_features_are_the_mean_token_and_cls():
             close(losses[name], -logits.log_softmax(1)[range(6), labels].mean(), 1e-5)
         sum(losses.values()).backward()
         assert all(p.grad is not None for p in model.heads.parameters())
+        with torch.autocast("cpu", torch.bfloat16):  # of the encoder alone
+            rounded = vit.norm(vit(img / 255)[-1]).float()
+            found = model.eval().logits(img / 255)["pooled"]
+        norm, linear = model.heads["pooled"]
+        close(found, norm(rounded[:, prefix:].mean(1)) @ linear.weight.T + linear.bias, 1e-6)
     assert model.train().backbone.vit(img / 255)[0].requires_grad is False
 
 
@@ -381,6 +386,11 @@ def test_training_and_bench_of_the_probe_hand_on_what_they_are_told():
         quietly(*base, "--batch_size", 64, "--epochs", 1)  # less than one batch: one step, not none
         (args, *_), _ = seen.pop()
         assert args.warmup == 0 and args.lr_decay == 1 and args.eval_every == args.save_every == 1
+        file = tokenizer_file(tmp)  # of a model that was trained at another size than its ViT's
+        write_model(file, {**read_config(file), "size": 24}, load_file(file))
+        quietly(*base)
+        (args, _, images, _, config), _ = seen.pop()
+        assert args.size == images.size == config["size"] == 24
         linear_probe.main(list(map(str, [*base, "--epochs", 9, "--warmup", 0, "--lr_decay", 0, "--eval_every", 0,
                                          "--save_every", 7])), "HANDLER")
         assert rest["on_signal"] is None
