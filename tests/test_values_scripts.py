@@ -629,23 +629,24 @@ def test_a_copy_is_kept_though_nothing_else_is_saved():
 def test_a_run_on_a_gpu_sets_it_up_and_joins_the_others():
     """Its GPU becomes the current one, and fp32 products may use TF32; gradients go by NCCL, what CPUs agree on by
     gloo. Without a GPU all goes by gloo; a process alone joins nobody."""
-    did = []
+    did, (products, convolutions) = [], (torch.backends.cuda.matmul, torch.backends.cudnn)
     note = lambda name: lambda *args, **how: did.append((name, *args, *how.items())) or name
     gpu, cpu = torch.device("cuda", 1), torch.device("cpu")
-    with patch.object(torch.cuda, "set_device", note("gpu")), \
-            patch.object(torch, "set_float32_matmul_precision", note("fp32")), \
-            patch.multiple(dist, init_process_group=note("join"), new_group=note("group")):
+    with patch.object(torch.cuda, "set_device", note("gpu")), patch.multiple(
+            dist, init_process_group=note("join"), new_group=note("group")):
         for place, expected in (
-                ((2, 4, gpu), [("gpu", gpu), ("fp32", "high"), ("join", "nccl", ("device_id", gpu)),
-                               ("group", ("backend", "gloo"))]),
+                ((2, 4, gpu), [("gpu", gpu), ("join", "nccl", ("device_id", gpu)), ("group", ("backend", "gloo"))]),
                 ((2, 4, cpu), [("join", "gloo", ("device_id", None)), ("group", ("backend", "gloo"))]),
-                ((0, 1, gpu), [("gpu", gpu), ("fp32", "high")]), ((0, 1, cpu), [])):
+                ((0, 1, gpu), [("gpu", gpu)]), ((0, 1, cpu), [])):
             did.clear()
+            products.allow_tf32 = convolutions.allow_tf32 = False
             with patch.object(running, "rank_and_device", lambda: place):
                 run = running.Run("out")
                 run.connect()
             assert did == expected and (run.rank, run.ranks, run.device) == place
+            assert products.allow_tf32 == convolutions.allow_tf32 == run.on_gpu
             assert run.on_gpu == (place[2] is gpu) and run.control == ("group" if place[1] > 1 else None)
+    products.allow_tf32, convolutions.allow_tf32 = False, True  # torch's defaults
 
 
 def test_a_line_that_nobody_reads_stops_the_run():

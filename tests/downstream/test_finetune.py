@@ -514,7 +514,11 @@ def test_what_a_run_says_of_itself():
         s.evaluate = lambda: modes() or {"a": 12.34567, "b": "words", "c": 3}
         s.picture = lambda: modes() or Image.new("L", (3, 2))
         os.makedirs(os.path.join(tmp, "samples"))
+        products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+        products.allow_tf32, convolutions.allow_tf32, s.run.on_gpu = False, False, True  # as a Job leaves them
         finetune.measure(s)
+        assert products.allow_tf32 and convolutions.allow_tf32, "training goes on as it was"
+        products.allow_tf32 = False
         assert s.run.written == [dict(kind="eval", step=12, a=12.34567, b="words", c=3)] and model.training
         assert s.run.said == ["eval     12 | a 12.35 | c 3"] and seen == 2 * [(True, False, False)]
         assert Image.open(os.path.join(tmp, "samples", "step_0000012.png")).size == (3, 2)
