@@ -209,7 +209,8 @@ def build_stage(args, device):
         raise UserError(f"--init {args.init} is no run of downstream.llava")
     before = config.get("llava", {})
     enc, size, eye = load_eye(args) if args.weights or args.teacher else (None, before["size"], before["eye"])
-    if before and before["eye"].split()[-1] != eye.split()[-1]:
+    known = (lambda eye: eye.split()[-1]) if args.weights else str  # a tokenizer by its digest: its file may have moved
+    if before and known(before["eye"]) != known(eye):
         raise UserError(f"--init {args.init} was trained with the encoder {before['eye']}, not with {eye}")
     llm_name = os.path.abspath(args.llm) if args.llm and os.path.isdir(args.llm) else args.llm or before["llm"]
     if before.get("trains_llm") and llm_name != before["llm"]:

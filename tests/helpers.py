@@ -27,6 +27,7 @@ from dataclasses import asdict
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests' tolerances and recipes are the CPU's, on any machine
 # on such small models more threads only wait for each other, on a busy machine ten times as long
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("PYTHONUNBUFFERED", None)  # it would hide that a script loses what it has not flushed
 
 import numpy as np
 import torch

@@ -358,6 +358,10 @@ def test_a_jpeg_is_decoded_no_smaller_than_its_crop_needs():
             whole = data.random_crop(Image.open(path), 64, np.random.default_rng([0, n, 1]), (0.25, 1.0))
             assert np.array_equal(read[n][0].permute(1, 2, 0).numpy(),
                                   np.array(whole)), "as from a picture decoded whole"
+        noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 640, 3), dtype=np.uint8))
+        noise.save(path, quality=95)  # an evaluation decodes all of it: 1/2 would be grey levels off
+        assert np.array_equal(data.ImageDataset(tmp, 64, train=False)[0][0].permute(1, 2, 0).numpy(),
+                              np.array(data.center_crop(Image.open(path), 64)))
     for short, side in ((256, 512), (128, 256), (129, 512), (64, 128), (20, 64)):
         f = io.BytesIO()
         img.save(f, "JPEG")

@@ -405,12 +405,18 @@ def test_a_script_says_which_rank_and_ends_with_its_status():
     for error, status, said in ((encoder.UserError("wrong"), 2, "x.py: wrong\n"), (KeyboardInterrupt(), 130, ""),
                                 (full, 2, "x.py: [Errno 28] No space left\n"), (KeyError("k"), 1, "Traceback")):
         for environ, who in (none, ""), ({**none, "RANK": "3"}, "[rank 3] "):
-            main, workers = unittest.mock.Mock(side_effect=error), [unittest.mock.Mock(), unittest.mock.Mock()]
+            def fail(**_):
+                print("two of three")
+                raise error
+            main, workers = unittest.mock.Mock(side_effect=fail), [unittest.mock.Mock(), unittest.mock.Mock()]
+            pipe, written = io.BytesIO(), []
             with patch.dict(os.environ, environ, clear=True), patch.object(signal, "signal") as heeds, \
-                    patch.object(os, "_exit") as ended, contextlib.redirect_stderr(io.StringIO()) as err, \
-                    patch.object(tools.run, "open_streams"), patch.object(tools.run.multiprocessing,
-                                                                          "active_children", lambda: workers):
+                    patch.object(os, "_exit", side_effect=lambda status: written.append(pipe.getvalue())) as ended, \
+                    contextlib.redirect_stdout(io.TextIOWrapper(pipe)), \
+                    contextlib.redirect_stderr(io.StringIO()) as err, patch.object(tools.run, "open_streams"), \
+                    patch.object(tools.run.multiprocessing, "active_children", lambda: workers):
                 tools.run.command_line(main, "x.py")
+            assert written == [b"two of three\n"], "what it said before is not lost with the process"
             ended.assert_called_once_with(status), main.assert_called_once_with(on_signal=tools.run.interrupt)
             assert [worker.method_calls for worker in workers] == [[unittest.mock.call.kill()]] * 2
             assert [call.args for call in heeds.call_args_list] == [

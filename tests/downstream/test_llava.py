@@ -1104,6 +1104,15 @@ def test_a_stage_is_built_as_the_command_line_says():
         raises(UserError, lambda: llava_model.build_stage(llava.parse_args(list(map(
             str, [*flags, "--teacher", path("teacher.safetensors")]))), "cpu"), words=(
             f"--init {out} was trained with the encoder {eye}, not with {path('teacher.safetensors')}"))
+        shutil.copytree(out, path("earlier"))  # two teachers in folders whose names end alike are two
+        found = read_config(os.path.join(out, "model.safetensors"))
+        found["llava"]["eye"] = path("a run/teacher.safetensors")
+        llava.write_model(path("earlier/model.safetensors"), found, load_file(os.path.join(out, "model.safetensors")))
+        os.mkdir(path("b run"))
+        flags = [*without(flags, "--init"), "--init", path("earlier"), "--teacher",
+                 shutil.copy(path("teacher.safetensors"), path("b run"))]
+        raises(UserError, lambda: llava_model.build_stage(llava.parse_args(list(map(str, flags))), "cpu"), words=(
+            f"the encoder {path('a run/teacher.safetensors')}, not with {path('b run/teacher.safetensors')}"))
         llm = built(tmp)[0].llm
         with unittest.mock.patch.object(llava_model, "load_llm", lambda name: llm):
             named = built(tmp, "--llm", "hub/name")[1]["llava"]
