@@ -433,6 +433,20 @@ def test_a_script_says_which_rank_and_ends_with_its_status():
         assert did == ["all have come", "left"] * ranks and not ended.called and main.call_count == 1
 
 
+def test_a_study_runs_modules_and_keeps_what_they_print():
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "x.json")
+        with open(path, "w") as f:
+            f.write("[1, 2]")
+        for _ in range(2):
+            tools.script.run_module(tmp, "json.tool", "--indent", 1, path)
+        words = f"json.tool --indent 1 {path}.none failed: see the end of {tmp}/output.txt"
+        raises(RuntimeError, tools.script.run_module, tmp, "json.tool", "--indent", 1, path + ".none", words=words)
+        with open(os.path.join(tmp, "output.txt")) as f:
+            said = f.read()
+        assert said.startswith(2 * "[\n 1,\n 2\n]\n") and "No such file" in said, said
+
+
 def test_a_disk_that_fails_is_no_damaged_checkpoint():
     """Who is told that a file is damaged moves it away; where the disk was at fault it is whole."""
     with tempfile.TemporaryDirectory() as tmp:

@@ -4,6 +4,7 @@
     rank, ranks, device = rank_and_device()
     user_message(error)                     # one line if the user or the machine caused the error; None for a bug
     run_command(main, "sample.py")          # main() as a script: such a line and status 2, or a bug's traceback
+    run_module("out", "train", "--size", 64)  # another script, as a study calls it; what it prints: out/output.txt
 """
 import errno
 import logging
@@ -126,6 +127,15 @@ def run_command(main, name):
             raise
         sys.stdout = None  # at exit Python would write the rest, and if that fails, change the status
         sys.exit(2)
+
+
+def run_module(folder, *command):
+    """Run a module of this project as a script, with its flags. What it prints goes to the end of FOLDER/output.txt.
+    RuntimeError if it fails."""
+    with open(os.path.join(folder, "output.txt"), "a") as f:
+        done = subprocess.run([sys.executable, "-m", *map(str, command)], stdout=f, stderr=f)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed: see the end of {folder}/output.txt")
 
 
 def ignore_signals(worker):

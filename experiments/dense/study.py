@@ -24,8 +24,6 @@ beside this file. Rows that stand there are not run again. Needs nothing from th
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +35,7 @@ from downstream import segment
 from downstream.upernet import IGNORED, Segmenter
 from encoder import Encoder, load_teacher
 from tools.run import command_line, finite
-from tools.script import SHIPPED, commit
+from tools.script import SHIPPED, commit, run_module
 
 RESULTS = os.path.join(os.path.dirname(os.path.relpath(__file__)), "results.jsonl")
 CODES = {"student": ["--weights", SHIPPED], "teacher": ["--teacher", "tiny"],
@@ -55,20 +53,13 @@ FLAGS = {
         "linear": f"{DEPTH} --frozen --head linear --lr 1e-3 --steps 1000",
         "frozen": f"{DEPTH} --frozen --lr 5e-4 --steps 2000",
         "finetuned": f"{DEPTH} --lr 2e-4 --layer_decay 0.8 --drop_path 0.1 --steps 3000"}),
-    "probe": ("downstream.linear_probe", "", {"mae": "--size 64 --batch_size 1024 --micro_batch 1024"})}
+    "probe": ("downstream.linear_probe", "", {
+        "mae": "--size 64 --batch_size 1024 --micro_batch 1024 --eval_every 488"})}  # ten epochs of 50,000 images
 FLAGS["harder"] = FLAGS["depth"]
 FIGURES = "miou aacc macc rmse absrel log10 delta1 delta2 delta3 pooled cls".split()
 ROWS = [f"{task}:{code}:{head}@{seed}" for task in FLAGS for code in CODES for head in FLAGS[task][2]
         for seed in (0, 1)]
 ROWS += [f"quick:{code}" for code in CODES]
-
-
-def script(args, *command):
-    """Run a module of this project; its output goes to WORK/output.txt."""
-    with open(os.path.join(args.work, "output.txt"), "a") as f:
-        done = subprocess.run([sys.executable, "-m", *map(str, command)], stdout=f, stderr=f)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed: see the end of {args.work}/output.txt")
 
 
 def backbone_flags(args, code):
@@ -101,10 +92,10 @@ def run_row(args, row):
     train = [module, "train", "--data", *data, *val, *backbone_flags(args, code), *LOOP.split(), *heads[head].split(),
              "--seed", row[-1], "--workers", args.workers, "--out", out, *args.more.split()]
     start = time.time()
-    script(args, *train)
+    run_module(args.work, *train)
     seconds, report = time.time() - start, os.path.join(out, "test.json")
-    script(args, module, "test", "--run", out, "--data", *(val[1:] or data), *test.split(), "--workers", args.workers,
-           "--out", report)
+    run_module(args.work, module, "test", "--run", out, "--data", *(val[1:] or data), *test.split(), "--workers",
+               args.workers, "--out", report)
     with open(report) as f:
         found = json.load(f)
     return {**{k: found[k] for k in FIGURES if k in found}, "iou": found.get("iou"), "images": found["images"],

@@ -31,7 +31,7 @@ from pycocotools.cocoeval import COCOeval
 from downstream.coco import CocoDetection
 from downstream.coco_eval import FIGURES, average_precision
 from tools.run import command_line
-from tools.script import SHIPPED, commit
+from tools.script import SHIPPED, commit, run_module
 
 TRAINING = ("--size 384 --channels 128 --batch_size 16 --epochs 60 --lr 5e-4 --weight_decay 0.05 --layer_decay 0.8 "
             "--drop_path 0.1 --warmup 100 --lr_decay 0.5 --jitter 0.5 1.5 --eval_every 150 --save_every 100000")
@@ -39,14 +39,6 @@ OVERFIT = ("--size 512 --channels 128 --batch_size 8 --steps 600 --lr 5e-4 --wei
            "--drop_path 0 --warmup 50 --lr_decay 0.5 --jitter 1 1 --eval_every 200 --save_every 100000")
 ROWS = "student teacher pixels random overfit format bench".split()
 RESULTS = os.path.join(os.path.dirname(os.path.relpath(__file__)), "results.jsonl")
-
-
-def script(args, *command):
-    """Run a module of this project; its output goes to WORK/output.txt."""
-    with open(os.path.join(args.work, "output.txt"), "a") as f:
-        done = subprocess.run([sys.executable, "-m", *map(str, command)], stdout=f, stderr=f)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed: see the end of {args.work}/output.txt")
 
 
 def log_of(out):
@@ -73,8 +65,8 @@ def train(args, row, seed, data, flags):
     """Train a row, or go on with it. Returns its figures and flags."""
     out, start = os.path.join(args.work, f"{row}-{seed}"), time.time()
     flags = merge(flags, args.more)
-    script(args, "downstream.detect", "train", "--data", data, *backbone(args, row), *flags, "--seed", seed,
-           "--workers", args.workers, "--out", out)
+    run_module(args.work, "downstream.detect", "train", "--data", data, *backbone(args, row), *flags, "--seed", seed,
+               "--workers", args.workers, "--out", out)
     lines = log_of(out)
     if lines[-1].get("kind") != "eval":  # a signal has ended it
         raise RuntimeError(f"{row} was interrupted at step {lines[-1]['step']}: the same command goes on from there")
@@ -119,8 +111,8 @@ def check_format(args, seed):
     """The row `format`. Raises AssertionError where two figures differ."""
     data, found = os.path.join(args.data, "coco_mini.zip"), os.path.join(args.work, "found.json")
     report, truth = os.path.join(args.work, "report.json"), os.path.join(args.work, "truth.json")
-    script(args, "downstream.detect", "test", "--run", os.path.join(args.work, f"overfit-{seed}"), "--data", data,
-           "--results", found, "--out", report, "--workers", args.workers)
+    run_module(args.work, "downstream.detect", "test", "--run", os.path.join(args.work, f"overfit-{seed}"), "--data",
+               data, "--results", found, "--out", report, "--workers", args.workers)
     figures = json.load(open(report))["results"]
     with zipfile.ZipFile(data) as z, open(truth, "wb") as f:
         f.write(z.read("val/instances.json"))

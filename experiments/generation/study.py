@@ -24,7 +24,6 @@ Rows that stand in results.jsonl are not trained or measured again.
 import argparse
 import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -41,7 +40,7 @@ from encoder import Encoder, load_teacher, write_model
 from eval import Moments, fit_patch_pca, frechet_distance, image_noise, linear_probe
 from tools.latents import SHARD
 from tools.run import command_line
-from tools.script import commit
+from tools.script import commit, run_module
 
 # the number of each class among ImageNet's 1,000, in the order of the sorted names of the 100
 JUDGE_CLASSES = [
@@ -59,14 +58,6 @@ DEFAULTS = dict(cfg=2.0, iterations=32, steps=25, temperature=1.0)
 GUIDANCE = (1.0, 2.0, 3.0)  # of the rows of (b) and (c)
 SWEEPS = {"cfg": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0), "temperature": (0.9, 0.95, 1.05)}
 SWEEPS_OF = {"mar-s": {"iterations": (8, 16, 64), "steps": (10, 50)}, "dit-s": {"steps": (5, 10, 50)}}
-
-
-def script(args, *command):
-    """Run a module of this project; its output goes to WORK/output.txt."""
-    with open(os.path.join(args.work, "output.txt"), "a") as f:
-        done = subprocess.run([sys.executable, "-m", *map(str, command)], stdout=f, stderr=f)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed: see the end of {args.work}/output.txt")
 
 
 class PCA:
@@ -191,12 +182,12 @@ def latents_of(args, code):
 def prepare(args, code):
     """Train one of CODES, and save its latents, if they are not there."""
     out = os.path.join(args.work, code)
-    script(args, "train", *TOKENIZER.split(), *CODES[code].split(), "--steps", args.tokenizer_steps,
-           "--data", *args.data, "--val", *args.val, "--workers", args.workers, "--out", out)
+    run_module(args.work, "train", *TOKENIZER.split(), *CODES[code].split(), "--steps", args.tokenizer_steps,
+               "--data", *args.data, "--val", *args.val, "--workers", args.workers, "--out", out)
     if not os.path.exists(os.path.join(latents_of(args, code), "index.json")):
         common = "--data", *args.data, "--weights", os.path.join(out, "model.safetensors"), "--batch_size", 500
-        script(args, "tools.latents", "stats", *common)
-        script(args, "tools.latents", "save", *common, "--out", latents_of(args, code), "--flip")
+        run_module(args.work, "tools.latents", "stats", *common)
+        run_module(args.work, "tools.latents", "save", *common, "--out", latents_of(args, code), "--flip")
 
 
 def training(args, row):
@@ -223,7 +214,8 @@ def measure_speed(args, rows):
         command, model, _ = training(args, row)
         if model not in known:
             out = os.path.join(args.work, f"speed-{model}")
-            script(args, *command, "--steps", 4 * args.probe_steps, "--log_every", args.probe_steps, "--out", out)
+            run_module(args.work, *command, "--steps", 4 * args.probe_steps, "--log_every", args.probe_steps, "--out",
+                       out)
             known[model] = [json.loads(x) for x in open(os.path.join(out, "log.jsonl"))][-1]["img_s"]
             json.dump(known, open(path, "w"))
     return known
@@ -233,7 +225,7 @@ def train_row(args, row, speeds):
     """Train a row's generator, if it is not trained. Returns what to say of it."""
     command, model, minutes = training(args, row)
     steps = max(1, round(60 * minutes * speeds[model] / args.batch_size))
-    script(args, *command, "--steps", steps, "--out", folder_of(args, row))
+    run_module(args.work, *command, "--steps", steps, "--out", folder_of(args, row))
     return {"model": model, "minutes": minutes, "img_s": speeds[model], "steps": steps, "batch": args.batch_size,
             "flags": " ".join(map(str, command[6:]))}
 

@@ -24,8 +24,6 @@ import argparse
 import glob
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -34,23 +32,12 @@ import torch
 
 from encoder import UserError
 from tools.run import command_line
-from tools.script import SHIPPED, commit
+from tools.script import SHIPPED, commit, run_module
 
 EYES = ("student", "teacher", "pixels", "random", "no_picture", "shuffled")
 SETS = {"easy_vqa": ("train/llava", "exact"), "coco_mini": ("train/llava_train", "pope")}  # conversations, benchmark
 WRITING = threading.Lock()
 RESULTS = os.path.join(os.path.dirname(os.path.relpath(__file__)), "results.jsonl")
-
-
-def script(log, *command):
-    """Run a module of this project; what it prints goes to the file `log`. Returns its standard output."""
-    done = subprocess.run([sys.executable, "-m", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True)
-    with open(log, "a") as f:
-        f.write(f"$ {' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed: see the end of {log}")
-    return done.stdout
 
 
 def encoder_flags(args, eye):
@@ -66,15 +53,15 @@ def run_row(args, row):
     start, out = time.time(), os.path.join(args.work, row.replace(":", "_"))
     os.makedirs(out, exist_ok=True)
     folder, (conversations, benchmark) = os.path.join(args.data, dataset), SETS[dataset]
-    log, control = os.path.join(out, "output.txt"), f"_{eye}" * (eye in ("no_picture", "shuffled"))
+    control = f"_{eye}" * (eye in ("no_picture", "shuffled"))
     common = ["downstream.llava", "train", "--variant", "lv", "--llm", args.llm, *encoder_flags(args, eye),
               "--data", os.path.join(folder, f"{conversations}{control}.json"), "--images", folder, "--size", size,
               "--template", "chat", "--seed", seed, "--workers", args.workers, "--micro_batch", args.micro_batch,
               "--batch_size", args.batch_size, "--save_every", args.save_every, *args.more.split()]
     first, second = os.path.join(out, "stage1"), os.path.join(out, "stage2")
     lengths = [("--steps", n) for n in args.steps] if args.steps else [("--epochs", n) for n in args.epochs]
-    script(log, *common, "--stage", 1, *lengths[0], "--lr", args.lr[0], "--out", first)
-    script(log, *common, "--stage", 2, *lengths[1], "--lr", args.lr[1], "--init", first, "--out", second)
+    run_module(out, *common, "--stage", 1, *lengths[0], "--lr", args.lr[0], "--out", first)
+    run_module(out, *common, "--stage", 2, *lengths[1], "--lr", args.lr[1], "--init", first, "--out", second)
     last = [json.loads(x) for x in open(os.path.join(second, "log.jsonl"))][-1]
     line = {"row": row, "set": dataset, "size": int(size), "eye": eye, "seed": int(seed), "steps": last["step"],
             "batch": args.batch_size, "lr": args.lr, "loss": last["loss"]}
@@ -87,12 +74,14 @@ def run_row(args, row):
                 f.writelines(lines)
         answers = os.path.join(out, f"answers{asked}.jsonl")
         if not os.path.exists(answers):
-            script(log, "downstream.llava", "answer", "--run", second, "--questions", questions, "--images", folder,
-                   "--answers", answers, "--batch_size", args.answer_batch, "--max_new_tokens", 8, "--workers",
-                   args.workers)
-        figures = dict(x.split() for x in script(log, "downstream.vqa", benchmark, answers, questions).splitlines())
+            run_module(out, "downstream.llava", "answer", "--run", second, "--questions", questions, "--images", folder,
+                       "--answers", answers, "--batch_size", args.answer_batch, "--max_new_tokens", 8, "--workers",
+                       args.workers)
+        scores = os.path.join(out, f"scores{asked}.json")
+        run_module(out, "downstream.vqa", benchmark, answers, questions, "--out", scores)
         prefix = "asked_shuffled_" if asked != control else ""
-        line.update({prefix + name: float(value) for name, value in figures.items()})
+        with open(scores) as f:
+            line.update({prefix + name: value for name, value in json.load(f).items()})
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     line = {**line, "seconds": round(time.time() - start), "commit": commit(), "device": device}
     with WRITING, open(args.results, "a") as f:

@@ -742,7 +742,7 @@ def test_rows_of_the_study_train_what_they_are_named_for():
         assert (given.lr, given.warmup, given.lr_decay, given.ema) == (1e-3, 200, 0.3, 0.999)
         assert study.folder_of(args, row) == f"W/{folder}"
         ran = []
-        with patch.object(study, "script", lambda *what: ran.append([str(x) for x in what[1:]])):
+        with patch.object(study, "run_module", lambda *what: ran.append([str(x) for x in what[1:]])):
             about = study.train_row(args, row, {"mar-s": 100.0, "dit-s": 1000.0})
         steps = round(60 * minutes * (100 if model == "mar-s" else 1000) / 512)
         assert parse(*ran[0][1:]).steps == steps and parse(*ran[0][1:]).out == f"W/{folder}"
@@ -754,20 +754,21 @@ def test_the_study_measures_each_model_once_and_trains_each_code():
     with tempfile.TemporaryDirectory() as tmp:
         args, ran = study_args(tmp), []
 
-        def script(args, *command):
+        def run_module(work, *command):
+            assert work == tmp
             ran.append([str(x) for x in command])
             given = parse(*ran[-1][1:])
             os.makedirs(given.out)
             assert (given.steps, given.log_every) == (20, 5), "the first quarter compiles"
             with open(os.path.join(given.out, "log.jsonl"), "w") as f:
                 f.write('{"img_s": 1.0}\n{"img_s": %d}\n' % (70 if given.model == "mar-s" else 700))
-        with patch.object(study, "script", script):
+        with patch.object(study, "run_module", run_module):
             rows = ["b:pca@1", "a:mar-s", "c:shift=2", "a:dit-s"]
             assert study.measure_speed(args, rows) == {"mar-s": 70, "dit-s": 700}
             assert study.measure_speed(args, rows) == {"mar-s": 70, "dit-s": 700} and len(ran) == 2
         for code, lambda_d, frozen in ("distilled", 1, False), ("pixels", 0, False), ("frozen", 1, True):
             ran.clear()
-            with patch.object(study, "script", lambda args, *command: ran.append([str(x) for x in command])):
+            with patch.object(study, "run_module", lambda work, *command: ran.append([str(x) for x in command])):
                 study.prepare(args, code)
             given, out = train.parse_args(ran[0][1:]), os.path.join(tmp, code)
             assert (given.lambda_d, given.freeze_encoder, given.size, given.steps) == (lambda_d, frozen, 64, 700)
@@ -778,7 +779,7 @@ def test_the_study_measures_each_model_once_and_trains_each_code():
             assert (stats.part, save.part, save.flip, save.target) == ("stats", "save", True, out + "-latents")
             os.makedirs(out + "-latents"), open(os.path.join(out + "-latents", "index.json"), "w").close()
             ran.clear()
-            with patch.object(study, "script", lambda args, *command: ran.append(command)):
+            with patch.object(study, "run_module", lambda work, *command: ran.append(command)):
                 study.prepare(args, code)
             assert [x[0] for x in ran] == ["train"], "its latents are there"
 

@@ -914,10 +914,13 @@ def test_the_study_gives_each_row_its_encoder_its_questions_and_its_line():
         for name in "llm", "easy_vqa", "coco_mini":
             os.makedirs(os.path.join(tmp, name))
 
-        def script(log, *command):
+        def run_module(folder, *command):
             commands.append(list(map(str, command)))
             if command[0] == "downstream.vqa":
-                return "accuracy 91.5\n"
+                assert command[-2] == "--out"
+                with open(command[-1], "w") as f:
+                    f.write('{"accuracy": 91.5}')
+                return
             args = llava.parse_args(commands[-1][1:])
             if args.command == "train":
                 os.makedirs(args.out)
@@ -925,10 +928,9 @@ def test_the_study_gives_each_row_its_encoder_its_questions_and_its_line():
                                    ("model.safetensors", "")):
                     with open(os.path.join(args.out, name), "w") as f:
                         f.write(text + "\n")
-            return ""
         flags = ["--llm", os.path.join(tmp, "llm"), "--data", tmp, "--weights", "W", "--pixels", __file__, "--work",
                  os.path.join(tmp, "work"), "--results", results, "--parallel", "1", "--seeds", "3", "--sizes", "32"]
-        with unittest.mock.patch.object(study, "script", script), contextlib.redirect_stdout(io.StringIO()) as out:
+        with unittest.mock.patch.object(study, "run_module", run_module), contextlib.redirect_stdout(io.StringIO()) as out:
             study.main(["easy_vqa", "coco_mini@32:random", *flags])
             lines, first = [json.loads(x) for x in open(results)], len(commands)
             study.main(["easy_vqa", "coco_mini@32:random", *flags])
