@@ -34,7 +34,7 @@ from downstream.depth_sets import LEAST, DepthPairs, Mixed, check, convert
 from downstream.dpt import HEADS, DepthModel, align
 from encoder import TEACHERS, Encoder, UserError, ViT, load_exactly, write_atomically
 from tools.job import Job
-from tools.pictures import find_pictures, free_path, load_picture
+from tools.pictures import free_path, read_pictures
 from tools.run import command_line, number
 from tools.script import rank_and_device
 
@@ -114,12 +114,13 @@ def draw(x, target):
     font = ImageFont.load_default(max(9, H // 20))
     labels = [f"{value:.2f}" + " m" * (target == "metric") for value in np.linspace(near, far, 5)]
     height, bar = font.size, max(8, W // 30)
-    canvas = Image.new("RGB", (W + 3 * bar + round(max(map(font.getlength, labels))), H), "white")
+    tall = max(H, 5 * height + 1)  # room for five labels
+    canvas = Image.new("RGB", (W + 3 * bar + round(max(map(font.getlength, labels))), tall), "white")
     canvas.paste(Image.fromarray(colour(x, near, far)))
-    scale = np.repeat(np.linspace(near, far, H - height)[:, None], bar, 1)
+    scale = np.repeat(np.linspace(near, far, tall - height)[:, None], bar, 1)
     canvas.paste(Image.fromarray(colour(scale, near, far)), (W + bar, height // 2))
     for k, label in enumerate(labels):
-        y = height // 2 + k * (H - height - 1) // 4
+        y = height // 2 + k * (tall - height - 1) // 4
         ImageDraw.Draw(canvas).text((W + 2 * bar + bar // 2, y), label, fill="black", font=font, anchor="lm")
     return canvas
 
@@ -281,9 +282,9 @@ def predict(args):
     if args.raw == "png" and model.target == "relative":
         raise UserError("--raw png is in millimetres, which a relative model does not know: use --raw npy")
     taken = set()
-    for path, folder in find_pictures(args.files, args.out):
+    for img, path, folder in read_pictures(args.files, args.out):
         with job.autocast:
-            x = estimate(model, to_tensor(load_picture(path)), config["size"]).numpy()
+            x = estimate(model, to_tensor(img), config["size"]).numpy()
         os.makedirs(folder or ".", exist_ok=True)
         name = os.path.splitext(os.path.basename(path))[0]
         result = free_path(folder, name, "_depth_mm.png", taken)

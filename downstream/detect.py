@@ -56,7 +56,7 @@ from downstream.coco import CocoDetection, collate
 from downstream.coco_eval import FIGURES, find_all, show
 from encoder import TEACHERS, Encoder, UserError, ViT, write_atomically
 from tools.job import Job
-from tools.pictures import find_pictures, free_path, load_picture
+from tools.pictures import free_path, read_pictures
 from tools.run import command_line, number
 
 STRIDES = (4, 8, 16, 32)  # of the levels from which boxes are read; the RPN has one more, 64
@@ -265,8 +265,7 @@ def predict(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config = load_model(args.run, build, device)
     names, taken = config["categories"], set()
-    for path, folder in find_pictures(args.files, args.out):
-        img = load_picture(path)
+    for img, path, folder in read_pictures(args.files, args.out):
         view = place(img.size, model.size)
         found, = model.find(to_canvas(img, view, model.size)[None].to(device), [view], args.score)
         name = os.path.splitext(os.path.basename(path))[0]

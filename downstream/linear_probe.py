@@ -32,7 +32,7 @@ from downstream.bench import measure_speed
 from downstream.lars import LARS, BatchNorm
 from encoder import TEACHERS, Encoder, UserError, ViT
 from tools.job import Job
-from tools.pictures import find_pictures, load_picture
+from tools.pictures import read_pictures
 from tools.run import command_line, number
 from tools.script import rank_and_device
 
@@ -220,8 +220,8 @@ def predict(args):
     """Print the five likeliest classes of each picture, by each classifier."""
     job = Job(args)
     model, config = finetune.load_model(args.run, build, job.device)
-    for path, _ in find_pictures(args.files):
-        img = to_tensor(centre(load_picture(path), config["size"]))[None].to(job.device) / 255
+    for img, path, _ in read_pictures(args.files):
+        img = to_tensor(centre(img, config["size"]))[None].to(job.device) / 255
         with torch.no_grad(), job.autocast:
             logits = model.logits(img)
         for name, x in logits.items():

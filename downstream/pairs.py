@@ -112,7 +112,8 @@ def read_numbers(blob):
         turn, step = TURNS.get(img.info["orientation"]), {"L;2": 85, "L;4": 17}.get(img.tile[0][3], 1)
         numbers = np.array(img if turn is None else img.transpose(turn))
     except (OSError, ValueError, SyntaxError, LookupError) as e:
-        raise UserError(f"it cannot be read as labels or depth ({' '.join(str(e).split())[:200]})") from None
+        raise UserError(f"it cannot be read as labels or depth, whole numbers in one channel "
+                        f"({' '.join(str(e).split())[:200]})") from None
     return numbers.astype(np.uint8) if numbers.dtype == bool else numbers // step  # PIL stretches 2 and 4 bits to 8
 
 

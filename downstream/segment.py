@@ -32,7 +32,7 @@ from downstream.upernet import IGNORED, Segmenter, resize, slide
 from encoder import TEACHERS, Encoder, UserError, ViT, write_atomically
 from tools.batches import split_batch
 from tools.job import Job
-from tools.pictures import find_pictures, free_path, load_picture
+from tools.pictures import free_path, read_pictures
 from tools.run import command_line, number
 from tools.script import rank_and_device
 
@@ -158,8 +158,9 @@ def describe_labels(args):
         names = [line.split("\t")[-1].split(",")[0].strip() for line in ade.decode().splitlines()[1:]]
     elif not names and listed:
         try:
-            names = list(map(str, json.loads(listed)))
-        except (ValueError, TypeError) as e:
+            assert isinstance(names := json.loads(listed), list), '["sky", ..] is one'
+            names = list(map(str, names))
+        except (ValueError, AssertionError) as e:
             raise UserError(f"classes.json of {root} is no list of names ({e})") from None
     first = int(args.reduce_zero_label or ade is not None)  # ADE20K's masks: 0 is none, classes are 1 to 150
     ignore = set(args.ignore) | ({0} if first else set())
@@ -261,8 +262,10 @@ def train(args, on_signal=None):
     if rank == 0:
         print(f"data: {len(data):,} pairs to train on, {len(val):,} to evaluate, {len(labels['names'])} classes, none "
               f"for {' '.join(map(str, labels['ignore']))}; each pair is read before the first step", flush=True)
-        for _ in data.every(data.load, workers=args.workers):  # so that all faults are named
-            pass
+        # all of them, so that all faults are named
+        there = {k for _, classes in data.every(data.load, workers=args.workers) for k in np.unique(classes).tolist()}
+        if absent := [name for k, name in enumerate(labels["names"]) if k not in there]:
+            print(f"warning: no mask has a pixel of {list_some(absent)}; is a label of --ignore a class?", flush=True)
     steps = args.steps or args.epochs * len(data) // args.batch_size
     args.warmup = min(1500, steps // 100) if args.warmup is None else args.warmup
     args.lr = args.lr if args.lr is not None else 1e-3 if args.frozen else 2e-5
@@ -316,10 +319,9 @@ def predict(args):
     job, taken = Job(args), set()
     model, config = load(args, job.device)
     numbers = np.array(config["labels"])
-    for path, _ in find_pictures(args.files):
-        img = to_tensor(load_picture(path))
+    for img, path, _ in read_pictures(args.files):
         with torch.no_grad(), job.autocast:
-            classes = predict_classes(model, img, args).cpu().numpy()
+            classes = predict_classes(model, img := to_tensor(img), args).cpu().numpy()
         os.makedirs(args.out, exist_ok=True)
         stem = free_path(args.out, os.path.splitext(os.path.basename(path))[0], "_overlay.png", taken)
         mask = Image.fromarray(numbers[classes].astype(np.uint8 if numbers.max() < 256 else np.uint16))

@@ -8,6 +8,7 @@
     return job.finish({**about, "total": total}, [f"total {total}"])      # rank 0 writes it to args.out and prints it
 """
 import json
+import os
 import sys
 import time
 from datetime import timedelta
@@ -142,6 +143,9 @@ class Job:
         """Write the report to args.out, whole or not at all, with null for what is not finite."""
         finite = json.loads(json.dumps(report), parse_constant=lambda name: None)  # JSON has no NaN and no Infinity
         content = json.dumps(finite, indent=1, allow_nan=False).encode()
+        if os.path.isdir(self.args.out):
+            raise UserError(f"{self.args.out} is a folder: give the name of a file")
+        os.makedirs(os.path.dirname(self.args.out) or ".", exist_ok=True)
         encoder.write_atomically(self.args.out, lambda f: f.write(content))
 
     def print_report(self, report, table):

@@ -88,12 +88,19 @@ def resize_short_side(img, short, max_pixels=MAX_PIXELS):
     return img.resize((W, H), Image.Resampling.BICUBIC)
 
 
-def load_picture(path):
-    """A picture that the user names, as a PIL image in RGB. UserError, with its path, if it cannot be read."""
-    try:
-        return load_image(path)
-    except USER_ERRORS as e:
-        raise UserError(f"{path} {e}") from None
+def read_pictures(files, out=None):
+    """Yields (PIL image in RGB, its path, the folder for its results) of find_pictures(files, out). One that cannot be
+    read is passed over; after the last a UserError names all of these."""
+    pictures, bad = find_pictures(files, out), []
+    for path, folder in pictures:
+        try:
+            img = load_image(path)
+        except USER_ERRORS as e:
+            bad.append(f"{path} {e}")
+        else:
+            yield img, path, folder
+    if bad:
+        raise UserError(f"{len(bad)} of {len(pictures)} pictures cannot be read: {'; '.join(bad)}")
 
 
 def load_frames(file, size, max_pixels=MAX_PIXELS):

@@ -449,6 +449,11 @@ def test_pictures_have_a_scale():
         across = np.array(drawn)[20]  # one bar of white, the scale
         assert (across[width:width + bar] == 255).all() and (across[width + bar:width + 2 * bar] < 255).any(1).all()
         assert (across[width + 2 * bar:width + 2 * bar + bar // 2] == 255).all()
+    for height in 1, 45:  # a strip: there is room for the five labels, one above the other
+        drawn = np.array(depth.draw(np.linspace(1, 3, height)[:, None].repeat(60, 1), "metric"))
+        assert drawn.shape[0] == 46 and (drawn[height:, :60] == 255).all()
+        dark = (drawn[:, -30:] < 128).any((1, 2)).nonzero()[0]
+        assert (np.diff(dark) > 1).sum() == 4, "five labels, none over another"
     # the widest number decides
     drawn, font = depth.draw(np.linspace(2, 100, 40)[:, None].repeat(60, 1), "metric"), ImageFont.load_default(9)
     assert drawn.width == 60 + 3 * 8 + round(font.getlength("100.00 m")) > 60 + 3 * 8 + font.getlength("2.00 m")

@@ -123,7 +123,8 @@ def test_masks_are_read_as_the_numbers_that_they_store():
     for error in OSError, ValueError, SyntaxError, KeyError, IndexError:  # what PIL raises of a damaged file
         with unittest.mock.patch("downstream.pairs.open_image", side_effect=error("a\n b")):
             words = "'a\\n b'" if error is KeyError else "a b"
-            refused(DataError, read_numbers, png, says=f"it cannot be read as labels or depth ({words})")
+            refused(DataError, read_numbers, png, says="it cannot be read as labels or depth, whole numbers in one "
+                    f"channel ({words})")
 
 
 def test_labels_become_classes_as_the_data_set_means_them():
@@ -541,7 +542,9 @@ def test_bad_data_is_named_in_one_line():
         ask(lossy, ["1.jpg", "JPEG", "without loss"])
         ask(lambda folder: save(f"{folder}/train/images/1.bmp", colour), ["1.bmp", "have the same name"])
         ask(lambda folder: os.remove(f"{folder}/classes.json"), ["0 classes", "classes.json", "--classes"])
-        ask(lambda folder: json.dump(5, open(f"{folder}/classes.json", "w")), ["classes.json", "no list of names"])
+        for wrong in 5, "sky", {"0": "sky"}:
+            ask(lambda folder: json.dump(wrong, open(f"{folder}/classes.json", "w")),
+                ["classes.json", 'no list of names (["sky", ..] is one)'])
         ask(lambda folder: os.rename(folder, folder + "x"), ["no such folder or archive"])
         ask(lambda folder: None, ["split nights", "no pairs"], "--split", "nights")
         ask(lambda folder: None, ["two pictures", "--micro_batch"], "--micro_batch", "1")
@@ -756,10 +759,12 @@ def test_tests_and_predictions_do_what_they_are_told():
             "mIoU 10.00 aAcc 33.33 mAcc 22.22".split()]
         assert seen == 2 * [(16, 10, 20, 8, True, True)]
         seen.clear()
-        report, _ = quietly(*test, "--fp32", "--short", 0, "--stride", 3, "--batch_size", 2, "--out", f"{tmp}/r.json")
+        report, _ = quietly(*test, "--fp32", "--short", 0, "--stride", 3, "--batch_size", 2, "--out",
+                            f"{tmp}/new/r.json")
         assert report["protocol"].startswith("each picture at its own size; windows of 16 every 3 px, ")
         assert report["protocol"].endswith("; fp32 without TF32") and seen == 2 * [(16, 3, 0, 2, False, True)]
-        assert json.load(open(f"{tmp}/r.json"))["miou"] == report["miou"]
+        assert json.load(open(f"{tmp}/new/r.json"))["miou"] == report["miou"]
+        raises(USER_ERRORS, quietly, *test, "--out", f"{tmp}/new", words=f"{tmp}/new is a folder: give the name of")
         seen.clear()
         save(f"{tmp}/other/0.png", np.full((9, 9, 3), 99, np.uint8))
         predict = ["predict", "--run", "RUN", f"{tmp}/val/images", f"{tmp}/other/0.png", "--out", f"{tmp}/out"]
@@ -778,8 +783,12 @@ def test_tests_and_predictions_do_what_they_are_told():
         for command in test, predict:
             raises(UserError, quietly, *command, "--stride", 17,
                    words="--stride 17 leaves pixels that no window sees: windows are 16 px wide")
-        open(f"{tmp}/damaged.png", "w").write("no picture")
-        raises(USER_ERRORS, quietly, *predict[:3], f"{tmp}/damaged.png", words=f"{tmp}/damaged.png cannot be read")
+        for name in "damaged", "worse":  # what can be read is predicted, wherever it stands
+            open(f"{tmp}/{name}.png", "w").write("no picture")
+        raises(USER_ERRORS, quietly, *predict[:3], f"{tmp}/damaged.png", f"{tmp}/other/0.png", f"{tmp}/worse.png",
+               "--out", f"{tmp}/rest", words=[f"2 of 3 pictures cannot be read: {tmp}/damaged.png cannot be read",
+                                              f"; {tmp}/worse.png cannot be read"])
+        assert sorted(os.listdir(f"{tmp}/rest")) == ["0_mask.png", "0_overlay.png"]
 
 
 def test_training_and_bench_hand_on_what_they_are_told():
@@ -789,8 +798,8 @@ def test_training_and_bench_hand_on_what_they_are_told():
         base = ["train", "--data", shapes(f"{tmp}/a", 4, ["train", "dusk"]), shapes(f"{tmp}/b", 3, ["train", "dusk"]),
                 "--weights", tokenizer_file(tmp), *SMALL, "--val_split", "dusk"]
         _, said = quietly(*base, "--seed", 3, "--short", 20, "--ignore", 2, 9, "--lr", 0, "--drop_path", 0.25)
-        assert said.startswith("data: 7 pairs to train on, 7 to evaluate, 2 classes, none for 2 9; each pair is read "
-                               "before the first step\n")
+        assert said == ("data: 7 pairs to train on, 7 to evaluate, 2 classes, none for 2 9; each pair is read before "
+                        "the first step\n")
         (args, model, data, evaluate, config), rest = seen.pop()
         assert config == dict(names=["sea", "red"], labels=[0, 1], ignore=[2, 9], head="upernet", width=16, crop=16,
                               short=20)
@@ -833,6 +842,12 @@ def test_training_and_bench_hand_on_what_they_are_told():
         (args, model, *_), rest = seen.pop()
         assert rest["on_signal"] == "HANDLER"
         assert type(model.head) is upernet.LinearHead and args.ignore == [255]
+        for folder in f"{tmp}/a/train/masks", f"{tmp}/b/train/masks":  # red is called 9, and that is no class
+            for name in os.listdir(folder):
+                mask = np.array(Image.open(f"{folder}/{name}"))
+                save(f"{folder}/{name}", np.where(mask == 1, 9, mask).astype(np.uint8))
+        _, said = quietly(*base, "--ignore", 9)
+        assert said.splitlines()[1:] == ["warning: no mask has a pixel of red; is a label of --ignore a class?"]
     measured = []
     with unittest.mock.patch.object(segment, "measure_speed", lambda *given: measured.append(given)), \
             unittest.mock.patch.dict(TEACHERS, micro=MICRO_VIT):
