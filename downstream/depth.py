@@ -178,7 +178,7 @@ def parse_args(argv=None):
 
     part = commands.add_parser("predict", help="depth of photos: a picture NAME_depth.png, and the values beside it")
     add = part.add_argument
-    add("files", nargs="+", metavar="FILE")
+    add("files", nargs="+", metavar="FILES", help="pictures, or folders of them")
     add("--run", required=True, metavar="FOLDER")
     add("--raw", choices=["npy", "png"], default="npy", help="values: float32, or 16 bits in millimetres [%(default)s]")
     add("--out", metavar="FOLDER", help="[beside a photo; of a folder NAME: NAME_recon]")

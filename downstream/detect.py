@@ -58,6 +58,7 @@ from encoder import TEACHERS, Encoder, UserError, ViT, write_atomically
 from tools.job import Job
 from tools.pictures import free_path, read_pictures
 from tools.run import command_line, number
+from tools.script import default_workers
 
 STRIDES = (4, 8, 16, 32)  # of the levels from which boxes are read; the RPN has one more, 64
 
@@ -250,6 +251,7 @@ def test(args):
     check_categories(data, config["categories"], args.run)
     results, figures = find_all(model, data, args.batch_size, args.workers, args.bf16)
     if args.results and job.rank == 0:
+        os.makedirs(os.path.dirname(args.results) or ".", exist_ok=True)
         write_atomically(args.results, lambda f: f.write(json.dumps(results).encode()))
     table = [" " * 6 + "".join(f"{k:>7s}" for k in FIGURES)]
     for name in [x for x in ("box", "mask") if f"{x}_AP" in figures]:
@@ -304,7 +306,7 @@ def parse_args(argv=None):
     add("--data", required=True, metavar="PATH", help="as for train")
     add("--split", default="val", help="the part of the data [%(default)s]")
     add("--batch_size", type=count, default=8, help="[%(default)s]")
-    add("--workers", type=whole, default=4, help="data loading processes per rank [%(default)s]")
+    add("--workers", type=whole, default=default_workers(4), help="data loading processes per rank [%(default)s]")
     add("--bf16", action="store_true", help="faster, figures differ a little")
     add("--results", metavar="FILE", help="write what is found, in COCO's format")
     add("--out", metavar="FILE", help="write the figures as JSON")

@@ -127,6 +127,8 @@ def setup(args, model, data, evaluate, config, optimizer, picture):
     s.names, s.unchecked = [], True  # the names of the losses, if there are several; whether a step was checked
     millions = lambda weights: sum(p.numel() for p in weights) / 1e6
     run.say(f"data: {args.training_samples} samples")
+    if args.batch_size > len(data):
+        run.say(f"warning: a batch of {args.batch_size:,} has each of them several times: give a smaller --batch_size")
     run.say(f"model: {args.task} of {millions(s.model.parameters()):.1f}M parameters, {millions(s.weights):.1f}M in "
             f"the optimizer; backbone of {source}{', frozen' * args.frozen}")
     run.say(f"run: {args.steps:,} steps of {args.batch_size} = micro-batch {s.micro_batch} x accumulation "

@@ -32,7 +32,7 @@ from downstream.bench import measure_speed
 from downstream.lars import LARS, BatchNorm
 from encoder import TEACHERS, Encoder, UserError, ViT
 from tools.job import Job
-from tools.pictures import read_pictures
+from tools.pictures import is_within, read_pictures
 from tools.run import command_line, number
 from tools.script import rank_and_device
 
@@ -162,6 +162,8 @@ def train(args, on_signal=None):
         raise UserError(f"--size {size} is no multiple of the patch {p}: try {max(1, round(size / p)) * p}")
     data, val = ProbeImages(args.data, size, True, args.seed), ProbeImages(args.val, size, False)
     rename_classes(val, data.classes)
+    if rank_and_device()[0] == 0 and any(is_within(one, other) for one in args.val for other in args.data):
+        print("warning: --val lies in --data, so the accuracy is of images that were trained on", flush=True)
     steps = args.steps or max(1, args.epochs * len(data) // args.batch_size)
     if args.warmup is None:
         args.warmup = round(steps * RECIPES[args.recipe]["warmup"] / RECIPES[args.recipe]["epochs"])

@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from data import TURNS, ImageDataset, MissingFile, Samples, UserError, open_image, to_tensor
+from data import EXTENSIONS, TURNS, ImageDataset, MissingFile, Samples, UserError, open_image, to_tensor
 from tools.script import USER_ERRORS, check_locks, ignore_signals
 
 ADE20K = {"train": "training", "val": "validation", "masks": "annotations"}  # its names of splits and targets
@@ -29,7 +29,8 @@ class Pairs(Samples):
         where = f"{', '.join(self.files.roots)}, split {split}"
         images, targets = self.find(split, "images"), self.find(split, target)
         if not images.keys() & targets.keys():
-            raise UserError(f"{where}: there are no pairs of {split}/images and {split}/{target} with the same name")
+            raise UserError(f"{where}: there are no pairs of {split}/images ({len(images)} files) and {split}/{target} "
+                            f"({len(targets)}) with the same name; endings are {' '.join(EXTENSIONS)}")
         if alone := sorted(images.keys() ^ targets.keys()):
             paths = [self.files.path(images[name] if name in images else targets[name]) for name in alone]
             raise UserError(f"{where}: {len(paths)} files of images or {target} have no partner: {list_some(paths)}")

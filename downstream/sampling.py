@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from data import EXTENSIONS
 from decoder import Decoder
 from downstream import dit, mar
 from encoder import MissingFile, UserError, load_exactly, one_line, write_atomically
@@ -206,6 +207,8 @@ def sample(args):
     path, one_file = args.save, args.save.endswith((".png", ".npz"))
     if not one_file and os.path.exists(path) and (not os.path.isdir(path) or os.listdir(path)):
         raise UserError(f"--save {path} is there, and no empty folder: give another one")
+    if not one_file and os.path.splitext(path)[1].lower() in EXTENSIONS:
+        raise UserError(f"--save {path}: pictures are written as PNG: give FILE.png, FILE.npz, or a folder")
     if one_file and os.path.isdir(path):
         raise UserError(f"--save {path} is there, and no file: give another one")
     job = Job(args)

@@ -34,7 +34,7 @@ from tools.batches import split_batch
 from tools.job import Job
 from tools.pictures import free_path, read_pictures
 from tools.run import command_line, number
-from tools.script import rank_and_device
+from tools.script import default_workers, rank_and_device
 
 NO_CLASS = "unlabelled", "unlabeled", "void", "ignore", "ignored"  # names of pixels that do not count, in any case
 # BEiT-L's and MAE-L's on ADE20K; the paper says UperNet, 100 epochs (126,000 steps) of 16, and no more
@@ -76,7 +76,8 @@ def parse_args(argv=None):
         add("--bf16", action="store_true", default=on_gpu, help="[with a GPU]")
         add("--fp32", dest="bf16", action="store_false", help="without TF32 [without a GPU]")
     test.add_argument("--split", default="val", help="[%(default)s]")
-    test.add_argument("--workers", type=number(int, 0), default=4, help="that load pictures [%(default)s]")
+    test.add_argument("--workers", type=number(int, 0), default=default_workers(4),
+                      help="that load pictures [%(default)s]")
     test.add_argument("--out", metavar="FILE", help="also write the report as JSON")
     predict.add_argument("files", nargs="+", metavar="FILES", help="pictures, or folders of them")
     predict.add_argument("--out", metavar="FOLDER", default="predictions", help="[%(default)s]")
@@ -260,9 +261,8 @@ def train(args, on_signal=None):
     data = Masks(args.data, args.split, labels, args.crop, args.short, train=True, seed=args.seed)
     val = Masks(args.data, args.val_split, labels)
     if rank == 0:
-        print(f"data: {len(data):,} pairs to train on, {len(val):,} to evaluate, {len(labels['names'])} classes, none "
-              f"for {' '.join(map(str, labels['ignore']))}; each pair is read before the first step", flush=True)
-        # all of them, so that all faults are named
+        print(f"data: {len(data):,} pairs to train on, {len(val):,} to evaluate, {len(labels['names'])} classes; "
+              f"{' '.join(map(str, labels['ignore']))} are none; each pair is read before the first step", flush=True)
         there = {k for _, classes in data.every(data.load, workers=args.workers) for k in np.unique(classes).tolist()}
         if absent := [name for k, name in enumerate(labels["names"]) if k not in there]:
             print(f"warning: no mask has a pixel of {list_some(absent)}; is a label of --ignore a class?", flush=True)

@@ -553,11 +553,15 @@ def test_a_second_signal():
     for signals, status in (([signal.SIGTERM] * 3, None), ([signal.SIGINT], None),
                             ([signal.SIGTERM, signal.SIGINT], None), ([signal.SIGINT] * 2, 130),
                             ([signal.SIGINT, signal.SIGTERM, signal.SIGINT], 130)):
-        with patch.object(tools.run, "INTERRUPTS", []) as noted, patch.object(os, "_exit") as ended:
-            for number in signals:
-                assert not ended.called
-                tools.run.interrupt(number, None)
-            assert noted == signals and ended.call_args_list == [unittest.mock.call(status)] * (status is not None)
+        for rank, terminal in ("0", None), ("3", None), ("0", OSError):  # one that was closed
+            with patch.object(tools.run, "INTERRUPTS", []) as noted, patch.object(os, "_exit") as ended, \
+                    patch.dict(os.environ, RANK=rank), patch.object(os, "write", side_effect=terminal) as said:
+                for number in signals:
+                    assert not ended.called
+                    tools.run.interrupt(number, None)
+                assert noted == signals and ended.call_args_list == [unittest.mock.call(status)] * (status is not None)
+                assert said.call_args_list == [unittest.mock.call(2, b"saving after this step; Ctrl-C again stops at "
+                                                                  b"once\n")] * (rank == "0")
 
 
 def test_sample_at_its_limits():

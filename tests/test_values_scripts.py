@@ -923,6 +923,7 @@ def test_when_a_run_logs_evaluates_and_saves():
         ("log", 2, 1.5), ("evaluate", 3), ("log", 4, 4.0), ("save", 4), ("log", 5, 5.0), ("evaluate", 5), ("save", 5)],
         False)
     assert go(9, 2, 4, log_every=3, save_every=8) == ([("log", 3, 3.0), ("save", 4)], True)
+    assert go(9, 2, 3, eval_every=3, save_every=3) == ([("save", 3), ("evaluate", 3)], True), "saved before all else"
     assert go(4, 4) == ([], False)
 
 

@@ -14,6 +14,7 @@ train.py uses it, and so does every trainer in downstream/. All files are writte
 tools/batches.py says which samples a step sees, and tools/optimizer.py how it moves the weights.
 """
 import argparse
+import contextlib
 import glob
 import json
 import math
@@ -279,9 +280,11 @@ def loop(run, now, args, step, log, evaluate, save):
         saving = due(args.save_every) or due(args.keep_every)
         if logging:
             log((time.time() - tick) / timed)
+        if interrupted:  # before an evaluation, which may outlast the patience of a scheduler
+            save()
         if evaluating:
             evaluate()
-        if saving or interrupted:
+        if saving and not interrupted:
             save()
         if logging or evaluating or saving:  # their time is not the steps'
             tick, timed = time.time(), 0
@@ -322,6 +325,9 @@ def listen(on_signal):
 def interrupt(received, frame):
     """Save and stop after this step. A second Ctrl-C stops at once, but no second SIGTERM: torchrun may send two."""
     INTERRUPTS.append(received)
+    if len(INTERRUPTS) == 1 and os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):  # nobody reads; and print must not be called by a signal
+            os.write(2, b"saving after this step; Ctrl-C again stops at once\n")
     if INTERRUPTS.count(signal.SIGINT) > 1:
         os._exit(128 + received)
 

@@ -491,7 +491,9 @@ def test_what_a_run_says_of_itself():
         assert {id(p) for p in s.weights} == {id(p) for p in model.parameters() if p.requires_grad}
         assert s.optimizer.defaults["fused"] and [g["lr"] for g in s.optimizer.param_groups] == s.rates
         args.teacher_weights, args.frozen = None, False
-        assert finetune.setup(args, model, Blobs(3), None, {}, None, None).config["source"] == "micro"
+        few = finetune.setup(args, model, Blobs(3), None, {}, None, None)
+        assert few.config["source"] == "micro" and few.run.said[1] == (
+            "warning: a batch of 16 has each of them several times: give a smaller --batch_size")
         # two steps: of a loss in two parts, the gradient's norm, and their number; one more was skipped
         s.names, s.now.sums, s.now.step = ["right", "size"], torch.tensor([3.0, 2, 1, 40, 2]).double(), 4
         s.now.faults[0] = 1

@@ -485,6 +485,8 @@ def test_samples_go_where_nothing_is_lost():
         os.makedirs(os.path.join(tmp, "folder.png"))
         for path in "file", "folder.png":
             raises(UserError, sample, path, words=f"--save {tmp}/{path} is there, and no ")
+        for path in "x.jpg", "new/x.WEBP":
+            raises(UserError, sample, path, words=f"--save {tmp}/{path}: pictures are written as PNG: give FILE.png, ")
         for path in "file/x.png", "file/folder", "file/folder/x.npz":
             raises(UserError, sample, path, words=f"--save {tmp}/{path} cannot be written (")
         said = sample("empty", "--classes", 6, 2, "--number", 3, "--cfg", 1.5, "--seed", 9)

@@ -397,6 +397,12 @@ def test_training_and_bench_of_the_probe_hand_on_what_they_are_told():
         (args, *_), rest = seen.pop()  # 0 is a choice, too
         assert rest["on_signal"] == "HANDLER"
         assert args.warmup == 0 and args.lr_decay == 0 and (args.eval_every, args.save_every) == (0, 7)
+        for folders, warns in ((tmp, val), True), ((val, data, val), True), ((data, val), False):
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said):
+                linear_probe.main(list(map(str, ["train", "--data", *folders[:-1], "--val", folders[-1], *base[5:]])))
+            assert said.getvalue() == warns * ("warning: --val lies in --data, so the accuracy is of images that were "
+                                               "trained on\n"), folders
         for n in range(7):
             os.makedirs(f"{val}/new{n}")
             picture(n).save(f"{val}/new{n}/x.png")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import tools.speed
-from data import UserError as DataError
+from data import UserError as DataError, cores
 from downstream import bench, finetune, segment, upernet
 from downstream.pairs import Pairs, list_some, read_numbers
 from downstream.upernet import IGNORED, Segmenter, slide
@@ -798,7 +798,7 @@ def test_training_and_bench_hand_on_what_they_are_told():
         base = ["train", "--data", shapes(f"{tmp}/a", 4, ["train", "dusk"]), shapes(f"{tmp}/b", 3, ["train", "dusk"]),
                 "--weights", tokenizer_file(tmp), *SMALL, "--val_split", "dusk"]
         _, said = quietly(*base, "--seed", 3, "--short", 20, "--ignore", 2, 9, "--lr", 0, "--drop_path", 0.25)
-        assert said == ("data: 7 pairs to train on, 7 to evaluate, 2 classes, none for 2 9; each pair is read before "
+        assert said == ("data: 7 pairs to train on, 7 to evaluate, 2 classes; 2 9 are none; each pair is read before "
                         "the first step\n")
         (args, model, data, evaluate, config), rest = seen.pop()
         assert config == dict(names=["sea", "red"], labels=[0, 1], ignore=[2, 9], head="upernet", width=16, crop=16,
@@ -880,7 +880,7 @@ def test_flags_of_the_segmenter_by_hand():
             "train": dict(split="train", val_split="val", head="upernet", classes=None, ignore=[255], short=0,
                           reduce_zero_label=False, lr=None, warmup=None, eval_every=16_000, save_every=2000,
                           out="segmenter", epochs=None, frozen=False, decay_shape="linear", seed=0),
-            "test": dict(split="val", stride=None, short=None, batch_size=8, bf16=False, workers=4, out=None),
+            "test": dict(split="val", stride=None, short=None, batch_size=8, bf16=False, workers=min(4, cores()), out=None),
             "predict": dict(stride=None, short=None, batch_size=8, bf16=False, out="predictions", files=["x.png"])
             }.items():
         found = parse(command)
@@ -975,7 +975,8 @@ def test_pairs_have_their_names_and_say_which_do_not():
         assert Pairs(f"{tmp}/a", "v.l", "masks").names == ["top/1"]
         assert Pairs(f"{tmp}/a", "val", "masks").numbers.tolist() == [[2, 3]]  # v.l sorts before val
         refused(DataError, Pairs, [f"{tmp}/a", f"{tmp}/b"], "val", "depth", says=f"{tmp}/a, {tmp}/b, split val: there "
-                "are no pairs of val/images and val/depth with the same name")
+                "are no pairs of val/images (2 files) and val/depth (0) with the same name; endings are .jpg .jpeg .png "
+                ".webp .bmp .gif .tif .tiff .ppm .pgm .avif")
         save(f"{tmp}/a/top/val/masks/3.png", blank), save(f"{tmp}/a/top/val/images/2.png", blank)
         refused(DataError, Pairs, f"{tmp}/a", "val", "masks", says=f"{tmp}/a, split val: 2 files of images or masks "
                 f"have no partner: {tmp}/a/top/val/images/2.png, {tmp}/a/top/val/masks/3.png")
