@@ -403,6 +403,7 @@ def test_training_and_bench_of_the_probe_hand_on_what_they_are_told():
                 linear_probe.main(list(map(str, ["train", "--data", *folders[:-1], "--val", folders[-1], *base[5:]])))
             assert said.getvalue() == warns * ("warning: --val lies in --data, so the accuracy is of images that were "
                                                "trained on\n"), folders
+        seen.clear()
         for n in range(7):
             os.makedirs(f"{val}/new{n}")
             picture(n).save(f"{val}/new{n}/x.png")
