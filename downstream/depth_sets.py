@@ -89,7 +89,7 @@ def check(data, max_depth, workers, most=10_000):
         raise UserError(f"{where}: no depth picture of {data.split} has a measurement, all their numbers are 0")
     low, middle, high = np.median(spreads, 0)
     line = f"{where}: {len(data):,} pairs in {data.split}, depths from {low:.3g} to {high:.3g}, median {middle:.3g}"
-    if max_depth and not max_depth / 50 < middle < max_depth:
+    if max_depth and not max_depth / 25 < middle < max_depth:
         line += (f"\nwarning: by --unit {data.unit:g} and --max_depth {max_depth:g} these are metres, and most are too "
                  f"{'large' if middle >= max_depth else 'small'} for that: is it another unit?")
     return line

@@ -517,7 +517,8 @@ def test_depth_says_what_is_wrong():
         assert "is it another unit?" in report["warning"] and "is it another unit?" in said
         for unit in 0.0005, 0.002:  # no false alarm at half and at twice the depth
             assert "warning" not in depth_sets.check(DepthPairs(data, "val", unit), 10.0, 0)
-        for middle, word in (9.99, None), (10, "large"), (11, "large"), (0.21, None), (0.2, "small"), (0.1, "small"):
+        # 0.25: a room in centimetres, taken for millimetres
+        for middle, word in (9.99, None), (10, "large"), (11, "large"), (0.41, None), (0.4, "small"), (0.25, "small"):
             with unittest.mock.patch.object(DepthPairs, "spread", lambda self, i: [0.1, middle, 12]):
                 line, *more = depth_sets.check(DepthPairs(data, "train", 0.5), 10.0, 0).splitlines()
             assert line == f"{data}: 4 pairs in train, depths from 0.1 to 12, median {middle}"
