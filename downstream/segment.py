@@ -159,10 +159,9 @@ def describe_labels(args):
         names = [line.split("\t")[-1].split(",")[0].strip() for line in ade.decode().splitlines()[1:]]
     elif not names and listed:
         try:
-            assert isinstance(names := json.loads(listed), list), '["sky", ..] is one'
-            names = list(map(str, names))
-        except (ValueError, AssertionError) as e:
-            raise UserError(f"classes.json of {root} is no list of names ({e})") from None
+            names = list(map(str, json.loads(listed) + []))  # + []: a dict or a text is none
+        except (ValueError, TypeError):
+            raise UserError(f'classes.json of {root} is no list of names, such as ["sky", "road"]') from None
     first = int(args.reduce_zero_label or ade is not None)  # ADE20K's masks: 0 is none, classes are 1 to 150
     ignore = set(args.ignore) | ({0} if first else set())
     ignore |= {k for k, name in enumerate(names, first) if name.lower() in NO_CLASS}
@@ -261,8 +260,9 @@ def train(args, on_signal=None):
     data = Masks(args.data, args.split, labels, args.crop, args.short, train=True, seed=args.seed)
     val = Masks(args.data, args.val_split, labels)
     if rank == 0:
+        ignored = " ".join(map(str, labels["ignore"]))
         print(f"data: {len(data):,} pairs to train on, {len(val):,} to evaluate, {len(labels['names'])} classes; "
-              f"{' '.join(map(str, labels['ignore']))} are none; each pair is read before the first step", flush=True)
+              f"labels {ignored} do not count; each pair is read before the first step", flush=True)
         there = {k for _, classes in data.every(data.load, workers=args.workers) for k in np.unique(classes).tolist()}
         if absent := [name for k, name in enumerate(labels["names"]) if k not in there]:
             print(f"warning: no mask has a pixel of {list_some(absent)}; is a label of --ignore a class?", flush=True)

@@ -544,7 +544,7 @@ def test_bad_data_is_named_in_one_line():
         ask(lambda folder: os.remove(f"{folder}/classes.json"), ["0 classes", "classes.json", "--classes"])
         for wrong in 5, "sky", {"0": "sky"}:
             ask(lambda folder: json.dump(wrong, open(f"{folder}/classes.json", "w")),
-                ["classes.json", 'no list of names (["sky", ..] is one)'])
+                ["classes.json", 'no list of names, such as ["sky", "road"]'])
         ask(lambda folder: os.rename(folder, folder + "x"), ["no such folder or archive"])
         ask(lambda folder: None, ["split nights", "no pairs"], "--split", "nights")
         ask(lambda folder: None, ["two pictures", "--micro_batch"], "--micro_batch", "1")
@@ -798,8 +798,8 @@ def test_training_and_bench_hand_on_what_they_are_told():
         base = ["train", "--data", shapes(f"{tmp}/a", 4, ["train", "dusk"]), shapes(f"{tmp}/b", 3, ["train", "dusk"]),
                 "--weights", tokenizer_file(tmp), *SMALL, "--val_split", "dusk"]
         _, said = quietly(*base, "--seed", 3, "--short", 20, "--ignore", 2, 9, "--lr", 0, "--drop_path", 0.25)
-        assert said == ("data: 7 pairs to train on, 7 to evaluate, 2 classes; 2 9 are none; each pair is read before "
-                        "the first step\n")
+        assert said == ("data: 7 pairs to train on, 7 to evaluate, 2 classes; labels 2 9 do not count; each pair is "
+                        "read before the first step\n")
         (args, model, data, evaluate, config), rest = seen.pop()
         assert config == dict(names=["sea", "red"], labels=[0, 1], ignore=[2, 9], head="upernet", width=16, crop=16,
                               short=20)
@@ -880,7 +880,8 @@ def test_flags_of_the_segmenter_by_hand():
             "train": dict(split="train", val_split="val", head="upernet", classes=None, ignore=[255], short=0,
                           reduce_zero_label=False, lr=None, warmup=None, eval_every=16_000, save_every=2000,
                           out="segmenter", epochs=None, frozen=False, decay_shape="linear", seed=0),
-            "test": dict(split="val", stride=None, short=None, batch_size=8, bf16=False, workers=min(4, cores()), out=None),
+            "test": dict(split="val", stride=None, short=None, batch_size=8, bf16=False, workers=min(4, cores()),
+                         out=None),
             "predict": dict(stride=None, short=None, batch_size=8, bf16=False, out="predictions", files=["x.png"])
             }.items():
         found = parse(command)
@@ -975,8 +976,8 @@ def test_pairs_have_their_names_and_say_which_do_not():
         assert Pairs(f"{tmp}/a", "v.l", "masks").names == ["top/1"]
         assert Pairs(f"{tmp}/a", "val", "masks").numbers.tolist() == [[2, 3]]  # v.l sorts before val
         refused(DataError, Pairs, [f"{tmp}/a", f"{tmp}/b"], "val", "depth", says=f"{tmp}/a, {tmp}/b, split val: there "
-                "are no pairs of val/images (2 files) and val/depth (0) with the same name; endings are .jpg .jpeg .png "
-                ".webp .bmp .gif .tif .tiff .ppm .pgm .avif")
+                "are no pairs of val/images (2 files) and val/depth (0) with the same name; endings are .jpg .jpeg "
+                ".png .webp .bmp .gif .tif .tiff .ppm .pgm .avif")
         save(f"{tmp}/a/top/val/masks/3.png", blank), save(f"{tmp}/a/top/val/images/2.png", blank)
         refused(DataError, Pairs, f"{tmp}/a", "val", "masks", says=f"{tmp}/a, split val: 2 files of images or masks "
                 f"have no partner: {tmp}/a/top/val/images/2.png, {tmp}/a/top/val/masks/3.png")
