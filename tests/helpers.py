@@ -17,6 +17,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import signal
 import tempfile
 import threading
 import types
@@ -28,6 +29,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests' tolerances and recipes are
 # on such small models more threads only wait for each other, on a busy machine ten times as long
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONUNBUFFERED", None)  # it would hide that a script loses what it has not flushed
+if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, and so it would be in every script
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import numpy as np
 import torch
