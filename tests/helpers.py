@@ -14,10 +14,10 @@ import os
 import resource
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-import signal
 import tempfile
 import threading
 import types
