@@ -70,11 +70,11 @@ def add_commands(commands, on_gpu, workers):
         add("--run", required=True, metavar="FOLDER", help="of training, or a generator's file")
         add("--weights", metavar="FILE", help="the tokenizer [the one whose latents it was trained on]")
         add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="[%(default)s]")
-        add("--temperature", type=float, default=1.0, help="scales the noise [%(default)s]")
+        add("--temperature", type=number(float, 0), default=1.0, help="scales the noise [%(default)s]")
         add("--resolution", type=number(int, 1), help="pixels [256, or what the tokenizer gives if that is less]")
         add_steps(part, on_gpu)
     add = sample.add_argument
-    add("--cfg", type=float, default=3.0, help="guidance, 1 for none [%(default)s]")
+    add("--cfg", type=number(float, 0), default=3.0, help="guidance, 1 for none [%(default)s]")
     add("--classes", type=int, nargs="+", metavar="CLASS", help="their numbers [all]")
     add("--number", type=number(int, 1), default=8, help="images of each [%(default)s]")
     add("--save", default="samples.png", metavar="FILE.png|FOLDER|FILE.npz", help="[%(default)s]")
@@ -82,7 +82,8 @@ def add_commands(commands, on_gpu, workers):
     add("--out", metavar="FILE", help="also write the report as JSON")
     add("--reference", nargs="+", metavar="PATH", help="the training images: an .npz of statistics (mu, sigma), such "
         "as ADM's, or of images; or folders and .zip archives, which are cropped to --resolution [the generator's own]")
-    add("--cfg", type=float, nargs="+", default=[3.0], help="guidance; of several the best on --sweep images [3]")
+    add("--cfg", type=number(float, 0), nargs="+", default=[3.0],
+        help="guidance; of several the best on --sweep images [3]")
     add("--images", type=number(int, 2), default=IMAGES, help="to score [%(default)s]")
     add("--sweep", type=number(int, 2), default=10_000, metavar="IMAGES", help="to choose guidance on [%(default)s]")
     add("--inception", default=INCEPTION_URL, metavar="FILE", help="pytorch-fid's file or a URL [downloaded, 91 MB]")

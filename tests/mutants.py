@@ -258,6 +258,10 @@ TABLE = [
      'True:\n        with contextlib', "test_a_second_signal"),
     ("a signal breaks a closed terminal", "tools/run.py", "contextlib.suppress(OSError):  # nobody", "contextlib.suppress"
      "(KeyError):  # nobody", "test_a_second_signal"),
+    ("guidance below none", "downstream/sampling.py", 'add("--cfg", type=number(float, 0), nargs', 'add("--cfg", type='
+     "float, nargs", "test_defaults_of_generation"),
+    ("no folder of latents is an incomplete one", "tools/latents.py", "        if not os.path.isdir(folder):",
+     "        if False:", "test_generation_refuses_what_is_wrong"),
     ("samples in a folder named as a picture", "downstream/sampling.py", "lower() in EXTENSIONS:", "lower() in ():",
      "test_samples_go_where_nothing_is_lost"),
     ("a batch of too few is not told", "downstream/finetune.py", "if args.batch_size > len(data):", "if False:",
@@ -1735,8 +1739,8 @@ TABLE = [
      "test_a_score_against_ones_own_images_is_zero"),
     ("the run is not reported", "downstream/sampling.py", '"run": args.run, "step": info["step"]',
      '"run": args.run, "step": 0', "test_a_score_against_ones_own_images_is_zero"),
-    ("guidance by default", "downstream/sampling.py", 'type=float, default=3.0, help="guidance, 1 for none',
-     'type=float, default=2.0, help="guidance, 1 for none', "test_defaults_of_generation"),
+    ("guidance by default", "downstream/sampling.py", 'default=3.0, help="guidance, 1 for none',
+     'default=2.0, help="guidance, 1 for none', "test_defaults_of_generation"),
     ("images to score by default", "downstream/sampling.py", "IMAGES = 50_000", "IMAGES = 10_000",
      "test_defaults_of_generation"),
     ("Euler's steps by default", "downstream/sampling.py", 'add("--steps", type=number(int, 1), default=25',

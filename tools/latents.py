@@ -46,6 +46,8 @@ class LatentDataset(Samples):
     def __init__(self, folder, train, seed=0):
         self.folder, self.train, self.seed, self.mapped = os.fspath(folder), train, seed, {}
         path, labels = os.path.join(self.folder, "index.json"), []
+        if not os.path.isdir(folder):
+            raise MissingFile(f"{folder}: no such folder of latents; `python -m tools.latents save` makes one")
         try:
             with open(path) as f:
                 self.about = json.load(f)

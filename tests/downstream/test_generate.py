@@ -255,6 +255,7 @@ def test_generation_refuses_what_is_wrong():
                 ([*train, "--latents", folder, "--set", "depths=3"], "--set depths=3: it takes FIELD=VALUE"),
                 ([*train, "--latents", folder, "--set", "heads=5"], "cannot be built"),
                 ([*train, "--latents", os.path.join(tmp, "pictures")], "these latents are not complete"),
+                ([*train, "--latents", "none"], "none: no such folder of latents; `python -m tools.latents save`"),
                 (["score", "--run", out, "--reference", "none.npz", "--inception", weights], "none.npz: no such")]:
             with unittest.mock.patch.object(evaluation, "InceptionV3", QuickInception):
                 raises(ValueError, quietly, *flags, words=words)

@@ -634,6 +634,12 @@ def test_defaults_of_generation():
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 raises(SystemExit, parse, command, "--run", "x", flag, value, words="2")
             assert f"argument {flag}: it is {value}; it must be at least {low}" in err.getvalue()
+    for command, flag in ("sample", "--cfg"), ("score", "--cfg"), ("sample", "--temperature"), (
+            "score", "--temperature"):
+        assert getattr(parse(command, "--run", "x", flag, 0), flag[2:]) in (0, [0])
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            raises(SystemExit, parse, command, "--run", "x", flag, -0.5, words="2")
+        assert f"argument {flag}: it is -0.5; it must be at least 0" in err.getvalue(), err.getvalue()
     for flags in ["train", "--latents", "x", "--model"], ["train", "--latents", "x", "--recipe"], ["bench", "--model"]:
         with contextlib.redirect_stderr(io.StringIO()) as err:
             raises(SystemExit, parse, *flags, "mar-x", words="2")
