@@ -191,7 +191,8 @@ def say(speaker, turns, pictures):
 
 
 def chat(args):
-    """A conversation: the question of the command line, then those of standard input."""
+    """A conversation: the question of the command line, then those of standard input, each a line, which may begin with
+    the paths of pictures. Where somebody types, an empty line ends it."""
     speaker = Speaker(args, rank_and_device()[2])
     *names, last = args.inputs or [""]
     if os.path.isfile(last):
@@ -202,11 +203,15 @@ def chat(args):
             if interactive:
                 print("> ", end="", flush=True)
             line = sys.stdin.readline()
-            if not line.strip():
+            if not line or interactive and not line.strip():
                 return
             words = line.split()
-            shown = list(itertools.takewhile(os.path.isfile, words))
-            names, last = names + shown, " ".join(words[len(shown):])
+            if not words:
+                continue
+            is_file = lambda k: os.path.isfile(" ".join(words[:k]))  # a name may hold spaces
+            while shown := next(filter(is_file, range(len(words), 0, -1)), 0):
+                names, words = [*names, " ".join(words[:shown])], words[shown:]
+            last = " ".join(words)
         pictures += open_pictures(names, "")
         turns.append((with_marks(last, len(names)), ""))
         turns[-1] = turns[-1][0], say(speaker, turns, pictures)

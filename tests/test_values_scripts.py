@@ -1309,6 +1309,13 @@ def test_curves_have_their_names():
         viridis = matplotlib.colormaps["viridis"]
         assert [line.get_color() for line in axes[5].lines] == [viridis(0.0), viridis(0.5), viridis(1.0)]
         assert axes[6].lines[0].get_color() == viridis(0.0)
+        os.makedirs(os.path.join(tmp, "task"))  # a run of downstream/
+        with open(os.path.join(tmp, "task", "log.jsonl"), "w") as f:
+            f.writelines(json.dumps(dict(step=s, loss=0.5 / s, lr=0.1, grad_norm=2.0)) + "\n" for s in (1, 2))
+        drawn = plot.draw([os.path.join(tmp, "task")]).axes
+        assert [(ax.get_title(), ax.get_yscale()) for ax in drawn] == [
+            ("loss", "log"), ("learning rate", "linear"), ("gradient norm, before clipping", "log")]
+        assert list(drawn[0].lines[0].get_ydata()) == [0.5, 0.25]
         for missing, words in (("c", "no such file; give the folder that train.py writes to (its --out)"),
                                ("d", "has no training line yet: wait for --log_every steps")):
             path = os.path.join(tmp, missing, "log.jsonl")

@@ -4,16 +4,17 @@
     python -m tools.plot out/a out/b --out both.png    # a colour each
 
 Six panels from each folder's log.jsonl: the two losses, the one-step PSNR of every evaluation, the learning rate, the
-gradient norm, and alpha, the distance to the teacher (eq. 1), of every layer. Needs matplotlib (requirements-test.txt).
+gradient norm, and alpha, the distance to the teacher (eq. 1), of every layer. Of a run of downstream/ it draws the
+loss, the rate and the norm. Needs matplotlib (requirements-test.txt).
 """
 import argparse
 import json
 import os
 import sys
 
-PANELS = {"loss_flow": "flow loss", "loss_dist": "distillation loss", "psnr": "one-step PSNR in dB",
+PANELS = {"loss": "loss", "loss_flow": "flow loss", "loss_dist": "distillation loss", "psnr": "one-step PSNR in dB",
           "lr": "learning rate", "grad_norm": "gradient norm, before clipping"}
-LOG_SCALE = "loss_flow", "loss_dist", "grad_norm"
+LOG_SCALE = "loss", "loss_flow", "loss_dist", "grad_norm"
 
 
 def read_log(folder):
@@ -41,24 +42,29 @@ def labels(folders):
 
 
 def draw(folders):
-    """A matplotlib figure of the runs in `folders`: five panels that they share, and one of alpha for each run."""
+    """A matplotlib figure of the runs in `folders`: the panels that they share, and one of alpha for each run."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     runs = dict(zip(labels(folders), map(read_log, folders)))
-    rows = -(-(len(PANELS) + len(runs)) // 3)
+    lines = [x for parts in runs.values() for part in parts for x in part]
+    panels = {key: title for key, title in PANELS.items() if any(x.get(key) is not None for x in lines)}
+    if "loss_flow" in panels:  # of train.py, whose loss is the sum of two that are drawn
+        del panels["loss"]
+    layered = {name: training for name, (training, _) in runs.items() if "alpha" in training[0]}
+    rows = -(-(len(panels) + len(layered)) // 3)
     figure = Figure(figsize=(15, 4 * rows), layout="constrained")
     axes = figure.subplots(rows, 3).flatten()
-    for axis, (key, title) in zip(axes, PANELS.items()):
+    for axis, (key, title) in zip(axes, panels.items()):
         for name, (training, evaluations) in runs.items():
             lines = [x for x in (evaluations if key == "psnr" else training) if x.get(key) is not None]
             style = ".-" if key == "psnr" else "-"
             axis.plot([x["step"] for x in lines], [x[key] for x in lines], style, label=name)
         axis.set(title=title, xlabel="step")
-        if key in LOG_SCALE and any(x[key] for training, _ in runs.values() for x in training):  # not all are 0
+        if key in LOG_SCALE and any(x.get(key) for training, _ in runs.values() for x in training):  # not all are 0
             axis.set_yscale("log")
     axes[0].legend()
-    for axis, (name, (training, _)) in zip(axes[len(PANELS):], runs.items()):
+    for axis, (name, training) in zip(axes[len(panels):], layered.items()):
         steps, L = [x["step"] for x in training], len(training[0]["alpha"])
         for l in range(L):
             label = f"layer {l + 1}" if l in (0, L - 1) else None  # the colours of the others lie between
@@ -66,7 +72,7 @@ def draw(folders):
             axis.plot(steps, [x["alpha"][l] for x in training], color=colour, label=label)
         axis.set(title=f"alpha of each layer: {name}", xlabel="step")
         axis.legend()
-    for axis in axes[len(PANELS) + len(runs):]:
+    for axis in axes[len(panels) + len(layered):]:
         axis.set_visible(False)
     return figure
 

@@ -812,7 +812,7 @@ def test_sixteen_conversations_are_learnt_and_answered():
         # chat: the answer comes in pieces; then a question with another picture, and one about both
         shown = lambda k: os.path.join(tmp, "pictures", f"{k}.png")
         asked, plain_ask = [], llava_use.ask
-        with unittest.mock.patch("sys.stdin", io.StringIO(f"{shown(2)} What?\nand?\n\nnever")):
+        with unittest.mock.patch("sys.stdin", io.StringIO(f"{shown(2)} What?\n\nand?\n")):
             with unittest.mock.patch.object(llava_use, "ask", lambda *a: asked.append((a[2][:], len(a[3]))) or
                                             plain_ask(*a)):
                 out = quietly("chat", "--run", path("out"), shown(1), "What?", "--max_new_tokens", 4).split("\n")
@@ -1580,7 +1580,7 @@ def test_a_chat_shows_pictures_and_prints_what_is_new():
         mute.tokens = lambda asked: map(torch.tensor, ([0], [2]))
         assert llava_use.say(mute, [("q", "")], []) == "A\ufffd" and printed == ["A", "\n"], "half of a character"
     with tempfile.TemporaryDirectory() as tmp:
-        shown = [os.path.join(tmp, f"{k}.png") for k in range(3)]
+        shown = [os.path.join(tmp, f"{k}.png") for k in range(2)] + [os.path.join(tmp, "2 \u00fc.png")]
         for k, path in enumerate(shown):
             picture(k, 16 + k, 16).save(path)
         asked = []
@@ -1595,13 +1595,15 @@ def test_a_chat_shows_pictures_and_prints_what_is_new():
         for given, typed, expected in (
                 ([shown[0]], f"What?\n{shown[1]} {shown[2]} And  these?\n",
                  [(mark + "What?", 1), (2 * mark + "And these?", 3)]),
-                (shown[:2], "<image> or <image>?\n\nnever\n", [("<image> or <image>?", 2)]),
+                (shown[:2], "<image> or <image>?\n\nlast\n", [("<image> or <image>?", 2), ("last", 2)]),
                 ([*shown[:2], "Both?"], "", [(2 * mark + "Both?", 2)]),
                 (["What?"], "Why?\n", [("What?", 0), ("Why?", 0)]),
                 (["What?"], f"Why?\n{shown[0]} How?\n", [("What?", 0), ("Why?", 0), (mark + "How?", 1)]),
                 ([], f"{shown[2]} What?\n", [(mark + "What?", 1)]), ([], "", [])):
             for kind, sign in (io.StringIO, ""), (Typed, "> "):
                 asked.clear()
+                if sign and "\n\n" in typed:  # where somebody types an empty line ends it, in a file it is none
+                    expected = expected[:1]
                 with unittest.mock.patch.object(llava_use, "Speaker", lambda *a: None), unittest.mock.patch.object(
                         llava_use, "say", say), unittest.mock.patch("sys.stdin", kind(typed)):
                     out = quietly("chat", "--run", "r", *given)
