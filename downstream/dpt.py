@@ -21,7 +21,7 @@ from torch import nn
 
 
 def in_fp32(layer, x):
-    """layer(x) in fp32 where autocast would use bf16, whose three digits are too few for a depth."""
+    """layer(x) in fp32 where autocast would use bf16, whose three digits are too few for depths and close classes."""
     with torch.autocast(x.device.type, enabled=False):
         return layer(x.float())
 

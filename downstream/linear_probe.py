@@ -29,6 +29,7 @@ from torch import nn
 from data import ImageDataset, cores, limit_aspect, to_tensor
 from downstream import finetune
 from downstream.bench import measure_speed
+from downstream.dpt import in_fp32
 from downstream.lars import LARS, BatchNorm
 from encoder import TEACHERS, Encoder, UserError, ViT
 from tools.job import Job
@@ -63,8 +64,7 @@ class Probe(nn.Module):
         with torch.no_grad():
             tokens = vit.norm(vit(img)[-1]).float()  # (B, P+N, D)
         features = {"pooled": tokens[:, vit.num_prefix:].mean(1), "cls": tokens[:, 0]}
-        with torch.autocast(img.device.type, enabled=False):  # bf16's three digits would make ties of close classes
-            return {name: head(features[name]) for name, head in self.heads.items()}
+        return {name: in_fp32(head, features[name]) for name, head in self.heads.items()}
 
     def forward(self, img, labels):
         """{name: cross-entropy} of uint8 images (B, 3, S, S)."""

@@ -3072,8 +3072,8 @@ TABLE = [
      "self.out(F.relu(self.refine(x)))", "test_dpt_is_what_its_parts_give"),
     ("depth: a linear head in half precision", "downstream/dpt.py", "in_fp32(self.out, maps[-1])", "self.out(maps[-1])",
      "test_dpt_is_what_its_parts_give"),
-    ("the probe's classes in half precision", "downstream/linear_probe.py", "img.device.type, enabled=False)",
-     "img.device.type, torch.bfloat16)", "test_features_are_the_mean_token_and_cls"),
+    ("the probe's classes in half precision", "downstream/linear_probe.py", "in_fp32(head, features[name])",
+     "head(features[name])", "test_features_are_the_mean_token_and_cls"),
     ("after an evaluation without TF32", "downstream/finetune.py", "    run.allow_tf32()\n", "",
      "test_what_a_run_says_of_itself"),
     ("pictures by the alphabet", "tools/pictures.py", "    for path in files:\n        if path", "    for path in "
