@@ -458,7 +458,7 @@ def test_the_tokenizer_and_the_size_of_images():
                 patch.object(dit.DiT, "compile_blocks", lambda self: compiled.append(self)):
             for resolution, size, expected in (None, 448, 256), (None, 64, 64), (100, 448, 100), (100, 64, 100):
                 write_model(path, dict(info, size=size), dict(model.named_parameters()))
-                args = SimpleNamespace(run=tmp, weights=None, resolution=resolution, compile=size == 64)
+                args = SimpleNamespace(run=tmp, weights=None, resolution=resolution, compile=size == 64, iterations=256)
                 found, dec, said = sampling.load(args, "cpu")
                 assert (args.resolution, args.weights, dec, said["size"]) == (expected, a, "decoder", size)
             assert len(compiled) == 2
