@@ -15,6 +15,7 @@ import copy
 import hashlib
 import math
 import os
+import shlex
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -372,7 +373,7 @@ def main(argv=None, on_signal=None):
                        log=lambda seconds: log(s, seconds), evaluate=lambda: evaluate(s), save=lambda: save(s))
     model = run.path("model.safetensors")
     run.end(now.step, interrupted, f"{model}, pictures in {run.path('samples')}; try: python sample.py YOUR.png "
-            f"--weights {model}")
+            f"--weights {shlex.quote(model)}")
 
 
 def run():

@@ -181,7 +181,7 @@ def parse_args(argv=None):
     add("files", nargs="+", metavar="FILES", help="pictures, or folders of them")
     add("--run", required=True, metavar="FOLDER")
     add("--raw", choices=["npy", "png"], default="npy", help="values: float32, or 16 bits in millimetres [%(default)s]")
-    add("--out", metavar="FOLDER", help="[beside a photo; of a folder NAME: NAME_recon]")
+    add("--out", metavar="FOLDER", help="[beside a photo; of a folder NAME: NAME_depth]")
     add_precision(part, on_gpu)
 
     part = commands.add_parser("bench", help="speed of training and of estimates, with random weights")
@@ -282,7 +282,7 @@ def predict(args):
     if args.raw == "png" and model.target == "relative":
         raise UserError("--raw png is in millimetres, which a relative model does not know: use --raw npy")
     taken = set()
-    for img, path, folder in read_pictures(args.files, args.out):
+    for img, path, folder in read_pictures(args.files, args.out, "_depth"):
         with job.autocast:
             x = estimate(model, to_tensor(img), config["size"]).numpy()
         os.makedirs(folder or ".", exist_ok=True)

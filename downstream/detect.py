@@ -267,7 +267,7 @@ def predict(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config = load_model(args.run, build, device)
     names, taken = config["categories"], set()
-    for img, path, folder in read_pictures(args.files, args.out):
+    for img, path, folder in read_pictures(args.files, args.out, "_objects"):
         view = place(img.size, model.size)
         found, = model.find(to_canvas(img, view, model.size)[None].to(device), [view], args.score)
         name = os.path.splitext(os.path.basename(path))[0]
@@ -316,7 +316,7 @@ def parse_args(argv=None):
     add("files", nargs="+", metavar="FILES", help="pictures, or folders of them")
     add("--run", required=True, metavar="FOLDER", help="what train has written")
     add("--score", type=number(float, 0, 1), default=0.5, help="the least that is drawn [%(default)s]")
-    add("--out", metavar="FOLDER", help="for the results [beside a picture; of a folder NAME: NAME_recon]")
+    add("--out", metavar="FOLDER", help="for the results [beside a picture; of a folder NAME: NAME_objects]")
 
     part = commands.add_parser("bench", help="speed and memory of training, with random weights")
     add_model(part)

@@ -16,6 +16,7 @@ weights, what the generator is, and which tokenizer its latents are of.
 import argparse
 import copy
 import os
+import shlex
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -305,7 +306,8 @@ def train(args, on_signal=None):
     interrupted = loop(run, now, args, step=lambda: step(s, batches), log=lambda seconds: log(s, seconds),
                        evaluate=lambda: evaluate(s), save=lambda: save(s))
     run.end(now.step, interrupted,
-            f"{run.path('model.safetensors')}; try: python -m downstream.generate sample --run {args.out}")
+            f"{run.path('model.safetensors')}; try: python -m downstream.generate sample --run "
+            + shlex.quote(args.out))
 
 
 def main(argv=None, on_signal=None):

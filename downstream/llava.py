@@ -18,6 +18,7 @@ tensors.
 import argparse
 import math
 import os
+import shlex
 import shutil
 from types import SimpleNamespace
 
@@ -299,7 +300,7 @@ def train(args, on_signal=None):
     interrupted = loop(run, s.now, args, lambda: step(s, batches), lambda seconds: log(s, seconds), lambda: None,
                        lambda: save(s))
     run.end(s.now.step, interrupted, f"{run.path('model.safetensors')}; try: python -m downstream.llava chat --run "
-            f"{args.out} IMAGE \"What is in the picture?\"")
+            f"{shlex.quote(args.out)} IMAGE \"What is in the picture?\"")
 
 
 def main(argv=None, on_signal=None):

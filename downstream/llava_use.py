@@ -120,7 +120,8 @@ class Questions(Dataset):
             turns = [(with_marks(text, len(pictures)), "")]
             return n, ask(self.prompter, self.looker, turns, open_pictures(pictures, self.folder))
         except UserError as e:
-            raise UserError(f"question {name}: {e}") from None
+            raise UserError(f"question {name}: {e}; what is answered so far stays in .part files beside --answers, and "
+                            "the same command goes on from there") from None
 
 
 def read_parts(path):

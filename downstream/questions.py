@@ -22,7 +22,7 @@ import itertools
 import json
 import os
 
-from encoder import UserError, write_atomically
+from encoder import UserError, one_line, write_atomically
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -186,8 +186,9 @@ def read_questions(benchmark, paths, **options):
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             if isinstance(e, UserError):
                 raise
-            raise UserError(f"{' '.join(paths)}: not in the format of {benchmark} ({type(e).__name__}: {e}); "
-                            "downstream/questions.py names the files that it takes") from None
+            lacks = f", it has no {one_line(e)}" * isinstance(e, KeyError)
+            raise UserError(f"{' '.join(paths)}: not in the format of {benchmark}{lacks}; downstream/questions.py "
+                            "names the files that it takes") from None
         except (FileNotFoundError, NotADirectoryError) as e:
             raise UserError(f"{e.filename}: {e.strerror.lower()}") from None
     if not questions or any("question_id" not in x for x in questions):

@@ -32,6 +32,7 @@ from tools.script import find_weights
 
 MODELS = [*mar.SIZES, *dit.SIZES]
 IMAGES = 50_000  # of Table 3b
+ITERATIONS = 256  # of MAR
 
 
 def kind(name):
@@ -93,7 +94,7 @@ def add_commands(commands, on_gpu, workers):
 def add_steps(part, on_gpu):
     """What decides the time that sampling takes, for the parser of a command."""
     add = part.add_argument
-    add("--iterations", type=number(int, 1), default=256, help="MAR's [%(default)s]")
+    add("--iterations", type=number(int, 1), default=ITERATIONS, help="MAR's [%(default)s]")
     add("--steps", type=number(int, 1), default=25, help="Euler's of MAR's head, Heun's of the DiT [%(default)s]")
     add("--batch_size", type=number(int, 1), default=64, help="at a time, on each rank [%(default)s]")
     add("--bf16", action="store_true", default=on_gpu, help="[with a GPU]")
@@ -131,6 +132,9 @@ def load_generator(path, device):
 def load(args, device):
     """(generator, decoder, what the generator's file says) for sample and score."""
     model, info = load_generator(args.run, device)
+    if args.iterations != ITERATIONS and not isinstance(model, mar.MAR):
+        raise UserError(f"--iterations {args.iterations} is MAR's, and {args.run} is a {info['generator']}: leave it "
+                        "out; a DiT's number of steps is --steps")
     args.weights = find_tokenizer(args.weights, info, args.run)
     args.resolution = args.resolution or min(256, info["size"])
     if args.compile:

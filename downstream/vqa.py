@@ -32,6 +32,7 @@ from downstream.questions import MME_ASKS, MME_TASKS, READERS, parse_lines, read
 from encoder import UserError, one_line
 from tools.script import run_command
 
+ALL_MME_TASKS = MME_TASKS["perception"] + MME_TASKS["cognition"]
 BY_PICTURE = "mme", "textvqa"  # in LLaVA's own question files for these, question_id is that of the picture
 SERVERS = {"mmvet": "MM-Vet's online evaluator, where GPT-4 judges", "vqav2": "VQA's challenge on EvalAI, test-dev"}
 
@@ -95,9 +96,9 @@ def mean(values):
 
 
 def percentages(scores, groups):
-    """Mean score in percent: of all, and of each group that is named. groups: a name for each score, or None."""
+    """Mean score in percent: of all, and of each group. groups: a name for each score."""
     found = {"accuracy": 100 * mean(scores)}
-    for name in sorted(set(groups) - {None}):
+    for name in sorted(set(groups)):
         found[name] = 100 * mean(score for score, group in zip(scores, groups) if group == name)
     return found
 
@@ -119,7 +120,8 @@ def pope_of_one_file(texts, questions):
 
 def pope(texts, questions):
     """"label" is yes or no. Questions with a "category" are scored by category."""
-    check_labels(questions, "yes", "no")
+    check(questions, "label", "yes or no", lambda x: x in ("yes", "no"))
+    check(questions, "category", "none that is a task of MME", lambda x: x not in ALL_MME_TASKS)
     categories = [question.get("category") for question in questions]
     if set(categories) == {None}:
         return pope_of_one_file(texts, questions)
@@ -140,7 +142,8 @@ def mme_reads(text):
 
 def mme(texts, questions):
     """"label" is yes or no, "category" the task; each "image" has two questions."""
-    check_labels(questions, "yes", "no")
+    check(questions, "label", "yes or no", lambda x: x in ("yes", "no"))
+    check(questions, "category", f"one of {' '.join(ALL_MME_TASKS)}", lambda x: x in ALL_MME_TASKS)
     right = {}  # task -> image -> whether each of its answers is right
     for text, question in zip(texts, questions):
         images = right.setdefault(question["category"], {})
@@ -162,14 +165,15 @@ def mme(texts, questions):
 
 def gqa(texts, questions):
     """"category" is binary or open."""
+    check(questions, "category", "binary or open", lambda x: x in ("binary", "open"))
     scores = [text.rstrip(".").lower() == question["label"] for text, question in zip(texts, questions)]
-    return percentages(scores, [question.get("category") for question in questions])
+    return percentages(scores, [question["category"] for question in questions])
 
 
 def textvqa(texts, questions):
-    """"label" is the list of ten annotators' answers."""
-    if any(len(question["label"]) != 10 for question in questions):
-        raise UserError("a question of TextVQA has not 10 annotators' answers")
+    """"label" is the list of ten annotators' answers; there is no "category"."""
+    check(questions, "label", "10 annotators' answers", lambda x: isinstance(x, list) and len(x) == 10)
+    check(questions, "category", "none", lambda x: x is None)
     return {"accuracy": 100 * mean(soft_accuracy(normalise(text), list(map(normalise, question["label"])))
                                    for text, question in zip(texts, questions))}
 
@@ -185,8 +189,10 @@ def vqav2_score(text, answers):
 def vqav2(texts, questions):
     """"label" is the list of ten annotators' answers, "category" the type of answer. The model's answers
     are normalised first, as LLaVA does before it sends them to the server."""
+    check(questions, "label", "10 annotators' answers", lambda x: isinstance(x, list) and len(x) == 10)
+    check(questions, "category", "yes_no, number or other", lambda x: x in ("yes_no", "number", "other"))
     scores = [vqav2_score(normalise(text), question["label"]) for text, question in zip(texts, questions)]
-    return percentages(scores, [question.get("category") for question in questions])
+    return percentages(scores, [question["category"] for question in questions])
 
 
 def read_letter(text):
@@ -200,6 +206,7 @@ def read_letter(text):
 
 def mmbench(texts, questions):
     """"label" is a letter. unread: the part of the answers that name no letter, and so are wrong."""
+    check(questions, "label", "a letter from A to E", lambda x: x in list("ABCDE"))
     letters = [read_letter(text) for text in texts]
     return {"vanilla_accuracy": 100 * mean(x == question["label"] for x, question in zip(letters, questions)),
             "unread": 100 * letters.count(None) / len(letters)}
@@ -207,17 +214,19 @@ def mmbench(texts, questions):
 
 def exact(texts, questions):
     """Whether an answer is the label, apart from case, space at the ends, and a period at the end."""
+    check(questions, "label", "a text", lambda x: isinstance(x, str))
     plain = lambda x: x.strip().rstrip(".").lower()
     scores = [plain(text) == plain(question["label"]) for text, question in zip(texts, questions)]
     return percentages(scores, ["yes_no" if plain(question["label"]) in ("yes", "no") else "other"
                                 for question in questions])
 
 
-def check_labels(questions, *allowed):
+def check(questions, key, expected, right):
+    """Raise UserError for a question that has another value there, such as one of another benchmark."""
     for question in questions:
-        if question["label"] not in allowed:
-            raise UserError(f"question {question['question_id']} has the label {one_line(question['label'])}; expected "
-                            f"{' or '.join(allowed)}")
+        if not right(question.get(key)):
+            raise UserError(f"question {question['question_id']} has the {key} {one_line(question.get(key))}; expected "
+                            f"{expected}: give this benchmark's own files")
 
 
 SCORERS = {"pope": pope, "mme": mme, "gqa": gqa, "textvqa": textvqa, "vqav2": vqav2, "mmbench": mmbench, "exact": exact}

@@ -181,7 +181,7 @@ def test_statistics_refuse_what_would_be_wrong():
                words=["18 is no multiple of the patch 4", "try --size 16"])
         for flags, words in ((["stats"], "--weights FILE"), (["stats", "--out", "x.json"], ".safetensors"),
                              (["save"], "--out"), (["save", "--out", "z", "--batch_size", "0"], "batch_size 0"),
-                             (["stats", "--out", "no/folder/x.safetensors"], "no/folder"),
+                             (["stats", "--out", os.path.join(weights, "x.safetensors")], "cannot be written"),
                              (["save", "--out", "z", "--workers", "-1"], "workers -1")):
             with contextlib.redirect_stderr(io.StringIO()) as said:
                 raises(SystemExit, latents.main, [*flags, "--data", folder], words="2")

@@ -313,14 +313,17 @@ def test_every_refusal_of_eval_and_latents():
                 "save --out z --batch_size 0 --workers 0": both.format(0, 0),
                 "save --out z --batch_size 2 --workers -1": both.format(2, -1),
                 "stats": "stats writes into the weights file: give --weights FILE, or --out NEW.safetensors",
-                "stats --out x.json": "--out x.json is a weights file, and must end in .safetensors",
-                "stats --out no/x.safetensors": unwritable.format("no/x.safetensors", "no")}.items():
+                "stats --out x.json": "--out x.json is a weights file, and must end in .safetensors"}.items():
             assert ends(latents.parse_args, [*flags.split(), "--data", "x"]) == words, flags
+        latents.parse_args("stats --data x --out new/deep/x.safetensors".split())
+        assert os.path.isdir("new/deep"), "as save and the other commands make it"
         os.makedirs("folder/x.safetensors")
         assert ends(latents.parse_args, "stats --data x --out folder/x.safetensors".split()) == unwritable.format(
             "folder/x.safetensors", "folder")
         with patch.object(os, "access", lambda path, mode: path != "folder" and os.path.isdir(path)):
             open("folder/w", "w").close()
+            assert ends(latents.parse_args, "stats --data x --out folder/w/x.safetensors".split()) == (
+                "--out folder/w/x.safetensors cannot be written ([Errno 17] File exists: 'folder/w')")
             assert ends(latents.parse_args, "stats --data x --weights folder/w".split()) == unwritable.format(
                 "folder/w", "folder")
             latents.parse_args("stats --data x --weights folder/none".split())  # a name: the tokenizer may be published
@@ -1181,6 +1184,9 @@ def test_sizes_of_pictures_and_animations():
                                            (inner, False, out, out), (inner, True, out, out), (d, False, d, d + "/"),
                                            (d, False, tmp, tmp + "/"), (inner, False, d, d)):
             assert pictures.find_pictures([given], to, alone) == [(inner, expected)], (given, alone, to)
+        for alone, to, expected in (False, None, d + "_depth/sub"), (True, None, d + "_reconstruction/sub"), (
+                False, out, out + "/"):
+            assert pictures.find_pictures([d], to, alone, "_depth") == [(inner, expected)], (alone, to)
         assert pictures.find_pictures(["-"], out) == [("-", out)] and pictures.find_pictures(["-"]) == [("-", None)]
         given = ["-", inner, "-", inner]  # in the order given, which is not the alphabet's
         assert [path for path, _ in pictures.find_pictures(given)] == given

@@ -211,7 +211,8 @@ def test_whole_reports_of_a_fid():
                     says=f"{' and '.join(pair)} have no distance: covariances of {one, one} and {two, two}; take the "
                     "features of one network")
         gone = os.path.join(tmp, "gone.pth")
-        why = f"{gone}: no such file, no URL, and none of the names {' '.join(encoder.PUBLISHED)}"
+        why = (f"--inception {gone}: no such file, and no URL; give pytorch-fid's file, or leave it out to download "
+               "it")
         refused(evaluation.UserError, evaluate, "--fid", a, b, "--inception", gone, says=why)
         weights = tokenizer_file(tmp)
         refused(evaluation.UserError, evaluate, "--data", a, "--weights", weights, "--inception", gone,
@@ -329,7 +330,7 @@ def test_what_training_says_of_itself():
     """Every line of a run that trains, of one that goes on, and of one that is finished, from its log and its files."""
     with tempfile.TemporaryDirectory() as tmp:
         teacher, (folder, _), (val, _) = micro_teacher(tmp), picture_folder(tmp), picture_folder(tmp + "/val", 3)
-        out = os.path.join(tmp, "out")
+        out = os.path.join(tmp, "my out")
         state, model = os.path.join(out, "state.pt"), os.path.join(out, "model.safetensors")
         # parameters by hand: the ViT's of width 32, three blocks, MLP 64, patches of 4, grid 4; projections; decoder
         block = lambda mlp: 4 * 32 + 4 * (32 * 32 + 32) + 2 * 32 * mlp + mlp + 32
@@ -360,7 +361,7 @@ def test_what_training_says_of_itself():
             assert x["on"] == on
             return (f"eval {step:6d} | one-step PSNR {x['psnr']:.2f} dB on {on} | flow loss by tenth of t, image to "
                     "noise: " + " ".join(f"{v:.3f}" for v in x["flow_by_t"]))
-        end = (f"done: {model}, pictures in {out}/samples; try: python sample.py YOUR.png --weights {model}")
+        end = (f"done: {model}, pictures in {out}/samples; try: python sample.py YOUR.png --weights '{model}'")
         two = f"{val} {folder}"
         said = lines("--data", folder, "--val", val, folder, "--steps", 2, "--micro_batch", 3)
         assert said == [*begun("10 images", two, 2, "2 x accumulation 2"),

@@ -8,6 +8,7 @@ uses load_inception and FidStatistics for its rFID.
 """
 import math
 import os
+import sys
 import time
 import zipfile
 import zlib
@@ -29,6 +30,9 @@ def load_inception(job):
     if given == "none":
         return None, None
     try:
+        if not os.path.isfile(given) and not given.startswith(("http://", "https://")):
+            raise MissingFile(f"--inception {given}: no such file, and no URL; give pytorch-fid's file, or leave "
+                              "it out to download it")
         path = fetch(given)
     except USER_ERRORS as e:
         raise UserError(f"{e}" + "; or leave rFID and IS out: --inception none" * (not job.args.fid)) from None
@@ -171,3 +175,8 @@ def compare_sets(job):
     if unsaved:
         raise unsaved
     return report
+
+
+if __name__ == "__main__":
+    print("tools/fid.py is no command: what it does is `python eval.py --fid A B`", file=sys.stderr)
+    sys.exit(2)

@@ -128,6 +128,11 @@ def parse_args(argv=None):
         if args.out and not args.out.endswith(".safetensors"):
             ap.error(f"--out {args.out} is a weights file, and must end in .safetensors")
         folder = os.path.dirname(target) or "."
+        if args.out:
+            try:
+                os.makedirs(folder, exist_ok=True)
+            except OSError as e:
+                ap.error(f"--out {args.out} cannot be written ({e})")
         if (args.out or os.path.isfile(target)) and (not os.access(folder, os.W_OK) or os.path.isdir(target)):
             ap.error(f"{target} cannot be written: it is a folder, or {folder} is no folder to write to")
     args.target, args.out = args.out, None  # because a Job would write its report to args.out

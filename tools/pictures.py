@@ -23,11 +23,11 @@ from tools.script import USER_ERRORS
 MAX_NAME = 255  # bytes of a file's name, the limit of most file systems
 
 
-def find_pictures(files, out=None, alone=False):
+def find_pictures(files, out=None, alone=False, ending="_recon"):
     """[(picture, folder for its results)] of the files given, and of the pictures in and below the folders given.
 
     Results go to `out`. Without it they go beside a picture; those of a folder NAME, which may be training data, go to
-    NAME_recon beside it. alone (--reconstruction): the results have the pictures' own names. So they go to
+    NAME + ending beside it. alone (--reconstruction): the results have the pictures' own names. So they go to
     NAME_reconstruction, subfolders are kept below `out`, too, and `out` may not overlap with what was given.
     """
     pictures = []
@@ -47,7 +47,7 @@ def find_pictures(files, out=None, alone=False):
         names = [name for name in names if not os.path.splitext(name)[0].endswith(("_recon", "_features"))]
         if not names:
             raise UserError(f"{path} holds no pictures ({' '.join(EXTENSIONS)})")
-        results = out or folder_beside(path, "_reconstruction" if alone else "_recon")
+        results = out or folder_beside(path, "_reconstruction" if alone else ending)
         for name in names:
             subfolder = os.path.dirname(name) if alone or not out else ""
             pictures.append((os.path.join(path, name), os.path.join(results, subfolder)))
@@ -88,10 +88,10 @@ def resize_short_side(img, short, max_pixels=MAX_PIXELS):
     return img.resize((W, H), Image.Resampling.BICUBIC)
 
 
-def read_pictures(files, out=None):
-    """Yields (PIL image in RGB, its path, the folder for its results) of find_pictures(files, out). One that cannot be
-    read is passed over; after the last a UserError names all of these."""
-    pictures, bad = find_pictures(files, out), []
+def read_pictures(files, out=None, ending="_recon"):
+    """Yields (PIL image in RGB, its path, the folder for its results) of find_pictures. One that cannot be read is
+    passed over; after the last a UserError names all of these."""
+    pictures, bad = find_pictures(files, out, ending=ending), []
     for path, folder in pictures:
         try:
             img = load_image(path)

@@ -605,6 +605,8 @@ def test_commands():
         drawn, plain = (np.array(Image.open(path)) for path in (os.path.join(out, "0_objects.png"), picture))
         assert drawn.shape == plain.shape and (drawn != plain).any()
         assert "nothing" in quietly("predict", "--run", folder, "--out", out, "--score", 1, picture)
+        said = quietly("predict", "--run", folder, os.path.dirname(picture))
+        assert said.startswith(os.path.join(tmp, "data", "val", "images_objects", "0_objects.png: ")), said
         damaged = os.path.join(tmp, "damaged.png")
         open(damaged, "wb").write(b"no picture")
         done = run("python", "-m", "downstream.detect", "predict", "--run", folder, damaged)

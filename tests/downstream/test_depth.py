@@ -731,6 +731,9 @@ def test_tests_and_predictions_of_depth_do_what_they_are_told():
         save(f"{tmp}/here/z.png", np.full((30, 40, 3), 255, np.uint8))
         with contextlib.chdir(f"{tmp}/here"):
             assert quietly("predict", "--run", "RUN", "z.png")[1] == "z_depth.png: 5.00 to 5.00 m\n"
+        folder = f"{tmp}/here_depth/z_depth.png"
+        os.remove(f"{tmp}/here/z_depth.png")
+        assert quietly("predict", "--run", "RUN", f"{tmp}/here")[1] == f"{folder}: 5.00 to 5.00 m\n"
         for raw in "npy", "png":
             _, said = quietly(*predict, "--raw", raw, "--no-bf16")
             assert said.splitlines() == [f"{tmp}/{folder}/x.1_depth.png: {z:.2f} to {z:.2f} m"

@@ -1,6 +1,6 @@
 """downstream/generate.py by its command line: training, sampling, scoring, refusals."""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    QuickInception, close, killed_in_step, log_lines, picture_folder, raises, run, run_ranks, same_weights,
+    QuickInception, close, killed_in_step, log_lines, picture_folder, raises, refused, run, run_ranks, same_weights,
     tokenizer_file)
 
 import contextlib
@@ -146,7 +146,15 @@ def test_images_depend_on_seed_class_and_number_alone():
     with tempfile.TemporaryDirectory() as tmp:
         for model in ("mar-s", "dit-s"):
             out, weights = trained(tmp, model)
-            sample = ["sample", "--run", out, "--number", 3, "--cfg", 2, "--iterations", 5, "--steps", 3]
+            sample = ["sample", "--run", out, "--number", 3, "--cfg", 2, "--steps", 3]
+            if model == "mar-s":
+                sample += ["--iterations", 5]
+            else:
+                for command in sample, ["score", "--run", out]:
+                    refused(UserError, quietly, *command, "--iterations", 5, says=(
+                        f"--iterations 5 is MAR's, and {out} is a dit-s: leave it out; a DiT's number of steps is "
+                        "--steps"))
+                quietly(*sample, "--iterations", 256, "--save", os.path.join(tmp, "default.png"))
             found = {}
             for batch in (1, 16):
                 path = os.path.join(tmp, f"{model}-{batch}.npz")

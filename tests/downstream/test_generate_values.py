@@ -32,7 +32,7 @@ import tools.script
 import tools.speed
 import train
 from downstream import dit, generate, mar, sampling, speed
-from encoder import PUBLISHED, Encoder, MissingFile, UserError, read_config, write_model
+from encoder import Encoder, MissingFile, UserError, read_config, write_model
 from experiments.generation import study
 from tests.downstream.test_generation import MICRO_DIT, MICRO_MAR, micro
 from tests.downstream.test_generate import latents as saved_latents, tokenizer
@@ -458,7 +458,7 @@ def test_the_tokenizer_and_the_size_of_images():
                 patch.object(dit.DiT, "compile_blocks", lambda self: compiled.append(self)):
             for resolution, size, expected in (None, 448, 256), (None, 64, 64), (100, 448, 100), (100, 64, 100):
                 write_model(path, dict(info, size=size), dict(model.named_parameters()))
-                args = SimpleNamespace(run=tmp, weights=None, resolution=resolution, compile=size == 64)
+                args = SimpleNamespace(run=tmp, weights=None, resolution=resolution, compile=size == 64, iterations=256)
                 found, dec, said = sampling.load(args, "cpu")
                 assert (args.resolution, args.weights, dec, said["size"]) == (expected, a, "decoder", size)
             assert len(compiled) == 2
@@ -588,9 +588,9 @@ def test_a_score_against_ones_own_images_is_zero():
                 (paths, 8), f"the statistics in {' '.join(paths)}"), "several archives of arrays are no one archive"
     with loads("mar"), contextlib.chdir("/"):
         flags = parse("score", "--run", "RUN", "--reference", "x", "--inception", "gone.pth")
-        names = " ".join(PUBLISHED)
         refused(evaluation.UserError, sampling.score, flags,  # it cannot do without one
-                says=f"gone.pth: no such file, no URL, and none of the names {names}")
+                says="--inception gone.pth: no such file, and no URL; give pytorch-fid's file, or leave it out to "
+                "download it")
     with loads("dit"), patch.object(sampling, "load_inception", lambda job: (network, "NET")), \
             tempfile.TemporaryDirectory() as tmp:
         np.savez(os.path.join(tmp, "s.npz"), mu=np.zeros(64), sigma=np.eye(64))
@@ -1183,7 +1183,7 @@ def test_training_in_its_order():
     note = lambda name, result=None: lambda *what: did.append((name, *what)) or result
     run = SimpleNamespace(hold_folder=note("hold"), open_log=note("log"), end=note("end"), path="RUN/{}".format)
     s = SimpleNamespace(run=run, now=SimpleNamespace(step=5), data="DATA", micro_batch=2)
-    args = SimpleNamespace(out="RUN", workers=3)
+    args = SimpleNamespace(out="MY RUN", workers=3)
     steps = {}
 
     def loop(*what, **functions):
@@ -1195,11 +1195,11 @@ def test_training_in_its_order():
                             micro_step=note("micro", "MICRO"), listen=note("listen"), check_locks=note("locks"),
                             load_batches=note("batches", "BATCHES"), loop=loop):
             generate.train(args, "HANDLER")
-        begin = [("run", "RUN"), ("setup", args, run), ("hold",), ("resume", s)]
+        begin = [("run", "MY RUN"), ("setup", args, run), ("hold",), ("resume", s)]
         assert did == begin + [("micro", s), ("log", 5), ("listen", "HANDLER"), ("locks", 3),
                                ("batches", run, "DATA", args, s.now, 2), ("loop", run, s.now, args),
                                ("end", 5, "signal", "RUN/model.safetensors; try: python -m downstream.generate sample "
-                                                    "--run RUN")] * goes_on, did
+                                                    "--run 'MY RUN'")] * goes_on, did
     for name, more in ("step", ("BATCHES",)), ("log", (1.5,)), ("evaluate", ()), ("save", ()):
         did.clear()
         with patch.object(generate, name, note(name)):

@@ -1151,7 +1151,7 @@ def alone(data, numbers, model):
 def test_a_run_says_and_logs_what_it_does():
     """Of three steps that take two seconds each: every line on the screen and every number in the log."""
     with tempfile.TemporaryDirectory() as tmp:
-        out, plain, order = os.path.join(tmp, "out"), llava.log, []
+        out, plain, order = os.path.join(tmp, "my out"), llava.log, []
         flags = training(tmp, "--steps", 3, "--warmup", 2, "--lr", 1e-3, "--system", "A", "--max_length", 29,
                          "--seed", 7, "--recipe", "paper", "--weight_decay", 0.25, "--out", out)
 
@@ -1209,7 +1209,7 @@ def test_a_run_says_and_logs_what_it_does():
         for k, (line, eta) in enumerate(zip(lines, ("00:04", "00:02", "00:00"))):
             expected.append(f"step      {k + 1}/3 | loss {line['loss']:.4f} | grad {line['grad_norm']:.2f} | lr "
                             f"{rates[k]:.1e} | {tokens[k] / 2:,.0f} tokens/s | {cut[k]} cut at 29 | eta {eta}")
-        expected.append(f"done: {out}/model.safetensors; try: python -m downstream.llava chat --run {out} IMAGE "
+        expected.append(f"done: {out}/model.safetensors; try: python -m downstream.llava chat --run '{out}' IMAGE "
                         '"What is in the picture?"')
         assert screen.getvalue().splitlines() == expected, screen.getvalue()
         final = load_file(os.path.join(out, "model.safetensors"))
@@ -1548,11 +1548,24 @@ def test_answers_are_written_as_they_come():
                             ([dict(question_id=1, text=2)], form + "(TypeError: "),
                             ([dict(question_id=1)], form + "(KeyError: 'text')"), (["{"], form + "(JSONDecodeError: "),
                             ([dict(question_id="b", text="?", image=["0.png", "no.png"])],
-                             f"question b: {path('pictures/no.png')} cannot be opened (No such file or directory)"),
+                             f"question b: {path('pictures/no.png')} cannot be opened (No such file or directory); what "
+                             "is answered so far stays in .part files beside --answers, and the same command goes on from "
+                             "there"),
                             ([dict(question_id="c", text="<image>?", image=["0.png", "1.png"])],
                              "question c: 2 pictures, but 1 <image> in the questions: one for each, or none")):
             questions(lines)
             raises(UserError, quietly, *without(ask, "--workers"), "--workers", 0, words=says)
+        lines = [dict(question_id=k, text="?", image=[f"{k}.png"]) for k in range(3)]
+        questions(lines)
+        picture = os.path.join(tmp, "pictures", "2.png")
+        os.rename(picture, picture + ".away")
+        alone = [*without(without(ask, "--workers"), "--batch_size"), "--workers", 0, "--batch_size", 1]
+        raises(UserError, quietly, *alone, words="question 2: ")
+        first = llava_use.read_parts(out)
+        assert sorted(first) == [0, 1], "it says so, and they do stay"
+        os.rename(picture + ".away", picture)
+        assert quietly(*alone).startswith(out) and answered(out)[:2] == [first[0], first[1]]
+        os.remove(out)
         gone = path("gone.jsonl")
         refused(MissingFile, quietly, *without(ask, "--questions"), "--questions", gone, says=(
             f"--questions {gone} cannot be read (No such file or directory)"))
