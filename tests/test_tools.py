@@ -42,13 +42,6 @@ def test_plot_draws_what_the_log_says():
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "log.jsonl" in done.stderr
 
 
-def test_parts_of_other_commands_say_whose_they_are():
-    for name, says in (("fid", "what it does is `python eval.py --fid A B`"),
-                       ("recipes", "its flags are those of `python train.py`")):
-        done = run("python", "-m", f"tools.{name}")
-        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"tools/{name}.py is no command: {says}\n"), done
-
-
 def test_convert_on_the_command_line():
     """hf writes the folder; what is not the authors' model is one line and exit status 2, either way."""
     with tempfile.TemporaryDirectory() as tmp:

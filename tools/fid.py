@@ -8,7 +8,6 @@ uses load_inception and FidStatistics for its rFID.
 """
 import math
 import os
-import sys
 import time
 import zipfile
 import zlib
@@ -175,8 +174,3 @@ def compare_sets(job):
     if unsaved:
         raise unsaved
     return report
-
-
-if __name__ == "__main__":
-    print("tools/fid.py is no command: what it does is `python eval.py --fid A B`", file=sys.stderr)
-    sys.exit(2)

@@ -162,8 +162,3 @@ def left_open(args, config):
         values.update(TRIAL)
     values["workers"] = default_workers(16) if torch.cuda.is_available() else 1
     return values
-
-
-if __name__ == "__main__":
-    print("tools/recipes.py is no command: its flags are those of `python train.py`", file=sys.stderr)
-    sys.exit(2)
