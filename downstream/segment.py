@@ -167,8 +167,8 @@ def describe_labels(args):
     ignore |= {k for k, name in enumerate(names, first) if name.lower() in NO_CLASS}
     labels = [k for k in range(first, first + len(names)) if k not in ignore]
     if not 0 < len(labels) <= IGNORED:
-        raise UserError(f"{root} has {len(labels)} classes by its classes.json and --ignore; expected 1 to {IGNORED}: "
-                        "--classes tells how many there are")
+        raise UserError(f"{root}: {len(labels)} classes, by its classes.json or --classes, less --ignore; expected 1 "
+                        f"to {IGNORED}: give a classes.json, a list of names, or --classes")
     return {"names": [names[k - first] for k in labels], "labels": labels, "ignore": sorted(ignore)}
 
 

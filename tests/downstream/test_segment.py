@@ -663,7 +663,7 @@ def test_names_of_classes_lie_at_the_top():
         given = dict(old_classes=["old"], data__v2__classes=["sky", "road"], data__v2__more__deep__classes=["no"])
         assert labels_of(archive(**given))["names"] == ["sky", "road"]
         assert labels_of(archive(data__v2__more__deep__classes=["no"], data__v2__classes=["sky"]))["names"] == ["sky"]
-        raises(UserError, labels_of, archive(old_classes=["old"]), words="has 0 classes")
+        raises(UserError, labels_of, archive(old_classes=["old"]), words="0 classes")
         assert labels_of(archive(classes=["a", "b"]), classes=3)["names"] == ["0", "1", "2"]
         names = ["Void", "sky", "UNLABELED", "unlabelled", "road", "Ignore", "ignored", "avoid"]
         kept = dict(names=["sky", "road", "avoid"])
@@ -678,8 +678,8 @@ def test_names_of_classes_lie_at_the_top():
                 assert labels_of(path, ignore=[])["labels"] == list(range(255))
             else:
                 refused(UserError, lambda: labels_of(path, ignore=[]),
-                        says=f"{path} has 256 classes by its classes.json and --ignore; expected 1 to 255: --classes "
-                        "tells how many there are")
+                        says=f"{path}: 256 classes, by its classes.json or --classes, less --ignore; expected 1 to "
+                        "255: give a classes.json, a list of names, or --classes")
         archive(classes=["a"])
         assert segment.read_beside(path, "objectInfo150.txt") is None and segment.read_beside(path, "a.json") is None
         ade = f"{tmp}/ade"
