@@ -76,8 +76,7 @@ def parse_args(argv=None):
         add("--bf16", action="store_true", default=on_gpu, help="[with a GPU]")
         add("--fp32", dest="bf16", action="store_false", help="without TF32 [without a GPU]")
     test.add_argument("--split", default="val", help="[%(default)s]")
-    test.add_argument("--workers", type=number(int, 0), default=default_workers(4),
-                      help="that load pictures [%(default)s]")
+    test.add_argument("--workers", type=number(int, 0), default=default_workers(4), help="load pictures [%(default)s]")
     test.add_argument("--out", metavar="FILE", help="also write the report as JSON")
     predict.add_argument("files", nargs="+", metavar="FILES", help="pictures, or folders of them")
     predict.add_argument("--out", metavar="FOLDER", default="predictions", help="[%(default)s]")
@@ -320,8 +319,9 @@ def predict(args):
     model, config = load(args, job.device)
     numbers = np.array(config["labels"])
     for img, path, _ in read_pictures(args.files):
+        img = to_tensor(img)
         with torch.no_grad(), job.autocast:
-            classes = predict_classes(model, img := to_tensor(img), args).cpu().numpy()
+            classes = predict_classes(model, img, args).cpu().numpy()
         os.makedirs(args.out, exist_ok=True)
         stem = free_path(args.out, os.path.splitext(os.path.basename(path))[0], "_overlay.png", taken)
         mask = Image.fromarray(numbers[classes].astype(np.uint8 if numbers.max() < 256 else np.uint16))
