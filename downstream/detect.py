@@ -54,12 +54,11 @@ from downstream.bench import bench_detector
 from downstream.canvas import at_corners, draw, paste_masks, place, to_canvas
 from downstream.coco import CocoDetection, collate
 from downstream.coco_eval import FIGURES, find_all, show
-from downstream.questions import write
 from encoder import TEACHERS, Encoder, UserError, ViT, write_atomically
 from tools.job import Job
 from tools.pictures import free_path, read_pictures
 from tools.run import command_line, number
-from tools.script import default_workers
+from tools.script import default_workers, write_file
 
 STRIDES = (4, 8, 16, 32)  # of the levels from which boxes are read; the RPN has one more, 64
 
@@ -252,7 +251,7 @@ def test(args):
     check_categories(data, config["categories"], args.run)
     results, figures = find_all(model, data, args.batch_size, args.workers, args.bf16)
     if args.results and job.rank == 0:
-        write(args.results, json.dumps(results).encode())
+        write_file(args.results, json.dumps(results).encode())
     table = [" " * 6 + "".join(f"{k:>7s}" for k in FIGURES)]
     for name in [x for x in ("box", "mask") if f"{x}_AP" in figures]:
         row = (figures[f"{name}_{k}"] for k in FIGURES)

@@ -22,7 +22,8 @@ import itertools
 import json
 import os
 
-from encoder import UserError, one_line, write_atomically
+from encoder import UserError, one_line
+from tools.script import write_file
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -41,12 +42,6 @@ def read_text(path):
         raise UserError(f"{path}: {e.strerror.lower()}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is no text (UTF-8)") from None
-
-
-def write(path, content):
-    """Write bytes to a file, whole or not at all; its folder is made."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    write_atomically(path, lambda f: f.write(content))
 
 
 def read_json(path):
@@ -154,7 +149,7 @@ def mmbench(path, images=None):
         if not empty("answer"):
             questions[-1]["label"] = row["answer"]
         if images:
-            write(os.path.join(images, name), base64.b64decode(row["image"]))
+            write_file(os.path.join(images, name), base64.b64decode(row["image"]))
     return questions
 
 

@@ -28,9 +28,9 @@ import os
 import re
 from collections import Counter
 
-from downstream.questions import MME_ASKS, MME_TASKS, READERS, parse_lines, read_questions, write
+from downstream.questions import MME_ASKS, MME_TASKS, READERS, parse_lines, read_questions
 from encoder import UserError, one_line
-from tools.script import run_command
+from tools.script import run_command, write_file
 
 ALL_MME_TASKS = MME_TASKS["perception"] + MME_TASKS["cognition"]
 BY_PICTURE = "mme", "textvqa"  # in LLaVA's own question files for these, question_id is that of the picture
@@ -286,7 +286,7 @@ def score(args):
     for name, value in found.items():
         print(f"{name} {value:.4f}")
     if args.out:
-        write(args.out, json.dumps(found, indent=1).encode())
+        write_file(args.out, json.dumps(found, indent=1).encode())
 
 
 def write_questions(args):
@@ -298,7 +298,7 @@ def write_questions(args):
     asked = [x for x in questions if "text" in x]
     if not asked:
         raise UserError(f"{args.files[0]} has labels, but no questions: give the benchmark's questions too")
-    write(args.out, "".join(json.dumps(x) + "\n" for x in asked).encode())
+    write_file(args.out, "".join(json.dumps(x) + "\n" for x in asked).encode())
     print(f"{args.out}: {len(asked)} questions")
 
 
@@ -317,7 +317,7 @@ def submit(args):
             raise UserError(f"{args.answers} answers question {surplus[0]}, which {args.questions} does not ask")
         found = [{"question_id": x["question_id"], "answer": normalise(answers[key]["text"]) if key in answers else ""}
                  for key, x in asked.items()]
-    write(args.out, json.dumps(found, indent=1).encode())
+    write_file(args.out, json.dumps(found, indent=1).encode())
     print(f"{args.out}: {len(answers)} answers, for {SERVERS[args.benchmark]}. Nothing was scored here.")
 
 

@@ -8,7 +8,6 @@
     return job.finish({**about, "total": total}, [f"total {total}"])      # rank 0 writes it to args.out and prints it
 """
 import json
-import os
 import sys
 import time
 from datetime import timedelta
@@ -23,7 +22,7 @@ import encoder
 from data import ImageDataset
 from decoder import Decoder
 from eval import Moments, UserError, sha256
-from tools.script import USER_ERRORS, check_locks, commit, find_weights, name_weights, rank_and_device
+from tools.script import USER_ERRORS, check_locks, commit, find_weights, name_weights, rank_and_device, write_file
 
 
 class ImagesOrReasons(Dataset):
@@ -142,11 +141,7 @@ class Job:
     def write_json(self, report):
         """Write the report to args.out, whole or not at all, with null for what is not finite."""
         finite = json.loads(json.dumps(report), parse_constant=lambda name: None)  # JSON has no NaN and no Infinity
-        content = json.dumps(finite, indent=1, allow_nan=False).encode()
-        if os.path.isdir(self.args.out):
-            raise UserError(f"{self.args.out} is a folder: give the name of a file")
-        os.makedirs(os.path.dirname(self.args.out) or ".", exist_ok=True)
-        encoder.write_atomically(self.args.out, lambda f: f.write(content))
+        write_file(self.args.out, json.dumps(finite, indent=1, allow_nan=False).encode())
 
     def print_report(self, report, table):
         """Print to standard output; if that is closed or broken, to standard error."""

@@ -129,6 +129,14 @@ def run_command(main, name):
         sys.exit(2)
 
 
+def write_file(path, content):
+    """Write bytes to a file, whole or not at all; its folder is made. UserError if `path` is a folder."""
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder: give the name of a file")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    encoder.write_atomically(path, lambda f: f.write(content))
+
+
 def run_module(folder, *command):
     """Run a module of this project as a script, with its flags. What it prints goes to the end of FOLDER/output.txt.
     RuntimeError if it fails."""

@@ -24,9 +24,9 @@ import zipfile
 
 import numpy as np
 
-from downstream.questions import read_json, read_questions, write
+from downstream.questions import read_json, read_questions
 from encoder import UserError
-from tools.script import run_command
+from tools.script import run_command, write_file
 
 CAPTION = "Provide a one-sentence caption for the provided image."  # as coco_mini's conversations ask
 
@@ -55,7 +55,7 @@ def with_others_pictures(samples, seed):
 def write_samples(path, samples):
     """As a list (.json), or as lines (.jsonl)."""
     text = "".join(json.dumps(x) + "\n" for x in samples) if path.endswith(".jsonl") else json.dumps(samples)
-    write(path, text.encode())
+    write_file(path, text.encode())
     print(f"{path}: {len(samples):,}")
 
 

@@ -930,7 +930,8 @@ def test_the_study_gives_each_row_its_encoder_its_questions_and_its_line():
                         f.write(text + "\n")
         flags = ["--llm", os.path.join(tmp, "llm"), "--data", tmp, "--weights", "W", "--pixels", __file__, "--work",
                  os.path.join(tmp, "work"), "--results", results, "--parallel", "1", "--seeds", "3", "--sizes", "32"]
-        with unittest.mock.patch.object(study, "run_module", run_module), contextlib.redirect_stdout(io.StringIO()) as out:
+        with unittest.mock.patch.object(study, "run_module", run_module), \
+                contextlib.redirect_stdout(io.StringIO()) as out:
             study.main(["easy_vqa", "coco_mini@32:random", *flags])
             lines, first = [json.loads(x) for x in open(results)], len(commands)
             study.main(["easy_vqa", "coco_mini@32:random", *flags])
@@ -1548,9 +1549,9 @@ def test_answers_are_written_as_they_come():
                             ([dict(question_id=1, text=2)], form + "(TypeError: "),
                             ([dict(question_id=1)], form + "(KeyError: 'text')"), (["{"], form + "(JSONDecodeError: "),
                             ([dict(question_id="b", text="?", image=["0.png", "no.png"])],
-                             f"question b: {path('pictures/no.png')} cannot be opened (No such file or directory); what "
-                             "is answered so far stays in .part files beside --answers, and the same command goes on from "
-                             "there"),
+                             f"question b: {path('pictures/no.png')} cannot be opened (No such file or directory); "
+                             "what is answered so far stays in .part files beside --answers, and the same command goes "
+                             "on from there"),
                             ([dict(question_id="c", text="<image>?", image=["0.png", "1.png"])],
                              "question c: 2 pictures, but 1 <image> in the questions: one for each, or none")):
             questions(lines)

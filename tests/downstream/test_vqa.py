@@ -13,9 +13,11 @@ import zlib
 
 import numpy as np
 
+import encoder
 from downstream import questions, vqa
 from encoder import UserError
 from experiments.understanding import prepare, tsne
+from tools.script import write_file
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -335,9 +337,9 @@ def test_questions_are_those_of_the_published_files():
         bad = write(tmp, "bad.json", "{")
         refused(UserError, questions.read_questions, "gqa", [bad], says=(
             f"{bad} is no JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"))
-        with unittest.mock.patch.object(questions, "write_atomically") as writes, unittest.mock.patch.object(
-                questions.os, "makedirs") as makes:
-            questions.write("here.json", b"x")
+        with unittest.mock.patch.object(encoder, "write_atomically") as writes, unittest.mock.patch.object(
+                os, "makedirs") as makes:
+            write_file("here.json", b"x")
         assert makes.call_args == unittest.mock.call(".", exist_ok=True) and writes.call_args[0][0] == "here.json"
         one = {"data_subtype": "val2014", "questions": [{"question_id": 42001, "image_id": 42, "question": "Is it?"}]}
         out = os.path.join(tmp, "one.jsonl")
