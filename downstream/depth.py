@@ -35,8 +35,8 @@ from downstream.dpt import HEADS, DepthModel, align
 from encoder import TEACHERS, Encoder, UserError, ViT, load_exactly, write_atomically
 from tools.job import Job
 from tools.pictures import free_path, read_pictures
-from tools.run import command_line, number
-from tools.script import rank_and_device
+from tools.run import command_line
+from tools.script import number, rank_and_device
 
 CROPS = {"none": None, "eigen": (slice(45, 471), slice(41, 601))}  # rows and columns that are measured, of 480 x 640
 COLOURS = np.array([(252, 255, 164), (249, 142, 9), (188, 55, 84), (87, 16, 110), (0, 0, 4)])  # inferno, near to far

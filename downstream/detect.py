@@ -57,8 +57,8 @@ from downstream.coco_eval import FIGURES, find_all, show
 from encoder import TEACHERS, Encoder, UserError, ViT, write_atomically
 from tools.job import Job
 from tools.pictures import free_path, read_pictures
-from tools.run import command_line, number
-from tools.script import default_workers, write_file
+from tools.run import command_line
+from tools.script import default_workers, number, write_file
 
 STRIDES = (4, 8, 16, 32)  # of the levels from which boxes are read; the RPN has one more, 64
 

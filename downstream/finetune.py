@@ -30,8 +30,8 @@ from downstream.backbone import build_backbone, load_backbone, load_model, load_
 from encoder import parameter_groups, write_atomically, write_model
 from tools.batches import load_batches, split_batch
 from tools.optimizer import rate_factor, take_means, update_weights
-from tools.run import INTERRUPTS, Run, listen, loop, number, seed_step
-from tools.script import check_locks, commit, default_workers
+from tools.run import INTERRUPTS, Run, listen, loop, seed_step
+from tools.script import check_locks, commit, default_workers, number
 
 # These arguments may differ when a run is resumed; how many samples there are, and the backbone's weights, may not.
 MAY_DIFFER = set("data val weights teacher_weights out steps epochs workers micro_batch compile log_every eval_every "

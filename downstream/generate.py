@@ -33,8 +33,8 @@ from eval import sha256
 from tools.batches import load_batches, split_batch
 from tools.latents import LatentDataset
 from tools.optimizer import average_weights, capture_graph, rate_factor, take_means, update_weights
-from tools.run import INTERRUPTS, Run, command_line, listen, loop, number, seed_step
-from tools.script import check_locks, commit, default_workers, find_weights
+from tools.run import INTERRUPTS, Run, command_line, listen, loop, seed_step
+from tools.script import check_locks, commit, default_workers, find_weights, number
 
 # blr: the rate at a batch of 256, with which it grows; warmup: the part of the run over which it rises
 MAR_RECIPE = dict(epochs=400, batch_size=2048, blr=1e-4, warmup=0.25, ema=0.9999, weight_decay=0.02, clip=3.0)

@@ -34,8 +34,8 @@ from downstream.lars import LARS, BatchNorm
 from encoder import TEACHERS, Encoder, UserError, ViT
 from tools.job import Job
 from tools.pictures import is_within, read_pictures
-from tools.run import command_line, number
-from tools.script import rank_and_device
+from tools.run import command_line
+from tools.script import number, rank_and_device
 
 # warmup: epochs over which the rate rises; blr: the rate at a batch of 256, with which it grows
 RECIPES = {"mae": dict(epochs=90, batch_size=16384, blr=0.1, warmup=10),

@@ -34,8 +34,8 @@ from encoder import UserError, load_exactly, write_atomically, write_model
 from tools.batches import load_batches, split_batch
 from tools.checkpoint import explain_failed_save
 from tools.optimizer import rate_factor, take_means
-from tools.run import INTERRUPTS, Run, command_line, listen, loop, number
-from tools.script import check_locks, default_workers
+from tools.run import INTERRUPTS, Run, command_line, listen, loop
+from tools.script import check_locks, default_workers, number
 
 # what a stage trains, and LLaVA's and LLaVA-OneVision's settings of it; the paper's are the same but for AdamW's betas
 STAGES = {

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from downstream.llava_model import IMAGE, PARTS, LLaVA, blocks_of, count_tokens, set_trained, shard
 from encoder import TEACHERS, Encoder, ViT
-from tools.run import Run, number
+from tools.run import Run
+from tools.script import number
 from tools.speed import matrix_ceiling, seconds
 
 # transformers' name of the kind, and the sizes of its configuration

@@ -24,8 +24,7 @@ from downstream.llava_model import load_run
 from downstream.llava_prompts import MARK, Prompter
 from encoder import MissingFile, UserError, one_line, write_atomically
 from tools.job import Job
-from tools.run import number
-from tools.script import check_locks, rank_and_device
+from tools.script import check_locks, number, rank_and_device
 
 NO_LIMIT = 10 ** 9
 

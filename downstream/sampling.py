@@ -27,8 +27,7 @@ from encoder import MissingFile, UserError, load_exactly, one_line, write_atomic
 from eval import INCEPTION_URL, frechet_distance, refuse_unless_finite, sha256
 from tools.fid import FidStatistics, load_inception, read_npz, warn_of_few
 from tools.job import Job
-from tools.run import number
-from tools.script import find_weights
+from tools.script import find_weights, number
 
 MODELS = [*mar.SIZES, *dit.SIZES]
 IMAGES = 50_000  # of Table 3b

@@ -33,8 +33,8 @@ from encoder import TEACHERS, Encoder, UserError, ViT, write_atomically
 from tools.batches import split_batch
 from tools.job import Job
 from tools.pictures import free_path, read_pictures
-from tools.run import command_line, number
-from tools.script import default_workers, rank_and_device
+from tools.run import command_line
+from tools.script import default_workers, number, rank_and_device
 
 NO_CLASS = "unlabelled", "unlabeled", "void", "ignore", "ignored"  # names of pixels that do not count, in any case
 # BEiT-L's and MAE-L's on ADE20K; the paper says UperNet, 100 epochs (126,000 steps) of 16, and no more

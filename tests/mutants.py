@@ -843,7 +843,7 @@ TABLE = [
      "if not getattr(args, name):", "test_recipes_by_hand"),
     ("the recipe's name is compared", "train.py", "val out recipe steps epochs", "val out steps epochs",
      "test_recipes_by_hand"),
-    ("nan passes a flag's limits", "tools/run.py", "if not low <= value <= high:", "if value < low or value > high:",
+    ("nan passes a flag's limits", "tools/script.py", "if not low <= value <= high:", "if value < low or value > high:",
      "test_defaults_and_recipes_by_hand"),
     ("data's seed not handed on", "train.py", "args.size, True, args.seed, tuple", "args.size, True, 0, tuple",
      "test_data_flags_of_training"),

@@ -26,8 +26,8 @@ from data import Samples
 from encoder import MissingFile, UserError, write_atomically, write_model
 from eval import Moments, sha256
 from tools.job import Job, load_tokenizer
-from tools.run import command_line, number
-from tools.script import default_workers
+from tools.run import command_line
+from tools.script import default_workers, number
 
 SHARD = 1024  # images a file
 MAPPED = 2048  # files that a process keeps mapped into memory

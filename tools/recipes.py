@@ -11,8 +11,7 @@ import torch
 
 from distill import STRATEGIES
 from encoder import TEACHERS, teacher_config
-from tools.run import number
-from tools.script import default_workers
+from tools.script import default_workers, number
 
 # What the teacher decides. The values of the foundation models are those of the paper's Tables 6-9. Tables and text
 # disagree on the batch; 512 is the text's. micro_batch: how many images a GPU of 80 GB holds at once.

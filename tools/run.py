@@ -6,14 +6,12 @@
     state = run.load(...)              # the checkpoint; run.restore(state, now, optimizer)
     run.open_log(now.step)             # log.jsonl, without lines later than the checkpoint
     loop(run, now, args, step, log, evaluate, save)
-    add("--lr", type=number(float, 0)) # for argparse: refuses what is out of range
     if __name__ == "__main__":
         command_line(main, "train.py") # one line and status 2 for what the user or the machine did wrong
 
 train.py uses it, and so does every trainer in downstream/. All files are written whole or not at all. Beside it,
 tools/batches.py says which samples a step sees, and tools/optimizer.py how it moves the weights.
 """
-import argparse
 import contextlib
 import glob
 import json
@@ -44,18 +42,6 @@ except ImportError:  # Windows: this can be imported, hold_folder says that it c
 
 INTERRUPTS = []  # signals that asked the run to save and stop
 TOO_MANY_SKIPPED = 10  # steps in a row with a loss or gradient that is not finite
-
-
-def number(kind, low, high=math.inf):
-    """A type for argparse: an int or a float (kind is which) that is at least `low` and at most `high`."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:  # also refuses nan
-            raise argparse.ArgumentTypeError(
-                f"it is {text}; it must be at least {low}" + f" and at most {high}" * (high < math.inf))
-        return value
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
 
 
 class Run:

@@ -2,12 +2,16 @@
 
     weights = find_weights(args.weights)    # the file given, else that in out/, else the one that ships
     rank, ranks, device = rank_and_device()
+    add("--lr", type=number(float, 0))      # for argparse: refuses what is out of range
     user_message(error)                     # one line if the user or the machine caused the error; None for a bug
     run_command(main, "sample.py")          # main() as a script: such a line and status 2, or a bug's traceback
+    write_file("out/figures.json", b"{}")   # whole or not at all; its folder is made
     run_module("out", "train", "--size", 64)  # another script, as a study calls it; what it prints: out/output.txt
 """
+import argparse
 import errno
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -34,6 +38,18 @@ MACHINES_TROUBLE = {getattr(errno, name, None) for name in (
     "ETIMEDOUT EHOSTDOWN EREMOTEIO EPIPE ENAMETOOLONG").split()} - {None}
 # the signals on which a training run saves and stops; Windows lacks two of them
 SAVE_AND_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
+def number(kind, low, high=math.inf):
+    """A type for argparse: an int or a float (kind is which) that is at least `low` and at most `high`."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:  # also refuses nan
+            raise argparse.ArgumentTypeError(
+                f"it is {text}; it must be at least {low}" + f" and at most {high}" * (high < math.inf))
+        return value
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
 
 
 def default_workers(most):
