@@ -1,12 +1,14 @@
-"""Two small sets of pictures and questions, for `downstream.llava train` and `answer`, and their controls.
+"""Three small sets of pictures and questions, for `downstream.llava train` and `answer`, and their controls.
 
     python -m experiments.understanding.prepare easy_vqa.zip coco_mini.zip --out out/understanding
+    python -m experiments.understanding.prepare tiny-imagenet-100-*.zip --out out/understanding
 
-Unpacks each archive into a folder of its name, which is what --images names. It holds LLaVA conversations to train on
-(easy_vqa/train/llava.json, coco_mini/train/llava_train.json), and gets these files:
+Unpacks each archive into a folder of its name, which is what --images names; all parts of Tiny-ImageNet into
+tiny_imagenet, where one question is asked of each picture: what is in it, of a hundred things. The folders hold LLaVA
+conversations to train on (train/llava.json, of coco_mini train/llava_train.json), and get these files:
 
-    questions.jsonl            questions of its val part with labels, for `answer` and downstream.vqa (easy_vqa: exact;
-                               coco_mini: pope, by POPE's rules on its 204 pictures, which is NOT POPE)
+    questions.jsonl            questions of its val part with labels, for `answer` and downstream.vqa (exact; of
+                               coco_mini pope, by POPE's rules on its 204 pictures, which is NOT POPE)
     captions.json              coco_mini: the captions alone, for a first stage
     captions.jsonl             coco_mini: asks for a caption of each picture of its val part, label: those that it has
     *_no_picture.json[l]       the control "no picture": the same without pictures
@@ -24,11 +26,12 @@ import zipfile
 
 import numpy as np
 
-from downstream.questions import read_json, read_questions
+from downstream.questions import SHORT, read_json, read_questions
 from encoder import UserError
 from tools.script import run_command, write_file
 
 CAPTION = "Provide a one-sentence caption for the provided image."  # as coco_mini's conversations ask
+NAMES = os.path.join(os.path.dirname(__file__), "tiny_imagenet_names.txt")  # WordNet's first
 
 
 def without_pictures(samples):
@@ -75,6 +78,19 @@ def prepare_easy_vqa(folder, seed):
     write_with_controls(os.path.join(folder, "questions.jsonl"), questions, seed)
 
 
+def prepare_tiny_imagenet(folder, seed):
+    with open(NAMES) as f:
+        names = dict(line.rstrip("\n").split(" ", 1) for line in f)
+    for part in "train", "val":
+        samples = []
+        for picture in sorted(glob.glob("*/*", root_dir=os.path.join(folder, part))):  # WNID/FILE
+            talk = [{"from": "human", "value": "<image>\nWhat is in the picture?" + SHORT},
+                    {"from": "gpt", "value": names[os.path.dirname(picture)]}]
+            samples.append({"id": picture, "image": os.path.join(part, picture), "conversations": talk})
+        write_samples(os.path.join(folder, part, "llava.json"), samples)
+    prepare_easy_vqa(folder, seed)
+
+
 def prepare_coco_mini(folder, seed):
     train = os.path.join(folder, "train", "llava_train.json")
     conversations = read_json(train)
@@ -88,7 +104,7 @@ def prepare_coco_mini(folder, seed):
     write_samples(os.path.join(folder, "captions.jsonl"), described)
 
 
-SETS = {"easy_vqa": prepare_easy_vqa, "coco_mini": prepare_coco_mini}
+SETS = {"easy_vqa": prepare_easy_vqa, "coco_mini": prepare_coco_mini, "tiny_imagenet": prepare_tiny_imagenet}
 
 
 def unpack(archive, folder):
@@ -101,17 +117,21 @@ def unpack(archive, folder):
 
 def main(argv=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("archives", nargs="+", metavar="ARCHIVE", help="easy_vqa.zip, coco_mini.zip")
+    ap.add_argument("archives", nargs="+", metavar="ARCHIVE",
+                    help="easy_vqa.zip, coco_mini.zip, tiny-imagenet-100-*.zip")
     ap.add_argument("--out", default="out/understanding", metavar="FOLDER", help="[%(default)s]")
     ap.add_argument("--seed", type=int, default=0, help="of the shuffled pictures [%(default)s]")
     args = ap.parse_args(argv)
+    found = set()
     for archive in args.archives:
         name = os.path.splitext(os.path.basename(archive))[0]
-        if name not in SETS:
-            raise UserError(f"{archive} is none of {', '.join(f'{x}.zip' for x in SETS)}")
-        folder = os.path.join(args.out, name)
-        unpack(archive, folder)
-        SETS[name](folder, args.seed)
+        part = re.fullmatch(r"tiny-imagenet-100-(train|val)(-\d+)?", name)
+        if not part and name not in ("easy_vqa", "coco_mini"):
+            raise UserError(f"{archive} is none of easy_vqa.zip, coco_mini.zip, tiny-imagenet-100-*.zip")
+        found.add("tiny_imagenet" if part else name)
+        unpack(archive, os.path.join(args.out, "tiny_imagenet", part[1]) if part else os.path.join(args.out, name))
+    for name in sorted(found):
+        SETS[name](os.path.join(args.out, name), args.seed)
 
 
 if __name__ == "__main__":

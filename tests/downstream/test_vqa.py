@@ -577,8 +577,27 @@ def test_small_sets_and_their_controls():
             "text": "Provide a one-sentence caption for the provided image."}]
         other = os.path.join(tmp, "other.zip")
         os.rename(archives[0], other)
-        raises(UserError, prepare.main, [other], words=["other.zip is none of easy_vqa.zip, coco_mini.zip"])
+        raises(UserError, prepare.main, [other], words=["other.zip is none of easy_vqa.zip, coco_mini.zip, tiny-im"])
         raises(UserError, prepare.main, [archives[0]], words=[archives[0], "no archive"])
+
+
+def test_names_of_tiny_imagenet():
+    """Archives of one part lie together; each picture is asked for, its answer is the name of its folder's class."""
+    parts = {"train-0": "n02403003/a.png", "train-1": "n12267677/b.png", "val": "n02403003/v.png"}
+    with tempfile.TemporaryDirectory() as tmp:
+        archives = [os.path.join(tmp, f"tiny-imagenet-100-{part}.zip") for part in parts]
+        for archive, name in zip(archives, parts.values()):
+            with zipfile.ZipFile(archive, "w") as f:
+                f.writestr(name, "pixels")
+        with contextlib.redirect_stdout(io.StringIO()):
+            prepare.main([*archives, "--out", tmp])
+        folder = os.path.join(tmp, "tiny_imagenet")
+        ask, train = "What is in the picture?" + SHORT, questions.read_json(os.path.join(folder, "train", "llava.json"))
+        assert [(x["image"], *(turn["value"] for turn in x["conversations"])) for x in train] == [
+            ("train/n02403003/a.png", "<image>\n" + ask, "ox"), ("train/n12267677/b.png", "<image>\n" + ask, "acorn")]
+        asked, = questions.parse_lines(os.path.join(folder, "questions.jsonl"))
+        assert (asked["image"], asked["text"], asked["label"]) == ("val/n02403003/v.png", ask, "ox")
+        assert all(os.path.isfile(os.path.join(folder, x["image"])) for x in [*train, asked])
 
 
 def test_cluster_figures_by_hand():
