@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+
 class UserError(ValueError):
     """Something that the user gave is wrong (an argument, a path, a file): scripts print one line and exit with 2."""
 

@@ -22,7 +22,6 @@ import json
 import os
 import re
 import urllib.parse
-import urllib.request
 import uuid
 import warnings
 from dataclasses import dataclass, fields
@@ -33,6 +32,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
 
 class UserError(ValueError):
     """Something that the user gave is wrong (an argument, a path, a file): scripts print one line and exit with 2."""

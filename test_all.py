@@ -91,6 +91,7 @@ from tools.drawn import ProceduralDataset
 
 # ---- distill.py: equation 1, distances, and no gradient through the weights ----
 
+
 def test_layer_weights_by_hand():
     # L = 3, beta = 2: (1/3)e^1.0 = 0.906094, (2/3)e^0.4 = 0.994550, (3/3)e^0.2 = 1.221403, sum 3.122047
     alpha = torch.tensor([0.5, 0.2, 0.1])

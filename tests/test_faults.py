@@ -40,6 +40,7 @@ from tools import convert
 
 # ---- weights ----
 
+
 def test_hostile_weights():
     encoder.TEACHERS["micro"] = MICRO_VIT
     junk = {"width": [10 ** 6, 0, -32, "32", True, None, 32.0, [], 2 ** 70],

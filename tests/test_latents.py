@@ -354,8 +354,8 @@ def test_a_folder_of_latents_that_is_not_whole():
         refused(second, open(os.path.join(tmp, "bare.safetensors"), "rb").read(), ["is damaged"])
         raises(encoder.MissingFile, latents.LatentDataset, os.path.join(tmp, "nowhere"), True, words="nowhere")
         raises(encoder.MissingFile, latents.LatentDataset, weights, True, words=weights)  # a file
-        raises(encoder.UserError, save, out, words=  # as the last of them left it
-               f"{out}/{second} is damaged ('NoneType' object is not subscriptable): delete it and run this again")
+        raises(encoder.UserError, save, out,  # as the last of them left it
+               words=[f"{out}/{second} is damaged ('NoneType' object is not subscriptable)", "delete it and run this"])
 
 
 def test_files_of_latents_stay_mapped():

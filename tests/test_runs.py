@@ -530,7 +530,7 @@ def test_what_command_lines_refuse():
             assert words in err.getvalue().splitlines()[-1], (flags, err.getvalue())
     with tempfile.TemporaryDirectory() as tmp:
         teacher, weights, (folder, _) = micro_teacher(tmp), tokenizer_file(tmp), picture_folder(tmp, n=2)
-        raises(encoder.UserError, encoder.load_teacher, teacher, weights, 
+        raises(encoder.UserError, encoder.load_teacher, teacher, weights,
                words=f"teacher {teacher} is a file and brings its weights: leave out teacher_weights {weights}")
         for size, near in (15, 16), (18, 16), (19, 20), (1, 4):
             raises(evaluation.UserError, evaluate, "--data", folder, "--weights", weights, "--size", size,

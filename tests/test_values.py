@@ -327,8 +327,7 @@ class Doubled(nn.Linear):
 
 
 def test_a_layer_that_only_descends_from_linear():
-    vit, img = encoder.ViT(replace(MICRO_VIT, depth=1, layer_scale=0.5)), torch.rand(1, 3, 8, 8)
-    block = vit.blocks[0]
+    block = encoder.ViT(replace(MICRO_VIT, depth=1, layer_scale=0.5)).blocks[0]
     x, doubled = torch.randn(2, 5, 32), Doubled(32, 32)
     for given, scale, expected in ((doubled, block.scale1, x @ doubled.weight.T + doubled.bias),
                                    (doubled, None, 2 * (x @ doubled.weight.T + doubled.bias)),

@@ -85,7 +85,7 @@ def conversations(folder, n=16):
         turns = [("human", question), ("gpt", said)] + [("human", "is it?"), ("gpt", "it is")] * (k == 1)
         if k < n // 2:
             picture(k, 16 + k, 16).save(os.path.join(folder, "pictures", f"{k}.png"))
-            turns[0] = "human", f"<image>\nWhat?"
+            turns[0] = "human", "<image>\nWhat?"
         samples.append({"id": str(k), "conversations": [{"from": who, "value": text} for who, text in turns],
                         **({"image": f"{k}.png"} if k < n // 2 else {})})
     path = os.path.join(folder, "data.json")
