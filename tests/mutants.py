@@ -2014,6 +2014,13 @@ TABLE = [
      'turn["value"]', "test_small_sets_and_their_controls"),
     ("some pictures stay", "experiments/understanding/prepare.py", "circle[1:] + circle[:1]", "circle[::-1]",
      "test_small_sets_and_their_controls"),
+    ("names with their class", "experiments/understanding/prepare.py", '.split(" ", 1) for line in f)',
+     '.split(" ")[::-1][:2] for line in f)', "test_names_of_tiny_imagenet"),
+    ("parts of an archive in folders of their own", "experiments/understanding/prepare.py",
+     'os.path.join(args.out, "tiny_imagenet", part[1])', 'os.path.join(args.out, "tiny_imagenet", name)',
+     "test_names_of_tiny_imagenet"),
+    ("the answer is the file", "experiments/understanding/prepare.py", "names[os.path.dirname(picture)]",
+     "names.get(picture, picture)", "test_names_of_tiny_imagenet"),
     ("its own neighbour", "experiments/understanding/tsne.py", "    np.fill_diagonal(similar, -np.inf)\n", "",
      "test_cluster_figures_by_hand"),
     # ---- downstream/: a language model that sees ----
