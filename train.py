@@ -40,8 +40,8 @@ from tools.script import check_locks, commit, find_weights
 from tools.validate import spread, validate
 
 # These arguments may differ when a run is resumed. Of the recipe only the name may: its values are arguments, too.
-MAY_DIFFER = set("data val out recipe steps epochs workers micro_batch compile log_every eval_every save_every "
-                 "keep_every max_bad_images resume_anyway".split())
+MAY_DIFFER = set("data val out recipe steps epochs workers micro_batch compile checkpoint_activations log_every "
+                 "eval_every save_every keep_every max_bad_images resume_anyway".split())
 STATE = "encoder decoder optimizer latent_mean latent_std step samples sums faults unreadable args id config".split()
 
 
