@@ -1595,7 +1595,8 @@ def test_evaluation_refuses_before_it_begins():
         weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=9)
         before, base = open(weights, "rb").read(), ["--data", folder, "--weights", weights, "--inception", "none"]
         for flags, words in ((["--out", weights], ".json"), (["--save_stats", "x.npz"], "--fid"),
-                             (["--probe"], "--fit"), (["--pca", "--fit", folder, "--fid", "a", "b"], "leave them out"),
+                             (["--probe"], "--fit"),
+                             (["--pca", "--fit", folder, "--fid", "a", "b"], "leave out --data --weights --pca"),
                              (["--batch_size", "0"], "at least 1")):
             with contextlib.redirect_stderr(io.StringIO()) as said:
                 raises(SystemExit, evaluation.main, [*base, *flags], words="2")
