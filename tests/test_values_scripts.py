@@ -1443,8 +1443,8 @@ def test_the_benches_of_a_gpu():
     """What is measured there: InternViT's size at random in batches of 32 and 1; and how encode and decode become fast:
     matrices in bf16, compiled, autocast, without gradients, a graph of each for one shape and number of steps."""
     rows, made = [], []
-    model = lambda *what: made.append(what) or unittest.mock.Mock(eval=lambda: model("eval"),
-                                                                  to=lambda d: model(d.type))
+    model = lambda *what: made.append(what) or unittest.mock.Mock(
+        eval=lambda: model("eval"), to=lambda d: model(d.type), config=decoder.DecoderConfig())
     with patch.object(torch.cuda, "is_available", lambda: True), \
             patch.object(torch.cuda, "get_device_name", lambda: "a GPU"), \
             patch.object(torch, "rand", lambda *shape, device: (shape, device.type)), \
@@ -1581,6 +1581,13 @@ def test_what_the_benches_print():
             speed.main(["sample"]), speed.main(["sample", "--weights", "w", "--size", "24"])
             speed.main(["train", "--lr", "1", "train"])
         assert rows[6:] == [(None, None), ("w", 24), ["--lr", "1", "train"]]
+        for flags, words in {"sample --size 0": "size: it is 0; it must be at least 1",
+                             "data x --size -8": "size: it is -8; it must be at least 1",
+                             "data x --seconds 0": "seconds: it is 0; it must be at least 0.01"}.items():
+            assert ends(speed.main, flags.split()) == f"argument --{words}"
+        for size, near in (17, 16), (19, 20), (1, 4):
+            refused(encoder.UserError, speed.sample_speed, weights, size,
+                    says=f"--size {size} is no multiple of the patch 4: try --size {near}")
         clock, loaders, taken = itertools.count(0.0), [], []
 
         def loader(data_, num_workers, batch_sampler, **how):
