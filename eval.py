@@ -324,7 +324,7 @@ class InceptionV3(nn.Module):
         except OSError:
             raise
         except Exception as e:  # torch.load raises many types; all of them mean that this is another file
-            why = " ".join(str(e).split())[:300]
+            why = " ".join(str(e).split(". ")[0].split())[:300]  # torch's next sentence advises to run the file's code
             raise UserError(f"{path} is not pytorch-fid's Inception ({type(e).__name__}: {why}); "
                             f"it is {INCEPTION_URL}") from None
         self.eval().requires_grad_(False)

@@ -280,8 +280,8 @@ def check(s, unreadable):
         run.say(f"{how_many}, other images replaced them: see {run.path('bad_images*.txt')}")
     passes = math.ceil(now.samples / len(s.data))  # over the data, begun so far; each reads a bad image once
     if now.unreadable > args.max_bad_images * len(s.data) * passes:
-        raise UserError(f"{how_many}, more than --max_bad_images {args.max_bad_images} allows in {passes} passes over "
-                        f"{len(s.data):,} images: see {run.path('bad_images*.txt')}")
+        raise UserError(f"{how_many}, more than --max_bad_images {args.max_bad_images} allows in {passes} "
+                        f"pass{'es' * (passes > 1)} over {len(s.data):,} images: see {run.path('bad_images*.txt')}")
     if run.must_stop(now):
         flow, distance, *_ = (run.last_finite / run.last_finite[-1]).tolist()  # nan if no step was finite
         batch = range(now.samples - args.batch_size, now.samples)

@@ -843,13 +843,13 @@ def test_a_log_line_of_several_gpus():
         assert train.check(s, []) == 0 and not said[1:]
         refused(encoder.UserError, train.check, s, [7],
                 says="3 of the 80 images so far could not be read, more than --max_bad_images 0.0002 allows in 1 "
-                     f"passes over 10,000 images: see {s.run.out}/bad_images*.txt")
+                     f"pass over 10,000 images: see {s.run.out}/bad_images*.txt")
         assert said[1:] == ["3 of the 80 images so far could not be read, other images replaced them: see "
                             f"{s.run.out}/bad_images*.txt"]
         s.now.samples = 10_000  # the first pass to its end
         refused(encoder.UserError, train.check, s, [],
                 says="3 of the 10,000 images so far could not be read, more than --max_bad_images 0.0002 allows in 1 "
-                     f"passes over 10,000 images: see {s.run.out}/bad_images*.txt")
+                     f"pass over 10,000 images: see {s.run.out}/bad_images*.txt")
         s.now.samples = 10_001  # a second pass has begun, which may meet them again
         assert train.check(s, [7]) == 0 and s.now.unreadable == 4 and not said[2:], "named already"
 
