@@ -1400,7 +1400,7 @@ def test_sample_in_a_pipe():
         for flags, words in ((["-", "--features"], "give --out FOLDER"),
                              ([still, "--save_latent", still], "must end in .safetensors"),
                              ([z, "--features"], "not latents"), ([still, moving, "--save_latent", z], "2 pictures"),
-                             (["-", still], "2 pictures"), ([still, "--seed", -1], "--seed is -1"),
+                             (["-", still], "2 pictures"), ([still, "--seed", -1], "--seed: it is -1"),
                              ([z, "--weights", still], "img.png")):
             status, out, err = sampled(*flags)
             assert status == 2 and not out and words in err and "Traceback" not in err, (flags, err)
