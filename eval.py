@@ -324,7 +324,7 @@ class InceptionV3(nn.Module):
         except OSError:
             raise
         except Exception as e:  # torch.load raises many types; all of them mean that this is another file
-            why = " ".join(str(e).split())[:300]
+            why = " ".join(str(e).split(". ")[0].split())[:300]  # torch's next sentence advises to run the file's code
             raise UserError(f"{path} is not pytorch-fid's Inception ({type(e).__name__}: {why}); "
                             f"it is {INCEPTION_URL}") from None
         self.eval().requires_grad_(False)
@@ -548,7 +548,7 @@ def evaluate_tokenizer(job):
 # ---- 3. the command line; --fid goes on in tools/fid.py ----
 
 def parse_args(argv=None):
-    from data import cores
+    from tools.script import default_workers, number
 
     ap = argparse.ArgumentParser(description="How good is a tokenizer? Every report states its protocol. "
                                  "Under torchrun the figures are the same, and come sooner.")
@@ -559,8 +559,8 @@ def parse_args(argv=None):
     add("--resolution", default="native", choices=["native", "256"], help="compare at the size that went in (native, "
         "the paper's Table 3a), or resized to 256 (Table 1); for --fid: images as they are, or crops to 256 "
         "[%(default)s]")
-    add("--size", type=int, help="pixels of the crops that go in, a multiple of the patch [the model's native size]")
-    add("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
+    add("--size", type=number(int, 1), help="pixels of the crops that go in, a multiple of the patch [the native size]")
+    add("--steps", type=number(int, 1), default=1, help="Euler steps of the decoder [%(default)s]")
     add("--inception", default=INCEPTION_URL, metavar="FILE", help="the network of FID and IS: pytorch-fid's file or a "
         "URL; none: no rFID, no IS [downloaded once, 91 MB]")
     add = ap.add_argument_group("also: compare it with PCA, ask whether its encoder still understands").add_argument
@@ -575,34 +575,34 @@ def parse_args(argv=None):
         "(arr_0) or of statistics (mu, sigma)")
     add("--save_stats", metavar="FILE", help="write mu and sigma of A to this .npz; B may be left out")
     add = ap.add_argument_group("how to run, for all of these").add_argument
-    add("--seed", type=int, default=0, help="of the decoding noise and of the probe [%(default)s]")
-    add("--batch_size", type=int, default=32, help="images at a time, on each rank [%(default)s]")
-    add("--workers", type=int, default=max(1, min(8, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of decoding noise and probe [%(default)s]")
+    add("--batch_size", type=number(int, 1), default=32, help="images at a time, on each rank [%(default)s]")
+    add("--workers", type=number(int, 0), default=default_workers(8),
         help="processes that load images, on each rank; 0: none [%(default)s: CPU cores / ranks, at most 8]")
     add("--bf16", action="store_true", help="run the tokenizer in bf16 autocast [fp32 without TF32]")
     add("--out", metavar="FILE", help="also write the report as JSON")
     args = ap.parse_args(argv)
+    of_tokenizers = [f"--{name}" for name in "data weights size pca probe bf16".split() if getattr(args, name)]
     refusals = [
-        (args.batch_size < 1, f"batch_size {args.batch_size} must be at least 1"),
-        (args.steps < 1, f"steps {args.steps} must be at least 1"),
-        (args.workers < 0, f"workers {args.workers} must be at least 0"),
-        (not 0 <= args.seed < 2 ** 63, f"seed {args.seed} must be at least 0 and below 2^63"),
         (args.fid and len(args.fid) != 2 and not (args.save_stats and len(args.fid) == 1),
          f"--fid compares A and B, got {len(args.fid or ())}; --fid A --save_stats FILE.npz only saves"),
-        (args.fid and (args.pca or args.probe), "--pca and --probe measure a tokenizer: leave them out of --fid"),
-        (args.size is not None and args.size < 1, f"size {args.size} must be at least 1"),
-        (args.fid and args.size, "--size is for a tokenizer: leave it out of --fid (--resolution 256 crops)"),
+        (args.fid and of_tokenizers,
+         f"--fid measures no tokenizer, and crops by --resolution 256 alone: leave out {' '.join(of_tokenizers)}"),
         (args.fid and args.inception == "none", "--fid needs --inception"),
         (args.save_stats and not args.fid, "--save_stats goes with --fid"),
         (not args.fid and not args.data, "--data PATH is needed: the images to measure"),
-        ((args.pca or args.probe) and not args.fit,
-         "--pca and --probe need --fit PATH, the images to fit them on (not those of --data)"),
+        ((args.pca or args.probe) != bool(args.fit),
+         "--pca and --probe need --fit PATH, the images to fit them on (not those of --data), and it one of them"),
+        ((args.teacher or args.teacher_weights) and not args.probe, "--teacher and --teacher_weights are for --probe"),
+        (not (args.save_stats or ".npz").endswith(".npz"), f"--save_stats {args.save_stats}: it must end in .npz"),
         (args.out and args.out.endswith(".safetensors"),
          f"--out {args.out} is the name of a weights file: the report is JSON, give it a name in .json"),
     ]
+    read = [*(args.data or []), *(args.fit or []), *(args.fid or []), args.weights or "", args.inception]
     for path in filter(None, (args.out, args.save_stats)):
         folder = os.path.dirname(path) or "."
         refusals += [(os.path.isdir(path), f"{path} is a folder: give the name of a file"),
+                     (os.path.realpath(path) in map(os.path.realpath, read), f"{path} would be read and overwritten"),
                      (not os.access(folder, os.W_OK), f"{path}: there is no folder {folder} that can be written to")]
     for refused, why in refusals:
         if refused:

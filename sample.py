@@ -32,7 +32,7 @@ from encoder import (Encoder, UserError, load_teacher, one_line, open_weights, r
                      write_atomically, write_model)
 from eval import comparison, image_noise, psnr, refuse_unless_finite, sha256, ssim
 from tools.pictures import find_pictures, free_path, load_frames, picture_file
-from tools.script import USER_ERRORS, find_weights, name_weights, run_command
+from tools.script import USER_ERRORS, find_weights, name_weights, number, run_command
 
 LATENT = ".safetensors"  # how the names of latents end
 MAX_TOKENS = 2 ** 17  # of a picture; 3840 x 2160 pixels in patches of 8 make 129,600
@@ -45,9 +45,9 @@ def parse_args(argv=None):
         help="pictures, animations, folders of them, latents that --save_latent wrote; - is standard input")
     add("--weights", metavar="FILE", help="the tokenizer: a file, or uniflow-internvit, which is the authors' "
         "[out/model.safetensors, else the one that ships]")
-    add("--size", type=int, help="short side in pixels; 0 keeps the picture's own [the model's native size]")
-    add("--steps", type=int, default=1, help="Euler steps of the decoder [%(default)s]")
-    add("--seed", type=int, default=0, help="of the decoding noise [%(default)s]")
+    add("--size", type=number(int, 0), help="short side in pixels; 0 keeps the picture's own [the model's native size]")
+    add("--steps", type=number(int, 1), default=1, help="Euler steps of the decoder [%(default)s]")
+    add("--seed", type=number(int, 0), default=0, help="of the decoding noise [%(default)s]")
     add("--out", metavar="FOLDER", help="where to write; - is standard output, for the reconstruction alone "
         "[beside each picture; - if FILES is -]")
     add("--reconstruction", action="store_true", help="write the reconstruction alone, as PNG, under the picture's own "
@@ -58,10 +58,6 @@ def parse_args(argv=None):
         "components as colours, beside the teacher's if it is on this machine (of an animation, the first frame's)")
     args = ap.parse_args(argv)
     args.out = args.out or ("-" if "-" in args.files else None)
-    for name, least in ("steps", 1), ("seed", 0), ("size", 0):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            ap.error(f"--{name} is {value}, it must be at least {least}")
     if args.save_latent and not args.save_latent.endswith(LATENT):
         ap.error(f"--save_latent is {args.save_latent}: its name must end in {LATENT}")
     if any(f.endswith(LATENT) for f in args.files) and (args.save_latent or args.features or args.size is not None):

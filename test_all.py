@@ -1401,7 +1401,7 @@ def test_sample_in_a_pipe():
         for flags, words in ((["-", "--features"], "give --out FOLDER"),
                              ([still, "--save_latent", still], "must end in .safetensors"),
                              ([z, "--features"], "not latents"), ([still, moving, "--save_latent", z], "2 pictures"),
-                             (["-", still], "2 pictures"), ([still, "--seed", -1], "--seed is -1"),
+                             (["-", still], "2 pictures"), ([still, "--seed", -1], "--seed: it is -1"),
                              ([z, "--weights", still], "img.png")):
             status, out, err = sampled(*flags)
             assert status == 2 and not out and words in err and "Traceback" not in err, (flags, err)
@@ -1596,7 +1596,8 @@ def test_evaluation_refuses_before_it_begins():
         weights, (folder, _) = tokenizer_file(tmp), picture_folder(tmp, n=9)
         before, base = open(weights, "rb").read(), ["--data", folder, "--weights", weights, "--inception", "none"]
         for flags, words in ((["--out", weights], ".json"), (["--save_stats", "x.npz"], "--fid"),
-                             (["--probe"], "--fit"), (["--pca", "--fit", folder, "--fid", "a", "b"], "leave them out"),
+                             (["--probe"], "--fit"),
+                             (["--pca", "--fit", folder, "--fid", "a", "b"], "leave out --data --weights --pca"),
                              (["--batch_size", "0"], "at least 1")):
             with contextlib.redirect_stderr(io.StringIO()) as said:
                 raises(SystemExit, evaluation.main, [*base, *flags], words="2")

@@ -40,8 +40,8 @@ from tools.script import check_locks, commit, find_weights
 from tools.validate import spread, validate
 
 # These arguments may differ when a run is resumed. Of the recipe only the name may: its values are arguments, too.
-MAY_DIFFER = set("data val out recipe steps epochs workers micro_batch compile log_every eval_every save_every "
-                 "keep_every max_bad_images resume_anyway".split())
+MAY_DIFFER = set("data val out recipe steps epochs workers micro_batch compile checkpoint_activations log_every "
+                 "eval_every save_every keep_every max_bad_images resume_anyway".split())
 STATE = "encoder decoder optimizer latent_mean latent_std step samples sums faults unreadable args id config".split()
 
 
@@ -280,8 +280,8 @@ def check(s, unreadable):
         run.say(f"{how_many}, other images replaced them: see {run.path('bad_images*.txt')}")
     passes = math.ceil(now.samples / len(s.data))  # over the data, begun so far; each reads a bad image once
     if now.unreadable > args.max_bad_images * len(s.data) * passes:
-        raise UserError(f"{how_many}, more than --max_bad_images {args.max_bad_images} allows in {passes} passes over "
-                        f"{len(s.data):,} images: see {run.path('bad_images*.txt')}")
+        raise UserError(f"{how_many}, more than --max_bad_images {args.max_bad_images} allows in {passes} "
+                        f"pass{'es' * (passes > 1)} over {len(s.data):,} images: see {run.path('bad_images*.txt')}")
     if run.must_stop(now):
         flow, distance, *_ = (run.last_finite / run.last_finite[-1]).tolist()  # nan if no step was finite
         batch = range(now.samples - args.batch_size, now.samples)

@@ -180,9 +180,10 @@ def test_statistics_refuse_what_would_be_wrong():
         raises(ValueError, command, "save", "--data", folder, "--weights", weights, "--out", "z", "--size", 18,
                words=["18 is no multiple of the patch 4", "try --size 16"])
         for flags, words in ((["stats"], "--weights FILE"), (["stats", "--out", "x.json"], ".safetensors"),
-                             (["save"], "--out"), (["save", "--out", "z", "--batch_size", "0"], "batch_size 0"),
+                             (["save"], "--out"),
+                             (["save", "--out", "z", "--batch_size", "0"], "--batch_size: it is 0"),
                              (["stats", "--out", os.path.join(weights, "x.safetensors")], "cannot be written"),
-                             (["save", "--out", "z", "--workers", "-1"], "workers -1")):
+                             (["save", "--out", "z", "--workers", "-1"], "--workers: it is -1")):
             with contextlib.redirect_stderr(io.StringIO()) as said:
                 raises(SystemExit, latents.main, [*flags, "--data", folder], words="2")
             assert words in said.getvalue(), said.getvalue()

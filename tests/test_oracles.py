@@ -847,8 +847,8 @@ def test_a_resume_restores_every_field():
             assert state["unreadable"] == 4, "samples that others stood in for"
 
 
-MAY_DIFFER = set("data val out recipe steps epochs workers micro_batch compile log_every eval_every save_every "
-                 "keep_every max_bad_images resume_anyway".split())
+MAY_DIFFER = set("data val out recipe steps epochs workers micro_batch compile checkpoint_activations log_every "
+                 "eval_every save_every keep_every max_bad_images resume_anyway".split())
 
 
 def test_a_resume_compares_every_argument():

@@ -511,15 +511,16 @@ def test_a_log_is_cut_at_the_checkpoint_and_where_it_is_torn():
 def test_what_command_lines_refuse():
     """Each script names the flag, what came and what to do, before it begins; status 2."""
     refused = {
-        sample.parse_args: {"x.png --seed -1": "--seed is -1", "x.png --steps 0": "--steps is 0",
-                            "x.png --size -1": "--size is -1", "x.png --save_latent z.pt": "z.pt",
+        sample.parse_args: {"x.png --seed -1": "--seed: it is -1", "x.png --steps 0": "--steps: it is 0",
+                            "x.png --size -1": "--size: it is -1", "x.png --save_latent z.pt": "z.pt",
                             "z.safetensors --size 8": "not latents", "x.png --features --reconstruction": "in two runs",
                             "- --features": "give --out FOLDER"},
         train.parse_args: {"--drop_path 1": "--drop_path", "--clip -1": "--clip", "--beta nan": "--beta",
                            "--crop_scale 0.5 1.1": "[0.5, 1.1]", "--crop_scale 0.9 0.5": "the smaller first",
                            "--crop_scale 0 1": "above 0", "--size 30": "try --size 32", "--size 27": "try --size 24"},
-        evaluation.parse_args: {"--data x --workers -1": "workers -1", "--data x --steps 0": "steps 0",
-                                "--data x --batch_size 0": "batch_size 0",
+        evaluation.parse_args: {"--data x --workers -1": "--workers: it is -1",
+                                "--data x --steps 0": "--steps: it is 0",
+                                "--data x --batch_size 0": "--batch_size: it is 0",
                                 "--fid a b c": "got 3", "--fid a": "got 1", "--fid a b --size 8": "--resolution 256",
                                 "--fid a b --inception none": "needs --inception",
                                 "--weights w": "--data PATH is needed"}}

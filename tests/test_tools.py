@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import encoder
 from tools import convert, plot
 
 
@@ -58,6 +59,20 @@ def test_convert_on_the_command_line():
                                  ("ours", weights): "cannot build", ("hf", broken): "tools.convert released",
                                  ("ours", os.path.join(tmp, "gone")): "no such file"}.items():
             raises(ValueError, convert.main, [*arguments, out], words=[arguments[1], words])
+        source = os.path.join(tmp, "run", "model.safetensors")  # what train.py leaves: hf writes a file of that name
+        os.makedirs(os.path.dirname(source))
+        os.link(weights, source)
+        blob = open(weights, "rb").read()
+        for to, given, target, words in (
+                ("hf", source, os.path.dirname(source), "is the file to convert"),
+                ("ours", source, source, "is the file to convert"),
+                ("released", broken, broken, "is the file to convert"),
+                ("hf", weights, weights, "is no folder to write to"),
+                ("hf", weights, os.path.join(weights, "hf"), "is no folder to write to"),
+                ("ours", weights, folder, "it is a folder"),
+                ("released", broken, os.path.join(tmp, "gone", "x"), f"{tmp}/gone is no folder to write to")):
+            raises(encoder.UserError, convert.main, [to, given, target], words=[target, words])
+            assert open(weights, "rb").read() == open(source, "rb").read() == blob, "nothing is lost"
         picture(0).save(os.path.join(tmp, "x.png"))
         for command in (["-m", "tools.convert", "released", broken, out],
                         ["sample.py", os.path.join(tmp, "x.png"), "--weights", broken, "--out", tmp]):

@@ -276,42 +276,54 @@ def ends(parse, flags):
 def test_every_refusal_of_eval_and_latents():
     """One thing that is wrong at a time, so that no other condition can stand in for it; and what is just allowed."""
     with tempfile.TemporaryDirectory() as tmp, contextlib.chdir(tmp):
-        os.makedirs("folder"), open("w.safetensors", "w").close()
-        either = "--pca and --probe measure a tokenizer: leave them out of --fid"
-        fitted = "--pca and --probe need --fit PATH, the images to fit them on (not those of --data)"
+        os.makedirs("folder"), os.makedirs("x.npz"), open("w.safetensors", "w").close()
+        alien = "--fid measures no tokenizer, and crops by --resolution 256 alone: leave out {}".format
+        fitted = ("--pca and --probe need --fit PATH, the images to fit them on (not those of --data), and it one of "
+                  "them")
+        bound = "argument --{}: it is {}; it must be at least {}".format
         got = "--fid compares A and B, got {}; --fid A --save_stats FILE.npz only saves"
         for flags, words in {
-                "--data x --size 0": "size 0 must be at least 1", "--data x --size -8": "size -8 must be at least 1",
-                "--fid a b --size 0": "size 0 must be at least 1",
-                "--data x --seed -1": "seed -1 must be at least 0 and below 2^63",
-                f"--data x --seed {2 ** 63}": f"seed {2 ** 63} must be at least 0 and below 2^63",
-                "--data x --batch_size 0": "batch_size 0 must be at least 1", "--data x --steps 0":
-                "steps 0 must be at least 1", "--data x --workers -1": "workers -1 must be at least 0",
+                "--data x --size 0": bound("size", 0, 1), "--data x --size -8": bound("size", -8, 1),
+                "--fid a b --size 0": bound("size", 0, 1),
+                "--data x --seed -1": bound("seed", -1, f"0 and at most {2 ** 63 - 1}"),
+                f"--data x --seed {2 ** 63}": bound("seed", 2 ** 63, f"0 and at most {2 ** 63 - 1}"),
+                "--data x --batch_size 0": bound("batch_size", 0, 1), "--data x --steps 0": bound("steps", 0, 1),
+                "--data x --workers -1": bound("workers", -1, 0),
                 "--fid a": got.format(1), "--fid a b c": got.format(3), "--fid a b c --save_stats s": got.format(3),
-                "--fid a b --pca": either, "--fid a b --probe": either, "--data x --pca": fitted,
-                "--data x --probe": fitted, "--fid a b --size 8":
-                "--size is for a tokenizer: leave it out of --fid (--resolution 256 crops)",
+                "--data x --pca": fitted, "--data x --probe": fitted, "--data x --fit y": fitted,
+                "--fid a b --fit y": fitted,
+                **{f"--fid a b {flags}": alien(flags.split()[0]) for flags in (
+                    "--data x", "--weights w", "--size 8", "--pca --fit y", "--probe --fit y", "--bf16")},
+                "--fid a b --weights w --data x": alien("--data --weights"),
+                **{f"--data x {flags} --pca --fit y": "--teacher and --teacher_weights are for --probe"
+                   for flags in ("--teacher tiny", "--teacher_weights random")},
                 "--fid a b --inception none": "--fid needs --inception",
                 "--data x --save_stats s": "--save_stats goes with --fid",
+                "--fid a --save_stats s": "--save_stats s: it must end in .npz",
+                **{f"{flags} {path}": f"{path} would be read and overwritten" for flags, path in {
+                    "--fid a ./b.npz --save_stats": "b.npz", "--fid b.npz --save_stats": "folder/../b.npz",
+                    "--data x y.zip --out": "y.zip", "--data x --pca --fit y --out": "y",
+                    "--data x --weights w --out": "w", "--data x --inception i.pth --out": "./i.pth"}.items()},
                 "--weights w": "--data PATH is needed: the images to measure",
                 "--data x --out w.safetensors": "--out w.safetensors is the name of a weights file: the report is "
                                                 "JSON, give it a name in .json",
-                **{f"--fid a b --{flag} folder": "folder is a folder: give the name of a file"
+                **{f"--fid a b --{flag} x.npz": "x.npz is a folder: give the name of a file"
                    for flag in ("out", "save_stats")},
-                **{f"--fid a b --{flag} no/x": "no/x: there is no folder no that can be written to"
+                **{f"--fid a b --{flag} no/x.npz": "no/x.npz: there is no folder no that can be written to"
                    for flag in ("out", "save_stats")}}.items():
             assert ends(evaluation.parse_args, flags.split()) == words, flags
         for flags in (f"--data x --size 1 --seed {2 ** 63 - 1}",
-                      "--data x --batch_size 1 --steps 1 --workers 0 --seed 0 --out folder/x", "--fid a --save_stats s",
-                      "--fid a b --save_stats folder/s", "--data x --pca --probe --fit y"):
+                      "--data x --batch_size 1 --steps 1 --workers 0 --seed 0 --out folder/x",
+                      "--fid a --save_stats s.npz", "--fid a b --save_stats folder/s.npz --seed 1 --batch_size 8",
+                      "--data x --pca --fit y --out z",
+                      "--data x --probe --fit y --teacher t --teacher_weights random"):
             evaluation.parse_args(flags.split())
-        both = "batch_size {} must be at least 1, workers {} at least 0"
         unwritable = "{} cannot be written: it is a folder, or {} is no folder to write to"
         for flags, words in {
                 **{f"{part} --out z.safetensors --size {size}": f"argument --size: it is {size}; it must be at least 1"
                    for part in ("stats", "save") for size in (0, -8)},
-                "save --out z --batch_size 0 --workers 0": both.format(0, 0),
-                "save --out z --batch_size 2 --workers -1": both.format(2, -1),
+                "save --out z --batch_size 0": bound("batch_size", 0, 1),
+                "save --out z --workers -1": bound("workers", -1, 0),
                 "stats": "stats writes into the weights file: give --weights FILE, or --out NEW.safetensors",
                 "stats --out x.json": "--out x.json is a weights file, and must end in .safetensors"}.items():
             assert ends(latents.parse_args, [*flags.split(), "--data", "x"]) == words, flags
@@ -371,8 +383,9 @@ def test_every_refusal_of_sample():
         z = "z.safetensors"
         with patch.object(sys, "stdout", unittest.mock.Mock(isatty=lambda: False)):
             for flags, words in {
-                    "x.png --steps 0": "--steps is 0, it must be at least 1", "x.png --seed -1":
-                    "--seed is -1, it must be at least 0", "x.png --size -1": "--size is -1, it must be at least 0",
+                    "x.png --steps 0": "argument --steps: it is 0; it must be at least 1", "x.png --seed -1":
+                    "argument --seed: it is -1; it must be at least 0", "x.png --size -1":
+                    "argument --size: it is -1; it must be at least 0",
                     "x.png --save_latent z.pt": "--save_latent is z.pt: its name must end in .safetensors",
                     f"{z} x.png --size 0": for_pictures, f"x.png {z} --features": for_pictures,
                     f"{z} --save_latent y.safetensors": for_pictures,
@@ -474,7 +487,8 @@ def test_bounds_of_trainings_numbers():
             ("seed", str(2 ** 63 - 1), str(2 ** 63), f"0 and at most {2 ** 63 - 1}"),
             ("beta", "0", "-0.1", "0"), ("clip", "0", "-0.1", "0"), ("warmup", "0", "-1", "0"),
             ("steps", "1", "0", "1"), ("gtb_depth", "0", "-1", "0"), ("keep_every", "0", "-1", "0"),
-            ("log_every", "1", "0", "1")):
+            ("log_every", "1", "0", "1"), ("lr", "1e308", "inf", "0 and finite"),
+            ("endpoint", "1", "inf", "0 and at most 1")):
         value = getattr(recipes.parse_args([f"--{flag}", good]), flag)
         assert value == type(value)(good) and type(value) in (int, float), flag
         assert ends(recipes.parse_args, [f"--{flag}", bad]) == (
@@ -829,13 +843,13 @@ def test_a_log_line_of_several_gpus():
         assert train.check(s, []) == 0 and not said[1:]
         refused(encoder.UserError, train.check, s, [7],
                 says="3 of the 80 images so far could not be read, more than --max_bad_images 0.0002 allows in 1 "
-                     f"passes over 10,000 images: see {s.run.out}/bad_images*.txt")
+                     f"pass over 10,000 images: see {s.run.out}/bad_images*.txt")
         assert said[1:] == ["3 of the 80 images so far could not be read, other images replaced them: see "
                             f"{s.run.out}/bad_images*.txt"]
         s.now.samples = 10_000  # the first pass to its end
         refused(encoder.UserError, train.check, s, [],
                 says="3 of the 10,000 images so far could not be read, more than --max_bad_images 0.0002 allows in 1 "
-                     f"passes over 10,000 images: see {s.run.out}/bad_images*.txt")
+                     f"pass over 10,000 images: see {s.run.out}/bad_images*.txt")
         s.now.samples = 10_001  # a second pass has begun, which may meet them again
         assert train.check(s, [7]) == 0 and s.now.unreadable == 4 and not said[2:], "named already"
 
@@ -1429,8 +1443,8 @@ def test_the_benches_of_a_gpu():
     """What is measured there: InternViT's size at random in batches of 32 and 1; and how encode and decode become fast:
     matrices in bf16, compiled, autocast, without gradients, a graph of each for one shape and number of steps."""
     rows, made = [], []
-    model = lambda *what: made.append(what) or unittest.mock.Mock(eval=lambda: model("eval"),
-                                                                  to=lambda d: model(d.type))
+    model = lambda *what: made.append(what) or unittest.mock.Mock(
+        eval=lambda: model("eval"), to=lambda d: model(d.type), config=decoder.DecoderConfig())
     with patch.object(torch.cuda, "is_available", lambda: True), \
             patch.object(torch.cuda, "get_device_name", lambda: "a GPU"), \
             patch.object(torch, "rand", lambda *shape, device: (shape, device.type)), \
@@ -1567,6 +1581,13 @@ def test_what_the_benches_print():
             speed.main(["sample"]), speed.main(["sample", "--weights", "w", "--size", "24"])
             speed.main(["train", "--lr", "1", "train"])
         assert rows[6:] == [(None, None), ("w", 24), ["--lr", "1", "train"]]
+        for flags, words in {"sample --size 0": "size: it is 0; it must be at least 1",
+                             "data x --size -8": "size: it is -8; it must be at least 1",
+                             "data x --seconds 0": "seconds: it is 0; it must be at least 0.01"}.items():
+            assert ends(speed.main, flags.split()) == f"argument --{words}"
+        for size, near in (17, 16), (19, 20), (1, 4):
+            refused(encoder.UserError, speed.sample_speed, weights, size,
+                    says=f"--size {size} is no multiple of the patch 4: try --size {near}")
         clock, loaders, taken = itertools.count(0.0), [], []
 
         def loader(data_, num_workers, batch_sampler, **how):

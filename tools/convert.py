@@ -168,7 +168,10 @@ def save_hf(enc, folder):
     content = {"config.json": hf_config(c, family, model, enc.size),
                "preprocessor_config.json": hf_preprocessor(c, family, enc.size)}
     data = safetensors.torch.save(hf_tensors(enc.vit, layout, enc.size), {"format": "pt"})
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{folder} is no folder to write to ({e})") from None
     write_atomically(os.path.join(folder, "model.safetensors"), lambda f: f.write(data))
     for name, entries in content.items():
         write_atomically(os.path.join(folder, name), lambda f: f.write(json.dumps(entries, indent=2).encode()))
@@ -223,6 +226,16 @@ def hf_tensors(vit, layout, size):
     return tensors
 
 
+def check_output(to, weights, out):
+    """Raise UserError if OUT would overwrite the file that is converted, or cannot be written."""
+    path = os.path.join(out, "model.safetensors") if to == "hf" else out
+    if os.path.exists(weights) and os.path.realpath(path) == os.path.realpath(weights):
+        raise UserError(f"{path} is the file to convert, and would be overwritten: give another OUT")
+    folder = os.path.dirname(path) or "."
+    if to != "hf" and (os.path.isdir(path) or not os.access(folder, os.W_OK)):  # save_hf makes its folder
+        raise UserError(f"{path} cannot be written: it is a folder, or {folder} is no folder to write to")
+
+
 def main(argv=None, on_signal=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("to", choices=("released", "ours", "hf"),
@@ -230,6 +243,7 @@ def main(argv=None, on_signal=None):
     ap.add_argument("weights", metavar="WEIGHTS", help="the file to convert")
     ap.add_argument("out", metavar="OUT", help="the file to write; for hf, a folder")
     args = ap.parse_args(argv)
+    check_output(args.to, args.weights, args.out)
     if args.to == "hf":
         save_hf(Encoder.from_pretrained(args.weights), args.out)
     else:

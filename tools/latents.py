@@ -108,19 +108,18 @@ def parse_args(argv=None):
     for part in stats, save:
         add = part.add_argument
         add("--data", nargs="+", required=True, metavar="PATH", help="images: folders or .zip archives")
-        add("--weights", metavar="FILE", help="tokenizer [out/model.safetensors, else the shipped weights]")
+        add("--weights", metavar="FILE", help="tokenizer" + " [needed, except with --out: then]" * (part is stats)
+            + " [out/model.safetensors, else the shipped weights]")
         add("--out", metavar="FILE" if part is stats else "FOLDER", required=part is save,
             help="a new .safetensors to write to [the weights file itself]" if part is stats else "folder to write to")
         add("--size", type=number(int, 1), help="pixels of the crops, a multiple of the patch [the native size]")
-        add("--batch_size", type=int, default=32, help="images at a time, on each rank [%(default)s]")
-        add("--workers", type=int, default=default_workers(8),
+        add("--batch_size", type=number(int, 1), default=32, help="images at a time, on each rank [%(default)s]")
+        add("--workers", type=number(int, 0), default=default_workers(8),
             help="processes that load images, on each rank; 0: none [%(default)s: CPU cores / ranks, at most 8]")
         add("--bf16", action="store_true", help="run the tokenizer in bf16 autocast instead of fp32 without TF32"
             + ("" if part is stats else "; also store bf16"))
     save.add_argument("--flip", action="store_true", help="save the latents of the mirrored crops, too")
     args = ap.parse_args(argv)
-    if args.batch_size < 1 or args.workers < 0:
-        ap.error(f"batch_size {args.batch_size} must be at least 1, workers {args.workers} at least 0")
     if args.part == "stats":
         target = args.out or args.weights
         if not target:

@@ -41,12 +41,12 @@ SAVE_AND_STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP
 
 
 def number(kind, low, high=math.inf):
-    """A type for argparse: an int or a float (kind is which) that is at least `low` and at most `high`."""
+    """A type for argparse: a finite int or float (kind is which) that is at least `low` and at most `high`."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:  # also refuses nan
-            raise argparse.ArgumentTypeError(
-                f"it is {text}; it must be at least {low}" + f" and at most {high}" * (high < math.inf))
+        if not low <= value <= high or value == math.inf:  # also refuses nan
+            upper = f" and at most {high}" if high < math.inf else " and finite" * (value == math.inf)
+            raise argparse.ArgumentTypeError(f"it is {text}; it must be at least {low}{upper}")
         return value
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse

@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader
 import distill
 from data import ImageDataset, cores
 from decoder import Decoder, DecoderConfig
-from encoder import TEACHERS, Encoder, ViT, read_config
+from encoder import TEACHERS, Encoder, UserError, ViT, read_config
 from tools.batches import sample_numbers
 from tools.run import Run, command_line
-from tools.script import find_weights
+from tools.script import find_weights, number
 from train import build_models, build_optimizer, model_flops, parse_args, training_step
 
 
@@ -167,7 +167,9 @@ def sample_speed(weights, size):
     else:
         path = find_weights(weights)
         enc, dec, info = Encoder.from_pretrained(path), Decoder.from_pretrained(path), read_config(path)
-    enc, dec, size = enc.to(device), dec.to(device), size or info["size"]
+    enc, dec, size, p = enc.to(device), dec.to(device), size or info["size"], dec.config.patch
+    if size % p:
+        raise UserError(f"--size {size} is no multiple of the patch {p}: try --size {max(1, round(size / p)) * p}")
     name = f"{torch.cuda.get_device_name()}, bf16, compiled, CUDA graphs" if on_gpu else "CPU, fp32, not compiled"
     print(f"{name}, torch {torch.__version__}, {size} px")
 
@@ -218,11 +220,11 @@ def main(argv=None, on_signal=None):
     tokenizing = parts.add_parser("sample", help="encoding and decoding")
     tokenizing.add_argument("--weights", metavar="FILE",
                             help="[on a GPU random ones of InternViT's size, else as sample.py]")
-    tokenizing.add_argument("--size", type=int, help="pixels of a side [the model's native size]")
+    tokenizing.add_argument("--size", type=number(int, 1), help="pixels of a side [the model's native size]")
     loading = parts.add_parser("data", help="the loading of pictures")
     loading.add_argument("paths", nargs="+", metavar="PATH", help="folders or .zip archives")
-    loading.add_argument("--size", type=int, default=448, help="of the crops [%(default)s]")
-    loading.add_argument("--seconds", type=float, default=5.0, help="of each measurement [%(default)s]")
+    loading.add_argument("--size", type=number(int, 1), default=448, help="of the crops [%(default)s]")
+    loading.add_argument("--seconds", type=number(float, 0.01), default=5.0, help="of each measurement [%(default)s]")
     args = ap.parse_args(argv)
     if args.part == "data":
         data_speed(args.paths, args.size, args.seconds)
