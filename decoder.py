@@ -117,7 +117,7 @@ def flow_loss(velocity, x, t, noise):
     beginning of x's: (B) is a time for each image, (B, N) a time for each patch. Any flow model can use this function.
     """
     check_tensor("noise", noise, x.shape)
-    check_tensor("t", t, x.shape[:t.ndim])
+    check_tensor("t", t, x.shape[:getattr(t, "ndim", 1)])
     share = t.reshape(t.shape + (1,) * (x.ndim - t.ndim))  # of noise: t in a shape that broadcasts with x
     v = velocity((1 - share) * x + share * noise, t)
     check_tensor("velocity", v, x.shape)  # broadcasting a wrong shape would silently change the loss

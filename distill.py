@@ -25,12 +25,12 @@ def cosine(student, teacher):
 def layer_distances(student, teacher):
     """alpha of every layer. Two lists of L tensors (B, N, D) -> (L,) in [0, 2].
 
-    Raises ValueError if student and teacher differ in a shape, because cosines of broadcast tensors mean nothing, or if
-    a layer has no token.
+    Raises ValueError if student and teacher differ in a shape, because cosines of broadcast tensors mean nothing, if
+    a layer has no token, or if there is no layer.
     """
     ours = [tuple(x.shape) for x in student]
     theirs = [tuple(x.shape) for x in teacher]
-    if ours != theirs or any(len(shape) != 3 or shape[1] == 0 for shape in ours):
+    if not ours or ours != theirs or any(len(shape) != 3 or shape[1] == 0 for shape in ours):
         raise ValueError(f"student has {len(ours)} layers of {sorted(set(ours))}, teacher {len(theirs)} of "
                          f"{sorted(set(theirs))}; expected the same (B, N, D) for every layer of both, N at least 1")
     return 1 - torch.stack([cosine(s, t) for s, t in zip(student, teacher)]).mean((1, 2))

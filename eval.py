@@ -44,8 +44,10 @@ class MissingFile(UserError, FileNotFoundError):
 def psnr(a, b):
     """Peak signal-to-noise ratio of each image in dB: a, b (B, 3, H, W) in [0, 1] -> (B,), float64.
 
-    Equal images give inf. A mean over images counts these with PERFECT = 100 dB.
+    Equal images give inf. A mean over images counts these with PERFECT = 100 dB. Raises ValueError for two shapes.
     """
+    if a.shape != b.shape:  # broadcasting would give a figure
+        raise ValueError(f"a is {tuple(a.shape)}, b is {tuple(b.shape)}; expected two batches of the same shape")
     return -10 * (a.double() - b.double()).square().mean(dim=(1, 2, 3)).log10()
 
 
@@ -56,8 +58,10 @@ def ssim(a, b, window="gaussian", data_range=1.0):
     window: "gaussian" is 11x11 with sigma 1.5 and population covariance (Wang et al.); "uniform" is 7x7 with sample
     covariance (scikit-image's default). data_range: the span of the pixel values, 1 for images in [0, 1]. The released
     UniFlow notebook takes the uniform window and a span of 2: ssim(a, b, "uniform", 2.0) is that figure. Reports call
-    it ssim_paper; it is higher. Raises ValueError for images smaller than the window.
+    it ssim_paper; it is higher. Raises ValueError for two shapes, and for images smaller than the window.
     """
+    if a.shape != b.shape:
+        raise ValueError(f"a is {tuple(a.shape)}, b is {tuple(b.shape)}; expected two batches of the same shape")
     if window == "gaussian":
         taps = torch.exp(-0.5 * ((torch.arange(11, dtype=torch.float64) - 5) / 1.5) ** 2)
         bias = 1.0
@@ -345,9 +349,11 @@ def linear_probe(x, y, test_x, test_y, seed=0, epochs=40, batch=1024, rates=(0.0
 
     It is a softmax regression on standardised features by SGD (momentum 0.9, cosine schedule). Each learning rate fits
     a classifier to nine tenths of x; the last tenth chooses the best. Returns (accuracy, learning rate), the same for
-    the same seed. Raises UserError for features that are not finite.
+    the same seed. Raises UserError for features that are not finite, and ValueError for n < 10.
     """
     refuse_unless_finite(x), refuse_unless_finite(test_x)
+    if len(x) < 10:
+        raise ValueError(f"x has {len(x)} rows; a linear probe needs at least 10, of which a tenth chooses the rate")
     mean, std, classes = x.mean(0), x.std(0) + 1e-6, int(y.max()) + 1
     x, test_x = (F.pad((part - mean) / std, (0, 1), value=1.0) for part in (x, test_x))  # 1: the bias
     random = torch.Generator().manual_seed(seed)
@@ -384,21 +390,11 @@ def nearest_neighbours(x, y, test_x, test_y, k=20, temperature=0.07):
 # ---- 2. the evaluation of a tokenizer ----
 # `job` (tools/job.py) has the arguments, this rank's share of the images, the exchange among ranks, and the report.
 
-def as_pictures(img, size):
-    """Images (b, 3, H, W) in [0, 1] as picture files of size x size would hold them: rounded to uint8, then resized by
-    PIL's bicubic filter and rounded again if H is another size. The result is in [0, 1] again."""
-    from PIL import Image
-
-    pixels = (img * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    if size != img.shape[2]:
-        pixels = np.stack([Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC) for x in pixels])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(img.device) / 255
-
-
 @torch.no_grad()
 def measure_reconstructions(job, enc, dec, images, fit):
     """Returns ({row: figures}, protocol). The rows are the tokenizer and, with --pca, the PCA; only rank 0 has them."""
     from tools.fid import FidStatistics, load_inception
+    from tools.pictures import as_pictures
 
     args, p, C, native = job.args, dec.config.patch, dec.config.latent_dim, images.size
     size = native if args.resolution == "native" else int(args.resolution)
@@ -592,7 +588,7 @@ def parse_args(argv=None):
         (args.save_stats and not args.fid, "--save_stats goes with --fid"),
         (not args.fid and not args.data, "--data PATH is needed: the images to measure"),
         ((args.pca or args.probe) != bool(args.fit),
-         "--pca and --probe need --fit PATH, the images to fit them on (not those of --data), and it one of them"),
+         "--pca and --probe need --fit PATH, images to fit them on that --data has not; --fit needs one of the two"),
         ((args.teacher or args.teacher_weights) and not args.probe, "--teacher and --teacher_weights are for --probe"),
         (not (args.save_stats or ".npz").endswith(".npz"), f"--save_stats {args.save_stats}: it must end in .npz"),
         (args.out and args.out.endswith(".safetensors"),

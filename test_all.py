@@ -539,6 +539,9 @@ def test_psnr_closed_form():
     close(evaluation.psnr(a, b), torch.tensor([20.0, 40.0], dtype=torch.float64), 1e-5)
     mixed = evaluation.psnr(torch.zeros(1, 3, 2, 2), torch.tensor([0.0, 0.2]).view(1, 1, 1, 2).expand(1, 3, 2, 2))
     close(mixed, torch.tensor([-10 * math.log10(0.02)], dtype=torch.float64))  # half the pixels off by 0.2
+    for measure in evaluation.psnr, evaluation.ssim:  # shapes that would broadcast
+        raises(ValueError, measure, torch.ones(2, 3, 16, 16), torch.ones(1, 3, 16, 16),
+               words="a is (2, 3, 16, 16), b is (1, 3, 16, 16); expected two batches of the same shape")
 
 
 def test_ssim_equals_scikit_image():
@@ -933,6 +936,10 @@ def test_options_of_the_method():
         assert all(torch.allclose(a[k], b[k], atol=1e-9) for k in a), "--init must start from the file's weights"
         raises(ValueError, train_quietly, "--teacher", teacher, "--data", folder, "--steps", 1, "--out", out + "2",
                "--init", start, words="flow_depth 1, not 2")
+        os.remove(start)  # the checkpoint has these weights
+        train_quietly("--teacher", teacher, "--data", folder, "--steps", 2, "--out", out, "--init", start,
+                      "--flow_depth", 1, "--lr", 1e-12)
+        assert [x["step"] for x in log_lines(out) if "alpha" in x] == [1, 2]
 
 
 def test_recipes_are_the_papers():

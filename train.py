@@ -64,7 +64,7 @@ def build_data(args):
 
 def build_models(args):
     """(teacher, encoder, decoder). The encoder is the student, a copy of its teacher; with --init, encoder and decoder
-    come from that file instead."""
+    come from that file instead, unless there is a checkpoint to go on from, which has their weights."""
     teacher = load_teacher(args.teacher, args.teacher_weights)
     torch.manual_seed(args.seed)
     c = teacher.config
@@ -73,7 +73,7 @@ def build_models(args):
         latent_dim=args.latent_dim, width=c.width, heads=c.heads, gtb_depth=args.gtb_depth, flow_depth=args.flow_depth,
         flow_width=args.flow_width, patch=c.patch, grid=args.size // c.patch, projector=args.projector,
         objective=args.decoder, pixel_stats=c.pixel_stats))
-    if args.init:
+    if args.init and not os.path.exists(os.path.join(args.out, "state.pt")):
         wanted = {**asdict(c), **asdict(decoder.config)}
         path = find_weights(args.init)
         encoder, decoder = Encoder.from_pretrained(path), Decoder.from_pretrained(path)

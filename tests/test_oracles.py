@@ -471,6 +471,8 @@ def test_the_probe_is_sgd_with_momentum_and_a_cosine_schedule():
     assert abs(small[0] - expected) < 0.3, "features of any scale"
     constant = [F.pad(part, (0, 1), value=7.0) for part in (x, test_x)]  # tells nothing, and divides nothing by 0
     assert evaluation.linear_probe(constant[0], y, constant[1], test_y, 4, epochs=3, batch=100, rates=(0.03,)) == found
+    raises(ValueError, evaluation.linear_probe, x[:9], y[:9], test_x, test_y, words="x has 9 rows")
+    assert evaluation.linear_probe(x[:10], y[:10], test_x, test_y, epochs=1)[0] > 0
     defaults = {name: p.default for name, p in inspect.signature(evaluation.linear_probe).parameters.items()}
     assert (defaults["epochs"], defaults["batch"], defaults["rates"]) == (40, 1024,
                                                                           (0.001, 0.003, 0.01, 0.03, 0.1,

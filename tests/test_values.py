@@ -361,10 +361,13 @@ def test_messages_of_the_method():
             (tokens((2, 3, 4), (1, 3, 4)), tokens((2, 3, 5), (2, 3, 5)),
              "student has 2 layers of [(1, 3, 4), (2, 3, 4)], teacher 2 of [(2, 3, 5)]"),
             (tokens((3, 4)), tokens((3, 4)), "student has 1 layers of [(3, 4)], teacher 1 of [(3, 4)]"),
-            (tokens((2, 0, 4)), tokens((2, 0, 4)), "student has 1 layers of [(2, 0, 4)], teacher 1 of [(2, 0, 4)]")):
+            (tokens((2, 0, 4)), tokens((2, 0, 4)), "student has 1 layers of [(2, 0, 4)], teacher 1 of [(2, 0, 4)]"),
+            ([], [], "student has 0 layers of [], teacher 0 of []")):
         refused(ValueError, distill.layer_distances, student, teacher, says=f"{words}; {wanted}")
     refused(ValueError, distill.layer_weights, torch.ones(2), 2.0, "mean",
             says="strategy 'mean' is not one of final uniform progressive adaptive")
+    refused(ValueError, decoder.flow_loss, None, torch.zeros(2, 4), 0.5, torch.zeros(2, 4),
+            says="t is float; expected a floating-point tensor (2)")
     img = torch.zeros(1, 3, 16, 16)
     enc, dec = encoder.Encoder(encoder.ViT(MICRO_VIT), 8), decoder.Decoder(MICRO_DECODER)
     z = torch.zeros(1, 8, 4, 4)

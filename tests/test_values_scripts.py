@@ -278,8 +278,8 @@ def test_every_refusal_of_eval_and_latents():
     with tempfile.TemporaryDirectory() as tmp, contextlib.chdir(tmp):
         os.makedirs("folder"), os.makedirs("x.npz"), open("w.safetensors", "w").close()
         alien = "--fid measures no tokenizer, and crops by --resolution 256 alone: leave out {}".format
-        fitted = ("--pca and --probe need --fit PATH, the images to fit them on (not those of --data), and it one of "
-                  "them")
+        fitted = ("--pca and --probe need --fit PATH, images to fit them on that --data has not; --fit needs one of "
+                  "the two")
         bound = "argument --{}: it is {}; it must be at least {}".format
         got = "--fid compares A and B, got {}; --fid A --save_stats FILE.npz only saves"
         for flags, words in {
@@ -501,6 +501,10 @@ def test_bounds_of_trainings_numbers():
             f"--size {size} is no multiple of the patch {patch_} of teacher {teacher}: try --size {near}")
     assert ends(recipes.parse_args, ["--crop_scale", "0.5", "1.5"]) == (
         "--crop_scale is [0.5, 1.5]; it is two fractions above 0, at most 1, the smaller first")
+    for init, out in ("out/model.safetensors", "out"), ("a/../x.safetensors", "."), ("x.safetensors", "a/.."):
+        assert ends(recipes.parse_args, ["--init", init, "--out", out]) == (
+            f"--init {init} lies in --out {out}, where this run writes its own files: give another --out")
+    assert recipes.parse_args(["--init", "out/a/model.safetensors", "--out", "out"]).init
     for parse, *flags in ((recipes.parse_args, "--decay_shape", "x"), (recipes.parse_args, "--decoder", "x"),
                           (recipes.parse_args, "--projector", "x"), (recipes.parse_args, "--strategy", "x"),
                           (recipes.parse_args, "--recipe", "x"), (evaluation.parse_args, "--resolution", "512")):

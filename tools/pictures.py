@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -21,6 +22,15 @@ from encoder import MissingFile, UserError, one_line
 from tools.script import USER_ERRORS
 
 MAX_NAME = 255  # bytes of a file's name, the limit of most file systems
+
+
+def as_pictures(img, size):
+    """Images (b, 3, H, W) in [0, 1] as picture files of size x size would hold them: rounded to uint8, then resized by
+    PIL's bicubic filter and rounded again if H is another size. The result is in [0, 1] again."""
+    pixels = (img * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    if size != img.shape[2]:
+        pixels = np.stack([Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC) for x in pixels])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(img.device) / 255
 
 
 def find_pictures(files, out=None, alone=False, ending="_recon"):

@@ -5,6 +5,7 @@
 `--teacher X --recipe Y --help` shows the defaults of that teacher and that recipe.
 """
 import argparse
+import os
 import sys
 
 import torch
@@ -144,6 +145,8 @@ def parse_args(argv=None):
             setattr(args, name, value)
     if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
         ap.error(f"--crop_scale is {args.crop_scale}; it is two fractions above 0, at most 1, the smaller first")
+    if args.init and os.path.realpath(os.path.dirname(args.init) or ".") == os.path.realpath(args.out):
+        ap.error(f"--init {args.init} lies in --out {args.out}, where this run writes its own files: give another --out")
     if args.size % config.patch:
         near = max(1, round(args.size / config.patch)) * config.patch
         ap.error(f"--size {args.size} is no multiple of the patch {config.patch} of teacher {args.teacher}: "
