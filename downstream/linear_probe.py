@@ -35,7 +35,7 @@ from encoder import TEACHERS, Encoder, UserError, ViT
 from tools.job import Job
 from tools.pictures import is_within, read_pictures
 from tools.run import command_line
-from tools.script import number, rank_and_device
+from tools.script import check_size, number, rank_and_device
 
 # warmup: epochs over which the rate rises; blr: the rate at a batch of 256, with which it grows
 RECIPES = {"mae": dict(epochs=90, batch_size=16384, blr=0.1, warmup=10),
@@ -157,9 +157,8 @@ def build(config, backbone=None):
 
 def train(args, on_signal=None):
     backbone = finetune.load_backbone(args)
-    size, p = args.size or backbone.size, backbone.vit.config.patch
-    if size % p:
-        raise UserError(f"--size {size} is no multiple of the patch {p}: try {max(1, round(size / p)) * p}")
+    size = args.size or backbone.size
+    check_size(size, backbone.vit.config.patch)
     data, val = ProbeImages(args.data, size, True, args.seed), ProbeImages(args.val, size, False)
     rename_classes(val, data.classes)
     if rank_and_device()[0] == 0 and any(is_within(one, other) for one in args.val for other in args.data):

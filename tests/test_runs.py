@@ -517,7 +517,7 @@ def test_what_command_lines_refuse():
                             "- --features": "give --out FOLDER"},
         train.parse_args: {"--drop_path 1": "--drop_path", "--clip -1": "--clip", "--beta nan": "--beta",
                            "--crop_scale 0.5 1.1": "[0.5, 1.1]", "--crop_scale 0.9 0.5": "the smaller first",
-                           "--crop_scale 0 1": "above 0", "--size 30": "try --size 32", "--size 27": "try --size 24"},
+                           "--crop_scale 0 1": "above 0"},
         evaluation.parse_args: {"--data x --workers -1": "--workers: it is -1",
                                 "--data x --steps 0": "--steps: it is 0",
                                 "--data x --batch_size 0": "--batch_size: it is 0",
@@ -534,7 +534,7 @@ def test_what_command_lines_refuse():
         raises(encoder.UserError, encoder.load_teacher, teacher, weights,
                words=f"teacher {teacher} is a file and brings its weights: leave out teacher_weights {weights}")
         for size, near in (15, 16), (18, 16), (19, 20), (1, 4):
-            raises(evaluation.UserError, evaluate, "--data", folder, "--weights", weights, "--size", size,
+            raises(encoder.UserError, evaluate, "--data", folder, "--weights", weights, "--size", size,
                    words=f"try --size {near}")
         raises(encoder.UserError, tools.batches.split_batch, 1, 1, 2, words="try 2")  # not 0
         os.makedirs(os.path.join(tmp, "empty"))

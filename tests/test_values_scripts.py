@@ -497,13 +497,13 @@ def test_bounds_of_trainings_numbers():
     assert ends(recipes.parse_args, ["--lr", "x"]) == "argument --lr: invalid float value: 'x'"
     for size, patch_, near, teacher in ((3, 14, 14, "internvit"), (21, 14, 28, "dinov2"), (20, 14, 14, "dinov2"),
                                         (1, 8, 8, "tiny"), (100, 16, 96, "siglip2")):
-        assert ends(recipes.parse_args, ["--teacher", teacher, "--size", str(size)]) == (
-            f"--size {size} is no multiple of the patch {patch_} of teacher {teacher}: try --size {near}")
+        refused(encoder.UserError, recipes.parse_args, ["--teacher", teacher, "--size", str(size)],
+                says=f"--size {size} is no multiple of the patch {patch_} of teacher {teacher}: try --size {near}")
     assert ends(recipes.parse_args, ["--crop_scale", "0.5", "1.5"]) == (
         "--crop_scale is [0.5, 1.5]; it is two fractions above 0, at most 1, the smaller first")
     for init, out in ("out/model.safetensors", "out"), ("a/../x.safetensors", "."), ("x.safetensors", "a/.."):
         assert ends(recipes.parse_args, ["--init", init, "--out", out]) == (
-            f"--init {init} lies in --out {out}, where this run writes its own files: give another --out")
+            f"--init {init} lies in --out {out}, where this run writes its own: give another --out")
     assert recipes.parse_args(["--init", "out/a/model.safetensors", "--out", "out"]).init
     for parse, *flags in ((recipes.parse_args, "--decay_shape", "x"), (recipes.parse_args, "--decoder", "x"),
                           (recipes.parse_args, "--projector", "x"), (recipes.parse_args, "--strategy", "x"),
@@ -1116,7 +1116,7 @@ def test_how_many_bad_pictures_are_named():
                 except evaluation.UserError as e:
                     assert str(e) == f"standard output cannot be written (broken): the report is above{tail}"
             assert err.getvalue() == "data      a b\nimages    0\n\nrow\n"
-        refused(evaluation.UserError, evaluate, "--data", tmp, "--weights", tokenizer_file(tmp), "--size", 3,
+        refused(encoder.UserError, evaluate, "--data", tmp, "--weights", tokenizer_file(tmp), "--size", 3,
                 "--workers", 0,
                 says=f"--size 3 is no multiple of the patch 4 of {tmp}/tokenizer.safetensors: try --size 4")
 

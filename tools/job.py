@@ -22,7 +22,8 @@ import encoder
 from data import ImageDataset
 from decoder import Decoder
 from eval import Moments, UserError, sha256
-from tools.script import USER_ERRORS, check_locks, commit, find_weights, name_weights, rank_and_device, write_file
+from tools.script import (USER_ERRORS, check_locks, check_size, commit, find_weights, name_weights, rank_and_device,
+                          write_file)
 
 
 class ImagesOrReasons(Dataset):
@@ -168,10 +169,8 @@ def load_tokenizer(job):
     info = encoder.read_config(weights)
     if sha256(weights) != digest:
         raise UserError(f"{weights} was written anew while it was read: run this again")
-    size, p = args.size or info["size"], dec.config.patch
-    if size % p:
-        nearest = max(1, round(size / p)) * p
-        raise UserError(f"--size {size} is no multiple of the patch {p} of {weights}: try --size {nearest}")
+    size = args.size or info["size"]
+    check_size(size, dec.config.patch, f" of {weights}")
     images = job.crops(args.data, size)
     about = {"weights": weights, "weights_sha256": digest, "step": info.get("step"), "teacher": info.get("teacher"),
              "commit": info.get("commit"), "data": args.data, "images": len(images)}

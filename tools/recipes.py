@@ -12,7 +12,7 @@ import torch
 
 from distill import STRATEGIES
 from encoder import TEACHERS, teacher_config
-from tools.script import default_workers, number
+from tools.script import check_size, default_workers, number
 
 # What the teacher decides. The values of the foundation models are those of the paper's Tables 6-9. Tables and text
 # disagree on the batch; 512 is the text's. micro_batch: how many images a GPU of 80 GB holds at once.
@@ -146,11 +146,8 @@ def parse_args(argv=None):
     if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1:
         ap.error(f"--crop_scale is {args.crop_scale}; it is two fractions above 0, at most 1, the smaller first")
     if args.init and os.path.realpath(os.path.dirname(args.init) or ".") == os.path.realpath(args.out):
-        ap.error(f"--init {args.init} lies in --out {args.out}, where this run writes its own files: give another --out")
-    if args.size % config.patch:
-        near = max(1, round(args.size / config.patch)) * config.patch
-        ap.error(f"--size {args.size} is no multiple of the patch {config.patch} of teacher {args.teacher}: "
-                 f"try --size {near}")
+        ap.error(f"--init {args.init} lies in --out {args.out}, where this run writes its own: give another --out")
+    check_size(args.size, config.patch, f" of teacher {args.teacher}")
     return args
 
 

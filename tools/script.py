@@ -57,6 +57,13 @@ def default_workers(most):
     return max(1, min(most, data.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
+def check_size(size, patch, whose=""):
+    """Raise UserError unless --size is a multiple of the patch. whose: " of" what this is the patch."""
+    if size % patch:
+        near = max(1, round(size / patch)) * patch
+        raise UserError(f"--size {size} is no multiple of the patch {patch}{whose}: try --size {near}")
+
+
 def find_weights(given):
     """The path of the tokenizer to use: the one given (a path, a name or a URL), else that in out/, else the shipped
     one. The authors' released file is converted once, and the path is that of the result."""

@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader
 import distill
 from data import ImageDataset, cores
 from decoder import Decoder, DecoderConfig
-from encoder import TEACHERS, Encoder, UserError, ViT, read_config
+from encoder import TEACHERS, Encoder, ViT, read_config
 from tools.batches import sample_numbers
 from tools.run import Run, command_line
-from tools.script import find_weights, number
+from tools.script import check_size, find_weights, number
 from train import build_models, build_optimizer, model_flops, parse_args, training_step
 
 
@@ -167,9 +167,8 @@ def sample_speed(weights, size):
     else:
         path = find_weights(weights)
         enc, dec, info = Encoder.from_pretrained(path), Decoder.from_pretrained(path), read_config(path)
-    enc, dec, size, p = enc.to(device), dec.to(device), size or info["size"], dec.config.patch
-    if size % p:
-        raise UserError(f"--size {size} is no multiple of the patch {p}: try --size {max(1, round(size / p)) * p}")
+    enc, dec, size = enc.to(device), dec.to(device), size or info["size"]
+    check_size(size, dec.config.patch)
     name = f"{torch.cuda.get_device_name()}, bf16, compiled, CUDA graphs" if on_gpu else "CPU, fp32, not compiled"
     print(f"{name}, torch {torch.__version__}, {size} px")
 
