@@ -1109,6 +1109,12 @@ TABLE = [
      "test_what_command_lines_refuse"),
     ("a batch of 0 is advised", "tools/batches.py", "for b in (low, low + ranks) if b)", "for b in (low, low + ranks))",
      "test_what_command_lines_refuse"),
+    ("a study's run without its variables", "tools/script.py", "env={**os.environ, **variables})", "env={**os.environ})",
+     "test_a_study_runs_modules_and_keeps_what_they_print"),
+    ("what stands below a table is lost", "tools/script.py", "(before + begin + text + end + after)",
+     "(before + begin + text + end)", "test_a_table_is_put_between_two_lines"),
+    ("a page without the comments of its table", "tools/script.py", "if not (found_begin and found_end):",
+     "if not found_begin:", "test_a_table_is_put_between_two_lines"),
     # ---- experiments: standard sets, the flow in a frozen autoencoder's space ----
     ("flicker of frames", "experiments/standard_sets/measure.py", "return psnr(x[1:] - x[:-1], r[1:] - r[:-1])",
      "return psnr(x[1:], r[1:])", "test_flicker_by_hand"),
