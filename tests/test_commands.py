@@ -25,6 +25,7 @@ import encoder
 import eval as evaluation
 import sample
 import train
+from experiments.tiny_imagenet import study, tables
 from tools import convert, latents
 
 
@@ -130,12 +131,6 @@ def test_study_rows_are_commands():
 
     The grid artifact is computed again by plain loops.
     """
-    sys.path.insert(0, os.path.join(HERE, "experiments", "tiny_imagenet"))
-    try:
-        import study
-        import tables
-    finally:
-        sys.path.pop(0)
     parsed = {name: vars(train.parse_args(f"--data x {study.ALWAYS} {flags}".split()))
               for name, flags in study.ROWS.items()}
     differ = {name: {k for k in args if args[k] != parsed["default"][k]} for name, args in parsed.items()}
