@@ -298,7 +298,7 @@ def test_random_teacher_is_seeded():
     # no such teacher ships, and nothing replaces it
     raises(FileNotFoundError, encoder.load_teacher, "small",
            words=f"{HERE}/weights/teacher-small.safetensors: no such file; train it "
-           "(experiments/tiny_imagenet/teacher.py), or give --teacher_weights FILE|random")
+           "(python -m experiments.tiny_imagenet.teacher), or give --teacher_weights FILE|random")
     for wrong in "intern", None:
         raises(encoder.UserError, encoder.load_teacher, wrong,
                words=f"teacher {wrong!r} is neither a file nor one of: {' '.join(encoder.TEACHERS)}")

@@ -152,7 +152,7 @@ def test_study_rows_are_commands():
             shutil.copy(study.__file__.replace("study.py", name), tmp)
         shown = open(os.path.join(tmp, "README.md")).read()
         with unittest.mock.patch.object(tables, "HERE", tmp):
-            tables.main()
+            tables.main([])
         assert row in shown and open(os.path.join(tmp, "README.md")).read() == shown, (
             "README.md's tables are those of results.jsonl: run tables.py")
         assert Image.open(os.path.join(tmp, "layers.png")).size == (720, 240)

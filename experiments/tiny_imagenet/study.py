@@ -184,8 +184,7 @@ def main(argv=None, on_signal=None):
         open_weights(args.teacher_weights)  # likewise
     if len(rows) == 1 and not args.gpus:
         line = run_row(args, rows[0])
-        print(f"{line['row']}: {line['psnr']:.2f} dB, linear probe {line['linear']:.2f}, {line['seconds']} s")
-        return
+        return print(f"{rows[0]}: {line['psnr']:.2f} dB, linear probe {line['linear']:.2f}, {line['seconds']} s")
     if os.path.exists(args.results):
         with open(args.results) as f:
             done = {json.loads(x)["row"] for x in f}.intersection(rows)
