@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import os
-import sys
 import tempfile
 import types
 import unittest.mock
@@ -20,13 +19,10 @@ from PIL import Image
 import data
 import decoder
 import eval as evaluation
+from experiments.efficiency import latent_flow
+from experiments.standard_sets import measure
 
 STANDARD_SETS = os.path.join(HERE, "experiments", "standard_sets")
-EFFICIENCY = os.path.join(HERE, "experiments", "efficiency")
-with unittest.mock.patch.object(sys, "path", [EFFICIENCY, STANDARD_SETS, *sys.path]):
-    import latent_flow
-    import measure
-
 LATENT_FLOW_RUN = ("--size 16 --latent_dim 8 --gtb_depth 1 --flow_depth 2 --flow_width 96 --batch_size 8 "
                    "--micro_batch 8 --steps 48 --lr 1e-2 --endpoint 1 --workers 0 --seed 3")
 
