@@ -143,10 +143,10 @@ def main(argv=None):
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     enc, dec = (part.from_pretrained(args.weights).to(device) for part in (Encoder, Decoder))
     p, C = dec.config.patch, dec.config.latent_dim
+    images, frames = (ImageDataset(paths, None, train=False) for paths in (args.kodak, args.davis))
     photographs = ImageDataset(args.fit, SIZE, train=False)
     loader = DataLoader(photographs, 32, num_workers=min(4, cores()))
     mean, basis = fit_patch_pca((img.to(device) / 255 for img, _ in tqdm(loader, "fit PCA")), p, C)
-    images, frames = (ImageDataset(paths, None, train=False) for paths in (args.kodak, args.davis))
     items = tqdm(pictures(args.kodak, args.davis), "pictures and clips", 3 * len(images) + len(frames.classes))
     rows, shown = measure(enc, dec, lambda x: patch_pca(x, mean, basis, p), items, args.show)
     unknown = set(args.show) - set(shown)
