@@ -41,6 +41,15 @@ def append(path, line):
         f.write(json.dumps(line) + "\n")
 
 
+def last_line(path):
+    """The last line of a text file, empty if there is none."""
+    if not os.path.exists(path):
+        return ""
+    with open(path, errors="replace") as f:
+        lines = f.read().strip().splitlines()
+    return lines[-1] if lines else ""
+
+
 def train_and_measure(args, line, out, gpu):
     """Train a row and measure it. All that is known of it is put into `line`, also if something fails later."""
     base, start = line["setting"].split(":")[0], time.time()
@@ -93,10 +102,7 @@ def run_row(args, setting, rate, seed, gpu):
     try:
         train_and_measure(args, line, out, gpu)
     except Exception as e:  # other rows go on
-        with open(os.path.join(out, "output.txt"), "ab"):  # it may not exist yet
-            pass
-        with open(os.path.join(out, "output.txt"), errors="replace") as f:
-            said = ["", *f.read().strip().splitlines()][-1]
+        said = last_line(os.path.join(out, "output.txt"))
         line["failed"] = f"{said} ({type(e).__name__}: {str(e)[-200:]})"
     return line
 
