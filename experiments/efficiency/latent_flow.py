@@ -147,8 +147,8 @@ def main(argv=None):
     if not (args.data and args.val):
         ap.error("--data and --val are needed")
     job = Job(evaluation.parse_args(
-        ["--data", *args.val, "--fit", *args.data, "--inception", "none", "--batch_size", "250", "--workers",
-         str(args.workers), *(["--bf16"] if torch.cuda.is_available() else [])]))
+        ["--data", *args.val, "--inception", "none", "--batch_size", "250", "--workers",
+         str(args.workers), *["--bf16"] * torch.cuda.is_available()]))
     data, val, _ = train.build_data(args)
     inputs, fitted_on = job.crops(args.val, args.size), job.crops(args.data, args.size)
     teacher, encoder, decoder = train.build_models(args)
