@@ -578,8 +578,8 @@ def load_teacher(name_or_path, weights=None, offline=False):
         folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights")
         weights = os.path.join(folder, f"teacher-{name_or_path}.safetensors")
         if not os.path.isfile(weights):
-            raise MissingFile(f"{weights}: no such file; train it (experiments/tiny_imagenet/teacher.py), or give "
-                              "--teacher_weights FILE|random")
+            raise MissingFile(f"{weights}: no such file; train it (python -m experiments.tiny_imagenet.teacher), or "
+                              "give --teacher_weights FILE|random")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vit = ViT(config)

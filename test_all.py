@@ -27,7 +27,8 @@ The sections of this file, in its order, and the files of tests/ that run with i
     tests/test_oracles.py           What the code computes, against tables of published facts, closed forms and numpy
     tests/test_published.py         Published weights: layouts of each family, the released file, the export, downloads
     tests/test_runs.py              Scripts at their boundaries: a user's error and a bug, names, targets, moved data
-    tests/test_standard_sets.py     The experiments on standard sets, and the flow in a frozen autoencoder's space
+    tests/test_standard_sets.py     The experiments on standard sets and on GPU time, and the flow in a frozen
+                                    autoencoder's space
     tests/test_tools.py             The scripts of tools/
     tests/test_values.py            Values that other tests only see move: random draws, ends of ranges, one rank's loss
     tests/test_values_scripts.py    Values that the scripts pass on or say: counts, defaults, hints, rFID's reference
@@ -299,7 +300,7 @@ def test_random_teacher_is_seeded():
     # no such teacher ships, and nothing replaces it
     raises(FileNotFoundError, encoder.load_teacher, "small",
            words=f"{HERE}/weights/teacher-small.safetensors: no such file; train it "
-           "(experiments/tiny_imagenet/teacher.py), or give --teacher_weights FILE|random")
+           "(python -m experiments.tiny_imagenet.teacher), or give --teacher_weights FILE|random")
     for wrong in "intern", None:
         raises(encoder.UserError, encoder.load_teacher, wrong,
                words=f"teacher {wrong!r} is neither a file nor one of: {' '.join(encoder.TEACHERS)}")

@@ -14,7 +14,7 @@ import unittest.mock
 
 # first: tests.helpers sets the environment that torch reads when it is imported
 from tests.helpers import (
-    HERE, MICRO_RUN, QuickInception, micro_teacher, picture, picture_folder, run, tokenizer_file, train_quietly)
+    HERE, MICRO_RUN, QuickInception, micro_teacher, picture, picture_folder, raises, run, tokenizer_file, train_quietly)
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,7 @@ import encoder
 import eval as evaluation
 import sample
 import train
+from experiments.tiny_imagenet import study, tables
 from tools import convert, latents
 
 
@@ -130,12 +131,6 @@ def test_study_rows_are_commands():
 
     The grid artifact is computed again by plain loops.
     """
-    sys.path.insert(0, os.path.join(HERE, "experiments", "tiny_imagenet"))
-    try:
-        import study
-        import tables
-    finally:
-        sys.path.pop(0)
     parsed = {name: vars(train.parse_args(f"--data x {study.ALWAYS} {flags}".split()))
               for name, flags in study.ROWS.items()}
     differ = {name: {k for k in args if args[k] != parsed["default"][k]} for name, args in parsed.items()}
@@ -157,7 +152,7 @@ def test_study_rows_are_commands():
             shutil.copy(study.__file__.replace("study.py", name), tmp)
         shown = open(os.path.join(tmp, "README.md")).read()
         with unittest.mock.patch.object(tables, "HERE", tmp):
-            tables.main()
+            tables.main([])
         assert row in shown and open(os.path.join(tmp, "README.md")).read() == shown, (
             "README.md's tables are those of results.jsonl: run tables.py")
         assert Image.open(os.path.join(tmp, "layers.png")).size == (720, 240)
@@ -182,3 +177,39 @@ def test_study_rows_are_commands():
             for y, x in itertools.product(range(64), range(64)):  # patches of 4 pixels
                 (border if y % 4 in (0, 3) or x % 4 in (0, 3) else inside).append(wrong[:, y, x].square().mean().item())
         assert abs(found / (np.mean(border) / np.mean(inside)) - 1) < 1e-4
+
+
+def test_study_runs_rows_side_by_side():
+    """Rows that --results has are left out; the others run as this script, each on one of the GPUs. One that fails is
+    named, and the others go on. Bad input is refused before anything runs."""
+    with tempfile.TemporaryDirectory() as tmp:
+        folder, weights = picture_folder(tmp, n=3)[0], tokenizer_file(tmp)
+        results, ran = os.path.join(tmp, "results.jsonl"), {}
+        open(results, "w").write(json.dumps({"row": "final"}) + "\n")
+        flags = ["--data", folder, "--val", folder, "--teacher_weights", weights, "--results", results, "--runs", tmp]
+
+        def run_module(out, module, row, *command, **variables):
+            ran[row] = out, module, command, variables["CUDA_VISIBLE_DEVICES"]
+            if row == "1:100":
+                raise RuntimeError
+
+        with (unittest.mock.patch.object(study, "run_module", run_module),
+              contextlib.redirect_stdout(io.StringIO()) as said):
+            failed = None
+            try:
+                study.main(["default@1", "final", "1:100", *flags, "--gpus", "5", "7", "--more", "--steps 2"])
+            except SystemExit as e:
+                failed = str(e)
+        assert failed == "experiments.tiny_imagenet.study: these rows failed: 1:100"
+        assert ran.keys() == {"default@1", "1:100"} and {gpu for *_, gpu in ran.values()} <= {"5", "7"}
+        out, module, command, _ = ran["1:100"]
+        assert out == os.path.join(tmp, "1-100") and os.path.isdir(out) and module == study.__name__
+        assert "--more=--steps 2" in command and "--gpus" not in command
+        assert "has already: final" in said.getvalue() and "default@1: done in" in said.getvalue()
+        assert f"1:100: FAILED, see {out}/output.txt" in said.getvalue()
+        with unittest.mock.patch.object(study, "run_module", None), contextlib.redirect_stderr(io.StringIO()) as said:
+            raises(SystemExit, study.main, ["nothing", *flags], words="2")
+            assert "no such rows: nothing; there are default final" in said.getvalue()
+            for flag in "--data", "--val", "--teacher_weights":
+                raises((data.UserError, encoder.UserError), study.main, ["default", *flags, flag, tmp + "/none"],
+                       words=f"{tmp}/none: no such")

@@ -442,9 +442,30 @@ def test_a_study_runs_modules_and_keeps_what_they_print():
             tools.script.run_module(tmp, "json.tool", "--indent", 1, path)
         words = f"json.tool --indent 1 {path}.none failed: see the end of {tmp}/output.txt"
         raises(RuntimeError, tools.script.run_module, tmp, "json.tool", "--indent", 1, path + ".none", words=words)
+        with open(os.path.join(tmp, "a_module.py"), "w") as f:
+            f.write("print('found')")
+        tools.script.run_module(tmp, "a_module", PYTHONPATH=tmp)
         with open(os.path.join(tmp, "output.txt")) as f:
             said = f.read()
         assert said.startswith(2 * "[\n 1,\n 2\n]\n") and "No such file" in said, said
+        assert said.endswith("found\n") and os.environ.get("PYTHONPATH") != tmp, "a variable of that run alone"
+
+
+def test_a_table_is_put_between_two_lines():
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "README.md")
+
+        def replaced(content, text):
+            with open(path, "w", encoding="utf-8") as f:
+                f.write(content)
+            tools.script.replace_between(path, "<begin>\n", "<end>\n", text)
+            with open(path, encoding="utf-8") as f:
+                return f.read()
+        assert replaced("a–b\n<begin>\nold\n<end>\nc\n<end>\n", "new\n") == "a–b\n<begin>\nnew\n<end>\nc\n<end>\n"
+        for wrong in "a\n<end>\n", "a\n<begin>\n", "<end>\n<begin>\n":
+            raises(encoder.UserError, replaced, wrong, "new\n", words=f"{path} lacks the line <begin>")
+            with open(path) as f:
+                assert f.read() == wrong, "it stays as it was"
 
 
 def test_a_disk_that_fails_is_no_damaged_checkpoint():

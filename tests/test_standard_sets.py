@@ -1,4 +1,4 @@
-"""The experiments on standard sets, and the flow in a frozen autoencoder's space."""
+"""The experiments on standard sets and on GPU time, and the flow in a frozen autoencoder's space."""
 from tests.helpers import (  # first: it sets the environment that torch reads
     HERE, MICRO_DECODER, close, micro_teacher, picture, picture_folder, raises, tokenizer_file)
 
@@ -6,8 +6,8 @@ import contextlib
 import io
 import json
 import os
-import sys
 import tempfile
+import time
 import types
 import unittest.mock
 import zipfile
@@ -20,13 +20,10 @@ from PIL import Image
 import data
 import decoder
 import eval as evaluation
+from experiments.efficiency import latent_flow, settings, study
+from experiments.standard_sets import measure
 
 STANDARD_SETS = os.path.join(HERE, "experiments", "standard_sets")
-EFFICIENCY = os.path.join(HERE, "experiments", "efficiency")
-with unittest.mock.patch.object(sys, "path", [EFFICIENCY, STANDARD_SETS, *sys.path]):
-    import latent_flow
-    import measure
-
 LATENT_FLOW_RUN = ("--size 16 --latent_dim 8 --gtb_depth 1 --flow_depth 2 --flow_width 96 --batch_size 8 "
                    "--micro_batch 8 --steps 48 --lr 1e-2 --endpoint 1 --workers 0 --seed 3")
 
@@ -89,7 +86,7 @@ def test_latent_flow_learns():
             assert line["space"] == space and [x["step"] for x in curve] == [12, 24, 36, 48]
             assert curve[-1]["loss_flow"] < 0.8 * curve[0]["loss_flow"], curve
             img = torch.stack([x for x, _ in data.ImageDataset(folder, 16, train=False)]) / 255
-            of_the_mean = evaluation.psnr(img, img.mean((0, 2, 3), keepdim=True)).mean().item()
+            of_the_mean = evaluation.psnr(img, img.mean((0, 2, 3), keepdim=True).expand_as(img)).mean().item()
             assert quality > of_the_mean + 0.5, (quality, of_the_mean)
             assert abs(quality - curve[-1]["psnr"]) < 0.1, "both are of all 20 images"
             if space == "pca":
@@ -98,6 +95,78 @@ def test_latent_flow_learns():
                 alone = evaluation.psnr(img, through).mean().item()
                 assert abs(line["ceiling"]["psnr"] - alone) < 1e-3 and quality < alone, "what the PCA alone gives"
                 assert f"the PCA of 16 components alone has {alone:.2f} dB" in out.getvalue()
+
+
+def test_stages_of_a_setting_by_hand():
+    """A quarter of tiny's 384,000 images at half its batch of 256 are 750 steps of 128. grow shares the time of photos'
+    1,500 steps of 32 among three sizes, whose steps take 1, 2 and 4 seconds here: 1,200, 900 and 750 steps."""
+    given = types.SimpleNamespace(levers=settings.LEVERS, scale=1.0, data=["d"], val=["v"], photos=["p"], workers=2,
+                                  photos_val=["pv"], small_teacher="F", more="--last")
+    words = "--data d --val v --workers 2 " + settings.RUN
+    (stage,) = settings.stages(given, "tiny:fast@1/4", 1e-3, 1, {})
+    assert stage[:3] == (64, 128, 750) and " ".join(stage.flags) == (
+        f"{words} --teacher tiny --size 64 --warmup 100 --lr 0.001 --seed 1 "
+        "--batch_size 128 --micro_batch 128 --steps 750 --eval_every 93 --last")
+    assert "--teacher_weights F" in " ".join(settings.stages(given, "small:base", 1e-3, 0, {})[0].flags)
+    seconds_of = {"tiny/64/256": 1, "tiny/128/64": 2, "tiny/256/32": 4}
+    grown = settings.stages(given, "photos:grow", 1e-3, 0, seconds_of)
+    assert [stage[:3] for stage in grown] == [(64, 256, 1200), (128, 64, 900), (256, 32, 750)]
+    assert all(stage.flags[:6] == ["--data", "p", "d", "--val", "pv", "--workers"] for stage in grown)
+    assert ["--lr_decay 0 --last" in " ".join(stage.flags) for stage in grown] == [True, True, False]
+
+
+def test_the_study_of_gpu_time_searches_the_best_rate():
+    """A PSNR that is highest at 4e-3: three rates, the next two above the best, then the best again with seed 1. A row
+    that fails keeps its place with the reason; one that --results has is not run again; one by rate and seed is alone.
+    Two GPUs share the rows."""
+    ran = []
+
+    def run_row(args, setting, rate, seed, gpu):
+        ran.append((setting, rate, seed))
+        time.sleep(0.01)  # so that both GPUs are busy
+        line = {"setting": setting, "rate": rate, "seed": seed}
+        if setting == "tiny:ema" or rate == 2e-3 and setting == "tiny:base":
+            return {**line, "failed": "it diverged"}
+        return {**line, "psnr": 20 - abs(np.log2(rate / 4e-3)), "linear": 50.0, "seconds": 1}
+    with tempfile.TemporaryDirectory() as tmp, unittest.mock.patch.object(study, "run_row", run_row):
+        folder, results = picture_folder(tmp, 3)[0], os.path.join(tmp, "results.jsonl")
+        command = ["--data", folder, "--val", folder, "--fit", folder, "--results", results, "--runs", tmp, "--gpus",
+                   "0", "1"]
+        names = ["tiny:fast", "tiny:ema", "tiny:base=2e-3,1", "tiny:1:0"]
+        for _ in range(2):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                study.main([*names, *command])
+        by_setting = {name.partition("=")[0]: [x[1:] for x in ran if x[0] == name.partition("=")[0]] for name in names}
+        assert sorted(by_setting["tiny:fast"][:3]) == [(5e-4, 0), (1e-3, 0), (2e-3, 0)]
+        assert by_setting["tiny:fast"][3:] == [(4e-3, 0), (8e-3, 0), (4e-3, 1)]
+        assert sorted(by_setting["tiny:ema"]) == [(5e-4, 0), (1e-3, 0), (2e-3, 0)], "all failed: no more"
+        assert by_setting["tiny:base"] == [(2e-3, 1)] and by_setting["tiny:1:0"] == [(1e-3, 0), (1e-3, 1)]
+        assert out.getvalue() == "", "all rows stand in --results"
+        lines = [json.loads(x) for x in open(results)]
+        assert sorted((x["setting"], x["rate"], x["seed"]) for x in lines) == sorted(ran) and len(lines) == 12
+        assert sum("failed" in x for x in lines) == 4
+        for wrong in "tiny:none", "huge:base", "tiny:base@1/0", "tiny:base=1e-3":
+            raises(settings.UserError, study.main, [wrong, *command], words=f"no such setting: {wrong};")
+        raises(data.UserError, study.main, ["tiny:base", *command, "--fit", tmp + "/x.zip"], words="no such folder")
+
+
+def test_a_row_that_fails_keeps_its_reason():
+    """A training that fails: the line has the last words that it printed, and what was known before."""
+    with tempfile.TemporaryDirectory() as tmp:
+        def run_module(folder, *command, **variables):
+            assert variables["CUDA_VISIBLE_DEVICES"] == "3"
+            with open(os.path.join(folder, "output.txt"), "a") as f:
+                f.write("much\nthe loss is nan\n")
+            raise RuntimeError("train failed")
+        given = types.SimpleNamespace(levers=settings.LEVERS, scale=1.0, data=["d"], val=["v"], workers=2, more="",
+                                      speeds=os.path.join(tmp, "none"), runs=tmp)
+        with unittest.mock.patch.object(study, "run_module", run_module):
+            line = study.run_row(given, "tiny:batch/2", 1e-3, 0, "3")
+        assert line == {"setting": "tiny:batch/2", "rate": 1e-3, "seed": 0,
+                        "failed": "the loss is nan (RuntimeError: train failed)"}
+        assert os.path.isfile(os.path.join(tmp, "tiny_batch-2_0.001_0", "output.txt"))
+        line = study.run_row(given, "photos:grow", 1e-3, 0, "3")
+        assert line["failed"] == " (KeyError: 'tiny/256/32')", "no speed was measured"
 
 
 def grey_clip(*values):

@@ -6,6 +6,7 @@
     user_message(error)                     # one line if the user or the machine caused the error; None for a bug
     run_command(main, "sample.py")          # main() as a script: such a line and status 2, or a bug's traceback
     write_file("out/figures.json", b"{}")   # whole or not at all; its folder is made
+    replace_between("README.md", begin, end, text)  # a table that a program writes, between two comments
     run_module("out", "train", "--size", 64)  # another script, as a study calls it; what it prints: out/output.txt
 """
 import argparse
@@ -160,11 +161,22 @@ def write_file(path, content):
     encoder.write_atomically(path, lambda f: f.write(content))
 
 
-def run_module(folder, *command):
+def replace_between(path, begin, end, text):
+    """Put `text` between two lines of a text file, such as comments of a README. UserError if it lacks one of them."""
+    with open(path, encoding="utf-8") as f:
+        before, found_begin, rest = f.read().partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise UserError(f"{path} lacks the line {begin.strip()} or, below it, the line {end.strip()}: put them back")
+    write_file(path, (before + begin + text + end + after).encode())
+
+
+def run_module(folder, *command, **variables):
     """Run a module of this project as a script, with its flags. What it prints goes to the end of FOLDER/output.txt.
-    RuntimeError if it fails."""
+    variables: of the environment, beside those of this process. RuntimeError if it fails."""
     with open(os.path.join(folder, "output.txt"), "a") as f:
-        done = subprocess.run([sys.executable, "-m", *map(str, command)], stdout=f, stderr=f)
+        done = subprocess.run([sys.executable, "-m", *map(str, command)], stdout=f, stderr=f,
+                              env={**os.environ, **variables})
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} failed: see the end of {folder}/output.txt")
 

@@ -4,8 +4,8 @@
     v(x_t, t, c), one Euler step, then patch = x deviation basis^T + mean
 
     T="--data TRAIN-0.zip .. TRAIN-3.zip --val VAL.zip --teacher_weights teacher-small.safetensors"
-    python experiments/efficiency/latent_flow.py --space pca --seed 0 $T        # and --space pixel, --seed 1
-    python experiments/efficiency/latent_flow.py --space pca --gtb_depth 0 $T   # the paper's row has no global blocks
+    python -m experiments.efficiency.latent_flow --space pca --seed 0 $T        # and --space pixel, --seed 1
+    python -m experiments.efficiency.latent_flow --space pca --gtb_depth 0 $T   # the paper's row has no global blocks
 
 The paper's autoencoder is SDXL's VAE; the PCA stands in for it. Student, distillation, condition and flow head are
 those of the pixel flow (train.py, decoder.py), with the settings of row "default" of ../tiny_imagenet/study.py. Other
@@ -16,16 +16,12 @@ but that line is written.
 import argparse
 import json
 import os
-import sys
 import time
-from types import SimpleNamespace
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, "..", ".."))
 import eval as evaluation
 import train
 from decoder import Decoder, FlowHead, at_least_fp32, euler, flow_loss, patchify, sample_t, unpatchify
@@ -36,6 +32,7 @@ from tools.run import seed_step
 from tools.script import commit, ignore_signals, run_command
 from tools.validate import validate
 
+RESULTS = os.path.join(os.path.dirname(os.path.relpath(__file__)), "latent_flow.jsonl")
 # written out, whatever train.py's defaults become
 ALWAYS = ("--teacher small --recipe paper --size 64 --batch_size 64 --micro_batch 64 --steps 10000 --lr 5e-4 "
           "--lr_decay 0.5 --warmup 0 --beta1 0.5 --beta2 0.95 --endpoint 0")
@@ -72,7 +69,8 @@ class LatentFlow(Decoder):
 
     def loss(self, z, img, t=None, noise=None):
         x, c = self.code(img), self.condition(z)
-        t = sample_t(x.shape[:2], device=x.device) if t is None else t
+        if t is None:
+            t = sample_t(x.shape[:2], device=x.device)
         noise = torch.randn_like(x) if noise is None else noise[..., :x.shape[2]]
         return flow_loss(lambda x_t, t: self.velocity(x_t, t, c), x, t, noise)
 
@@ -88,17 +86,30 @@ class LatentFlow(Decoder):
 def fit_space(batches, p, K, isotropic=False):
     """mean, basis and deviation of LatentFlow from batches of images in [0, 1]. isotropic: one deviation for all
     coefficients, so that distances between codes are those between patches; else each has its own."""
-    kept = []  # fit_patch_pca's moments, which also know the variance of every coefficient
-    mean, basis = evaluation.fit_patch_pca(batches, p, K, lambda moments: kept.append(moments) or moments)
+    kept = []
+
+    def keep(moments):  # they also tell the variance of every coefficient
+        kept.append(moments)
+        return moments
+
+    mean, basis = evaluation.fit_patch_pca(batches, p, K, keep)
     variance = (basis.T @ kept[0].covariance @ basis).diagonal()
-    return mean, basis, (variance.mean().expand(K) if isotropic else variance).sqrt()
+    if isotropic:
+        variance = variance.mean().expand(K)
+    return mean, basis, variance.sqrt()
 
 
-def ceiling(job, inputs, config, mean, basis):
-    """Figures of the PCA alone on `inputs`, measured as a tokenizer is."""
-    pca = SimpleNamespace(config=config, decode=lambda img, *_: evaluation.patch_pca(img, mean, basis, config.patch))
-    figures, _ = evaluation.measure_reconstructions(job, SimpleNamespace(encode=lambda img: img), pca, inputs, None)
-    return figures["tokenizer"]
+class PatchPCA:
+    """What the PCA alone gives, behind the interface of an encoder and a decoder: all is done in decode."""
+
+    def __init__(self, config, mean, basis):
+        self.config, self.mean, self.basis = config, mean, basis
+
+    def encode(self, img):
+        return img
+
+    def decode(self, img, steps=1, noise=None):
+        return evaluation.patch_pca(img, self.mean, self.basis, self.config.patch)
 
 
 def fit(args, teacher, encoder, decoder, data, val, device):
@@ -109,7 +120,8 @@ def fit(args, teacher, encoder, decoder, data, val, device):
     micro_step, update = train.training_step(args, teacher, encoder, decoder, optimizer, autocast, args.batch_size, 1)
     batches = DataLoader(data, num_workers=args.workers, collate_fn=collate, worker_init_fn=ignore_signals,
                          batch_sampler=sample_numbers(0, args.batch_size, args.batch_size, 0, 1, args.steps))
-    curve, sums, every = [], 0, max(1, args.steps // 4)
+    curve = []
+    sums, every = 0, max(1, args.steps // 4)
     for step, (img, _) in enumerate(tqdm(batches, "train", args.steps, mininterval=5)):
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * rate_factor(step, args)
@@ -128,7 +140,7 @@ def main(argv=None):
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Other flags go to train.py.")
     ap.add_argument("--space", required=True, choices=["pixel", "pca", "pca-isotropic"], help="where the flow runs; "
                     "pca: every coefficient standardised; pca-isotropic: all divided by one number")
-    ap.add_argument("--results", default=os.path.join(HERE, "latent_flow.jsonl"), metavar="FILE", help="[%(default)s]")
+    ap.add_argument("--results", default=RESULTS, metavar="FILE", help="[%(default)s]")
     ap.add_argument("--commit", default=commit(), help="what the results say of the code [%(default)s]")
     own, flags = ap.parse_known_args(argv)
     args, start = train.parse_args([*ALWAYS.split(), *flags]), time.time()
@@ -146,13 +158,17 @@ def main(argv=None):
         images = (img for _, img, _ in job.images("fit PCA", fitted_on))
         mean, basis, deviation = fit_space(images, decoder.config.patch, K, own.space == "pca-isotropic")
         decoder = LatentFlow(decoder.config, mean, basis, deviation).train()
-        line.update(components=K, ceiling=ceiling(job, inputs, decoder.config, mean, basis))
-        print(f"ceiling: the PCA of {K} components alone has {line['ceiling']['psnr']:.2f} dB, "
-              f"ssim {line['ceiling']['ssim']:.4f}", flush=True)
+        pca = PatchPCA(decoder.config, mean, basis)
+        alone = evaluation.measure_reconstructions(job, pca, pca, inputs, None)[0]["tokenizer"]
+        print(f"ceiling: the PCA of {K} components alone has {alone['psnr']:.2f} dB, ssim {alone['ssim']:.4f}",
+              flush=True)
+        line.update(components=K, ceiling=alone)
     teacher, encoder, decoder = (m.to(job.device) for m in (teacher, encoder, decoder))
     began = time.time()
-    line.update(curve=fit(args, teacher, encoder, decoder, data, val, job.device), seconds_train=time.time() - began)
-    encoder.eval(), decoder.eval()
+    curve = fit(args, teacher, encoder, decoder, data, val, job.device)
+    line.update(curve=curve, seconds_train=time.time() - began)
+    encoder.eval()
+    decoder.eval()
     results, protocol = evaluation.measure_reconstructions(job, encoder, decoder, inputs, None)
     probe, cosines = evaluation.measure_features(job, encoder, teacher, inputs, fitted_on)
     line.update(results["tokenizer"], probe=probe, cosine=cosines, protocol=protocol, commit=own.commit,
@@ -166,4 +182,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command(main, "latent_flow.py")
+    run_command(main, "experiments.efficiency.latent_flow")

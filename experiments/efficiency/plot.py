@@ -1,13 +1,10 @@
-"""PSNR over GPU time, the paper's recipe against ours, into psnr.png: python experiments/efficiency/plot.py"""
+"""PSNR over GPU time, the paper's recipe against ours, into psnr.png: python -m experiments.efficiency.plot"""
 import os
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from tables import HERE, best, by_setting, gpu_seconds, load
+from experiments.efficiency.tables import HERE, best, by_setting, gpu_seconds, load
 
 PANELS = {  # title -> {setting: (colour, label)}; the first is the line to beat
     "tiny, 64 px": {"tiny:paper@2": ("C3", "paper"), "tiny:paper-decay": ("C7", "paper, falling rate"),
@@ -30,8 +27,8 @@ def points(line, speeds):
 
 def main():
     settings, speeds = by_setting(load("results.jsonl")), {x["shape"]: x["seconds"] for x in load("speeds.jsonl")}
-    fig, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
-    for ax, (title, names) in zip(axes, PANELS.items()):
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    for ax, (title, names) in zip(figure.subplots(1, 3), PANELS.items()):
         for name, (colour, label) in names.items():
             for line, style in zip(best(settings, name), ("-", "--")):
                 curve = points(line, speeds)
@@ -46,7 +43,7 @@ def main():
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set(title=title, xlabel="seconds of one H200", ylabel="one-step PSNR, dB", ylim=(final - 5, None))
         ax.legend(loc="lower right", fontsize=8)
-    fig.savefig(os.path.join(HERE, "psnr.png"), dpi=80)
+    figure.savefig(os.path.join(HERE, "psnr.png"), dpi=80)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Tables of results.jsonl and speeds.jsonl, into README.md beside this file: python experiments/efficiency/tables.py"""
+"""Tables of results.jsonl and speeds.jsonl, into README.md beside this file: python -m experiments.efficiency.tables"""
 import json
 import math
 import os
 
+from tools.script import replace_between, run_command
+
 HERE = os.path.dirname(os.path.abspath(__file__))
+MARKS = "<!-- tables.py writes from here -->\n", "<!-- to here -->\n"
 HEADLINE = {  # title -> settings, the paper's first; =rate where the best PSNR costs semantics or has a single seed
     "64 px, tiny": "tiny:paper@2 tiny:paper tiny:paper-decay tiny:fast@1/4 tiny:fast@1/3 tiny:fast@1/2 tiny:fast",
     "64 px, small": "small:paper small:fast@1/4=0.001 small:fast@1/3=0.001 small:fast@1/3",
@@ -130,14 +133,8 @@ def text(settings, speeds):
 
 def main():
     settings, speeds = by_setting(load("results.jsonl")), {x["shape"]: x["seconds"] for x in load("speeds.jsonl")}
-    readme = os.path.join(HERE, "README.md")
-    with open(readme) as f:
-        before, begin, rest = f.read().partition("<!-- tables.py writes from here -->\n")
-    _, end, after = rest.partition("<!-- to here -->\n")
-    assert end, f"{readme} has lost the comments that the tables stand between"
-    with open(readme, "w") as f:
-        f.write(before + begin + "\n".join(text(settings, speeds)) + "\n" + end + after)
+    replace_between(os.path.join(HERE, "README.md"), *MARKS, "\n".join(text(settings, speeds)) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "experiments.efficiency.tables")

@@ -1,6 +1,6 @@
 """A tokenizer on the Kodak set and on eight clips of DAVIS, a per-patch PCA of the same rate beside it.
 
-    python experiments/standard_sets/measure.py --kodak kodak24.zip --davis davis_video.zip --fit PHOTOGRAPHS
+    python -m experiments.standard_sets.measure --kodak kodak24.zip --davis davis_video.zip --fit PHOTOGRAPHS
 
     PSNR      of each image, one-step reconstruction against original, both rounded to uint8, in [0, 1]; then the mean
     ssim      likewise: Gaussian 11x11, sigma 1.5, data range 1
@@ -15,7 +15,6 @@ into README.md, and two pictures, all beside this file. Nothing was tuned on the
 import argparse
 import json
 import os
-import sys
 
 import numpy as np
 import torch
@@ -23,15 +22,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, "..", ".."))
-import eval as evaluation
 from data import ImageDataset, cores
 from decoder import Decoder
 from encoder import Encoder, UserError, write_atomically
-from eval import PERFECT, comparison, fit_patch_pca, image_noise, patch_pca, psnr, round_uint8, ssim
-from tools.script import SHIPPED, commit, run_command
+from eval import PERFECT, comparison, fit_patch_pca, image_noise, patch_pca, psnr, round_uint8, sha256, ssim
+from tools.script import SHIPPED, commit, replace_between, run_command, write_file
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 MARKS = "<!-- measure.py writes from here -->\n", "<!-- to here -->\n"
 SIZE = 256  # of the crops
 
@@ -45,7 +42,8 @@ def pictures(kodak, davis):
     """Yields (row of the table, name, number of the noise, uint8 images (B, 3, H, W)): a Kodak picture, or a clip."""
     whole, crops = ImageDataset(kodak, None, train=False), ImageDataset(kodak, SIZE, train=False)
     for n in range(len(whole)):
-        name, img = os.path.splitext(os.path.basename(whole.path(n)))[0], whole[n][0][None]
+        name = os.path.splitext(os.path.basename(whole.path(n)))[0]
+        img = whole[n][0][None]
         top, left = ((side - SIZE) // 2 for side in img.shape[2:])
         yield "Kodak, whole", name, n, img
         yield f"Kodak, the central {SIZE}x{SIZE} pixels", name, n, img[:, :, top:top + SIZE, left:left + SIZE]
@@ -61,7 +59,8 @@ def measure(enc, dec, pca, items, show=(), batch=11):
     pair of frames); {name in show: (psnr, original | reconstruction | 4 x error)} of the ADM crops.
 
     pca: images -> images. items: what pictures yields."""
-    device, p, rows, shown = dec.mean.device, dec.config.patch, {}, {}
+    device, p = dec.mean.device, dec.config.patch
+    rows, shown = {}, {}
     for row, name, number, img in items:
         x = img.to(device) / 255
         noise = image_noise([number], x.shape[2] * x.shape[3] // p ** 2, 3 * p * p).to(device)
@@ -78,39 +77,54 @@ def measure(enc, dec, pca, items, show=(), batch=11):
     return rows, shown
 
 
+def mean_of(found, key):
+    """The mean over dicts of figures of the means of their lists."""
+    return np.mean([np.mean(figures[key]) for figures in found])
+
+
 def table(results):
     """The Markdown table of results.json: {label: {"rows": what measure returns, ..}}; the PCA of the last."""
-    labels, last = list(results), list(results.values())[-1]["rows"]
-    columns = [(label, results[label]["rows"], "tokenizer") for label in labels] + [("PCA", last, "PCA")]
+    columns = [(label, found["rows"], "tokenizer") for label, found in results.items()]
+    last = columns[-1][1]
+    columns.append(("PCA", last, "PCA"))
     lines = ["| | " + " | ".join(f"{label}: PSNR, ssim | flicker" for label, *_ in columns) + " |",
              "|---|" + "---|---|" * len(columns)]
     clips = [row for row in last if row.startswith("DAVIS")]
     for title, members in [(row, [row]) for row in last] + [(f"DAVIS, mean of {len(clips)} clips", clips)]:
         cells = []
         for _, rows, who in columns:
-            mean = lambda key: np.mean([np.mean(rows[row][who][key]) for row in members])
-            cells.append(f"{mean('psnr'):.2f}, {mean('ssim'):.4f}")
-            cells.append(f"{mean('flicker'):.2f}" if members[0] in clips else "–")
+            found = [rows[row][who] for row in members]
+            cells.append(f"{mean_of(found, 'psnr'):.2f}, {mean_of(found, 'ssim'):.4f}")
+            cells.append(f"{mean_of(found, 'flicker'):.2f}" if members[0] in clips else "–")
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
+def write_picture(path, picture):
+    """Write an image (3, H, W) in [0, 1] as a PNG file."""
+    pixels = (255 * picture).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    write_atomically(path, lambda f: Image.fromarray(pixels).save(f, "PNG", optimize=True))
+
+
 def write_results(folder, label, found, shown):
-    """results.json with `found` under its label, the table and captions in README.md, the pictures."""
-    path = os.path.join(folder, "results.json")
-    results = json.load(open(path)) if os.path.exists(path) else {}
+    """results.json with `found` under its label, the table and captions in README.md, the pictures. Returns the table
+    and the captions."""
+    path, results = os.path.join(folder, "results.json"), {}
+    if os.path.exists(path):
+        with open(path) as f:
+            results = json.load(f)
     results.pop(label, None)  # the newest comes last
     results[label] = found
-    write_atomically(path, lambda f: f.write(json.dumps(results).replace('"rows"', '\n"rows"').encode() + b"\n"))
+    lines = json.dumps(results).replace('"rows"', '\n"rows"') + "\n"  # two for each label
+    write_file(path, lines.encode())
     text = table(results)
     for name, (decibels, picture) in shown.items():
-        picture = Image.fromarray((255 * picture).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
-        write_atomically(os.path.join(folder, f"{name}.png"), lambda f: picture.save(f, "PNG", optimize=True))
+        write_picture(os.path.join(folder, f"{name}.png"), picture)
         text += f"\n![{name}]({name}.png)\n\n*{name}: original, reconstruction ({decibels:.2f} dB), error x4.*\n"
     readme = os.path.join(folder, "README.md")
-    before, rest = (open(readme).read() if os.path.exists(readme) else "".join(MARKS)).split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    write_atomically(readme, lambda f: f.write((before + MARKS[0] + text + MARKS[1] + after).encode()))
+    if not os.path.exists(readme):
+        write_file(readme, "".join(MARKS).encode())
+    replace_between(readme, *MARKS, text)
     return text
 
 
@@ -129,19 +143,20 @@ def main(argv=None):
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     enc, dec = (part.from_pretrained(args.weights).to(device) for part in (Encoder, Decoder))
     p, C = dec.config.patch, dec.config.latent_dim
+    images, frames = (ImageDataset(paths, None, train=False) for paths in (args.kodak, args.davis))
     photographs = ImageDataset(args.fit, SIZE, train=False)
     loader = DataLoader(photographs, 32, num_workers=min(4, cores()))
     mean, basis = fit_patch_pca((img.to(device) / 255 for img, _ in tqdm(loader, "fit PCA")), p, C)
-    images, frames = (ImageDataset(paths, None, train=False) for paths in (args.kodak, args.davis))
     items = tqdm(pictures(args.kodak, args.davis), "pictures and clips", 3 * len(images) + len(frames.classes))
     rows, shown = measure(enc, dec, lambda x: patch_pca(x, mean, basis, p), items, args.show)
-    if unknown := set(args.show) - set(shown):
+    unknown = set(args.show) - set(shown)
+    if unknown:
         raise UserError(f"--show: --kodak has no {' '.join(sorted(unknown))}")
-    found = {"weights": os.path.basename(args.weights), "weights_sha256": evaluation.sha256(args.weights),
+    found = {"weights": os.path.basename(args.weights), "weights_sha256": sha256(args.weights),
              "code": commit(), "torch": torch.__version__, "device": device, "fit_images": len(photographs),
              "pca": f"{C} components of {p}x{p} patches", "rows": rows}
     print(write_results(args.out, args.label, found, shown))
 
 
 if __name__ == "__main__":
-    run_command(main, "measure.py")
+    run_command(main, "experiments.standard_sets.measure")

@@ -1,19 +1,27 @@
 """A model file in half the bytes: all tensors as fp16, which every reader turns into fp32 again.
 
-    python experiments/tiny_imagenet/half.py out/model.safetensors weights/uniflow-tiny.safetensors
+    python -m experiments.tiny_imagenet.half out/model.safetensors weights/uniflow-tiny.safetensors
 """
+import argparse
 import os
-import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-from encoder import open_weights, read_config, write_model
+from encoder import UserError, open_weights, read_config, write_model
+from tools.script import run_command
+
+
+def main(argv=None):
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("source", metavar="SOURCE", help="a model file")
+    ap.add_argument("target", metavar="TARGET", help="the file to write")
+    args = ap.parse_args(argv)
+    names, read = open_weights(args.source)
+    tensors = {name: read(name).half() for name in sorted(names)}
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise UserError(f"{args.source} cannot be written as fp16: {name} has a value beyond its range")
+    write_model(args.target, read_config(args.source), tensors)
+    print(f"{args.target}: {os.path.getsize(args.target) / 1e6:.1f} MB")
+
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    source, target = sys.argv[1:]
-    names, get = open_weights(source)
-    tensors = {name: get(name).half() for name in sorted(names)}
-    assert all(x.isfinite().all() for x in tensors.values()), "a value is beyond fp16"
-    write_model(target, read_config(source), tensors)
-    print(f"{target}: {os.path.getsize(target) / 1e6:.1f} MB")
+    run_command(main, "experiments.tiny_imagenet.half")
