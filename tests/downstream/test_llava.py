@@ -911,7 +911,7 @@ def test_the_study_gives_each_row_its_encoder_its_questions_and_its_line():
     """With scripts that only record their commands: what they would be asked to do, and what stays."""
     with tempfile.TemporaryDirectory() as tmp:
         commands, results = [], os.path.join(tmp, "results.jsonl")
-        for name in "llm", "easy_vqa", "coco_mini":
+        for name in "llm", "easy_vqa", "coco_mini", "tiny_imagenet":
             os.makedirs(os.path.join(tmp, name))
 
         def run_module(folder, *command):
@@ -930,34 +930,39 @@ def test_the_study_gives_each_row_its_encoder_its_questions_and_its_line():
                         f.write(text + "\n")
         flags = ["--llm", os.path.join(tmp, "llm"), "--data", tmp, "--weights", "W", "--pixels", __file__, "--work",
                  os.path.join(tmp, "work"), "--results", results, "--parallel", "1", "--seeds", "3", "--sizes", "32"]
+        rows = ["easy_vqa", "coco_mini@32:random", "tiny_imagenet@32:teacher", *flags]
         with unittest.mock.patch.object(study, "run_module", run_module), \
                 contextlib.redirect_stdout(io.StringIO()) as out:
-            study.main(["easy_vqa", "coco_mini@32:random", *flags])
+            study.main(rows)
             lines, first = [json.loads(x) for x in open(results)], len(commands)
-            study.main(["easy_vqa", "coco_mini@32:random", *flags])
+            study.main(rows)
             said = refused_by(study.main, "easy_vqa", "student:4", *flags)
         assert "no such rows: student:4; there are easy_vqa@32:student:3 easy_vqa@32:teacher:3 " in said, said
         assert len(commands) == first, "rows that stand there are not run again"
-        assert [x["row"] for x in lines] == [f"easy_vqa@32:{eye}:3" for eye in study.EYES] + ["coco_mini@32:random:3"]
+        assert [x["row"] for x in lines] == [
+            *(f"easy_vqa@32:{eye}:3" for eye in study.EYES), "coco_mini@32:random:3", "tiny_imagenet@32:teacher:3"]
         assert lines[0]["accuracy"] == 91.5 and lines[0]["steps"] == 7 and lines[0]["asked_shuffled_accuracy"] == 91.5
         assert "asked_shuffled_accuracy" not in lines[1] and "accuracy 91.5" in out.getvalue()
         trained = [llava.parse_args(x[1:]) for x in commands if x[1] == "train"]
         eyes = [(a.weights, a.teacher, a.teacher_weights) for a in trained[1::2]]
         assert eyes == [("W", None, None), (None, "tiny", None), (__file__, None, None), (None, "tiny", "random"),
-                        ("W", None, None), ("W", None, None), (None, "tiny", "random")], eyes
+                        ("W", None, None), ("W", None, None), (None, "tiny", "random"), (None, "tiny", None)], eyes
         for k, (one, two) in enumerate(zip(trained[::2], trained[1::2])):
             control = {4: "_no_picture", 5: "_shuffled"}.get(k, "")
-            data = "coco_mini/train/llava_train.json" if k == 6 else f"easy_vqa/train/llava{control}.json"
+            data = {6: "coco_mini/train/llava_train.json", 7: "tiny_imagenet/train/llava.json"}.get(
+                k, f"easy_vqa/train/llava{control}.json")
             assert one.data == two.data == [os.path.join(tmp, data)] and two.init == one.out and one.init is None
             assert (one.stage, two.stage, one.template, two.template) == (1, 2, "chat", "chat")
             assert (one.lr, two.lr, one.epochs, two.epochs, one.seed, two.size) == (1e-3, 1e-4, 1, 2, 3, 32)
         asked = [llava.parse_args(x[1:]).questions for x in commands if x[1] == "answer"]
         assert [os.path.relpath(x, tmp) for x in asked] == [f"easy_vqa/questions{x}.jsonl" for x in (
-            "", "_shuffled", "", "", "", "_no_picture", "_shuffled")] + ["coco_mini/questions.jsonl"]
-        assert [x[1] for x in commands if x[0] == "downstream.vqa"] == ["exact"] * 7 + ["pope"]
+            "", "_shuffled", "", "", "", "_no_picture", "_shuffled")] + [
+                "coco_mini/questions.jsonl", "tiny_imagenet/questions.jsonl"]
+        assert [x[1] for x in commands if x[0] == "downstream.vqa"] == ["exact"] * 7 + ["pope", "exact"]
         left = [name for _, _, names in os.walk(os.path.join(tmp, "work")) for name in names]
         assert "log.jsonl" in left and "state.pt" not in left and "model.safetensors" not in left
-        raises(UserError, study.main, ["pixels", *flags[:6], "--results", results + "2"], words="--pixels FILE")
+        raises(UserError, study.main, ["easy_vqa@64:pixels", *flags[:6], "--results", results + "2"],
+               words="--pixels FILE")
         raises(UserError, study.main, ["all", *flags[:2], "--data", "none"], words="is no folder")
 
 
