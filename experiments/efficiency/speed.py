@@ -16,6 +16,7 @@ SHAPES = ("tiny/64/64 tiny/64/128 tiny/64/256 small/64/64 small/64/128 small/64/
 
 def measure_speed(shape):
     """Seconds of a training step alone on this GPU, from images on it, and of its teacher: a line of speeds.jsonl."""
+    torch.set_float32_matmul_precision("high")  # TF32, as in training
     teacher, size, batch = shape.split("/")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
