@@ -59,7 +59,7 @@ def default_workers(most):
 
 
 def check_size(size, patch, whose=""):
-    """Raise UserError unless --size is a multiple of the patch. whose: " of" what this is the patch."""
+    """Raise UserError unless --size is a multiple of the patch. The message names whose patch it is: " of FILE"."""
     if size % patch:
         near = max(1, round(size / patch)) * patch
         raise UserError(f"--size {size} is no multiple of the patch {patch}{whose}: try --size {near}")
