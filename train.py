@@ -210,6 +210,7 @@ def setup(args, run):
     s = SimpleNamespace(args=args, run=run)
     s.micro_batch, s.accumulation = split_batch(args.batch_size, args.micro_batch, run.ranks)
     s.data, s.val, s.val_name = build_data(args)  # first, so that a wrong path is an error before a download
+    run.hold_folder()  # likewise; and before resume reads it, so that no other run writes to it meanwhile
     s.teacher, s.encoder, s.decoder = (m.to(run.device) for m in build_models(args))
     s.optimizer = build_optimizer(args, s.encoder, s.decoder)
     s.rates = [group["lr"] for group in s.optimizer.param_groups]
@@ -358,7 +359,6 @@ def main(argv=None, on_signal=None):
     args = parse_args(argv)
     run = Run(args.out)
     s = setup(args, run)
-    run.hold_folder()  # before resume reads it, so that no other run writes to it meanwhile
     if not resume(s):
         return
     now = s.now

@@ -180,6 +180,10 @@ TABLE = [
      "test_a_training_graph_is_for_one_gpu"),
     ("only the last micro-batch counts", "train.py", "overwrites = graphed and accumulation == 1",
      "overwrites = graphed", "test_a_training_graph_is_for_one_gpu"),
+    ("a folder after a download", "train.py", "    run.hold_folder()  # likewise; and before resume reads it, so that "
+     "no other run writes to it meanwhile\n    s.teacher, s.encoder, s.decoder = (m.to(run.device) for m in "
+     "build_models(args))\n", "    s.teacher, s.encoder, s.decoder = (m.to(run.device) for m in build_models(args))\n"
+     "    run.hold_folder()\n", "test_a_run_from_its_folder_to_its_end"),
     ("a resume reads --init", "train.py", 'args.init and not os.path.exists(os.path.join(args.out, "state.pt"))',
      "args.init", "test_options_of_the_method"),
     ("a run renames its own --init", "tools/recipes.py", "if args.init and os.path.realpath(", "if False and (",

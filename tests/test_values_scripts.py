@@ -588,8 +588,11 @@ def test_a_run_from_its_folder_to_its_end():
         assert not os.path.exists(os.path.join(tmp, "other")) and said.getvalue() == ""
         file = os.path.join(tmp, "file")
         open(file, "w").close()
-        refused(encoder.UserError, running.Run(os.path.join(file, "x")).hold_folder,
-                says=f"--out {file}/x is no folder to write to ([Errno 20] Not a directory: '{file}/x')")
+        no_folder = f"--out {file}/x is no folder to write to ([Errno 20] Not a directory: '{file}/x')"
+        refused(encoder.UserError, running.Run(os.path.join(file, "x")).hold_folder, says=no_folder)
+        with patch.object(train, "load_teacher", side_effect=AssertionError("a download before the folder")):
+            refused(encoder.UserError, train.setup, train.parse_args(["--teacher", "tiny"]),
+                    running.Run(os.path.join(file, "x")), says=no_folder)
         held = running.Run(tmp)
         for e in BlockingIOError(errno.EAGAIN, "x"), PermissionError(errno.EACCES, "x"):
             with patch.object(running.fcntl, "lockf", side_effect=e):
@@ -816,7 +819,6 @@ def test_a_log_line_of_several_gpus():
         judged, s.args.micro_batch, s.micro_batch = [], 16, 8
         s.averaged = {"encoder": "averaged encoder", "decoder": "averaged decoder"}
         picture_ = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
-        os.makedirs(os.path.join(s.run.out, "samples"))
         s.run.rank, s.args.seed, s.args.workers = 0, 9, 3
         with patch.object(train, "validate", lambda *what: judged.append(what) or (20.456, [0.5, 0.25], picture_)):
             train.evaluate(s)
