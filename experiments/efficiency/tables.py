@@ -80,60 +80,98 @@ def both(lines, key, digits=2):
     return " / ".join(f"{x[key]:.{digits}f}" for x in lines) or "–"
 
 
-def spread(settings, wanted):
-    """(pairs, standard deviation of PSNR, of the probe) between two seeds, pooled over the settings `wanted` takes."""
-    pairs = [(rows[rate, 0], x) for name, rows in settings.items() if wanted(name)
-             for (rate, seed), x in rows.items() if seed == 1 and "psnr" in x and "psnr" in rows.get((rate, 0), {})]
-    deviation = lambda key: math.sqrt(sum((a[key] - b[key]) ** 2 / 2 for a, b in pairs) / len(pairs))
-    return len(pairs), deviation("psnr"), deviation("linear")
+def is_constant(name):
+    """Whether a setting keeps its learning rate constant."""
+    return name.partition(":")[2].partition("@")[0] in ("paper", "constant", "ema-constant")
 
 
-def text(settings, speeds):
-    """All tables, as lines of Markdown."""
-    yield from ("", "| seeds 0 / 1 | rate | steps | GPU s | share | PSNR | probe | 42 kept back |", "|---" * 8 + "|")
+def seed_pairs(settings):
+    """The two lines of each row that has seeds 0 and 1, both with a PSNR."""
+    for rows in settings.values():
+        for (rate, seed), line in rows.items():
+            first = rows.get((rate, 0), {})
+            if seed == 1 and "psnr" in line and "psnr" in first:
+                yield first, line
+
+
+def deviation(pairs, key):
+    """The standard deviation of a figure between two seeds, pooled over pairs of lines."""
+    return math.sqrt(sum((a[key] - b[key]) ** 2 / 2 for a, b in pairs) / len(pairs))
+
+
+def headline(settings, speeds):
+    """The table of the settings that are compared with the paper's, as lines of Markdown."""
+    yield "| seeds 0 / 1 | rate | steps | GPU s | share | PSNR | probe | 42 kept back |"
+    yield "|---" * 8 + "|"
     for title, names in HEADLINE.items():
-        whole = None
+        seconds_of_paper = None
         for name in names.split():
             lines = best(settings, name)
-            seconds, steps = sum(gpu_seconds(lines[0], speeds)), " + ".join(map(str, lines[0]["steps"]))
-            whole = whole or seconds
+            seconds = sum(gpu_seconds(lines[0], speeds))
+            seconds_of_paper = seconds_of_paper or seconds  # it comes first
             lever = name.partition(":")[2].partition("=")[0]
+            steps = " + ".join(map(str, lines[0]["steps"]))
+            kept = [x["kept"] for x in lines if "kept" in x]
             yield (f"| {title}: {lever} | {lines[0]['rate']:g} | {steps} | {seconds:.1f} "
-                   f"| {seconds / whole:.2f} | {both(lines, 'psnr')} | {both(lines, 'linear')} "
-                   f"| {both([x['kept'] for x in lines if 'kept' in x], 'psnr')} |")
-    for title, names in LEVERS.items():
-        yield from ("", f"| {title}: PSNR of seed 0 at rate | " + " | ".join(f"{r:g}" for r in RATES)
-                    + " | best, seed 1 | probe | L_dist | GPU s |", "|---" * (5 + len(RATES)) + "|")
-        for name, label in names.items():
-            if name not in settings:
-                yield f"| {label} | not run |" + " |" * (3 + len(RATES))
-                continue
-            psnr = {rate: f"{x['psnr']:.2f}" if "psnr" in x else "diverged"
-                    for (rate, seed), x in settings[name].items() if seed == 0}
-            lines = best(settings, name)
-            yield (f"| {label} | " + " | ".join(psnr.get(rate, "") for rate in RATES) + f" | {both(lines[1:], 'psnr')} "
-                   f"| {both(lines, 'linear')} | {both(lines, 'loss_dist', 4)} "
-                   f"| {sum(gpu_seconds(lines[0], speeds)):.1f} |")
+                   f"| {seconds / seconds_of_paper:.2f} | {both(lines, 'psnr')} | {both(lines, 'linear')} "
+                   f"| {both(kept, 'psnr')} |")
+
+
+def levers(title, settings, speeds):
+    """The table of all settings of one base, as lines of Markdown: the PSNR at every rate, then the best."""
+    rates = " | ".join(f"{rate:g}" for rate in RATES)
+    yield f"| {title}: PSNR of seed 0 at rate | {rates} | best, seed 1 | probe | L_dist | GPU s |"
+    yield "|---" * (5 + len(RATES)) + "|"
+    for name, label in LEVERS[title].items():
+        if name not in settings:
+            yield f"| {label} | not run |" + " |" * (3 + len(RATES))
+            continue
+        psnr = {rate: f"{x['psnr']:.2f}" if "psnr" in x else "diverged"
+                for (rate, seed), x in settings[name].items() if seed == 0}
+        lines = best(settings, name)
+        yield (f"| {label} | " + " | ".join(psnr.get(rate, "") for rate in RATES) + f" | {both(lines[1:], 'psnr')} "
+               f"| {both(lines, 'linear')} | {both(lines, 'loss_dist', 4)} "
+               f"| {sum(gpu_seconds(lines[0], speeds)):.1f} |")
+
+
+def noise(settings):
+    """One line: the teachers' probes, and how much two seeds differ."""
     teachers = " and ".join(f"{best(settings, name)[0]['linear_teacher']:.2f} (`{name.partition(':')[0]}`)"
                             for name in ("tiny:base", "small:paper"))
-    constant = lambda name: name.partition(":")[2].partition("@")[0] in ("paper", "constant", "ema-constant")
-    falling = lambda *bases: lambda name: name.partition(":")[0] in bases and not constant(name)
-    kinds = {"at 64 px with a falling rate": falling("tiny", "small"),
-             "at 256 px with a falling rate": falling("photos"),
-             "with the paper's constant rate": lambda name: "paper" in name and constant(name)}
-    noise = ["{1:.2f} dB and {2:.2f} points of the probe {3} ({0} pairs)".format(*spread(settings, kind), name)
-             for name, kind in kinds.items()]
-    yield from ("", f"Teachers: probe {teachers}. Standard deviation between two seeds: {', '.join(noise)}.", "")
-    yield from ("| alone on one H200: teacher/size/batch | ms a step | img/s | ms with `--ema` |", "|---|---|---|---|")
-    for x in sorted(load("speeds.jsonl"), key=lambda x: [int(n) if n.isdigit() else n for n in x["shape"].split("/")]):
-        rate = int(x["shape"].split("/")[2]) / x["seconds"]
-        yield f"| {x['shape']} | {1e3 * x['seconds']:.2f} | {rate:,.0f} | {1e3 * x['seconds_ema']:.2f} |"
-    yield ""
+    falling = {name: rows for name, rows in settings.items() if not is_constant(name)}
+    kinds = {
+        "at 64 px with a falling rate": {k: x for k, x in falling.items() if not k.startswith("photos:")},
+        "at 256 px with a falling rate": {k: x for k, x in falling.items() if k.startswith("photos:")},
+        "with the paper's constant rate": {k: x for k, x in settings.items() if is_constant(k) and "paper" in k}}
+    parts = []
+    for kind, some in kinds.items():
+        pairs = list(seed_pairs(some))
+        parts.append(f"{deviation(pairs, 'psnr'):.2f} dB and {deviation(pairs, 'linear'):.2f} points of the probe "
+                     f"{kind} ({len(pairs)} pairs)")
+    return f"Teachers: probe {teachers}. Standard deviation between two seeds: {', '.join(parts)}."
+
+
+def step_times(lines):
+    """The table of speeds.jsonl, as lines of Markdown."""
+    yield "| alone on one H200: teacher/size/batch | ms a step | img/s | ms with `--ema` |"
+    yield "|---|---|---|---|"
+    rows = []
+    for x in lines:
+        teacher, size, batch = x["shape"].split("/")
+        rows.append((teacher, int(size), int(batch), x["seconds"], x["seconds_ema"]))
+    for teacher, size, batch, seconds, seconds_ema in sorted(rows):
+        yield (f"| {teacher}/{size}/{batch} | {1e3 * seconds:.2f} | {batch / seconds:,.0f} "
+               f"| {1e3 * seconds_ema:.2f} |")
 
 
 def main():
-    settings, speeds = by_setting(load("results.jsonl")), {x["shape"]: x["seconds"] for x in load("speeds.jsonl")}
-    replace_between(os.path.join(HERE, "README.md"), *MARKS, "\n".join(text(settings, speeds)) + "\n")
+    settings, times = by_setting(load("results.jsonl")), load("speeds.jsonl")
+    speeds = {x["shape"]: x["seconds"] for x in times}
+    lines = ["", *headline(settings, speeds)]
+    for title in LEVERS:
+        lines += ["", *levers(title, settings, speeds)]
+    lines += ["", noise(settings), "", *step_times(times), ""]
+    replace_between(os.path.join(HERE, "README.md"), *MARKS, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
