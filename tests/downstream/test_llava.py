@@ -1533,10 +1533,17 @@ def test_answers_are_written_as_they_come():
             refused(UserError, quietly, *ask, says=f"--answers {out} is there already: move it away to answer again")
             # a part of another run of the same command: of three questions, and a torn line
             os.remove(out)
+            mine = [out + end for end in (".part", ".partial", ".part0.bak", ".part-1")]  # of somebody else
+            for name in mine:
+                with open(name, "w") as f:
+                    f.write("5\n")
             with open(out + ".part3", "w") as f:
                 f.write("".join(json.dumps([k, expected[k]]) + "\n" for k in (5, 0, 2)) + '[1, {"quest')
             assert quietly(*ask).endswith("7 answers by run-0-7\n") and answered(out) == expected
-            assert made[-1]["batch_sampler"] == [[1, 3], [4, 6]] and os.listdir(path("new")) == ["a[1].jsonl"]
+            assert made[-1]["batch_sampler"] == [[1, 3], [4, 6]]
+            assert sorted(os.listdir(path("new"))) == sorted(map(os.path.basename, [out, *mine]))
+            for name in mine:
+                os.remove(name)
             os.remove(out)
             for number, change in ((0, dict(prompt="x")), (0, dict(model_id="other-1")), (7, {})):
                 old = {**expected[0], **change}
@@ -1546,6 +1553,8 @@ def test_answers_are_written_as_they_come():
                     f"{out}.part* are of other questions or of another model ({old['model_id']}, not run-0-7): remove "
                     "them to answer again"))
             os.remove(out + ".part0")
+        refused(UserError, quietly, *without(ask, "--answers"), "--answers", path("data.json/a.jsonl"), says=(
+            f"{path('data.json')} cannot be made a folder, because a file is in its place: give another one"))
         with contextlib.chdir(tmp):
             assert quietly(*without(without(ask, "--answers"), "--workers"), "--workers", 0, "--answers",
                            "here.jsonl") == "here.jsonl: 7 answers by run-0-7\n"
@@ -1553,6 +1562,9 @@ def test_answers_are_written_as_they_come():
         for lines, says in (([], f"--questions {path('q.jsonl')} is empty"), (["7"], form + "(TypeError: "),
                             ([dict(question_id=1, text=2)], form + "(TypeError: "),
                             ([dict(question_id=1)], form + "(KeyError: 'text')"), (["{"], form + "(JSONDecodeError: "),
+                            *(([dict(question_id=1, text="?", image=image)], form + (
+                                f"(TypeError: image is {shown}, not a path, nor a list of paths)"))
+                              for image, shown in ((5, "5"), ({"a": 1}, '{"a": 1}'), (["0.png", 3], '["0.png", 3]'))),
                             ([dict(question_id="b", text="?", image=["0.png", "no.png"])],
                              f"question b: {path('pictures/no.png')} cannot be opened (No such file or directory); "
                              "what is answered so far stays in .part files beside --answers, and the same command goes "
