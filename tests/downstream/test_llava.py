@@ -750,6 +750,16 @@ def test_llava_resumes_exactly():
         assert "finished" in quietly(*flags, "--weights", path("other.safetensors"), "--out", whole, "--resume_anyway")
 
 
+def test_a_longer_run_of_llava_goes_on():
+    """3% of 20 and of 30 steps are one of warm-up, and so its part, and that of the decay, is another one."""
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = training(tmp, "--out", os.path.join(tmp, "run"))
+        for steps in 20, 30:
+            quietly(*flags, "--steps", steps)
+            state = torch.load(os.path.join(tmp, "run", "state.pt"))
+            assert (state["step"], state["args"]["warmup"], state["args"]["lr_decay"]) == (steps, 1, 1 - 1 / steps)
+
+
 def answered(path):
     return [json.loads(line) for line in open(path)]
 
@@ -901,6 +911,17 @@ def test_llavas_bench_counts_what_is_computed():
         llm = 2 * (2 * length * (4 * 32 * 32 + 3 * 32 * 64) + 2 * length ** 2 * 32) + 2 * 10 * 128 * 32
         ours = llava_speed.training_flops(llava_speed.make_model(args, "cpu"), args, length, 10, tiles)
         assert ours == tiles * (factors[0] * vit + 3 * projector) + factors[1] * llm, (variant, stage)
+    for flags, says in (
+            (["--text", 29, "--answer", 20], "--text 29 is all of a sample's text, and --answer 20 a part of it: give "
+             "--text 30 or more"),
+            (["--size", 72, "--pool", 2], "--size 72 is no multiple of the patch 16 of tiny times --pool 2: try --size "
+             "64"),
+            (["--size", 60], "--size 60 is no multiple of the patch 8 of tiny times --pool 1: try --size 64"),
+            (["--variant", "lv", "--stage", 3], "--variant lv has no --stage 3: see llava.STAGES")):
+        refused(UserError, quietly, "bench", "--llm", "micro", "--encoder", "tiny", "--size", 64, *flags, says=says)
+    said = quietly("bench", "--llm", "micro", "--encoder", "tiny", "--size", 64, "--variant", "lv", "--stage", 2,
+                   "--text", 30, "--answer", 20, "--micro_batch", 1, "--new_tokens", 1, "--generate_batch", 1)
+    assert "samples of 64 visual and 30 other tokens" in said
     said = quietly("bench", "--llm", "micro", "--encoder", "tiny", "--size", 64, "--variant", "xl", "--stage", 3,
                    "--text", 30, "--answer", 10, "--micro_batch", 1, "--new_tokens", 3, "--generate_batch", 1, 2)
     assert "samples of 264 visual and 30 other tokens" in said and "of the ceiling" in said
