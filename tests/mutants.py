@@ -3788,7 +3788,7 @@ TABLE = [
     ("a line that is an empty list", "downstream/questions.py", "if item is not None and not isinstance",
      "if item and not isinstance", "test_bad_answers_and_labels_are_one_line"),
     ("segmentation: no warm-up by itself", "downstream/segment.py", "warmup=min(1500, steps // 100)", "warmup=0",
-     "test_training_and_bench_hand_on_what_they_are_told"),
+     "test_what_is_trained_starts_from_the_weights_given"),
     ("a probe cannot be extended", "downstream/finetune.py", '.union(getattr(args, "by_length", ()))', "",
      "test_a_probe_is_extended"),
     ("a resume of depth needs --init", "downstream/depth.py", "args.init and not finetune.has_checkpoint(args)",
