@@ -1050,7 +1050,7 @@ def test_flags_have_their_defaults_and_their_ranges():
         assert vars(llava.parse_args(list(map(str, without(need["train"], *names) + ["--init", "i"]))))["init"] == "i"
     # what a resume may change
     free = set("llm weights teacher teacher_weights images data init out steps epochs workers micro_batch compile "
-               "checkpoint_activations log_every save_every keep_every resume_anyway warmup".split())
+               "checkpoint_activations log_every save_every keep_every resume_anyway warmup lr_decay".split())
     state = {**dict.fromkeys("tensors step samples sums faults cut id config".split(), 0), "args": train}
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "state.pt")
