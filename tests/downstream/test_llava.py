@@ -496,8 +496,12 @@ def test_batches_are_of_one_kind_and_dealt_out_by_length():
         assert data.lengths.tolist() == 2 * [3, 3 + 4, *[3] * 6, *[4] * 8]
         assert data.pictured.tolist() == 2 * [*[True] * 8, *[False] * 8]
         assert data.read(17) == data.read(1) == [["1.png"], [["<image>\nWhat?", "b"], ["is it?", "it is"]]]
-        raises(UserError, llava_data.Conversations, [path], folder, None, None, 17, 0, 99, words="no batch of 17")
-        assert sorted(map(llava_data.Conversations([path], folder, None, None, 16, 0, 99).index, range(16))) == list(
+        words = Prompter(tokenizer(), "vicuna")
+        raises(UserError, llava_data.Conversations, [path], folder, words, None, 17, 0, 99, words="no batch of 17")
+        refused(UserError, llava_data.Conversations, [path], folder, Prompter(tokenizer(), "plain"), None, 4, 0, 99,
+                says="sample 2 of --data has 2 questions, and the plain template takes one with its answer: give "
+                "captions, or another --template")
+        assert sorted(map(llava_data.Conversations([path], folder, words, None, 16, 0, 99).index, range(16))) == list(
             range(16)), "one batch is enough"
 
 
