@@ -36,7 +36,7 @@ from encoder import TEACHERS, Encoder, UserError, ViT, load_exactly, write_atomi
 from tools.job import Job
 from tools.pictures import free_path, read_pictures
 from tools.run import command_line
-from tools.script import number, rank_and_device
+from tools.script import check_report, make_folder, number, rank_and_device
 
 CROPS = {"none": None, "eigen": (slice(45, 471), slice(41, 601))}  # rows and columns that are measured, of 480 x 640
 COLOURS = np.array([(252, 255, 164), (249, 142, 9), (188, 55, 84), (87, 16, 110), (0, 0, 4)])  # inferno, near to far
@@ -171,7 +171,7 @@ def parse_args(argv=None):
     add("--run", required=True, metavar="FOLDER", help="of training, or its model.safetensors")
     add("--data", nargs="+", required=True, metavar="PATH", help="a data set")
     add("--split", default="val", help="[%(default)s]")
-    add("--unit", type=number(float, 0), default=0.001, help="metres of one count of the PNGs [%(default)s]")
+    add("--unit", type=number(float, 1e-9), default=0.001, help="metres of one count of the PNGs [%(default)s]")
     add("--crop", choices=CROPS, default="none", help="the part that is measured [%(default)s]")
     add("--out", metavar="FILE", help="also write the report as JSON")
     add_precision(part, on_gpu)
@@ -231,6 +231,8 @@ def train(args, on_signal=None):
     if args.val:
         metric = [(args.val, metric[0][1] if metric else 0.001)]
     val = DepthPairs(metric[0][0], args.val_split, metric[0][1]) if metric else None
+    if not val and (args.crop != "none" or args.val_split != "val"):
+        raise UserError("--crop and --val_split are of what is measured, and a disparity is not: give --val, metres")
     rank = rank_and_device()[0]
     for data in sets if rank == 0 else []:
         print(check(data, args.max_depth if args.target == "metric" else None, args.workers), flush=True)
@@ -238,7 +240,7 @@ def train(args, on_signal=None):
         print(check(val, args.max_depth, args.workers, most=100), flush=True)
     config = {k: getattr(args, k) for k in ("head", "head_width", "target", "max_depth", "size")}
     model = build(config, finetune.load_backbone(args))
-    if args.init:
+    if args.init and not finetune.has_checkpoint(args):
         begin_with(model, finetune.load_model(args.init, build, "cpu")[0], args.init)
 
     def evaluate():
@@ -264,6 +266,7 @@ def load(args):
 
 def test(args):
     """Errors of a run on a data set: the report."""
+    check_report(args.out, *args.data)
     job, model, config = load(args)
     data = DepthPairs(args.data, args.split, args.unit)
     checked = check(data, model.max_depth, args.workers, most=100) if job.rank == 0 else ""
@@ -285,9 +288,10 @@ def predict(args):
     for img, path, folder in read_pictures(args.files, args.out, "_depth"):
         with job.autocast:
             x = estimate(model, to_tensor(img), config["size"]).numpy()
-        os.makedirs(folder or ".", exist_ok=True)
+        make_folder(folder)
         name = os.path.splitext(os.path.basename(path))[0]
         result = free_path(folder, name, "_depth_mm.png", taken)
+        refuse_others(result)
         picture = draw(x, model.target)
         write_atomically(result + "_depth.png", lambda f: picture.save(f, "PNG"))
         if args.raw == "npy":
@@ -297,6 +301,16 @@ def predict(args):
             write_atomically(result + "_depth_mm.png", lambda f: millimetres.save(f, "PNG"))
         near, far = limits(x, model.target)
         print(f"{result}_depth.png: {near:.2f} to {far:.2f}" + " m" * (model.target == "metric"))
+
+
+def refuse_others(result):
+    """Raise UserError if NAME_depth.png or its values are there alone: then they are not of `predict`, which writes
+    both, but perhaps what a camera measured."""
+    picture, *values = (result + ending for ending in ("_depth.png", "_depth.npy", "_depth_mm.png"))
+    there = [path for path in (picture, *values) if os.path.exists(path)]
+    if there and (picture not in there or len(there) == 1):
+        raise UserError(f"{there[0]} is there already and no estimate of this command, which writes a picture and its "
+                        "values: give another --out")
 
 
 def bench(args):

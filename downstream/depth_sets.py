@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from downstream.pairs import Pairs
-from encoder import UserError, write_atomically
+from encoder import UserError, one_line, write_atomically
+from tools.script import make_folder
 
 LEAST = 1e-3  # metres: what is nearer is no measurement
 
@@ -95,17 +96,28 @@ def check(data, max_depth, workers, most=10_000):
     return line
 
 
+def open_nyu(mat, splits):
+    """NYUv2's labelled set as an open HDF5 file, and the numbers, from 1, of the pairs in each of its splits."""
+    try:
+        import h5py
+        from scipy.io import loadmat
+    except ImportError as e:
+        raise UserError(f"convert needs h5py and scipy ({e}): pip install -r downstream/requirements.txt") from None
+    try:
+        found = loadmat(splits)
+        return h5py.File(mat, "r"), {split: found[split + "Ndxs"].flatten() for split in ("train", "test")}
+    except (OSError, ValueError, KeyError, NotImplementedError) as e:
+        raise UserError(f"{mat} and {splits} are not NYUv2's nyu_depth_v2_labeled.mat and splits.mat, in this order "
+                        f"({type(e).__name__}: {one_line(e)})") from None
+
+
 def convert(args):
     """NYUv2's labelled set, as published -> folders of its official split: train (795) and test (654), millimetres."""
-    import h5py
-    from scipy.io import loadmat
-
-    splits = loadmat(args.splits)
-    with h5py.File(args.mat, "r") as f:
-        for split in "train", "test":
+    f, numbers_of = open_nyu(args.mat, args.splits)
+    with f:
+        for split, numbers in numbers_of.items():
             for kind in "images", "depth":
-                os.makedirs(os.path.join(args.out, split, kind), exist_ok=True)
-            numbers = splits[split + "Ndxs"].flatten()  # from 1
+                make_folder(os.path.join(args.out, split, kind))
             for n in tqdm(numbers, desc=split):
                 img = np.transpose(f["images"][n - 1])  # MATLAB's order, read as C: (3, W, H) -> (H, W, 3)
                 depth = np.transpose(f[args.field][n - 1])  # metres
@@ -113,4 +125,4 @@ def convert(args):
                 for kind, x in ("images", img), ("depth", millimetres):
                     path = os.path.join(args.out, split, kind, f"{n:04d}.png")
                     write_atomically(path, lambda f: Image.fromarray(x).save(f, "PNG"))
-    print(f"{args.out}: {len(splits['trainNdxs'])} pairs in train, {len(splits['testNdxs'])} in test")
+    print(f"{args.out}: {len(numbers_of['train'])} pairs in train, {len(numbers_of['test'])} in test")

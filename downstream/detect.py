@@ -58,7 +58,7 @@ from encoder import TEACHERS, Encoder, UserError, ViT, write_atomically
 from tools.job import Job
 from tools.pictures import free_path, read_pictures
 from tools.run import command_line
-from tools.script import default_workers, number, write_file
+from tools.script import check_output, check_report, default_workers, make_folder, number, write_file
 
 STRIDES = (4, 8, 16, 32)  # of the levels from which boxes are read; the RPN has one more, 64
 
@@ -249,6 +249,8 @@ def test(args):
     model, config = load_model(args.run, build, job.device)
     data = CocoDetection(args.data, args.split, model.size, train=False)
     check_categories(data, config["categories"], args.run)
+    check_output(args.results, args.data, data.truth)
+    check_report(args.out, args.data, data.truth, args.results or "")
     results, figures = find_all(model, data, args.batch_size, args.workers, args.bf16)
     if args.results and job.rank == 0:
         write_file(args.results, json.dumps(results).encode())
@@ -271,7 +273,7 @@ def predict(args):
         found, = model.find(to_canvas(img, view, model.size)[None].to(device), [view], args.score)
         name = os.path.splitext(os.path.basename(path))[0]
         result = free_path(folder, name, "_objects.png", taken) + "_objects.png"
-        os.makedirs(folder or ".", exist_ok=True)
+        make_folder(folder)
         picture = draw(img, found, names, args.score)
         write_atomically(result, lambda f: picture.save(f, "PNG"))
         said = [f"{names[label - 1]} {score:.2f}" for label, score in zip(found["labels"], found["scores"])]

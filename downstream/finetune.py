@@ -15,6 +15,7 @@ GPUs (SyncBatchNorm); on CPUs, which lack that, it sees its rank's, and the rank
 each step. With accumulation it sees one micro-batch at a time.
 """
 import argparse
+import os
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -34,8 +35,8 @@ from tools.run import INTERRUPTS, Run, listen, loop, seed_step
 from tools.script import check_locks, commit, default_workers, number
 
 # These arguments may differ when a run is resumed; how many samples there are, and the backbone's weights, may not.
-MAY_DIFFER = set("data val weights teacher_weights out steps epochs workers micro_batch compile log_every eval_every "
-                 "save_every keep_every resume_anyway".split())
+MAY_DIFFER = set("data val weights teacher_weights init out steps epochs workers micro_batch compile log_every "
+                 "eval_every save_every keep_every resume_anyway by_length".split())
 STATE = "model optimizer step samples sums faults args id config".split()
 
 
@@ -85,6 +86,20 @@ def add_flags(parser, **defaults):
     flags = {action.dest for action in parser._actions}
     assert defaults.keys() <= flags, f"no such flag: {defaults.keys() - flags}"
     parser.set_defaults(**defaults)
+
+
+def follow_length(args, **values):
+    """Set flags that were not given to values that follow from the length of the run. Where a resumed run has another
+    length, these flags may differ, too."""
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+            args.by_length = [*getattr(args, "by_length", []), name]
+
+
+def has_checkpoint(args):
+    """Whether the run in --out goes on from a checkpoint, which has all weights: no --init is read then."""
+    return os.path.exists(os.path.join(args.out, "state.pt"))
 
 
 def to_device(x, device):
@@ -156,7 +171,7 @@ def spread_over_ranks(s):
 def resume(s):
     """Go on from RUN/state.pt if there is one, on all ranks from the same; whether there are steps left."""
     args, run, now, path = s.args, s.run, s.now, s.run.path("state.pt")
-    if state := run.load(STATE, args, MAY_DIFFER):
+    if state := run.load(STATE, args, MAY_DIFFER.union(getattr(args, "by_length", ()))):
         load_tensors(s.model, state["model"], path)
         run.restore(state, now, s.optimizer)
         if run.rank == 0:  # a run that was killed between the two has not written it

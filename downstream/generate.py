@@ -34,7 +34,7 @@ from tools.batches import load_batches, split_batch
 from tools.latents import LatentDataset
 from tools.optimizer import average_weights, capture_graph, rate_factor, take_means, update_weights
 from tools.run import INTERRUPTS, Run, command_line, listen, loop, seed_step
-from tools.script import check_locks, commit, default_workers, find_weights, number
+from tools.script import check_locks, check_size, commit, default_workers, find_weights, number
 
 # blr: the rate at a batch of 256, with which it grows; warmup: the part of the run over which it rises
 MAR_RECIPE = dict(epochs=400, batch_size=2048, blr=1e-4, warmup=0.25, ema=0.9999, weight_decay=0.02, clip=3.0)
@@ -134,6 +134,7 @@ def build_data(args, device):
         raise UserError(f"{weights} has no latent statistics yet: python -m tools.latents stats --data "
                         f"{' '.join(args.data)} --weights {weights}")
     size = args.size or read_config(weights)["size"]
+    check_size(size, dec.config.patch, f" of {weights}")
     data = ImageDataset(args.data, size, True, args.seed, (1.0, 1.0))
     data.replace = False  # another image that stands in would have no label
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -163,7 +164,8 @@ def setup(args, run):
     changes = sampling.changes(args.model, args.set)
     changes.update(channels=shape[0], grid=shape[1], classes=len(s.data.classes))
     s.model = sampling.build(args.model, **changes).to(run.device)
-    left = mar.load_released(s.model, args.init) if args.init else None
+    begins = args.init and not os.path.exists(run.path("state.pt"))  # which has all weights
+    left = mar.load_released(s.model, args.init) if begins else None
     s.averaged = copy.deepcopy(s.model).requires_grad_(False).eval()
     s.weights, s.averages = list(s.model.parameters()), list(s.averaged.parameters())
     s.optimizer = build_optimizer(s.model, args)
@@ -178,7 +180,7 @@ def setup(args, run):
     s.now = run.counts(3)  # loss, gradient norm, steps
     run.say(f"data: {args.images}, {len(s.data.classes)} classes")  # args.images a resume compares
     run.say(f"model: {args.model} of {sum(p.numel() for p in s.weights) / 1e6:.1f}M parameters")
-    if args.init:
+    if begins:
         run.say(f"its blocks start from {args.init}, but not {len(left)} tensors: {' '.join(left)[:80]} ..")
     run.say(f"run: {args.steps:,} steps of {args.batch_size} = micro-batch {s.micro_batch} x accumulation "
             f"{s.accumulation} x {run.ranks} rank{'s' * (run.ranks > 1)} on {run.device.type}; recipe {args.recipe}: "

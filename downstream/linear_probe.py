@@ -147,6 +147,8 @@ def parse_args(argv=None):
         args.batch_size = args.batch_size or recipe["batch_size"]
         args.epochs = args.epochs or (None if args.steps else recipe["epochs"])
         args.lr = recipe["blr"] * args.batch_size / 256 if args.lr is None else args.lr
+        if args.drop_path or args.layer_decay != 1:
+            train.error("--drop_path and --layer_decay are of an encoder that learns, and the probe's is frozen")
     return args
 
 
@@ -164,10 +166,9 @@ def train(args, on_signal=None):
     if rank_and_device()[0] == 0 and any(is_within(one, other) for one in args.val for other in args.data):
         print("warning: --val lies in --data, so the accuracy is of images that were trained on", flush=True)
     steps = args.steps or max(1, args.epochs * len(data) // args.batch_size)
-    if args.warmup is None:
-        args.warmup = round(steps * RECIPES[args.recipe]["warmup"] / RECIPES[args.recipe]["epochs"])
-    if args.lr_decay is None:  # from the end of the warm-up
-        args.lr_decay = 1 - args.warmup / steps
+    recipe = RECIPES[args.recipe]
+    finetune.follow_length(args, warmup=round(steps * recipe["warmup"] / recipe["epochs"]))
+    finetune.follow_length(args, lr_decay=1 - min(args.warmup, steps) / steps)  # from the end of the warm-up
     epoch = max(1, len(data) // args.batch_size)
     args.eval_every, args.save_every = (epoch if x is None else x for x in (args.eval_every, args.save_every))
     args.size, config = size, {"size": size, "classes": data.classes}
@@ -205,7 +206,7 @@ def accuracy(job, model, data):
 
 def test(args):
     """Print the accuracy on --data. -> the report"""
-    job = Job(args)
+    job = Job(args, *args.data)
     model, config = finetune.load_model(args.run, build, job.device)
     data = ProbeImages(args.data, config["size"], False)
     rename_classes(data, config["classes"])
@@ -235,6 +236,7 @@ def bench(args):
     """Print what training and prediction reach on this machine with random weights."""
     config = TEACHERS[args.teacher]
     size = args.size or config.size
+    check_size(size, config.patch, f" of {args.teacher}")
     with rank_and_device()[2]:
         model = Probe(Encoder(ViT(config)), 1000)
         img = torch.randint(256, (args.batch_size, 3, size, size), dtype=torch.uint8)

@@ -47,7 +47,7 @@ STAGES = {
 }
 BETAS = {"llava": (0.9, 0.999), "paper": (0.5, 0.95)}
 MAY_DIFFER = set("llm weights teacher teacher_weights images data init out steps epochs workers micro_batch compile "
-                 "checkpoint_activations log_every save_every keep_every resume_anyway warmup".split())
+                 "checkpoint_activations log_every save_every keep_every resume_anyway warmup lr_decay".split())
 STATE = "tensors step samples sums faults cut args id config".split()
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from data import center_crop, load_image, to_tensor
 from data import UserError as UnreadableImage
 from downstream.llava_model import IGNORE, IMAGE, count_tokens
-from downstream.llava_prompts import MARK
+from downstream.llava_prompts import MARK, plain
 from encoder import PIXEL_STATS, MissingFile, UserError, one_line
 
 SIDES = range(1, 7)  # AnyRes: grids of 1x1 to 6x6 tiles
@@ -139,6 +139,9 @@ class Conversations(Dataset):
         self.batch_size, self.seed, self.ranks, self.order = batch_size, seed, ranks, (None, None)
         blobs, lengths, pictured = [], [], []
         for pictures, turns in (sample for path in files for sample in read_conversations(path)):
+            if len(turns) > 1 and prompter.template is plain:
+                raise UserError(f"sample {len(blobs) + 1} of --data has {len(turns)} questions, and the plain template "
+                                "takes one with its answer: give captions, or another --template")
             blobs.append(json.dumps([pictures, turns]).encode())
             lengths.append(sum(len(text.split()) for turn in turns for text in turn))
             pictured.append(bool(pictures))

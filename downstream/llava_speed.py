@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from downstream.llava_model import IMAGE, PARTS, LLaVA, blocks_of, count_tokens, set_trained, shard
-from encoder import TEACHERS, Encoder, ViT
+from encoder import TEACHERS, Encoder, UserError, ViT
 from tools.run import Run
-from tools.script import number
+from tools.script import check_size, number
 from tools.speed import matrix_ceiling, seconds
 
 # transformers' name of the kind, and the sizes of its configuration
@@ -96,6 +96,12 @@ def trained(args):
 
 def bench(args):
     """Print what training and answering reach on this machine, beside a large matrix product."""
+    if args.answer > args.text - 10:  # train_steps has ten tokens before the picture
+        raise UserError(f"--text {args.text} is all of a sample's text, and --answer {args.answer} a part of it: give "
+                        f"--text {args.answer + 10} or more")
+    check_size(args.size, TEACHERS[args.encoder].patch * args.pool, f" of {args.encoder} times --pool {args.pool}")
+    if (args.variant, args.stage) not in SAMPLES:
+        raise UserError(f"--variant {args.variant} has no --stage {args.stage}: see llava.STAGES")
     run = Run("")
     run.connect()
     device = run.device
@@ -152,7 +158,7 @@ def train_steps(args, run, model, tiles, layout, length, flops, ceiling):
     share = B * flops / took / ceiling
     run.say(f"training, {B} x {run.ranks} samples a step | {B * run.ranks * length / took:,.0f} tokens/s | "
             f"{B * flops / took / 1e12:.4g} TFLOP/s a card | {share:.3f} of the ceiling" + memory(run))
-    samples = SAMPLES.get((args.variant, args.stage), SAMPLES["lv", 2])
+    samples = SAMPLES[args.variant, args.stage]
     run.say(f"  extrapolated: {samples * flops / (8 * share * A800) / 3600:,.1f} hours for {samples:,} such samples on "
             f"eight A800, if they reach the same share of {A800 / 1e12:.0f} TFLOP/s")
 

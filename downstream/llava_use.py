@@ -12,6 +12,7 @@ import glob
 import itertools
 import json
 import os
+import re
 import sys
 
 import torch
@@ -24,7 +25,7 @@ from downstream.llava_model import load_run
 from downstream.llava_prompts import MARK, Prompter
 from encoder import MissingFile, UserError, one_line, write_atomically
 from tools.job import Job
-from tools.script import check_locks, number, rank_and_device
+from tools.script import check_locks, make_folder, number, rank_and_device
 
 NO_LIMIT = 10 ** 9
 
@@ -92,6 +93,15 @@ def with_marks(text, pictures):
     return text if MARK in text else (MARK + "\n") * pictures + text
 
 
+def names_of(question):
+    """The names of a question's pictures, a list. TypeError if "image" is neither a name, nor a list of names."""
+    names = question.get("image") or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"image is {json.dumps(names)}, not a path, nor a list of paths")
+    return names
+
+
 class Questions(Dataset):
     """The questions of a file, ready for the model: item n is (n, what `ask` makes)."""
 
@@ -100,7 +110,7 @@ class Questions(Dataset):
         try:
             with open(path, encoding="utf-8") as f:
                 self.lines = [json.loads(line) for line in f if line.strip()]
-            self.asked = [(line["question_id"], line["text"] + "", line.get("image") or []) for line in self.lines]
+            self.asked = [(line["question_id"], line["text"] + "", names_of(line)) for line in self.lines]
         except OSError as e:
             raise MissingFile(f"--questions {path} cannot be read ({e.strerror})") from None
         except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -114,7 +124,6 @@ class Questions(Dataset):
 
     def __getitem__(self, n):
         name, text, pictures = self.asked[n]
-        pictures = [pictures] if isinstance(pictures, str) else pictures
         try:
             turns = [(with_marks(text, len(pictures)), "")]
             return n, ask(self.prompter, self.looker, turns, open_pictures(pictures, self.folder))
@@ -123,10 +132,16 @@ class Questions(Dataset):
                             "the same command goes on from there") from None
 
 
+def list_parts(path):
+    """The files of ranks beside an answers file: its name, .part, and digits alone."""
+    beside = sorted(glob.glob(glob.escape(path) + ".part*"))
+    return [name for name in beside if re.fullmatch(r"\d+", name.removeprefix(path + ".part"))]
+
+
 def read_parts(path):
     """{number of the question: answer} of what ranks have answered so far. A line torn by a crash does not count."""
     found = {}
-    for part in sorted(glob.glob(glob.escape(path) + ".part*")):
+    for part in list_parts(path):
         with open(part, encoding="utf-8", errors="replace") as f:
             for line in f:
                 with contextlib.suppress(ValueError):
@@ -141,7 +156,7 @@ def answer(args):
     job = Job(args)
     if os.path.exists(args.answers):
         raise UserError(f"--answers {args.answers} is there already: move it away to answer again")
-    os.makedirs(os.path.dirname(args.answers) or ".", exist_ok=True)
+    make_folder(os.path.dirname(args.answers))
     speaker = Speaker(args, job.device)
     questions = Questions(args.questions, args.images, speaker.prompter, speaker.looker)
     done = job.gather(read_parts(args.answers))[0]
@@ -170,7 +185,7 @@ def answer(args):
         found = read_parts(args.answers)
         text = "".join(json.dumps(found[n], ensure_ascii=False) + "\n" for n in range(len(questions)))
         write_atomically(args.answers, lambda f: f.write(text.encode(errors="surrogatepass")))
-        for path in glob.glob(glob.escape(args.answers) + ".part*"):
+        for path in list_parts(args.answers):
             os.remove(path)
         print(f"{args.answers}: {len(questions):,} answers by {speaker.name}")
     if job.ranks > 1:

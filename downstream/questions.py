@@ -174,6 +174,9 @@ READERS = {"pope": pope, "mme": mme, "gqa": gqa, "textvqa": textvqa, "vqav2": vq
 def read_questions(benchmark, paths, **options):
     """The questions of a benchmark's files, or of one question file (.jsonl). options: see `textvqa` and `mmbench`."""
     if len(paths) == 1 and paths[0].endswith(".jsonl") and benchmark != "pope":
+        if options:
+            raise UserError(f"--{' --'.join(options)} cannot change {paths[0]}, which is a question file already: give "
+                            f"{benchmark}'s own files")
         questions = parse_lines(paths[0])
     else:
         try:

@@ -274,7 +274,7 @@ def reference_statistics(job, paths, resolution, network):
 def score(args):
     """gFID and IS. Several --cfg are compared on --sweep images, the best one is scored on --images. -> the report"""
     args.fid, wanted = True, args.cfg  # an error of load_inception is not to propose to leave it out
-    job = Job(args)
+    job = Job(args, *(args.reference or []), args.inception)
     model, dec, info = load(args, job.device)
     network, name = load_inception(job)
     if network is None:

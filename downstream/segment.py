@@ -34,7 +34,7 @@ from tools.batches import split_batch
 from tools.job import Job
 from tools.pictures import free_path, read_pictures
 from tools.run import command_line
-from tools.script import default_workers, number, rank_and_device
+from tools.script import default_workers, make_folder, number, rank_and_device
 
 NO_CLASS = "unlabelled", "unlabeled", "void", "ignore", "ignored"  # names of pixels that do not count, in any case
 # BEiT-L's and MAE-L's on ADE20K; the paper says UperNet, 100 epochs (126,000 steps) of 16, and no more
@@ -266,7 +266,7 @@ def train(args, on_signal=None):
         if absent := [name for k, name in enumerate(labels["names"]) if k not in there]:
             print(f"warning: no mask has a pixel of {list_some(absent)}; is a label of --ignore a class?", flush=True)
     steps = args.steps or args.epochs * len(data) // args.batch_size
-    args.warmup = min(1500, steps // 100) if args.warmup is None else args.warmup
+    finetune.follow_length(args, warmup=min(1500, steps // 100))
     args.lr = args.lr if args.lr is not None else 1e-3 if args.frozen else 2e-5
     config = {**labels, "head": args.head, "width": args.width, "crop": args.crop, "short": args.short}
     model = build(config, finetune.load_backbone(args))
@@ -298,7 +298,7 @@ def load(args, device):
 
 def test(args):
     """Print mIoU, aAcc and mAcc of a split, and the IoU of each class. -> the report"""
-    job = Job(args)
+    job = Job(args, *args.data)
     model, config = load(args, job.device)
     data = Masks(args.data, args.split, config)
     with job.autocast:
@@ -322,7 +322,7 @@ def predict(args):
         img = to_tensor(img)
         with torch.no_grad(), job.autocast:
             classes = predict_classes(model, img, args).cpu().numpy()
-        os.makedirs(args.out, exist_ok=True)
+        make_folder(args.out)
         stem = free_path(args.out, os.path.splitext(os.path.basename(path))[0], "_overlay.png", taken)
         mask = Image.fromarray(numbers[classes].astype(np.uint8 if numbers.max() < 256 else np.uint16))
         for ending, picture in ("_overlay.png", overlay(img, classes, config["names"])), ("_mask.png", mask):

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from downstream import dit, mar
 from downstream.sampling import IMAGES, MODELS, add_steps, build, changes, kind
+from tools.script import number
 from tools.speed import matrix_ceiling, seconds
 
 IMAGENET = 1_281_167  # training images
@@ -52,7 +53,7 @@ def add_command(commands, on_gpu):
     add = part.add_argument
     add("--model", choices=MODELS, required=True)
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="of its configuration [64 channels on 32 x 32]")
-    add("--cfg", type=float, default=3.0, help="guidance, 1 for none [%(default)s]")
+    add("--cfg", type=number(float, 0), default=3.0, help="guidance, 1 for none [%(default)s]")
     add_steps(part, on_gpu)
 
 

@@ -30,7 +30,7 @@ from collections import Counter
 
 from downstream.questions import MME_ASKS, MME_TASKS, READERS, parse_lines, read_questions
 from encoder import UserError, one_line
-from tools.script import run_command, write_file
+from tools.script import check_output, run_command, write_file
 
 ALL_MME_TASKS = MME_TASKS["perception"] + MME_TASKS["cognition"]
 BY_PICTURE = "mme", "textvqa"  # in LLaVA's own question files for these, question_id is that of the picture
@@ -304,13 +304,13 @@ def write_questions(args):
 
 def submit(args):
     """MM-Vet: {"v1_0": text}. VQAv2: a normalised answer to each question of the test set, "" where there is none."""
+    if bool(args.questions) != (args.benchmark == "vqav2"):
+        raise UserError("VQAv2's server wants every question of the test set, so give "
+                        "v2_OpenEnded_mscoco_test2015_questions.json too; MM-Vet's takes the answers alone")
     answers = by_id(args.answers, read_answers(args.answers), lambda x: str(x["question_id"]))
     if args.benchmark == "mmvet":
         found = {"v1_" + key.removeprefix("v1_"): answer["text"] for key, answer in answers.items()}
     else:
-        if not args.questions:
-            raise UserError("VQAv2's server wants every question of the test set: give "
-                            "v2_OpenEnded_mscoco_test2015_questions.json too")
         asked = by_id(args.questions, read_questions("vqav2", [args.questions]), lambda x: str(x["question_id"]))
         surplus = [x for x in answers if x not in asked]
         if surplus:
@@ -341,6 +341,8 @@ def main(argv=None):
     server.add_argument("questions", metavar="QUESTIONS", nargs="?", help="vqav2: all questions of the test set")
     server.add_argument("--out", required=True, metavar="FILE")
     args = ap.parse_args(argv)
+    given = [x for name, x in vars(args).items() if x and name not in ("out", "images", "command", "benchmark")]
+    check_output(args.out, *(path for x in given for path in (x if isinstance(x, list) else [x])))
     {"questions": write_questions, "submit": submit}.get(args.command, score)(args)
 
 

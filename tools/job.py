@@ -22,8 +22,8 @@ import encoder
 from data import ImageDataset
 from decoder import Decoder
 from eval import Moments, UserError, sha256
-from tools.script import (USER_ERRORS, check_locks, check_size, commit, find_weights, name_weights, rank_and_device,
-                          write_file)
+from tools.script import (USER_ERRORS, check_locks, check_report, check_size, commit, find_weights, name_weights,
+                          rank_and_device, write_file)
 
 
 class ImagesOrReasons(Dataset):
@@ -65,7 +65,10 @@ def collate(items):
 class Job:
     """A command's arguments, this rank's share of the images, the exchange among ranks, and the report."""
 
-    def __init__(self, args):
+    def __init__(self, args, *read):
+        """read: what a command reads whose report, --out FILE, may not overwrite that."""
+        if read:
+            check_report(args.out, *read)
         self.args, self.start = args, time.time()
         self.rank, self.ranks, self.device = rank_and_device()
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16)

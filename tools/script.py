@@ -6,6 +6,7 @@
     user_message(error)                     # one line if the user or the machine caused the error; None for a bug
     run_command(main, "sample.py")          # main() as a script: such a line and status 2, or a bug's traceback
     write_file("out/figures.json", b"{}")   # whole or not at all; its folder is made
+    check_output("out/figures.json", "run") # before the work: nothing that is read may be overwritten
     replace_between("README.md", begin, end, text)  # a table that a program writes, between two comments
     run_module("out", "train", "--size", 64)  # another script, as a study calls it; what it prints: out/output.txt
 """
@@ -153,11 +154,36 @@ def run_command(main, name):
         sys.exit(2)
 
 
-def write_file(path, content):
-    """Write bytes to a file, whole or not at all; its folder is made. UserError if `path` is a folder."""
+def make_folder(path):
+    """Make a folder, unless it is there. UserError if it, or one above it, is a file."""
+    try:
+        os.makedirs(path or ".", exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{path} cannot be made a folder, because a file is in its place: give another one") from None
+
+
+def check_output(path, *read):
+    """Make the folder of an output file, or raise UserError if `path` is a folder, or one of the files that are read.
+    path None: there is no output."""
+    if path is None:
+        return
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder: give the name of a file")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    if os.path.realpath(path) in map(os.path.realpath, read):
+        raise UserError(f"{path} would be read and overwritten: give another name")
+    make_folder(os.path.dirname(path))
+
+
+def check_report(path, *read):
+    """check_output for a report, which is JSON: it may not take the name of a weights file, such as a run's."""
+    if (path or "").endswith(".safetensors"):
+        raise UserError(f"--out {path} is the name of a weights file: the report is JSON, give it a name in .json")
+    check_output(path, *read)
+
+
+def write_file(path, content):
+    """Write bytes to a file, whole or not at all; its folder is made. UserError if `path` is a folder."""
+    check_output(path)
     encoder.write_atomically(path, lambda f: f.write(content))
 
 

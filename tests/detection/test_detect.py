@@ -9,6 +9,7 @@ import math
 import os
 import re
 import tempfile
+import unittest.mock
 import zipfile
 from dataclasses import replace
 
@@ -591,6 +592,14 @@ def test_commands():
             assert [found[f"{name}_{k}"] for k in FIGURES] == rows[name], kind
             printed = next(line for line in said.splitlines() if line.startswith(name)).split()[1:]
             assert printed == ["-" if x is None else f"{x:.2f}" for x in rows[name]], said
+        with unittest.mock.patch.object(detect, "find_all", None):  # before the work
+            for name, path, *more in (("--results", truth), ("--out", truth), ("--out", report, "--results", report)):
+                kept = open(path).read()
+                raises(UserError, quietly, *flags, name, path, *more, words=f"{path} would be read and overwritten")
+                assert open(path).read() == kept
+            raises(UserError, quietly, *flags, "--results", folder, words=f"{folder} is a folder: give the name of a")
+        raises(UserError, quietly, "predict", "--run", folder, "--out", report, f"{tmp}/data/val/images", words=(
+            f"{report}", "cannot be made a folder, because a file is in its place"))
         two = run_ranks(2, "python", "-m", "downstream.detect", *flags, "--results", results + "2")
         assert [x.returncode for x in two] == [0, 0], two[0].stderr
         one, two = (json.load(open(path)) for path in (results, results + "2"))

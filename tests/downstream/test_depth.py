@@ -1,7 +1,7 @@
 """downstream/depth.py, dpt.py and depth_sets.py: DPT, its losses, NYUv2's protocol, and the command line"""
 from tests.helpers import (  # first: it sets the environment that torch reads
-    MICRO_VIT, bounds, close, demands, gpu_takes_bf16, killed_in_step, log_lines, raises, run_ranks, same_weights,
-    tokenizer_file)
+    MICRO_VIT, bounds, close, demands, gpu_takes_bf16, killed_in_step, log_lines, raises, refused, run_ranks,
+    same_weights, tokenizer_file)
 
 import contextlib
 import io
@@ -433,6 +433,53 @@ def test_a_run_starts_from_another_and_predicts_pictures():
         raises(UserError, quietly, "predict", photo, "--run", mix, "--raw", "png", words="use --raw npy")
 
 
+def test_a_resume_of_depth_needs_no_init():
+    """state.pt alone has all weights: the run that --init named may be gone, and need not be named again."""
+    with tempfile.TemporaryDirectory() as tmp:
+        mix = trained(tmp, "mix", "--target", "relative")
+        whole = trained(tmp, "whole", "--init", mix, "--steps", 6)
+        out = trained(tmp, "out", "--init", mix)
+        os.rename(mix, mix + ".away")
+        trained(tmp, "out", "--init", mix, "--steps", 5)
+        trained(tmp, "out", "--steps", 6)
+        assert same_weights(f"{whole}/model.safetensors", f"{out}/model.safetensors")
+        raises(UserError, trained, tmp, "other", "--init", mix, words="mix: no such file")
+
+
+def test_estimates_do_not_overwrite_what_was_measured():
+    """A file that lies beside a photo is what a camera measured, unless both files of an estimate are there."""
+    with tempfile.TemporaryDirectory() as tmp:
+        run, photo = trained(tmp, "run"), f"{tmp}/a/photo.png"
+        save(photo, scene(9, 50, 70)[0])
+        for name in "photo_depth.png", "photo_depth.npy", "photo_depth_mm.png":
+            measured = f"{tmp}/a/{name}"
+            for raw in "npy", "png":
+                open(measured, "w").write("measured")
+                refused(UserError, quietly, "predict", photo, "--run", run, "--raw", raw, says=(
+                    f"{measured} is there already and no estimate of this command, which writes a picture and its "
+                    "values: give another --out"))
+                assert open(measured).read() == "measured" and len(os.listdir(f"{tmp}/a")) == 2
+            os.remove(measured)
+        for raw in "npy", "npy", "png":  # its own are written again
+            quietly("predict", photo, "--run", run, "--raw", raw)
+        assert sorted(os.listdir(f"{tmp}/a")) == [
+            "photo.png", "photo_depth.npy", "photo_depth.png", "photo_depth_mm.png"]
+        os.mkdir(f"{tmp}/b")
+        for values in "photo_depth.npy", "photo_depth_mm.png":  # both without a picture
+            open(f"{tmp}/b/{values}", "w").close()
+        raises(UserError, quietly, "predict", photo, "--run", run, "--out", f"{tmp}/b", words="depth.npy is there")
+        refused(UserError, quietly, "predict", photo, "--run", run, "--out", photo, says=(
+            f"{photo} cannot be made a folder, because a file is in its place: give another one"))
+        test, before = ["test", "--run", run, "--data", f"{tmp}/data", "--workers", 0], os.listdir(run)
+        model = f"{run}/model.safetensors"
+        refused(UserError, quietly, *test, "--out", model, says=(
+            f"--out {model} is the name of a weights file: the report is JSON, give it a name in .json"))
+        with unittest.mock.patch.object(depth, "measure", None):  # before the work
+            raises(UserError, quietly, *test, "--out", f"{tmp}/data", words="data is a folder: give the name of a file")
+            raises(UserError, quietly, *test, "--out", f"{photo}/r.json", words="photo.png cannot be made a folder")
+        assert os.listdir(run) == before and load_file(model)
+
+
 def test_pictures_have_a_scale():
     x = np.linspace(1, 3, 100)[:, None].repeat(120, 1).astype(np.float32)
     bright = lambda picture: np.array(picture).astype(int).sum(-1)
@@ -494,6 +541,18 @@ def test_nyus_files_become_folders():
                 _, said = quietly("convert", f"{tmp}/nyu.mat", f"{tmp}/splits.mat", "--field", field, "--out",
                                   f"{tmp}/{field}")
                 assert said == f"{tmp}/{field}: 3 pairs in train, 2 in test\n"
+        named = " are not NYUv2's nyu_depth_v2_labeled.mat and splits.mat, in this order ("
+        with unittest.mock.patch.dict(sys.modules, h5py=h5py):
+            for splits in f"{tmp}/none.mat", __file__:
+                raises(UserError, quietly, "convert", f"{tmp}/nyu.mat", splits, "--out", f"{tmp}/x",
+                       words=f"{tmp}/nyu.mat and {splits}{named}")
+            scipy.io.savemat(f"{tmp}/other.mat", {"trainNdxs": np.array([[1]])})
+            raises(UserError, quietly, "convert", f"{tmp}/nyu.mat", f"{tmp}/other.mat", "--out", f"{tmp}/x",
+                   words="(KeyError: 'testNdxs')")
+        with unittest.mock.patch.dict(sys.modules, h5py=None):
+            raises(UserError, quietly, "convert", f"{tmp}/nyu.mat", f"{tmp}/splits.mat", "--out", f"{tmp}/x",
+                   words=["convert needs h5py and scipy (", "): pip install -r downstream/requirements.txt"])
+        assert not os.path.exists(f"{tmp}/x")
         for split, numbers in ("train", [1, 4, 5]), ("test", [2, 3]):
             data = DepthPairs(f"{tmp}/rawDepths", split)
             assert data.names == [f"{n:04d}" for n in numbers]
@@ -530,6 +589,10 @@ def test_depth_says_what_is_wrong():
         assert looked == [0, 2]
         raises(UserError, quietly, "test", "--run", f"{tmp}/run", "--data", data, "--crop", "eigen", "--workers", 0,
                words="0.png is 32x24; --crop eigen is of NYUv2's 640x480")
+        raises(SystemExit, quietly, "test", "--run", f"{tmp}/run", "--data", data, "--unit", 0, words="2")
+        for flags in ["--crop", "eigen"], ["--val_split", "test"]:
+            refused(UserError, quietly, *train, "--data", data, "--unit", "disparity", "--target", "relative", *flags,
+                    says="--crop and --val_split are of what is measured, and a disparity is not: give --val, metres")
         save(f"{data}/train/depth/1.png", np.ones((5, 6), np.uint16))
         save(f"{data}/train/depth/3.png", np.zeros((24, 32, 3), np.uint8))
         raises(USER_ERRORS, quietly, *train, "--data", data,
@@ -767,7 +830,7 @@ def test_training_and_bench_of_depth_hand_on_what_they_are_told():
             _, said = quietly(*base, "--seed", 3, "--unit", 0.002, 0.001, "--max_depth", 12, "--head", "linear",
                               "--crop", "eigen", "--drop_path", 0.25)
             with contextlib.redirect_stdout(io.StringIO()):
-                depth.main(list(map(str, [*base, "--target", "relative", "--unit", "disparity"])), "HANDLER")
+                depth.main(list(map(str, [*base[:-2], "--target", "relative", "--unit", "disparity"])), "HANDLER")
         assert [rest["on_signal"] for _, rest in seen] == [None, "HANDLER"]
         rows = (a, 2, 0.002, "train"), (b, 3, 0.001, "train"), (a, 2, 0.002, "dusk")
         for line, (root, n, unit, split) in zip(said.splitlines(), rows, strict=True):

@@ -246,6 +246,16 @@ def test_latents_of_the_studys_pca_are_those_of_tools_latents():
     assert len(set(study.JUDGE_CLASSES)) == 100 and study.JUDGE_CLASSES == sorted(study.JUDGE_CLASSES)
 
 
+def test_a_resume_of_generation_needs_no_init():
+    """state.pt alone has all weights: the released checkpoint is read at the start only."""
+    with tempfile.TemporaryDirectory() as tmp:
+        started = []
+        with unittest.mock.patch.object(generate.mar, "load_released", lambda model, path: started.append(path) or []):
+            for steps in 1, 2:
+                out, _ = trained(tmp, "mar-s", "--init", "theirs.pth", "--steps", steps)
+                assert torch.load(os.path.join(out, "state.pt"))["step"] == steps and started == ["theirs.pth"]
+
+
 def test_generation_refuses_what_is_wrong():
     with tempfile.TemporaryDirectory() as tmp:
         out, weights = trained(tmp, "dit-s")
@@ -274,10 +284,20 @@ def test_generation_refuses_what_is_wrong():
         raises(UserError, quietly, *train, "--data", pictures, "--weights", plain,
                words=f"has no latent statistics yet: python -m tools.latents stats --data {pictures} --weights {plain}")
         quietly(*train, "--data", pictures, "--weights", weights, "--out", os.path.join(tmp, "images"))  # on the fly
+        raises(UserError, quietly, *train, "--data", pictures, "--weights", weights, "--size", 18, words=(
+            f"--size 18 is no multiple of the patch 4 of {weights}: try --size 16"))
+        reference = os.path.join(tmp, "statistics.npz")
+        with open(reference, "w") as f:
+            f.write("kept")
+        refused(UserError, quietly, "score", "--run", out, "--reference", reference, "--out", reference,
+                says=f"{reference} would be read and overwritten: give another name")
+        assert open(reference).read() == "kept"
         info = generate.sampling.load_generator(os.path.join(tmp, "images"), "cpu")[1]
         assert info["classes"] == ["class0", "class1"] and info["size"] == 16 and info["config"]["channels"] == 8
         for flags, words in [(["train", "--model", "dit-s"], "give --latents"),
                              (["train", "--latents", "x", "--ema", "1"], "argument --ema: it is 1"),
+                             *((["bench", "--model", "dit-s", "--cfg", x], f"argument --cfg: it is {x}")
+                               for x in ("inf", "nan", "-1")),
                              (["train", "--latents", "x", "--set", "grid=4"], "are those of the latents"),
                              (["sample", "--run", out, "--number", "0"], "argument --number: it is 0"),
                              (["train", "--latents", "x", "--init", "y"], "--init starts a MAR")]:

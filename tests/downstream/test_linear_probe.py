@@ -250,6 +250,23 @@ def test_a_probe_resumes_exactly_and_two_ranks_are_one():
             close(b[k], a[k], 1e-4)
 
 
+def test_a_probe_is_extended():
+    """By more epochs: the warm-up (1/9 of them) and the decay follow from the length. What was given may not change."""
+    with tempfile.TemporaryDirectory() as tmp:
+        data = colours(f"{tmp}/data")  # 18 pictures, 4 batches of 4
+        train = ["train", "--data", data, "--val", data, "--weights", tokenizer_file(tmp), *SMALL, "--out"]
+        for out, more in (f"{tmp}/a", []), (f"{tmp}/b", ["--warmup", 1, "--lr_decay", 0.5]):
+            for epochs, steps in (1, 4), (4, 18):
+                quietly(*train, out, "--epochs", epochs, *more)
+                state = torch.load(f"{out}/state.pt")
+                assert state["step"] == steps
+            assert state["args"]["warmup"] == (1 if more else 2)
+            assert state["args"]["lr_decay"] == (0.5 if more else 1 - 2 / 18)
+        raises(UserError, quietly, *train, f"{tmp}/b", "--epochs", 5, "--warmup", 2, "--lr_decay", 0.7,
+               words="(warmup was 1, is now 2; lr_decay was 0.5, is now 0.7)")
+        raises(UserError, quietly, *train, f"{tmp}/a", "--epochs", 5, "--lr_decay", 0.7, words="is now 0.7)")
+
+
 def test_the_probe_says_what_is_wrong():
     with tempfile.TemporaryDirectory() as tmp:
         data, weights = colours(f"{tmp}/data", 2), tokenizer_file(tmp)
@@ -263,6 +280,7 @@ def test_the_probe_says_what_is_wrong():
         open(f"{data}/red/0.png", "w").write("no picture")
         raises(USER_ERRORS, quietly, *train, "--val", data, "--batch_size", 6, words="red/0.png: cannot be read")
         raises(UserError, quietly, "test", "--run", weights, "--data", data, words="no run of a downstream task")
+        raises(UserError, quietly, "bench", "--teacher", "tiny", "--size", 18, words="8 of tiny: try --size 16")
         _, said = quietly("bench", "--teacher", "tiny", "--size", 16, "--batch_size", 2)
         assert "linear probe of tiny, 16x16 px, batch 2" in said and "hours for 90 epochs of ImageNet" in said
 
@@ -447,4 +465,4 @@ def test_flags_of_the_probe_by_hand():
     gpu_takes_bf16(parse, "--fp32")
     bounds(parse, ("train", "size", 1, 0), ("test", "workers", 0, -1), ("test", "batch_size", 1, 0),
            ("bench", "size", 1, 0), ("bench", "batch_size", 1, 0), ("train", "recipe", "paper", "x"),
-           ("bench", "teacher", "tiny", "none"))
+           ("bench", "teacher", "tiny", "none"), ("train", "drop_path", 0, 0.1), ("train", "layer_decay", 1, 0.5))

@@ -496,8 +496,12 @@ def test_batches_are_of_one_kind_and_dealt_out_by_length():
         assert data.lengths.tolist() == 2 * [3, 3 + 4, *[3] * 6, *[4] * 8]
         assert data.pictured.tolist() == 2 * [*[True] * 8, *[False] * 8]
         assert data.read(17) == data.read(1) == [["1.png"], [["<image>\nWhat?", "b"], ["is it?", "it is"]]]
-        raises(UserError, llava_data.Conversations, [path], folder, None, None, 17, 0, 99, words="no batch of 17")
-        assert sorted(map(llava_data.Conversations([path], folder, None, None, 16, 0, 99).index, range(16))) == list(
+        words = Prompter(tokenizer(), "vicuna")
+        raises(UserError, llava_data.Conversations, [path], folder, words, None, 17, 0, 99, words="no batch of 17")
+        refused(UserError, llava_data.Conversations, [path], folder, Prompter(tokenizer(), "plain"), None, 4, 0, 99,
+                says="sample 2 of --data has 2 questions, and the plain template takes one with its answer: give "
+                "captions, or another --template")
+        assert sorted(map(llava_data.Conversations([path], folder, words, None, 16, 0, 99).index, range(16))) == list(
             range(16)), "one batch is enough"
 
 
@@ -750,6 +754,16 @@ def test_llava_resumes_exactly():
         assert "finished" in quietly(*flags, "--weights", path("other.safetensors"), "--out", whole, "--resume_anyway")
 
 
+def test_a_longer_run_of_llava_goes_on():
+    """3% of 20 and of 30 steps are one of warm-up, and so its part, and that of the decay, is another one."""
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = training(tmp, "--out", os.path.join(tmp, "run"))
+        for steps in 20, 30:
+            quietly(*flags, "--steps", steps)
+            state = torch.load(os.path.join(tmp, "run", "state.pt"))
+            assert (state["step"], state["args"]["warmup"], state["args"]["lr_decay"]) == (steps, 1, 1 - 1 / steps)
+
+
 def answered(path):
     return [json.loads(line) for line in open(path)]
 
@@ -901,6 +915,17 @@ def test_llavas_bench_counts_what_is_computed():
         llm = 2 * (2 * length * (4 * 32 * 32 + 3 * 32 * 64) + 2 * length ** 2 * 32) + 2 * 10 * 128 * 32
         ours = llava_speed.training_flops(llava_speed.make_model(args, "cpu"), args, length, 10, tiles)
         assert ours == tiles * (factors[0] * vit + 3 * projector) + factors[1] * llm, (variant, stage)
+    for flags, says in (
+            (["--text", 29, "--answer", 20], "--text 29 is all of a sample's text, and --answer 20 a part of it: give "
+             "--text 30 or more"),
+            (["--size", 72, "--pool", 2], "--size 72 is no multiple of the patch 16 of tiny times --pool 2: try --size "
+             "64"),
+            (["--size", 60], "--size 60 is no multiple of the patch 8 of tiny times --pool 1: try --size 64"),
+            (["--variant", "lv", "--stage", 3], "--variant lv has no --stage 3: see llava.STAGES")):
+        refused(UserError, quietly, "bench", "--llm", "micro", "--encoder", "tiny", "--size", 64, *flags, says=says)
+    said = quietly("bench", "--llm", "micro", "--encoder", "tiny", "--size", 64, "--variant", "lv", "--stage", 2,
+                   "--text", 30, "--answer", 20, "--micro_batch", 1, "--new_tokens", 1, "--generate_batch", 1)
+    assert "samples of 64 visual and 30 other tokens" in said
     said = quietly("bench", "--llm", "micro", "--encoder", "tiny", "--size", 64, "--variant", "xl", "--stage", 3,
                    "--text", 30, "--answer", 10, "--micro_batch", 1, "--new_tokens", 3, "--generate_batch", 1, 2)
     assert "samples of 264 visual and 30 other tokens" in said and "of the ceiling" in said
@@ -1029,7 +1054,7 @@ def test_flags_have_their_defaults_and_their_ranges():
         assert vars(llava.parse_args(list(map(str, without(need["train"], *names) + ["--init", "i"]))))["init"] == "i"
     # what a resume may change
     free = set("llm weights teacher teacher_weights images data init out steps epochs workers micro_batch compile "
-               "checkpoint_activations log_every save_every keep_every resume_anyway warmup".split())
+               "checkpoint_activations log_every save_every keep_every resume_anyway warmup lr_decay".split())
     state = {**dict.fromkeys("tensors step samples sums faults cut id config".split(), 0), "args": train}
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "state.pt")
@@ -1533,10 +1558,17 @@ def test_answers_are_written_as_they_come():
             refused(UserError, quietly, *ask, says=f"--answers {out} is there already: move it away to answer again")
             # a part of another run of the same command: of three questions, and a torn line
             os.remove(out)
+            mine = [out + end for end in (".part", ".partial", ".part0.bak", ".part-1")]  # of somebody else
+            for name in mine:
+                with open(name, "w") as f:
+                    f.write("5\n")
             with open(out + ".part3", "w") as f:
                 f.write("".join(json.dumps([k, expected[k]]) + "\n" for k in (5, 0, 2)) + '[1, {"quest')
             assert quietly(*ask).endswith("7 answers by run-0-7\n") and answered(out) == expected
-            assert made[-1]["batch_sampler"] == [[1, 3], [4, 6]] and os.listdir(path("new")) == ["a[1].jsonl"]
+            assert made[-1]["batch_sampler"] == [[1, 3], [4, 6]]
+            assert sorted(os.listdir(path("new"))) == sorted(map(os.path.basename, [out, *mine]))
+            for name in mine:
+                os.remove(name)
             os.remove(out)
             for number, change in ((0, dict(prompt="x")), (0, dict(model_id="other-1")), (7, {})):
                 old = {**expected[0], **change}
@@ -1546,6 +1578,8 @@ def test_answers_are_written_as_they_come():
                     f"{out}.part* are of other questions or of another model ({old['model_id']}, not run-0-7): remove "
                     "them to answer again"))
             os.remove(out + ".part0")
+        refused(UserError, quietly, *without(ask, "--answers"), "--answers", path("data.json/a.jsonl"), says=(
+            f"{path('data.json')} cannot be made a folder, because a file is in its place: give another one"))
         with contextlib.chdir(tmp):
             assert quietly(*without(without(ask, "--answers"), "--workers"), "--workers", 0, "--answers",
                            "here.jsonl") == "here.jsonl: 7 answers by run-0-7\n"
@@ -1553,6 +1587,9 @@ def test_answers_are_written_as_they_come():
         for lines, says in (([], f"--questions {path('q.jsonl')} is empty"), (["7"], form + "(TypeError: "),
                             ([dict(question_id=1, text=2)], form + "(TypeError: "),
                             ([dict(question_id=1)], form + "(KeyError: 'text')"), (["{"], form + "(JSONDecodeError: "),
+                            *(([dict(question_id=1, text="?", image=image)], form + (
+                                f"(TypeError: image is {shown}, not a path, nor a list of paths)"))
+                              for image, shown in ((5, "5"), ({"a": 1}, '{"a": 1}'), (["0.png", 3], '["0.png", 3]'))),
                             ([dict(question_id="b", text="?", image=["0.png", "no.png"])],
                              f"question b: {path('pictures/no.png')} cannot be opened (No such file or directory); "
                              "what is answered so far stays in .part files beside --answers, and the same command goes "

@@ -765,6 +765,11 @@ def test_tests_and_predictions_do_what_they_are_told():
         assert report["protocol"].endswith("; fp32 without TF32") and seen == 2 * [(16, 3, 0, 2, False, True)]
         assert json.load(open(f"{tmp}/new/r.json"))["miou"] == report["miou"]
         raises(USER_ERRORS, quietly, *test, "--out", f"{tmp}/new", words=f"{tmp}/new is a folder: give the name of")
+        mask = f"{tmp}/val/masks/0.png"
+        refused(USER_ERRORS, quietly, "test", "--run", "RUN", "--data", tmp, mask, "--out", mask,
+                says=f"{mask} would be read and overwritten: give another name")
+        refused(USER_ERRORS, quietly, "predict", "--run", "RUN", f"{tmp}/val/images", "--out", mask,
+                says=f"{mask} cannot be made a folder, because a file is in its place: give another one")
         seen.clear()
         save(f"{tmp}/other/0.png", np.full((9, 9, 3), 99, np.uint8))
         predict = ["predict", "--run", "RUN", f"{tmp}/val/images", f"{tmp}/other/0.png", "--out", f"{tmp}/out"]

@@ -437,6 +437,32 @@ def test_files_for_servers():
         raises(UserError, quietly, "submit", "vqav2", surplus, asked, "--out", out, words=["s.jsonl", "question 8"])
 
 
+def test_results_do_not_overwrite_what_they_are_of():
+    """--out with the name of any file that the command reads, also by a link, is refused, and the file stays."""
+    with tempfile.TemporaryDirectory() as tmp:
+        lines = [{"question_id": k, "text": "yes", "label": "yes"} for k in (1, 2)]
+        answers, labels, words = (write(tmp, name, lines) for name in ("a.jsonl", "q.jsonl", "ocr.json"))
+        link, before = os.path.join(tmp, "link.jsonl"), {path: open(path).read() for path in (answers, labels, words)}
+        os.symlink(answers, link)
+        for path, *flags in ((answers, "pope", answers, labels), (labels, "pope", answers, labels),
+                             (link, "pope", answers, labels), (labels, "questions", "pope", labels),
+                             (words, "questions", "textvqa", labels, "--ocr", words),
+                             (answers, "submit", "mmvet", answers), (labels, "submit", "vqav2", answers, labels)):
+            refused(UserError, quietly, *flags, "--out", path,
+                    says=f"{path} would be read and overwritten: give another name")
+            assert {path: open(path).read() for path in before} == before
+        refused(UserError, quietly, "pope", answers, labels, "--out", f"{labels}/x.json", says=(
+            f"{labels} cannot be made a folder, because a file is in its place: give another one"))
+        refused(UserError, quietly, "pope", answers, labels, "--out", f"{labels}/x/y.json", says=(
+            f"{labels}/x cannot be made a folder, because a file is in its place: give another one"))
+        out = os.path.join(tmp, "out.json")
+        for benchmark, flag in ("textvqa", "--ocr"), ("mmbench", "--images"):
+            refused(UserError, quietly, "questions", benchmark, labels, flag, words, "--out", out, says=(
+                f"{flag} cannot change {labels}, which is a question file already: give {benchmark}'s own files"))
+        raises(UserError, quietly, "submit", "mmvet", answers, labels, "--out", out, words="takes the answers alone")
+        assert not os.path.exists(out)
+
+
 def test_bad_answers_and_labels_are_one_line():
     with tempfile.TemporaryDirectory() as tmp:
         files = published(tmp)
@@ -480,8 +506,8 @@ def test_bad_answers_and_labels_are_one_line():
                 (["vqav2", plain, files["vqav2"][0]], ["has no label for question 42000"]),
                 (["vqav2", plain, *files["vqav2"]], [f"questions of {files['vqav2'][0]}, the first is 42000"]),
                 (["questions", "vqav2", files["vqav2"][1], "--out", "x"], ["labels, but no questions"]),
-                (["questions", "gqa", gqa, "--ocr", "x", "--out", "x"], ["--ocr is for textvqa"]),
-                (["questions", "gqa", gqa, "--images", "x", "--out", "x"], ["--images is for mmbench"])]:
+                (["questions", "gqa", gqa, "--ocr", "x", "--out", "y"], ["--ocr is for textvqa"]),
+                (["questions", "gqa", gqa, "--images", "x", "--out", "y"], ["--images is for mmbench"])]:
             raises(UserError, quietly, *flags, words=words)
         latin = os.path.join(tmp, "latin.jsonl")
         open(latin, "wb").write(b'{"question_id": 1, "text": "\xe9"}')
