@@ -159,11 +159,15 @@ def answer(args):
     make_folder(os.path.dirname(args.answers))
     speaker = Speaker(args, job.device)
     questions = Questions(args.questions, args.images, speaker.prompter, speaker.looker)
+    settings = {"max_new_tokens": args.max_new_tokens, "bf16": args.bf16}
     done = job.gather(read_parts(args.answers))[0]
     for n, old in done.items():
         if n >= len(questions) or old["prompt"] != questions.asked[n][1] or old["model_id"] != speaker.name:
             raise UserError(f"{args.answers}.part* are of other questions or of another model ({old['model_id']}, not "
                             f"{speaker.name}): remove them to answer again")
+        if old["metadata"] != settings:
+            raise UserError(f"{args.answers}.part* were answered with {old['metadata']}, not with {settings}: give the "
+                            "same flags, or remove them to answer again")
     left = [n for n in range(len(questions)) if n not in done]
     batches = [left[i:i + args.batch_size] for i in range(0, len(left), args.batch_size)][job.rank::job.ranks]
     check_locks(args.workers)
@@ -177,7 +181,7 @@ def answer(args):
             for (n, _), ids in zip(batch, tokens.T.tolist()):
                 question_id, prompt, _ = questions.asked[n]
                 found = dict(question_id=question_id, prompt=prompt, answer_id=str(n), model_id=speaker.name,
-                             text=speaker.prompter.text([i for i in ids if i >= 0]), metadata={})
+                             text=speaker.prompter.text([i for i in ids if i >= 0]), metadata=settings)
                 f.write(json.dumps([n, found]) + "\n")
             f.flush()
     job.gather(None)  # all have written

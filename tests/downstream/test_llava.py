@@ -795,7 +795,8 @@ def test_sixteen_conversations_are_learnt_and_answered():
         assert [x["text"] for x in many] == [x["conversations"][1]["value"] for x in samples], many
         assert [x["question_id"] for x in many] == list(range(100, 84, -1)) and many[0]["prompt"] == "What?"
         assert set(many[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
-        assert [(x["answer_id"], x["metadata"]) for x in many] == [(str(k), {}) for k in range(16)]
+        assert [(x["answer_id"], x["metadata"]) for x in many] == [
+            (str(k), {"max_new_tokens": 4, "bf16": False}) for k in range(16)]
         assert "-120" in many[0]["model_id"] and not [x for x in os.listdir(tmp) if ".part" in x]
         quietly(*ask, path("single.jsonl"), "--batch_size", 1)
         assert answered(path("single.jsonl")) == many
@@ -1549,7 +1550,8 @@ def test_answers_are_written_as_they_come():
             ids = [len(prompter.prompt([("<image>\n" * (k % 2) + x["text"], "")])) + 15 * (k % 2)
                    for k, x in enumerate(lines)]
             expected = [dict(question_id=f"q{k}", prompt=x["text"], answer_id=str(k), model_id="run-0-7",
-                             text=f"0 {ids[k]} \u00e9", metadata={}) for k, x in enumerate(lines)]
+                             text=f"0 {ids[k]} \u00e9", metadata={"max_new_tokens": 128, "bf16": False})
+                        for k, x in enumerate(lines)]
             assert open(out, encoding="utf-8").read() == "".join(
                 json.dumps(x, ensure_ascii=False) + "\n" for x in expected)
             assert made[0]["num_workers"] == 3 and made[0]["batch_sampler"] == [[0, 1], [2, 3], [4, 5], [6]]
@@ -1577,6 +1579,13 @@ def test_answers_are_written_as_they_come():
                 refused(UserError, quietly, *ask, says=(
                     f"{out}.part* are of other questions or of another model ({old['model_id']}, not run-0-7): remove "
                     "them to answer again"))
+            with open(out + ".part0", "w") as f:
+                f.write(json.dumps([1, expected[1]]) + "\n")
+            for flags, other in ((("--max_new_tokens", 2), {"max_new_tokens": 2, "bf16": False}),
+                                 (("--bf16",), {"max_new_tokens": 128, "bf16": True})):
+                refused(UserError, quietly, *ask, *flags, says=(
+                    f"{out}.part* were answered with {expected[1]['metadata']}, not with {other}: give the same flags, "
+                    "or remove them to answer again"))
             os.remove(out + ".part0")
         refused(UserError, quietly, *without(ask, "--answers"), "--answers", path("data.json/a.jsonl"), says=(
             f"{path('data.json')} cannot be made a folder, because a file is in its place: give another one"))
