@@ -41,13 +41,18 @@ class MissingFile(UserError, FileNotFoundError):
     """A file that the user named is not there."""
 
 
+def check_shapes(a, b):
+    """Raise ValueError unless two batches have one shape: broadcasting would give figures that mean nothing."""
+    if a.shape != b.shape:
+        raise ValueError(f"a is {tuple(a.shape)}, b is {tuple(b.shape)}; expected two batches of the same shape")
+
+
 def psnr(a, b):
     """Peak signal-to-noise ratio of each image in dB: a, b (B, 3, H, W) in [0, 1] -> (B,), float64.
 
     Equal images give inf. A mean over images counts these with PERFECT = 100 dB. Raises ValueError for two shapes.
     """
-    if a.shape != b.shape:  # broadcasting would give a figure
-        raise ValueError(f"a is {tuple(a.shape)}, b is {tuple(b.shape)}; expected two batches of the same shape")
+    check_shapes(a, b)
     return -10 * (a.double() - b.double()).square().mean(dim=(1, 2, 3)).log10()
 
 
@@ -60,8 +65,7 @@ def ssim(a, b, window="gaussian", data_range=1.0):
     UniFlow notebook takes the uniform window and a span of 2: ssim(a, b, "uniform", 2.0) is that figure. Reports call
     it ssim_paper; it is higher. Raises ValueError for two shapes, and for images smaller than the window.
     """
-    if a.shape != b.shape:
-        raise ValueError(f"a is {tuple(a.shape)}, b is {tuple(b.shape)}; expected two batches of the same shape")
+    check_shapes(a, b)
     if window == "gaussian":
         taps = torch.exp(-0.5 * ((torch.arange(11, dtype=torch.float64) - 5) / 1.5) ** 2)
         bias = 1.0

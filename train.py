@@ -32,6 +32,7 @@ from distill import distill_loss, layer_distances
 from encoder import (Encoder, UserError, ViT, load_exactly, load_teacher, parameter_groups, read_config,
                      write_atomically, write_model)
 from tools.batches import load_batches, split_batch
+from tools.checkpoint import has_checkpoint
 from tools.drawn import ProceduralDataset
 from tools.optimizer import average_weights, capture_graph, rate_factor, take_means, update_weights
 from tools.recipes import parse_args
@@ -73,7 +74,7 @@ def build_models(args):
         latent_dim=args.latent_dim, width=c.width, heads=c.heads, gtb_depth=args.gtb_depth, flow_depth=args.flow_depth,
         flow_width=args.flow_width, patch=c.patch, grid=args.size // c.patch, projector=args.projector,
         objective=args.decoder, pixel_stats=c.pixel_stats))
-    if args.init and not os.path.exists(os.path.join(args.out, "state.pt")):
+    if args.init and not has_checkpoint(args.out):
         wanted = {**asdict(c), **asdict(decoder.config)}
         path = find_weights(args.init)
         encoder, decoder = Encoder.from_pretrained(path), Decoder.from_pretrained(path)

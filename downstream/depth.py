@@ -33,10 +33,11 @@ from downstream.bench import measure_speed
 from downstream.depth_sets import LEAST, DepthPairs, Mixed, check, convert
 from downstream.dpt import HEADS, DepthModel, align
 from encoder import TEACHERS, Encoder, UserError, ViT, load_exactly, write_atomically
+from tools.checkpoint import has_checkpoint
 from tools.job import Job
 from tools.pictures import free_path, read_pictures
 from tools.run import command_line
-from tools.script import check_report, make_folder, number, rank_and_device
+from tools.script import make_folder, number, rank_and_device
 
 CROPS = {"none": None, "eigen": (slice(45, 471), slice(41, 601))}  # rows and columns that are measured, of 480 x 640
 COLOURS = np.array([(252, 255, 164), (249, 142, 9), (188, 55, 84), (87, 16, 110), (0, 0, 4)])  # inferno, near to far
@@ -240,7 +241,7 @@ def train(args, on_signal=None):
         print(check(val, args.max_depth, args.workers, most=100), flush=True)
     config = {k: getattr(args, k) for k in ("head", "head_width", "target", "max_depth", "size")}
     model = build(config, finetune.load_backbone(args))
-    if args.init and not finetune.has_checkpoint(args):
+    if args.init and not has_checkpoint(args.out):
         begin_with(model, finetune.load_model(args.init, build, "cpu")[0], args.init)
 
     def evaluate():
@@ -258,16 +259,15 @@ def begin_with(model, earlier, name):
     load_exactly(model.state_dict(), state, name)
 
 
-def load(args):
-    """(job, model in eval mode, its configuration) of a command that reads a run."""
-    job = Job(args)
+def load(args, *read):
+    """(job, model in eval mode, its configuration) of a command that reads a run, and what a Job is told of."""
+    job = Job(args, *read)
     return job, *finetune.load_model(args.run, build, job.device)
 
 
 def test(args):
     """Errors of a run on a data set: the report."""
-    check_report(args.out, *args.data)
-    job, model, config = load(args)
+    job, model, config = load(args, *args.data)
     data = DepthPairs(args.data, args.split, args.unit)
     checked = check(data, model.max_depth, args.workers, most=100) if job.rank == 0 else ""
     found = measure(job, model, data, config["size"], CROPS[args.crop])

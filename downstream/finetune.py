@@ -15,7 +15,6 @@ GPUs (SyncBatchNorm); on CPUs, which lack that, it sees its rank's, and the rank
 each step. With accumulation it sees one micro-batch at a time.
 """
 import argparse
-import os
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -95,11 +94,6 @@ def follow_length(args, **values):
         if getattr(args, name) is None:
             setattr(args, name, value)
             args.by_length = [*getattr(args, "by_length", []), name]
-
-
-def has_checkpoint(args):
-    """Whether the run in --out goes on from a checkpoint, which has all weights: no --init is read then."""
-    return os.path.exists(os.path.join(args.out, "state.pt"))
 
 
 def to_device(x, device):

@@ -31,6 +31,7 @@ from downstream import mar, sampling, speed
 from encoder import Encoder, UserError, load_exactly, read_config, write_atomically, write_model
 from eval import sha256
 from tools.batches import load_batches, split_batch
+from tools.checkpoint import has_checkpoint
 from tools.latents import LatentDataset
 from tools.optimizer import average_weights, capture_graph, rate_factor, take_means, update_weights
 from tools.run import INTERRUPTS, Run, command_line, listen, loop, seed_step
@@ -164,7 +165,7 @@ def setup(args, run):
     changes = sampling.changes(args.model, args.set)
     changes.update(channels=shape[0], grid=shape[1], classes=len(s.data.classes))
     s.model = sampling.build(args.model, **changes).to(run.device)
-    begins = args.init and not os.path.exists(run.path("state.pt"))  # which has all weights
+    begins = args.init and not has_checkpoint(args.out)
     left = mar.load_released(s.model, args.init) if begins else None
     s.averaged = copy.deepcopy(s.model).requires_grad_(False).eval()
     s.weights, s.averages = list(s.model.parameters()), list(s.averaged.parameters())

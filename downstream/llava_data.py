@@ -98,6 +98,14 @@ def open_pictures(names, folder):
 
 # ---- samples ----
 
+def picture_names(sample):
+    """The names of a sample's pictures, a list. None if "image" is neither a name, nor a list of names."""
+    names = sample.get("image") or []
+    names = [names] if isinstance(names, str) else names
+    right = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if right else None
+
+
 def read_conversations(path):
     """The samples of a LLaVA JSON file: (pictures, a list of names; turns, a list of (question, answer))."""
     try:
@@ -111,10 +119,9 @@ def read_conversations(path):
         raise UserError(f"--data {path} is no list of samples: see LLaVA's docs/Finetune_Custom_Data.md")
     for k, sample in enumerate(found):
         try:
-            pictures = sample.get("image") or []
-            pictures = [pictures] if isinstance(pictures, str) else pictures
+            pictures = picture_names(sample)
             said = [(turn["from"], turn["value"] + "") for turn in sample["conversations"]]
-            assert all(isinstance(name, str) for name in pictures), "image is no path, nor a list of paths"
+            assert pictures is not None, "image is no path, nor a list of paths"
         except (AttributeError, KeyError, TypeError, AssertionError) as e:
             raise UserError(f"--data {path}, sample {k + 1} is not LLaVA's: {{\"image\": .., \"conversations\": "
                             f"[{{\"from\": .., \"value\": ..}}, ..]}} ({type(e).__name__}: {e})") from None

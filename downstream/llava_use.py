@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from downstream.llava_data import Looker, expand, open_pictures
+from downstream.llava_data import Looker, expand, open_pictures, picture_names
 from downstream.llava_model import load_run
 from downstream.llava_prompts import MARK, Prompter
 from encoder import MissingFile, UserError, one_line, write_atomically
@@ -95,10 +95,9 @@ def with_marks(text, pictures):
 
 def names_of(question):
     """The names of a question's pictures, a list. TypeError if "image" is neither a name, nor a list of names."""
-    names = question.get("image") or []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"image is {json.dumps(names)}, not a path, nor a list of paths")
+    names = picture_names(question)
+    if names is None:
+        raise TypeError(f"image is {json.dumps(question['image'])}, not a path, nor a list of paths")
     return names
 
 

@@ -13,6 +13,11 @@ from encoder import UserError
 from tools.script import user_message
 
 
+def has_checkpoint(folder):
+    """Whether a run in this folder goes on from a checkpoint. This has all weights, so that no --init is read then."""
+    return os.path.isfile(os.path.join(folder, "state.pt"))
+
+
 def load_checkpoint(path, keys, args, may_differ):
     """The state at `path`, a dict with at least these keys, or None if there is none. Unless args.resume_anyway, raises
     UserError if a saved argument (in state["args"]) differs from `args` and is not in `may_differ`."""
