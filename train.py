@@ -22,7 +22,6 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -34,7 +33,7 @@ from encoder import (Encoder, UserError, ViT, load_exactly, load_teacher, parame
 from tools.batches import load_batches, split_batch
 from tools.checkpoint import has_checkpoint
 from tools.drawn import ProceduralDataset
-from tools.optimizer import average_weights, capture_graph, rate_factor, take_means, update_weights
+from tools.optimizer import average_weights, capture_graph, join_gradients, rate_factor, take_means, update_weights
 from tools.recipes import parse_args
 from tools.run import INTERRUPTS, Run, command_line, listen, loop, seed_step
 from tools.script import check_locks, commit, find_weights
@@ -120,43 +119,41 @@ def build_optimizer(args, encoder, decoder):
 
 def training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_batch, accumulation, ranks=1):
     """The two functions of a training step: micro_step adds the gradients of a micro-batch; update follows the last
-    micro-batch and moves the weights."""
-    device = decoder.mean.device
-    on_gpu = device.type == "cuda"
+    micro-batch and moves the weights. Gradients and statistics are means over the step's micro-batches, of all ranks."""
+    device, micro_batches = decoder.mean.device, accumulation * ranks
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     # a CUDA graph launches all kernels at once: Python launches those of a small model more slowly than they run
-    graphed = args.compile and on_gpu and ranks == 1
+    graphed = args.compile and device.type == "cuda"
     # with one micro-batch a step, the graph overwrites the last gradients: no passes over memory to clear and to add
-    overwrites = graphed and accumulation == 1
+    overwrites = graphed and micro_batches == 1
     distances = layer_distances
     if args.compile:  # block by block: all blocks of a kind share one compilation
         for block in (*teacher.blocks, *encoder.vit.blocks, *decoder.blocks, decoder.head):
             block.compile(dynamic=False)
         distances = torch.compile(layer_distances, dynamic=False)  # one pass over the tokens, not one per operation
-    student, flow_decoder = encoder, decoder
-    if ranks > 1:  # not the teacher: it has no gradients to exchange
-        # gradients live in the buffers that NCCL sends, which saves a copy of them
-        student, flow_decoder = (DistributedDataParallel(m, [device] if on_gpu else None, gradient_as_bucket_view=True)
-                                 for m in (encoder, decoder))
-        # buffers are constants, so rank 0 need not send them to the others at each forward pass
-        student.require_forward_param_sync = flow_decoder.require_forward_param_sync = False
+    # the ranks exchange gradients after the last micro-batch, not within its backward pass as DistributedDataParallel
+    # does, so that one graph serves all micro-batches
+    gradients = join_gradients(trained) if ranks > 1 else None
 
-    def micro_step(img, last=True):
-        """Add the gradients of a uint8 micro-batch. Returns L_flow, L_dist, alpha and w of each layer, (2 + 2L,)."""
-        # the ranks exchange gradients once a step, in the backward pass of the last micro-batch
-        student.require_backward_grad_sync = flow_decoder.require_backward_grad_sync = last
+    def micro_step(img):
+        """Add the gradients of a uint8 micro-batch. Returns its part of the step's statistics, (2 + 2L,): L_flow,
+        L_dist, alpha and w of each layer."""
         with autocast:
-            loss_dist, loss_flow, weight, alpha = losses(teacher, student, flow_decoder, img / 255, args,
+            loss_dist, loss_flow, weight, alpha = losses(teacher, encoder, decoder, img / 255, args,
                                                           distances=distances)
             loss = args.lambda_d * loss_dist + args.lambda_f * loss_flow  # eq. 6
-        (loss / accumulation).backward()
-        return torch.cat([torch.stack([loss_flow, loss_dist]), alpha, weight]).detach()
+        (loss / micro_batches).backward()
+        return torch.cat([torch.stack([loss_flow, loss_dist]), alpha, weight]).detach() / micro_batches
 
     def update(stats):
-        """Clip the gradients, move the weights, clear the gradients. Returns `stats`, the gradient norm, and 1."""
+        """Add up gradients and `stats` over the ranks, clip the gradients, move the weights, clear the gradients.
+        Returns `stats`, the gradient norm, and 1."""
+        if ranks > 1:
+            dist.all_reduce(gradients)
+            dist.all_reduce(stats)
         row = update_weights(optimizer, trained, args.clip, stats)
-        if not overwrites:
-            optimizer.zero_grad(set_to_none=not graphed)  # a graph adds to the tensors of its recording: keep these
+        if not overwrites:  # a graph and the ranks' exchange know the gradients by their place in memory: keep it
+            optimizer.zero_grad(set_to_none=not graphed and ranks == 1)
         return row
 
     if graphed:
@@ -178,10 +175,8 @@ def step(s, batches, micro_step, update):
         img, labels = next(batches)
         unreadable += [-1 - y for y in labels if y < 0]  # data.py labels the replacement of bad image i by -1 - i
         seed_step(args.seed, now.step, m, run.rank)  # draws depend on these alone, so a resume repeats them
-        stats = stats + micro_step(img.to(run.device, non_blocking=True), m == s.accumulation - 1) / s.accumulation
-    if run.ranks > 1:
-        dist.all_reduce(stats)  # alpha and w are the same on all ranks, so the mean leaves them as they are
-    row = update(stats / run.ranks)
+        stats = stats + micro_step(img.to(run.device, non_blocking=True))
+    row = update(stats)
     if args.ema:
         average_weights(s.averages, s.weights, now.step, args.ema)
     run.count(now, row, args.batch_size)

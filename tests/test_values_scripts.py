@@ -1,7 +1,7 @@
 """Values that the scripts pass on or say: counts, defaults, hints, rFID's reference."""
 from tests.helpers import (
-    MICRO_RUN, MICRO_VIT, QuickInception, evaluate, log_lines, micro_models, micro_teacher, picture, picture_folder,
-    raises, refused, same_weights, sampled, tokenizer_file, train_quietly)
+    MICRO_RUN, MICRO_VIT, QuickInception, close, evaluate, log_lines, micro_models, micro_teacher, picture,
+    picture_folder, raises, refused, same_weights, sampled, tokenizer_file, train_quietly)
 
 import argparse
 import contextlib
@@ -861,14 +861,14 @@ def test_a_log_line_of_several_gpus():
 
 
 def test_a_step_of_two_ranks_by_hand():
-    """Two micro-batches: what each is seeded with and told, which pictures were bad, the mean of the statistics over
-    micro-batches and ranks, and the rate of each group; then the averages, after the weights have moved."""
-    did, all_reduce = [], lambda x: x.add_(torch.tensor([10.0, 20.0]))  # what the other rank has
+    """Two micro-batches: what each is seeded with, which pictures were bad, the sum of their statistics, and the rate of
+    each group; then the averages, after the weights have moved."""
+    did = []
     note = lambda name, result=None: lambda *what: did.append((name, *what)) or result
 
-    def micro_step(img, last):
-        did.append(("micro", img.tolist(), last))
-        return torch.tensor([4.0, 2.0]) * (1 + last)
+    def micro_step(img):
+        did.append(("micro", img.tolist()))
+        return torch.tensor([4.0, 2.0]) * img
     args = argparse.Namespace(steps=10, lr_decay=1.0, decay_shape="linear", warmup=0, seed=5, batch_size=8, ema=0.25)
     s = argparse.Namespace(args=args, now=argparse.Namespace(step=4), accumulation=2, rates=[1.0, 0.5],
                            optimizer=argparse.Namespace(param_groups=[{"lr": 0}, {"lr": 0}]), averages="a", weights="w",
@@ -876,43 +876,64 @@ def test_a_step_of_two_ranks_by_hand():
     batches_ = iter([(torch.tensor([1]), [3, -1, -8]), (torch.tensor([2]), [-4, 0])])
     for ema in 0.25, 0:
         args.ema = ema
-        with patch.multiple(train, seed_step=note("seed"), average_weights=note("average")), \
-                patch.object(dist, "all_reduce", all_reduce):
+        with patch.multiple(train, seed_step=note("seed"), average_weights=note("average")):
             found = train.step(s, batches_, micro_step, lambda stats: did.append(("update", stats.tolist())) or "row")
-        # (4 + 8) / 2 and 10 over two ranks; (2 + 4) / 2 and 20
-        assert did == [("seed", 5, 4, 0, 1), ("micro", [1], False), ("seed", 5, 4, 1, 1), ("micro", [2], True),
-                       ("update", [8.0, 11.5]), *[("average", "a", "w", 4, 0.25)] * bool(ema),
+        assert did == [("seed", 5, 4, 0, 1), ("micro", [1]), ("seed", 5, 4, 1, 1), ("micro", [2]),
+                       ("update", [12.0, 6.0]), *[("average", "a", "w", 4, 0.25)] * bool(ema),
                        ("count", s.now, "row", 8)], did
         assert found == [0, 7, 3] and [g["lr"] for g in s.optimizer.param_groups] == [0.6, 0.3]
         batches_ = iter([(torch.tensor([1]), [3, -1, -8]), (torch.tensor([2]), [-4, 0])])
         did.clear()
 
 
-def test_gradients_are_exchanged_at_the_last_micro_batch():
-    """Of four micro-batches each adds a quarter of lambda_d L_dist + lambda_f L_flow; the ranks wait for one another at
-    the last alone, and never send the weights, which they all have."""
-    wrapped, seen = [], []
-
-    def on_ranks(module, devices, gradient_as_bucket_view):
-        wrapped.append((module, devices, gradient_as_bucket_view))
-        return argparse.Namespace()
-    L_dist, L_flow = (torch.tensor(x, requires_grad=True) for x in (2.0, 3.0))
+def test_gradients_are_means_over_micro_batches_and_ranks():
+    """Four micro-batches on each of three ranks: each adds a twelfth of lambda_d L_dist + lambda_f L_flow, and of the
+    statistics. The ranks add up both once a step; then the gradients are zeros of the same tensor again."""
+    x = torch.nn.Parameter(torch.tensor([[2.0, 3.0]]))  # L_dist and L_flow
+    frozen, exchanged, updated = torch.nn.Parameter(torch.ones(1)), [], []
 
     def losses(teacher, student, flow_decoder, img, args, distances):
-        seen.append([(m.require_forward_param_sync, m.require_backward_grad_sync) for m in (student, flow_decoder)])
-        assert (teacher, distances) == ("teacher", distill.layer_distances) and img.tolist() == [1, 0]
-        return L_dist, L_flow, torch.tensor([7.0, 8.0]), torch.tensor([5.0, 6.0])
+        assert (teacher, student, flow_decoder, distances) == ("teacher", enc, dec, distill.layer_distances)
+        assert img.tolist() == [1, 0]
+        return x[0, 0], x[0, 1], torch.tensor([7.0, 8.0]), torch.tensor([5.0, 6.0])
+
+    def all_reduce(values):
+        exchanged.append(values.tolist())
+        values.mul_(3)  # the others have the same
     enc, dec = argparse.Namespace(), argparse.Namespace(mean=torch.zeros(3))
-    args = argparse.Namespace(compile=False, lambda_d=0.5, lambda_f=4.0)
-    with patch.multiple(train, DistributedDataParallel=on_ranks, losses=losses):
-        micro_step, _ = train.training_step(args, "teacher", enc, dec, unittest.mock.Mock(param_groups=[]),
-                                            contextlib.nullcontext(), 2, 4, 3)
-        for last in False, True:
-            stats = micro_step(torch.tensor([255, 0], dtype=torch.uint8), last)
-            assert stats.tolist() == [3, 2, 5, 6, 7, 8] and not stats.requires_grad
-    assert wrapped == [(enc, None, True), (dec, None, True)]
-    assert seen == [[(False, False)] * 2, [(False, True)] * 2]
-    assert (L_dist.grad.item(), L_flow.grad.item()) == (2 * 0.5 / 4, 2 * 4 / 4)
+    args = argparse.Namespace(compile=False, lambda_d=0.5, lambda_f=4.0, clip=1.5)
+    note = lambda optimizer, weights, clip, stats: updated.append(
+        (weights == [x], clip, x.grad.tolist(), stats.tolist())) or "row"
+    with patch.multiple(train, losses=losses, update_weights=note), patch.object(dist, "all_reduce", all_reduce):
+        micro_step, update = train.training_step(args, "teacher", enc, dec, torch.optim.SGD([x], 1.0),
+                                                 contextlib.nullcontext(), 2, 4, 3)
+        for repeat in range(2):
+            parts = [micro_step(torch.tensor([255, 0], dtype=torch.uint8)) for _ in range(4)]
+            for part in parts:
+                assert not part.requires_grad
+                close(part * 12, torch.tensor([3.0, 2, 5, 6, 7, 8]), 1e-5)
+            assert update(sum(parts)) == "row" and x.grad.eq(0).all()
+    for gradients, stats in (exchanged[:2], exchanged[2:]):
+        close(torch.tensor(gradients), torch.tensor([0.5, 4.0]) / 3, 1e-5)
+        close(torch.tensor(stats), torch.tensor([3.0, 2, 5, 6, 7, 8]) / 3, 1e-5)
+    for ours, clip, gradients, stats in updated:
+        assert ours and clip == 1.5
+        close(torch.tensor(gradients), torch.tensor([[0.5, 4.0]]), 1e-5)
+        close(torch.tensor(stats), torch.tensor([3.0, 2, 5, 6, 7, 8]), 1e-5)
+    assert len(updated) == 2
+
+
+def test_joined_gradients_lie_in_one_tensor():
+    """In the order of the weights; backward passes add to it in place, and what is written there is their gradient."""
+    a, b = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(2))
+    a.grad = torch.ones(2, 3)  # forgotten
+    joined = optimizer.join_gradients([a, b])
+    assert joined.tolist() == [0] * 8 and (a.grad.shape, b.grad.shape) == (a.shape, b.shape)
+    for _ in range(2):
+        ((a * torch.arange(6.0).view(2, 3)).sum() + (b * torch.tensor([6.0, 7.0])).sum()).backward()
+    assert joined.tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+    joined.mul_(2)
+    assert a.grad.tolist() == [[0, 4, 8], [12, 16, 20]] and b.grad.tolist() == [24, 28]
 
 
 def test_when_a_run_logs_evaluates_and_saves():
@@ -968,41 +989,45 @@ def test_an_evaluations_workers():
     assert validation.spread(10, 4) == [0, 2, 5, 7] and len(validation.spread(513)) == 512
 
 
-def test_a_training_graph_is_for_one_gpu():
-    """Captured if the step is compiled, on a GPU, and there is one rank. With one micro-batch a step it writes the
-    gradients, so that nobody clears them; with several it adds to tensors that are cleared to zeros."""
+def test_a_training_graph_is_for_gpus():
+    """Captured if the step is compiled, on a GPU. With one micro-batch a step it writes the gradients, so that nobody
+    clears them; with several, or several ranks, it adds to tensors that are cleared to zeros. Without a graph one rank
+    clears them to None, but several ranks keep the tensor that they exchange."""
     block = lambda: unittest.mock.Mock(spec=["compile"])
     parts = lambda device: [argparse.Namespace(
         vit=argparse.Namespace(blocks=[block()]), blocks=[block()], head=block(),
         mean=argparse.Namespace(device=device)) for _ in range(3)]
     zeros = lambda *shape, **how: (shape, how)
     for compile_, kind, ranks, accumulation in itertools.product((False, True), ("cpu", "cuda"), (1, 2), (1, 4)):
-        device, captured, wrapped, distances = argparse.Namespace(type=kind), [], [], []
+        device, captured, joined, distances = argparse.Namespace(type=kind), [], [], []
         capture = lambda step, img, clear: captured.append((img, clear)) or "graph"
         optimizer, models = unittest.mock.Mock(param_groups=[]), parts(device)
         args = argparse.Namespace(compile=compile_, size=24, clip=1.0)
-        on_ranks = lambda m, devices, **how: wrapped.append((m, devices)) or argparse.Namespace()
+        join = lambda weights: joined.append(weights) or "joined"
         faster = lambda f, **how: distances.append((f, how)) or f
-        with patch.multiple(train, capture_graph=capture, DistributedDataParallel=on_ranks), \
+        with patch.multiple(train, capture_graph=capture, join_gradients=join), \
                 patch.object(torch, "zeros", zeros), patch.object(torch, "compile", faster):
             micro_step, update = train.training_step(args, *models, optimizer, None, 5, accumulation, ranks)
-        graphed = compile_ and kind == "cuda" and ranks == 1
+        graphed, overwrites = compile_ and kind == "cuda", accumulation * ranks == 1
         assert (micro_step == "graph") == graphed == bool(captured)
-        assert wrapped == [(m, [device] if kind == "cuda" else None) for m in models[1:]] * (ranks > 1)
+        assert joined == [[]] * (ranks > 1)
         assert distances == [(distill.layer_distances, dict(dynamic=False))] * compile_
         compiled = [x.compile.call_args_list for x in (models[0].blocks[0], models[1].vit.blocks[0],
                                                        models[2].blocks[0], models[2].head)]
         assert compiled == [[unittest.mock.call(dynamic=False)] * compile_] * 4
         optimizer.reset_mock()
-        with patch.object(train, "update_weights", lambda *what: what):
+        exchanged = []
+        with patch.object(train, "update_weights", lambda *what: what), \
+                patch.object(dist, "all_reduce", exchanged.append):
             assert update("stats") == (optimizer, [], 1.0, "stats")
-        cleared = [] if graphed and accumulation == 1 else [unittest.mock.call(set_to_none=not graphed)]
+        assert exchanged == ["joined", "stats"] * (ranks > 1)
+        cleared = [] if graphed and overwrites else [unittest.mock.call(set_to_none=not graphed and ranks == 1)]
         assert optimizer.zero_grad.call_args_list == cleared
         for img, clear in captured:
             assert img == ((5, 3, 24, 24), dict(dtype=torch.uint8, device=device))
             optimizer.reset_mock()
             clear()
-            assert optimizer.zero_grad.call_args_list == [unittest.mock.call(set_to_none=accumulation == 1)]
+            assert optimizer.zero_grad.call_args_list == [unittest.mock.call(set_to_none=overwrites)]
 
 
 def test_when_steps_that_are_not_finite_stop_a_run():
@@ -1389,7 +1414,7 @@ def test_clocks_of_the_benches():
 
 def test_the_bench_of_two_ranks():
     """Both ranks' pictures count, in one micro-batch a step and in two; the parts are one rank's and are left out. What
-    is timed is the whole step, whose last micro-batch is known. A setting that does not fit is said so."""
+    is timed is the whole step. A setting that does not fit is said so."""
     rows, asked, steps = [], [], []
 
     class TwoRanks(running.Run):
@@ -1404,7 +1429,7 @@ def test_the_bench_of_two_ranks():
         asked.append((args.compile, enc.vit.checkpoint, dec.checkpoint, autocast._enabled, micro, accumulation, ranks))
         if accumulation == 2 and fails:
             raise torch.OutOfMemoryError
-        return (lambda img, last: steps.append((tuple(img.shape), img.dtype, last)) or 1.0), steps.append
+        return (lambda img: steps.append((tuple(img.shape), img.dtype)) or 1.0), steps.append
     with tempfile.TemporaryDirectory() as tmp:
         flags = ["--teacher", micro_teacher(tmp), *MICRO_RUN, "--micro_batch", "4", "--no-compile"]
         for fails, gpu in (False, False), (True, False), (False, True):
@@ -1417,7 +1442,7 @@ def test_the_bench_of_two_ranks():
                 speed.train_speed(flags)
             assert asked == [(False, False, False, gpu, 4, n, 2) for n in (1, 2)]
             step = (4, 3, 16, 16), torch.uint8
-            assert steps == [(*step, True), 1.0, *([] if fails else [(*step, False), (*step, True), 2.0])]
+            assert steps == [step, 1.0, *([] if fails else [step, step, 2.0])]
             assert rows[:2] == ["connected", f"{'a GPU' if gpu else 'CPU'}, torch {torch.__version__}, {flags[1]} at "
                                 "16 px, 3.00 TFLOP an image, 2 ranks; a matrix product of 7 reaches 60 TFLOP/s"]
             tail = lambda n: (f" | {2 * n / 0.25:8,.1f} img/s |   250.0 ms | {n / 0.25 * 3:6.4g} TFLOP/s a GPU | "
@@ -1527,8 +1552,8 @@ def test_a_graph_is_recorded_after_three_rounds_and_replayed():
                        ("record", True), step, "end"], did
         assert len(set(map(id, own))) == 1 and own[0] is not batch
         did.clear()
-        for value, last in (1, True), (5, False):
-            assert replay(torch.full((2, 3), value, dtype=torch.uint8), last) == "statistics 4"
+        for value in 1, 5:
+            assert replay(torch.full((2, 3), value, dtype=torch.uint8)) == "statistics 4"
         assert did == [("replay", [[1] * 3] * 2), ("replay", [[5] * 3] * 2)] and batch.eq(7).all()
 
 

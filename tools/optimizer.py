@@ -1,9 +1,12 @@
-"""How a step moves the weights: the learning rate, an update that skips what is not finite, averages, CUDA graphs.
+"""How a step moves the weights: the learning rate, an update that skips what is not finite, averages, CUDA graphs,
+gradients that several ranks add up.
 
     factor = rate_factor(step, args)                       # of the learning rates: warm-up and decay
     row = update_weights(optimizer, weights, clip, stats)  # clips, steps; not if a number is not finite
     average_weights(averages, weights, step, decay)
     means = take_means(now, log_every)                     # of these rows, for a line of the log
+    micro_step = capture_graph(micro_step, img, clear)
+    dist.all_reduce(join_gradients(weights))
 """
 import math
 
@@ -51,6 +54,16 @@ def take_means(now, log_every):
     return means
 
 
+def join_gradients(weights):
+    """Set the gradients of `weights` to zeros that lie in one tensor (n,), and return it: ranks add it up at once. A
+    backward pass adds to these gradients in place, as long as nobody sets them to None."""
+    sizes = [w.numel() for w in weights]
+    joined = torch.zeros(sum(sizes), device=weights[0].device)
+    for w, part in zip(weights, joined.split(sizes)):
+        w.grad = part.view_as(w)
+    return joined
+
+
 def capture_graph(micro_step, img, clear):
     """Record micro_step (uint8 image batch -> statistics) as a CUDA graph. Returns a function that replays it on
     batches of that shape. Python launches the kernels of a small model one by one, more slowly than the GPU runs them.
@@ -69,7 +82,7 @@ def capture_graph(micro_step, img, clear):
     with torch.cuda.graph(graph):
         stats = micro_step(img)
 
-    def replay(batch, last=True):  # `last` is for several ranks (see train.py), and a graph has one
+    def replay(batch):
         img.copy_(batch)
         graph.replay()
         return stats
