@@ -22,7 +22,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import ImageDataset
@@ -33,7 +32,7 @@ from eval import sha256
 from tools.batches import load_batches, split_batch
 from tools.checkpoint import has_checkpoint
 from tools.latents import LatentDataset
-from tools.optimizer import average_weights, capture_graph, rate_factor, take_means, update_weights
+from tools.optimizer import average_weights, capture_graph, join_gradients, rate_factor, take_means, update_weights
 from tools.run import INTERRUPTS, Run, command_line, listen, loop, seed_step
 from tools.script import check_locks, check_size, commit, default_workers, find_weights, number
 
@@ -87,7 +86,7 @@ def parse_args(argv=None):
     add("--workers", type=number(int, 0), default=workers, help="data loading processes per rank [%(default)s]")
     add("--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help="[%(default)s: with a GPU]")
     add("--graph", action="store_true", help="replay a DiT's step as a CUDA graph, which spares small models the time "
-        "of launching kernels; on one GPU [no]")
+        "of launching kernels [no]")
     add("--out", default="gen", metavar="FOLDER", help="where the run lives [%(default)s]")
     add("--log_every", type=count, default=100, metavar="STEPS", help="[%(default)s]")
     add("--eval_every", **every, default=5000, help="sample grid, also at the end [%(default)s]")
@@ -108,8 +107,8 @@ def parse_args(argv=None):
         train.error("--set: channels, grid and classes are those of the latents")
     if args.init and not args.model.startswith("mar"):
         train.error(f"--init starts a MAR from a released one, and --model is {args.model}")
-    if args.graph and (args.model.startswith("mar") or not on_gpu or int(os.environ.get("WORLD_SIZE", 1)) > 1):
-        train.error("--graph needs a GPU, one rank, and a DiT: MAR masks another number of tokens at each step")
+    if args.graph and (args.model.startswith("mar") or not on_gpu):
+        train.error("--graph needs a GPU and a DiT: MAR masks another number of tokens at each step")
     args.recipe = args.recipe or args.model.split("-")[0]
     recipe = RECIPES[args.recipe]
     for name in recipe.keys() & vars(args).keys() - {"warmup", "epochs" if args.steps else ""}:
@@ -190,10 +189,7 @@ def setup(args, run):
         run.say(f"{about['weights']} is not there, so there will be no pictures: give the tokenizer's --weights")
     if args.compile:
         s.model.compile_blocks()
-    s.trained = s.model
-    if run.ranks > 1:
-        s.trained = DistributedDataParallel(s.model, [run.device] if run.on_gpu else None, gradient_as_bucket_view=True)
-        s.trained.require_forward_param_sync = False  # buffers are constants
+    s.gradients = join_gradients(s.weights) if run.ranks > 1 else None  # what the ranks exchange
     return s
 
 
@@ -215,7 +211,7 @@ def micro_step(s):
     """The function that adds the gradients of a micro-batch (latent, labels), and returns its share of the loss."""
     def add_gradients(latent, labels):
         with s.autocast:
-            part = s.trained(latent, labels) / s.accumulation
+            part = s.model(latent, labels) / (s.accumulation * s.run.ranks)
         part.backward()
         return part.detach()
     if not s.args.graph:
@@ -242,12 +238,13 @@ def step(s, batches):
         latent = s.encode(batch.to(run.device, non_blocking=True))
         labels = torch.tensor(labels).to(run.device, non_blocking=True)
         seed_step(args.seed, now.step, m, run.rank)
-        s.trained.require_backward_grad_sync = m == s.accumulation - 1
         loss = loss + s.micro_step(latent, labels)
     if run.ranks > 1:
+        dist.all_reduce(s.gradients)
         dist.all_reduce(loss)
-    row = update_weights(s.optimizer, s.weights, args.clip, loss[None] / run.ranks)
-    s.optimizer.zero_grad(set_to_none=not args.graph)  # a graph adds to the tensors of its recording
+    row = update_weights(s.optimizer, s.weights, args.clip, loss[None])
+    # a graph and the ranks' exchange know the gradients by their place in memory: keep it
+    s.optimizer.zero_grad(set_to_none=not args.graph and run.ranks == 1)
     average_weights(s.averages, s.weights, now.step, args.ema)
     run.count(now, row, args.batch_size)
     if run.must_stop(now):

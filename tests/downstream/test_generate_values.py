@@ -39,6 +39,7 @@ from tests.downstream.test_generate import latents as saved_latents, tokenizer
 from tests.hostile import Payload
 from tools import latents
 from tools.batches import collate
+from tools.optimizer import join_gradients
 from tools.run import Run
 
 KINDS = ("mar", mar.MAR, MICRO_MAR), ("dit", dit.DiT, MICRO_DIT)
@@ -921,14 +922,12 @@ def test_training_is_set_up_as_the_flags_say():
             s, _ = ready(tmp, "dit-s", "--epochs", 1, "--batch_size", 64)
         assert s.args.steps == 1, "at least one"
         assert s.autocast._enabled and s.autocast.fast_dtype == torch.bfloat16
-        given = []
-        for on_gpu in True, False:  # of two ranks
-            with patch.object(Run, "connect", lambda self: vars(self).update(ranks=2, on_gpu=on_gpu)), \
-                    patch.object(generate, "DistributedDataParallel", lambda *what, **how: given.append(
-                        (what, how)) or SimpleNamespace(require_forward_param_sync=True)):
-                s, said = ready(tmp, "dit-s", "--steps", 1)
-            assert given[-1] == ((s.model, [s.run.device] if on_gpu else None), dict(gradient_as_bucket_view=True))
-            assert not s.trained.require_forward_param_sync and " x 2 ranks on cpu; " in said[2]
+        assert s.gradients is None
+        with patch.object(Run, "connect", lambda self: setattr(self, "ranks", 2)):
+            s, said = ready(tmp, "dit-s", "--steps", 1)
+        assert s.gradients.tolist() == [0] * sum(p.numel() for p in s.weights) and " x 2 ranks on cpu; " in said[2]
+        s.gradients[-1] = 5
+        assert s.weights[-1].grad.view(-1)[-1] == 5, "what the ranks exchange is the weights' gradients"
         compiled, started = [], []
 
         def load(model, path):
@@ -1101,12 +1100,13 @@ class Weighing(nn.Module):
         self.a, self.b, self.heard = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([2.0])), []
 
     def forward(self, latent, labels):
-        self.heard.append((self.require_backward_grad_sync, torch.is_autocast_enabled("cpu"), labels.tolist()))
+        self.heard.append((torch.is_autocast_enabled("cpu"), labels.tolist()))
         return ((3 * self.a + 4 * self.b) * latent.double().mean() * torch.rand((), dtype=torch.float64)).sum()
 
 
 def test_a_step_by_hand():
-    """Of two micro-batches: their draws, the mean, the clipped gradient, the rate on its way up, the average."""
+    """Of two micro-batches: their draws, the mean, the clipped gradient, the rate on its way up, the average. Then as
+    one of two ranks, of which the other has twice the loss and the gradient."""
     run, model = Run("none"), Weighing()
     run.rank = 3
     args = SimpleNamespace(lr=0.5, steps=40, warmup=10, lr_decay=0.0, decay_shape="linear", seed=6, clip=0.25, ema=0.15,
@@ -1115,7 +1115,7 @@ def test_a_step_by_hand():
     now.step, now.samples, run.last_finite = 4, 16, now.sums
     optimizer = torch.optim.SGD([dict(params=[model.a]), dict(params=[model.b])], 9.0)
     data_ = SimpleNamespace(index=lambda n: 100 + n, path=lambda i: f"image {i}")
-    s = SimpleNamespace(args=args, run=run, now=now, trained=model, accumulation=2, optimizer=optimizer, data=data_,
+    s = SimpleNamespace(args=args, run=run, now=now, model=model, accumulation=2, optimizer=optimizer, data=data_,
                         weights=[model.a, model.b], averages=[torch.tensor([5.0]), torch.tensor([7.0])],
                         encode=lambda img: img / 2, autocast=torch.autocast("cpu", torch.bfloat16))
     s.micro_step = generate.micro_step(s)
@@ -1131,8 +1131,20 @@ def test_a_step_by_hand():
     close(now.sums, torch.tensor([11 * slope, 5 * slope, 1.0], dtype=torch.float64), 1e-6)
     close(torch.cat([model.a, model.b]).detach(), torch.tensor([1 - 3 * slope * rate, 2 - 4 * slope * rate]), 1e-5)
     close(torch.cat(s.averages), 0.15 * torch.tensor([5.0, 7.0]) + 0.85 * torch.cat([model.a, model.b]).detach(), 1e-6)
-    assert model.heard == [(False, True, [1, 2]), (True, True, [3, 4])], "ranks exchange the whole gradient once"
+    assert model.heard == [(True, [1, 2]), (True, [3, 4])]
     assert (now.step, now.samples) == (5, 20) and model.a.grad is None
+    exchanged = []
+    run.ranks, now.step, s.gradients, before = 2, 4, join_gradients(s.weights), now.sums.clone()
+    run.sum = lambda n: [n]
+    with patch.object(torch.distributed, "all_reduce", lambda x: exchanged.append(x.clone()) or x.mul_(3)):
+        generate.step(s, iter([(img[0], [1, 2]), (img[1], [3, 4])]))
+    gradients, loss = exchanged
+    assert math.isclose(gradients.norm(), 5 * slope / 2, rel_tol=1e-5), "its half of the mean, exchanged once a step"
+    close(now.sums[1] - before[1], 3 * gradients.norm().double(), 1e-5)
+    close(now.sums[0] - before[0], 3 * loss, 1e-6)
+    assert not s.gradients.any() and model.a.grad is not None
+    run.ranks, model.a.grad, model.b.grad = 1, None, None
+    del run.sum
     # a signal of this rank or of another
     batches = lambda: iter([(img[0], [1, 2]), (img[1], [3, 4])])
     with patch.object(generate, "INTERRUPTS", [15]):
@@ -1143,7 +1155,7 @@ def test_a_step_by_hand():
     now.faults, stopped = torch.tensor([40.0, 9.0]), []
     run.stop_not_finite = lambda *what: stopped.append(what)
     generate.step(s, iter([(img[0] * math.nan, [1, 2]), (img[1], [3, 4])]))
-    assert stopped == [(now, "1.5000", [f"image {100 + n}" for n in range(28, 32)])] and now.samples == 32
+    assert stopped == [(now, "1.5000", [f"image {100 + n}" for n in range(32, 36)])] and now.samples == 36
 
 
 def test_what_a_checkpoint_of_a_generator_holds():
@@ -1244,8 +1256,7 @@ def test_a_graph_of_the_step_is_fed_each_batch():
         with contextlib.redirect_stderr(io.StringIO()) as err, patch.object(torch.cuda, "is_available",
                                                                             lambda: model == "mar-s"):
             raises(SystemExit, parse, "train", "--latents", "x", "--model", model, "--graph", words="2")
-        assert "--graph needs a GPU, one rank, and a DiT" in err.getvalue()
-    with patch.object(torch.cuda, "is_available", lambda: True):
+        assert "--graph needs a GPU and a DiT" in err.getvalue()
+    with patch.object(torch.cuda, "is_available", lambda: True), patch.dict(os.environ, WORLD_SIZE="2"):
         assert parse("train", "--latents", "x", "--graph").graph and not parse("train", "--latents", "x").graph
-        with patch.dict(os.environ, WORLD_SIZE="2"), contextlib.redirect_stderr(io.StringIO()) as err:
-            raises(SystemExit, parse, "train", "--latents", "x", "--graph", words="2")
+
