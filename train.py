@@ -174,7 +174,8 @@ def step(s, batches, micro_step, update):
     for m in range(s.accumulation):
         img, labels = next(batches)
         unreadable += [-1 - y for y in labels if y < 0]  # data.py labels the replacement of bad image i by -1 - i
-        seed_step(args.seed, now.step, m, run.rank)  # draws depend on these alone, so a resume repeats them
+        # draws depend on the seed, the step and which of its micro-batches it is: not on the ranks that share them
+        seed_step(args.seed, now.step, run.rank * s.accumulation + m)
         stats = stats + micro_step(img.to(run.device, non_blocking=True))
     row = update(stats)
     if args.ema:

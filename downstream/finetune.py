@@ -183,7 +183,7 @@ def step(s, batches):
         group["lr"] = rate * factor
     for m in range(s.accumulation):
         batch = to_device(next(batches), run.device)
-        seed_step(args.seed, now.step, m, run.rank)  # draws depend on these alone, so a resume repeats them
+        seed_step(args.seed, now.step, run.rank * s.accumulation + m)  # as in train.py
         s.trained.require_backward_grad_sync = m == s.accumulation - 1
         with s.autocast:
             losses = s.trained(*batch)

@@ -237,7 +237,7 @@ def step(s, batches):
         batch, labels = next(batches)
         latent = s.encode(batch.to(run.device, non_blocking=True))
         labels = torch.tensor(labels).to(run.device, non_blocking=True)
-        seed_step(args.seed, now.step, m, run.rank)
+        seed_step(args.seed, now.step, run.rank * s.accumulation + m)  # as in train.py
         loss = loss + s.micro_step(latent, labels)
     if run.ranks > 1:
         dist.all_reduce(s.gradients)

@@ -878,7 +878,7 @@ def test_a_step_of_two_ranks_by_hand():
         args.ema = ema
         with patch.multiple(train, seed_step=note("seed"), average_weights=note("average")):
             found = train.step(s, batches_, micro_step, lambda stats: did.append(("update", stats.tolist())) or "row")
-        assert did == [("seed", 5, 4, 0, 1), ("micro", [1]), ("seed", 5, 4, 1, 1), ("micro", [2]),
+        assert did == [("seed", 5, 4, 2), ("micro", [1]), ("seed", 5, 4, 3), ("micro", [2]),
                        ("update", [12.0, 6.0]), *[("average", "a", "w", 4, 0.25)] * bool(ema),
                        ("count", s.now, "row", 8)], did
         assert found == [0, 7, 3] and [g["lr"] for g in s.optimizer.param_groups] == [0.6, 0.3]
@@ -939,7 +939,7 @@ def test_joined_gradients_lie_in_one_tensor():
 def test_when_a_run_logs_evaluates_and_saves():
     """At its intervals and at the end, in this order; a signal saves after its step. A step's time is the mean since
     the clock was set: at the start, and after whatever was written."""
-    def go(steps, first=0, signal_at=None, rank=1, **every):
+    def go(steps, first=0, signal_at=None, rank=1, on_gpu=False, **every):
         did, clock, now = [], [100.0], argparse.Namespace(step=first, sums="sums")
         args = argparse.Namespace(**{**dict.fromkeys(("log_every", "eval_every", "save_every", "keep_every"), 0),
                                      "steps": steps, **every})
@@ -953,8 +953,9 @@ def test_when_a_run_logs_evaluates_and_saves():
                 did.append((what, now.step, *seconds))
                 clock[0] += 1000
             return act
-        run = argparse.Namespace(rank=rank)
-        with patch("time.time", lambda: clock[0]), patch.object(running, "tqdm") as bar:
+        run = argparse.Namespace(rank=rank, on_gpu=on_gpu)
+        waits = lambda: clock.__setitem__(0, clock[0] + 60)  # the GPU is a minute behind
+        with patch.object(torch.cuda, "synchronize", waits), patch("time.time", lambda: clock[0]), patch.object(running, "tqdm") as bar:
             stopped = running.loop(run, now, args, step, note("log"), note("evaluate"), note("save"))
         bar.assert_called_once_with(total=steps, initial=first, desc="train", unit="step", disable=rank > 0 or None)
         assert bar.return_value.method_calls == [unittest.mock.call.update()] * (now.step - first) + [
@@ -966,6 +967,7 @@ def test_when_a_run_logs_evaluates_and_saves():
     assert go(5, log_every=2, eval_every=3, save_every=5, keep_every=4) == ([
         ("log", 2, 1.5), ("evaluate", 3), ("log", 4, 4.0), ("save", 4), ("log", 5, 5.0), ("evaluate", 5), ("save", 5)],
         False)
+    assert go(2, on_gpu=True) == ([("log", 2, (1 + 2 + 60) / 2), ("evaluate", 2), ("save", 2)], False)
     assert go(9, 2, 4, log_every=3, save_every=8) == ([("log", 3, 3.0), ("save", 4)], True)
     assert go(9, 2, 3, eval_every=3, save_every=3) == ([("save", 3), ("evaluate", 3)], True), "saved before all else"
     assert go(4, 4) == ([], False)

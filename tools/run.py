@@ -265,6 +265,8 @@ def loop(run, now, args, step, log, evaluate, save):
         logging, evaluating = due(args.log_every), due(args.eval_every)
         saving = due(args.save_every) or due(args.keep_every)
         if logging:
+            if run.on_gpu:
+                torch.cuda.synchronize()  # Python may be steps ahead of the GPU
             log((time.time() - tick) / timed)
         if interrupted:  # before an evaluation, which may outlast the patience of a scheduler
             save()

@@ -133,7 +133,7 @@ def test_two_ranks_train_on_their_shares():
         model = generate.sampling.build("mar-s", **config)
         for rank in range(2):  # the batch of 4 is samples 0, 1 and 2, 3
             x, y = zip(*(data[n] for n in (2 * rank, 2 * rank + 1)))
-            seed_step(0, 0, 0, rank)
+            seed_step(0, 0, rank)
             loss = model(torch.stack(x).float(), torch.tensor(y))
             (loss / 2).backward()
             losses.append(loss.item())

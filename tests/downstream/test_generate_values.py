@@ -1122,7 +1122,7 @@ def test_a_step_by_hand():
     img = torch.tensor([[2.0, 4.0], [6.0, 10.0]])
     draws = []
     for m in range(2):
-        seed = np.random.SeedSequence([6, 4, m, 3]).generate_state(1, np.uint64)[0]
+        seed = np.random.SeedSequence([6, 4, 2 * 3 + m]).generate_state(1, np.uint64)[0]
         draws.append(torch.rand((), dtype=torch.float64, generator=torch.Generator().manual_seed(int(seed))).item())
     assert not generate.step(s, iter([(img[0], [1, 2]), (img[1], [3, 4])]))
     slope = (1.5 * draws[0] + 4 * draws[1]) / 2  # of the loss by 3 a + 4 b
