@@ -125,8 +125,8 @@ def fit(args, teacher, encoder, decoder, data, val, device):
     for step, (img, _) in enumerate(tqdm(batches, "train", args.steps, mininterval=5)):
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * rate_factor(step, args)
-        seed_step(args.seed, step, 0, 0)
-        sums = sums + update(micro_step(img.to(device), True))
+        seed_step(args.seed, step, 0)
+        sums = sums + update(micro_step(img.to(device)))
         if (step + 1) % every == 0:
             loss_flow, loss_dist = (sums[:2] / every).tolist()
             psnr, *_ = validate(encoder, decoder, val, args.batch_size, args.seed, autocast, args.workers)
