@@ -119,7 +119,7 @@ def build_optimizer(args, encoder, decoder):
 
 def training_step(args, teacher, encoder, decoder, optimizer, autocast, micro_batch, accumulation, ranks=1):
     """The two functions of a training step: micro_step adds the gradients of a micro-batch; update follows the last
-    micro-batch and moves the weights. Gradients and statistics are means over the step's micro-batches, of all ranks."""
+    micro-batch and moves the weights. Gradients and statistics are means over a step's micro-batches, of all ranks."""
     device, micro_batches = decoder.mean.device, accumulation * ranks
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     # a CUDA graph launches all kernels at once: Python launches those of a small model more slowly than they run

@@ -85,8 +85,8 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of initialisation, order and draws [%(default)s]")
     add("--workers", type=number(int, 0), default=workers, help="data loading processes per rank [%(default)s]")
     add("--compile", action=argparse.BooleanOptionalAction, default=on_gpu, help="[%(default)s: with a GPU]")
-    add("--graph", action="store_true", help="replay a DiT's step as a CUDA graph, which spares small models the time "
-        "of launching kernels [no]")
+    add("--graph", action=argparse.BooleanOptionalAction, help="replay a DiT's micro-batch as a CUDA graph, which "
+        "spares small models the time of launching kernels [with a GPU: yes]")
     add("--out", default="gen", metavar="FOLDER", help="where the run lives [%(default)s]")
     add("--log_every", type=count, default=100, metavar="STEPS", help="[%(default)s]")
     add("--eval_every", **every, default=5000, help="sample grid, also at the end [%(default)s]")
@@ -107,7 +107,9 @@ def parse_args(argv=None):
         train.error("--set: channels, grid and classes are those of the latents")
     if args.init and not args.model.startswith("mar"):
         train.error(f"--init starts a MAR from a released one, and --model is {args.model}")
-    if args.graph and (args.model.startswith("mar") or not on_gpu):
+    graph_fits = on_gpu and not args.model.startswith("mar")
+    args.graph = graph_fits if args.graph is None else args.graph
+    if args.graph and not graph_fits:
         train.error("--graph needs a GPU and a DiT: MAR masks another number of tokens at each step")
     args.recipe = args.recipe or args.model.split("-")[0]
     recipe = RECIPES[args.recipe]

@@ -861,8 +861,8 @@ def test_a_log_line_of_several_gpus():
 
 
 def test_a_step_of_two_ranks_by_hand():
-    """Two micro-batches: what each is seeded with, which pictures were bad, the sum of their statistics, and the rate of
-    each group; then the averages, after the weights have moved."""
+    """Two micro-batches: what each is seeded with, which pictures were bad, the sum of their statistics, and the rate
+    of each group; then the averages, after the weights have moved."""
     did = []
     note = lambda name, result=None: lambda *what: did.append((name, *what)) or result
 
@@ -955,7 +955,8 @@ def test_when_a_run_logs_evaluates_and_saves():
             return act
         run = argparse.Namespace(rank=rank, on_gpu=on_gpu)
         waits = lambda: clock.__setitem__(0, clock[0] + 60)  # the GPU is a minute behind
-        with patch.object(torch.cuda, "synchronize", waits), patch("time.time", lambda: clock[0]), patch.object(running, "tqdm") as bar:
+        with patch.object(torch.cuda, "synchronize", waits), patch("time.time", lambda: clock[0]), \
+                patch.object(running, "tqdm") as bar:
             stopped = running.loop(run, now, args, step, note("log"), note("evaluate"), note("save"))
         bar.assert_called_once_with(total=steps, initial=first, desc="train", unit="step", disable=rank > 0 or None)
         assert bar.return_value.method_calls == [unittest.mock.call.update()] * (now.step - first) + [

@@ -197,8 +197,7 @@ def training(args, row):
     model = {"a": what, "b": args.generator, "c": "dit-s"}[part]
     command = ["downstream.generate", "train", "--model", model, "--latents", latents_of(args, code), "--batch_size",
                args.batch_size, "--micro_batch", args.batch_size, *GENERATOR.split(), "--seed", seed,
-               "--workers", args.workers, *(["--set", what] if part == "c" else []), *args.more.split(),
-               *(["--graph"] if model.startswith("dit") and torch.cuda.is_available() else [])]
+               "--workers", args.workers, *(["--set", what] if part == "c" else []), *args.more.split()]
     return command, model, args.minutes * (4 if part == "a" else 1)
 
 

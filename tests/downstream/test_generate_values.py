@@ -1257,6 +1257,8 @@ def test_a_graph_of_the_step_is_fed_each_batch():
                                                                             lambda: model == "mar-s"):
             raises(SystemExit, parse, "train", "--latents", "x", "--model", model, "--graph", words="2")
         assert "--graph needs a GPU and a DiT" in err.getvalue()
-    with patch.object(torch.cuda, "is_available", lambda: True), patch.dict(os.environ, WORLD_SIZE="2"):
-        assert parse("train", "--latents", "x", "--graph").graph and not parse("train", "--latents", "x").graph
+    for on_gpu, model, flags, graph in ((True, "dit-s", [], True), (True, "dit-s", ["--no-graph"], False),
+                                        (True, "mar-s", [], False), (False, "dit-s", [], False)):
+        with patch.object(torch.cuda, "is_available", lambda: on_gpu), patch.dict(os.environ, WORLD_SIZE="2"):
+            assert parse("train", "--latents", "x", "--model", model, *flags).graph is graph
 
