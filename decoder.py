@@ -320,7 +320,7 @@ class Decoder(nn.Module):
         c = self.condition(z)
         return flow_loss(lambda x_t, t: self.velocity(x_t, t, c), x, t, noise)
 
-    forward = loss  # what DistributedDataParallel calls
+    forward = loss  # what DDP and FSDP call
 
     def decode(self, latent, steps=1, noise=None):
         """The NORMALISED latent (B, C, h, w) of Encoder.encode, not the raw z -> image (B, 3, h*p, w*p) in [0, 1].

@@ -219,6 +219,7 @@ def setup(args, run):
                  for average, weight in zip(s.averaged[part].parameters(), module.parameters()) if weight.requires_grad]
         s.averages, s.weights = zip(*pairs)
     run.connect()
+    run.agree_on_weights(s.teacher, s.encoder, s.decoder)
     args.steps = args.steps or max(1, args.epochs * len(s.data) // args.batch_size)
     args.images, args.val_images = describe_images(s.data, args.data), describe_images(s.val, args.val)
     s.config = {"vit": asdict(s.teacher.config), "decoder": asdict(s.decoder.config), "size": args.size,

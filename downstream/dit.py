@@ -202,7 +202,7 @@ class DiT(nn.Module):
         t = shift_time(torch.sigmoid(torch.randn(len(latent), device=latent.device)), self.shift)
         return flow_loss(lambda x_t, t: self.velocity(x_t, t, labels), latent, t, torch.randn_like(latent))
 
-    forward = loss  # what DistributedDataParallel calls
+    forward = loss  # model(latent, labels)
 
     @torch.no_grad()
     def sample(self, labels, noise, steps=25, cfg=1.0, interval=(0.02, 0.9), temperature=1.0, tick=lambda: None):

@@ -172,6 +172,7 @@ def setup(args, run):
     s.weights, s.averages = list(s.model.parameters()), list(s.averaged.parameters())
     s.optimizer = build_optimizer(s.model, args)
     run.connect()
+    run.agree_on_weights(s.model)
     args.steps = args.steps or max(1, args.epochs * len(s.data) // args.batch_size)
     args.warmup = round(args.warmup_part * args.steps) if args.warmup is None else args.warmup
     args.images = f"{len(s.data):,} latents of {'x'.join(map(str, shape))} by tokenizer {about['weights_sha256'][:12]}"

@@ -223,7 +223,7 @@ class MAR(nn.Module):
         return flow_loss(lambda x_t, t: self.velocity(x_t, t, cond), x, sample_t(x.shape[:2], device=x.device),
                          torch.randn_like(x))
 
-    forward = loss  # what DistributedDataParallel calls
+    forward = loss  # model(latent, labels)
 
     @torch.no_grad()
     def sample(self, labels, noise, order, iterations=256, steps=25, cfg=1.0, temperature=1.0, schedule="linear",

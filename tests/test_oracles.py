@@ -923,6 +923,12 @@ def test_what_ranks_share():
         # at every t; of each rank's first batch, every second of its pictures, by its share of seven
         error = np.mean((noise - (img - mean) / std) ** 2, axis=(1, 2, 3))
         assert np.allclose(by_t, (4 * error[[0, 4]].mean() + 3 * error[[1, 5]].mean()) / 7, rtol=1e-4), (by_t, error)
+        script = os.path.join(tmp, "seeds.py")  # a command of its own for each rank
+        with open(script, "w") as f:
+            f.write(f"import os, sys; sys.path.insert(0, {HERE!r}); sys.argv += ['--seed', os.environ['RANK']]; "
+                    "import train; train.run()")
+        done = run_ranks(2, "python", script, *flags, os.path.join(tmp, "other"), "--data", grey, "--steps", 1)
+        assert done[1].returncode == 2 and "rank 1 starts from other weights than rank 0" in done[1].stderr, done
         # noise: with one grey picture and v = 0 the loss is that of the noise alone, 1 + mean(x^2) but for its sample;
         # two ranks with the same draws would have the loss of one
         losses = []

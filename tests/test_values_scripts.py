@@ -153,6 +153,29 @@ def test_ranks_must_see_one_checkpoint():
                     raises(encoder.UserError, load, words=["rank 1 sees another", path])
 
 
+def test_ranks_must_start_from_the_same_weights():
+    """A number that is off by its last bit, two rows that changed places in shape, another model: each is another
+    start. 0x3f800000 are the bits of 1.0."""
+    sent = []
+    with tempfile.TemporaryDirectory() as tmp, patch.dict(os.environ, RANK="1", WORLD_SIZE="2"):
+        run = running.Run(tmp)
+        model = lambda *rows: torch.nn.ParameterList([torch.nn.Parameter(torch.tensor(x)) for x in rows])
+        with patch.object(dist, "broadcast_object_list", lambda first, group: sent.append(first[0])):
+            run.agree_on_weights(model([1.0, 1.0], [[0.0]]), model([2.0]))
+        assert sent == [[[[2], 2 * 0x3f800000], [[1, 1], 0], [[1], 0x40000000]]]
+
+        def broadcast(first, group):
+            first[0] = sent[0]
+        with patch.object(dist, "broadcast_object_list", broadcast):
+            run.agree_on_weights(model([1.0, 1.0], [[0.0]]), model([2.0]))
+            for others in ([1.0, 1.0000001], [[0.0]], [2.0]), ([[1.0, 1.0]], [[0.0]], [2.0]), ([1.0, 1.0], [[0.0]]):
+                refused(encoder.UserError, run.agree_on_weights, model(*others),
+                        says="rank 1 starts from other weights than rank 0: start all nodes by the same command, with "
+                             "the same files")
+        run.ranks = 1
+        run.agree_on_weights(model([5.0]))
+
+
 @patch.object(evaluation, "InceptionV3", QuickInception)
 def test_images_of_several_sizes_are_named_by_width_and_height():
     with tempfile.TemporaryDirectory() as tmp:
@@ -860,7 +883,7 @@ def test_a_log_line_of_several_gpus():
         assert train.check(s, [7]) == 0 and s.now.unreadable == 4 and not said[2:], "named already"
 
 
-def test_a_step_of_two_ranks_by_hand():
+def test_a_step_by_hand_on_the_second_rank():
     """Two micro-batches: what each is seeded with, which pictures were bad, the sum of their statistics, and the rate
     of each group; then the averages, after the weights have moved."""
     did = []

@@ -5,8 +5,8 @@ gradients that several ranks add up.
     row = update_weights(optimizer, weights, clip, stats)  # clips, steps; not if a number is not finite
     average_weights(averages, weights, step, decay)
     means = take_means(now, log_every)                     # of these rows, for a line of the log
-    micro_step = capture_graph(micro_step, img, clear)
-    dist.all_reduce(join_gradients(weights))
+    micro_step = capture_graph(micro_step, img, clear)     # before the first step
+    gradients = join_gradients(weights)                    # likewise; dist.all_reduce(gradients) in each step
 """
 import math
 
@@ -55,8 +55,8 @@ def take_means(now, log_every):
 
 
 def join_gradients(weights):
-    """Set the gradients of `weights` to zeros that lie in one tensor (n,), and return it: ranks add it up at once. A
-    backward pass adds to these gradients in place, as long as nobody sets them to None."""
+    """Set the gradients of `weights` to zeros that lie in one tensor (n,), and return it: ranks add it up at once.
+    Backward passes add to it in place. Clear it by optimizer.zero_grad(set_to_none=False), so that it stays theirs."""
     sizes = [w.numel() for w in weights]
     joined = torch.zeros(sum(sizes), device=weights[0].device)
     for w, part in zip(weights, joined.split(sizes)):
@@ -65,7 +65,7 @@ def join_gradients(weights):
 
 
 def capture_graph(micro_step, img, clear):
-    """Record micro_step (uint8 image batch -> statistics) as a CUDA graph. Returns a function that replays it on
+    """Record micro_step (a batch of images or latents -> statistics) as a CUDA graph. Returns a function that replays it on
     batches of that shape. Python launches the kernels of a small model one by one, more slowly than the GPU runs them.
 
     clear() clears the gradients just before the recording. Where it leaves None, the graph writes gradients; where it

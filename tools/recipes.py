@@ -116,7 +116,7 @@ def parse_args(argv=None):
         help="of initialisation, sample order, crops, times and noise [%(default)s]")
     add = ap.add_argument_group("machine").add_argument
     add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-        help="compile the blocks, and on a single GPU replay the step as a CUDA graph [%(default)s: on with a GPU]")
+        help="compile the blocks, and on GPUs replay each micro-batch as a CUDA graph [%(default)s: on with a GPU]")
     add("--checkpoint_activations", action="store_true",
         help="recompute blocks in the backward pass: less memory, slower")
     add = ap.add_argument_group("output").add_argument

@@ -108,14 +108,21 @@ class Run:
             if re.fullmatch(r"\.[0-9a-f]{12}\.tmp", name) and time.time() - os.path.getmtime(self.path(name)) > 600:
                 os.remove(self.path(name))
 
-    def agree(self, checkpoint):
-        """Raise UserError unless all ranks see the same checkpoint. checkpoint: a list that identifies it."""
-        first = [checkpoint]
+    def agree(self, value, otherwise):
+        """Raise UserError unless all ranks have the same `value`: "rank N", and the text `otherwise`."""
+        first = [value]
         if self.ranks > 1:
             dist.broadcast_object_list(first, group=self.control)
-        if first != [checkpoint]:
-            raise UserError(f"rank {self.rank} sees another {self.path('state.pt')} than rank 0: --out must lie on a "
-                            "file system that all nodes share")
+        if first != [value]:
+            raise UserError(f"rank {self.rank} {otherwise}")
+
+    def agree_on_weights(self, *models):
+        """Raise UserError unless the models are the same on all ranks: the shape of each weight, and the sum of its
+        bits as integers, which no order of adding changes."""
+        weights = [p.detach() for model in models for p in model.parameters()]
+        sums = torch.stack([p.view(torch.int32).sum() for p in weights]).tolist()  # of int64
+        self.agree([[list(p.shape), n] for p, n in zip(weights, sums)], "starts from other weights than rank 0: start "
+                   "all nodes by the same command, with the same files")
 
     def sum(self, *numbers):
         """Sums of integers over the ranks."""
@@ -139,7 +146,8 @@ class Run:
         """The checkpoint in the folder, the same on all ranks, or None if there is none; see load_checkpoint. If there
         is none, rank 0 sets aside what an earlier run has left."""
         state = load_checkpoint(self.path("state.pt"), keys, args, may_differ)
-        self.agree([state["id"], state["step"]] if state else [None, 0])
+        self.agree([state["id"], state["step"]] if state else [None, 0], f"sees another {self.path('state.pt')} than "
+                   "rank 0: --out must lie on a file system that all nodes share")
         if state is None and self.rank == 0:
             self.set_aside()
         return state

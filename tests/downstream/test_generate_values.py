@@ -923,8 +923,11 @@ def test_training_is_set_up_as_the_flags_say():
         assert s.args.steps == 1, "at least one"
         assert s.autocast._enabled and s.autocast.fast_dtype == torch.bfloat16
         assert s.gradients is None
-        with patch.object(Run, "connect", lambda self: setattr(self, "ranks", 2)):
+        same = []
+        with patch.object(Run, "connect", lambda self: setattr(self, "ranks", 2)), \
+                patch.object(Run, "agree_on_weights", lambda self, *models: same.append(models)):
             s, said = ready(tmp, "dit-s", "--steps", 1)
+        assert same == [(s.model,)]
         assert s.gradients.tolist() == [0] * sum(p.numel() for p in s.weights) and " x 2 ranks on cpu; " in said[2]
         s.gradients[-1] = 5
         assert s.weights[-1].grad.view(-1)[-1] == 5, "what the ranks exchange is the weights' gradients"
@@ -1261,4 +1264,3 @@ def test_a_graph_of_the_step_is_fed_each_batch():
                                         (True, "mar-s", [], False), (False, "dit-s", [], False)):
         with patch.object(torch.cuda, "is_available", lambda: on_gpu), patch.dict(os.environ, WORLD_SIZE="2"):
             assert parse("train", "--latents", "x", "--model", model, *flags).graph is graph
-
