@@ -50,6 +50,7 @@ def test_readme_commands():
         os.renames(picture_folder(os.path.join(tmp, "more"), n=20)[1], os.path.join(tmp, "train.zip"))
         train_quietly("--teacher", micro_teacher(tmp), "--steps", 1, "--data", folder, "--out",
                       os.path.join(tmp, "out", "mine"))
+        shutil.copytree(os.path.join(tmp, "out", "mine"), os.path.join(tmp, "out", "pictures"))
         shutil.copy(os.path.join(tmp, "out", "mine", "model.safetensors"), os.path.join(tmp, "out"))
         # as if downloaded
         network = os.path.join(tmp, "hub", "checkpoints", os.path.basename(evaluation.INCEPTION_URL))

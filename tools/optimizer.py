@@ -65,8 +65,8 @@ def join_gradients(weights):
 
 
 def capture_graph(micro_step, img, clear):
-    """Record micro_step (a batch of images or latents -> statistics) as a CUDA graph. Returns a function that replays it on
-    batches of that shape. Python launches the kernels of a small model one by one, more slowly than the GPU runs them.
+    """Record micro_step (a batch of images or latents -> statistics) as a CUDA graph. Returns a function that replays
+    it on batches of that shape. Python launches the kernels of a small model more slowly than the GPU runs them.
 
     clear() clears the gradients just before the recording. Where it leaves None, the graph writes gradients; where it
     leaves zeros, the graph adds to them.
