@@ -984,7 +984,7 @@ TABLE = [
     ("a generator's ranks start as they like", "downstream/generate.py", "    run.agree_on_weights(s.model)\n", "",
      "test_training_is_set_up_as_the_flags_say"),
     ("ranks start as they like", "train.py", "    run.agree_on_weights(s.teacher, s.encoder, s.decoder)\n", "",
-     "test_what_ranks_share"),
+     "test_a_log_line_of_several_gpus"),
     ("other noise on other ranks", "train.py", "seed_step(args.seed, now.step, run.rank * s.accumulation + m)",
      "seed_step(args.seed, now.step, m, run.rank)", "test_ranks_and_accumulation_give_one_run"),
     ("a step's time without the GPU's", "tools/run.py", "            if run.on_gpu:\n                torch.cuda.sync",

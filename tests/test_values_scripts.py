@@ -819,15 +819,17 @@ def test_a_log_line_of_several_gpus():
         s = set_up(tmp, "--steps", 10, "--log_every", 2, "--lambda_d", 3, "--lambda_f", 0.5, "--lr_decay", 1, "--lr",
                    0.5)
         assert s.args.images == s.args.val_images == "10,000 images"
-        run, told = running.Run(os.path.join(tmp, "two")), []
+        run, told, compared = running.Run(os.path.join(tmp, "two")), [], []
         run.ranks, run.connect, run.say = 2, lambda: None, told.append
+        run.agree_on_weights = lambda *models: compared.append(models)
         for batch, micro, lines in ((24, 5, ["run: 10 steps of 24 = micro-batch 4 x accumulation 3 x 2 ranks on cpu",
                                              "micro_batch 5 does not divide a rank's share of 12: using 4"]),
                                     (8, 6, ["run: 10 steps of 8 = micro-batch 4 x accumulation 1 x 2 ranks on cpu"])):
             told.clear()
-            train.setup(train.parse_args(["--teacher", s.args.teacher, *MICRO_RUN, "--steps", "10", "--batch_size",
-                                          str(batch), "--micro_batch", str(micro)]), run)
+            of_two = train.setup(train.parse_args(["--teacher", s.args.teacher, *MICRO_RUN, "--steps", "10",
+                                                   "--batch_size", str(batch), "--micro_batch", str(micro)]), run)
             assert told[2:] == lines, told
+            assert compared.pop() == (of_two.teacher, of_two.encoder, of_two.decoder) and not compared
         L = 3
         s.flops, s.now.step, s.now.faults = 5e12, 6, torch.tensor([2.0, 1.0])
         s.now.sums = 2 * torch.tensor([0.5, 0.25, 1, 2, 3, 4, 5, 6, 8, 1], dtype=torch.float64)  # of two steps
