@@ -2717,7 +2717,7 @@ TABLE = [
      "test_bounds_of_trainings_numbers"),
     ("the list forgets", "tools/run.py", "write_names(listed, known + new)", "write_names(listed, new)",
      "test_the_list_of_pictures_that_cannot_be_read"),
-    ("names with a carriage return", "tools/run.py", '.split("\\n")[:-1]', ".splitlines()",
+    ("names with a carriage return", "tools/script.py", '.split("\\n")[:-1]', ".splitlines()",
      "test_the_list_of_pictures_that_cannot_be_read"),
     ("other ranks make the folder", "tools/run.py",
      "        if self.rank > 0:\n            return\n        try:\n            os.makedirs",

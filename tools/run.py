@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from encoder import UserError, write_atomically
 from tools.checkpoint import explain_failed_save, load_checkpoint, restore_optimizer
-from tools.script import SAVE_AND_STOP, open_streams, print_user_message, rank_and_device
+from tools.script import SAVE_AND_STOP, open_streams, print_user_message, rank_and_device, read_names, write_names
 
 try:
     import fcntl
@@ -119,6 +119,8 @@ class Run:
     def agree_on_weights(self, *models):
         """Raise UserError unless the models are the same on all ranks: the shape of each weight, and the sum of its
         bits as integers, which no order of adding changes."""
+        if self.ranks == 1:
+            return
         weights = [p.detach() for model in models for p in model.parameters()]
         sums = torch.stack([p.view(torch.int32).sum() for p in weights]).tolist()  # of int64
         self.agree([[list(p.shape), n] for p, n in zip(weights, sums)], "starts from other weights than rank 0: start "
@@ -298,17 +300,6 @@ def finite(x):
     if isinstance(x, (dict, list)):
         return {k: finite(v) for k, v in x.items()} if isinstance(x, dict) else [finite(v) for v in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-def write_names(path, names):
-    """Write names of files, one a line, as bytes: a file's name need not be text."""
-    write_atomically(path, lambda f: f.write("".join(name + "\n" for name in names).encode(errors="surrogateescape")))
-
-
-def read_names(path):
-    """What write_names has written."""
-    with open(path, "rb") as f:
-        return f.read().decode(errors="surrogateescape").split("\n")[:-1]
 
 
 def listen(on_signal):

@@ -7,6 +7,7 @@
     run_command(main, "sample.py")          # main() as a script: such a line and status 2, or a bug's traceback
     write_file("out/figures.json", b"{}")   # whole or not at all; its folder is made
     check_output("out/figures.json", "run") # before the work: nothing that is read may be overwritten
+    write_names("out/bad.txt", paths)       # of files, which need not be text; read_names reads them
     replace_between("README.md", begin, end, text)  # a table that a program writes, between two comments
     run_module("out", "train", "--size", 64)  # another script, as a study calls it; what it prints: out/output.txt
 """
@@ -185,6 +186,18 @@ def write_file(path, content):
     """Write bytes to a file, whole or not at all; its folder is made. UserError if `path` is a folder."""
     check_output(path)
     encoder.write_atomically(path, lambda f: f.write(content))
+
+
+def write_names(path, names):
+    """Write names of files, one a line, as bytes: a file's name need not be text."""
+    content = "".join(name + "\n" for name in names).encode(errors="surrogateescape")
+    encoder.write_atomically(path, lambda f: f.write(content))
+
+
+def read_names(path):
+    """What write_names has written."""
+    with open(path, "rb") as f:
+        return f.read().decode(errors="surrogateescape").split("\n")[:-1]
 
 
 def replace_between(path, begin, end, text):
